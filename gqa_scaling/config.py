@@ -1,0 +1,450 @@
+"""What a run is: frozen dataclasses that refuse nonsense when they are built.
+
+`RunConfig` holds everything that makes one training run. Two digests are taken from it:
+`digest` covers only what defines the trained model, `evaluation_digest` only how it is judged,
+so neither a different mesh nor a new evaluation ever retrains anything.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal, Self
+
+SCHEMA_VERSION = 1
+
+
+class UserError(ValueError):
+    """Something the user can mend. The command line prints it as one line and exits with 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ' (did you mean n_heads?)', or '' when nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `value`."""
+    return math.ceil(value / multiple) * multiple
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name}={value} must be greater than 0")
+
+
+def _one_of(config: Any, name: str, choices: Iterable[str]) -> None:
+    value, choices = getattr(config, name), tuple(choices)
+    require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+class _Json:
+    """JSON round trip for the configs below; unknown or missing fields are refused by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return _build(cls, data, "")
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    at = f" in {where.rstrip('.')}" if where else ""
+    require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {data!r}")
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for name in data:
+        require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")
+    values = {}
+    for name, f in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], where + name)
+        else:
+            needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            require(not needed, f"missing field {where}{name}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".")
+    if typing.get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is Literal:  # the class itself checks the choices
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    require(type(value) is hint, f"{where}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _non_default(config: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields that differ from their default, so that a new field changes no old digest."""
+    out = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name not in leave_out and (f.default is dataclasses.MISSING or value != f.default):
+            out[f.name] = value
+    return out
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Json):
+    """A Llama-style GQA transformer (Chen et al. 2025, section 3).
+
+    The head count is decoupled from the hidden size: `n_heads * head_dim` need not equal
+    `d_model`. `d_ff` defaults to 8/3 `d_model` rounded up to a multiple of 32.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int = 64
+    d_ff: int | None = None
+    vocab_size: int = 50304
+    tie_embeddings: bool = True
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _positive(self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+        _positive(self, "rope_theta", "norm_eps")
+        _one_of(self, "dtype", ("bfloat16", "float32"))
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}: each KV head serves "
+            "the same number of query heads",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        if self.d_ff is not None:
+            _positive(self, "d_ff")
+            if self.d_ff == round_up(8 * self.d_model / 3, 32):  # one spelling, one digest
+                object.__setattr__(self, "d_ff", None)
+
+    @property
+    def ffn_dim(self) -> int:
+        """FFN size F: `d_ff`, or its default."""
+        return self.d_ff or round_up(8 * self.d_model / 3, 32)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head, G."""
+        return self.n_heads // self.n_kv_heads
+
+
+@dataclass(frozen=True)
+class DataConfig(_Json):
+    """Which text, cut into tokens how.
+
+    `corpus` is "stdlib" (the source text of the running Python's standard library), a folder of
+    text files, or a .jsonl/.jsonl.gz/.jsonl.zst/.parquet file or folder of such files with a
+    `text_field`. `tokenizer` is "bytes", "bpe-N" (a byte-level BPE of N tokens trained on the
+    corpus), or the path of a tokenizer.json. `store` is where the tokens lie; its place is not
+    part of the run's identity, its content hash is checked whenever a run is resumed.
+    """
+
+    corpus: str = "stdlib"
+    tokenizer: str = "bytes"
+    text_field: str = "text"
+    heldout_fraction: float = 0.05
+    store: str | None = None
+    allow_repeats: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpus), "corpus must name a corpus: stdlib, a folder or a file")
+        require(
+            0 < self.heldout_fraction < 1,
+            f"heldout_fraction={self.heldout_fraction} must lie strictly between 0 and 1",
+        )
+        if self.tokenizer.startswith("bpe-"):
+            size = self.tokenizer.removeprefix("bpe-")
+            require(
+                size.isdigit() and int(size) >= 258,
+                f"tokenizer={self.tokenizer!r} must be bpe-N with N >= 258 (256 bytes, EOS and a merge)",
+            )
+        else:
+            require(
+                self.tokenizer == "bytes" or self.tokenizer.endswith(".json"),
+                f"tokenizer={self.tokenizer!r} must be bytes, bpe-N or the path of a tokenizer.json",
+            )
+
+    @property
+    def name(self) -> str:
+        """A name for people and for the default folder of the store, such as stdlib-bpe-4096."""
+        return f"{_base(self.corpus)}-{_base(self.tokenizer).removesuffix('.json')}"
+
+    @property
+    def store_path(self) -> str:
+        return self.store or f"data/{self.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """What the digest sees: names without folders, so that a corpus may move."""
+        kept = _non_default(self, ("store", "allow_repeats"))
+        return {k: _base(v) if k in ("corpus", "tokenizer") else v for k, v in kept.items()}
+
+
+def _base(path: str) -> str:
+    return PurePosixPath(path.rstrip("/")).name
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Json):
+    """AdamW with a warmup-stable-decay or cosine schedule (Chen et al. 2025, appendix).
+
+    `warmup` and `decay` are fractions of all steps; the decay is a cosine from `learning_rate`
+    to `final_fraction` of it. With schedule "cosine" the decay begins where the warmup ends.
+    Weight decay acts on matrices only.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    warmup: float = 0.1
+    decay: float = 0.2
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "epsilon", "clip_norm")
+        _one_of(self, "schedule", ("wsd", "cosine"))
+        for name in ("warmup", "decay", "final_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        require(
+            self.warmup + self.decay <= 1,
+            f"warmup={self.warmup} and decay={self.decay} are fractions of all steps and must not "
+            "exceed 1 together",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(_Json):
+    """How a trained model is judged: mean next-token cross-entropy on held-out text.
+
+    At most `tokens` targets are used, trimmed to a multiple of `longest_context`, the longest
+    context length of the experiment (None: the run's own), so that every run of an experiment
+    is judged on the same targets. `every_steps` > 0 also evaluates during training; those
+    values are logged and never enter the result.
+    """
+
+    tokens: int = 2**20
+    longest_context: int | None = None
+    every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "tokens")
+        if self.longest_context is not None:
+            _positive(self, "longest_context")
+        require(self.every_steps >= 0, f"every_steps={self.every_steps} must not be negative")
+
+
+@dataclass(frozen=True)
+class ParallelConfig(_Json):
+    """How a run is spread over devices and memory. It may change when a run is resumed.
+
+    `data` -1 takes every device the other axes leave over. `accumulation` splits a batch into
+    that many microbatches. `remat` says what the backward pass recomputes: nothing, everything
+    but the matrix products ("dots"), or whole layers ("full").
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    accumulation: int = 1
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "reference", "blockwise"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.data == -1 or self.data > 0, f"data={self.data} must be -1 or greater than 0")
+        _positive(self, "fsdp", "context", "tensor", "accumulation")
+        _one_of(self, "remat", ("none", "dots", "full"))
+        _one_of(self, "attention", ("auto", "reference", "blockwise"))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(_Json):
+    """Save the whole training state every `every_steps` steps and keep the last `keep` of them."""
+
+    every_steps: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "every_steps", "keep")
+
+
+@dataclass(frozen=True)
+class RunConfig(_Json):
+    """One training run. Exactly one of `tokens` and `tokens_per_param` sets its length;
+    `tokens_per_param` counts the run's own non-embedding parameters.
+
+    `name` and `note` are for people: neither is part of the digest and neither is ever parsed.
+    """
+
+    name: str
+    model: ModelConfig
+    context_length: int
+    batch_tokens: int
+    tokens: int | None = None
+    tokens_per_param: float | None = None
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name must not be empty")
+        require(
+            all(c.isalnum() or c in "-_.+" for c in self.name) and self.name[0].isalnum(),
+            f"name={self.name!r} may hold letters, digits and -_.+ and begins with a letter or digit",
+        )
+        _positive(self, "context_length", "batch_tokens")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        require(
+            (self.tokens is None) != (self.tokens_per_param is None),
+            "give exactly one of tokens and tokens_per_param",
+        )
+        _positive(self, "tokens" if self.tokens is not None else "tokens_per_param")
+        require(
+            self.batch_tokens % self.context_length == 0,
+            f"batch_tokens={self.batch_tokens} must be a multiple of "
+            f"context_length={self.context_length}: a batch holds whole sequences",
+        )
+        require(
+            self.batch_size % self.parallel.accumulation == 0,
+            f"accumulation={self.parallel.accumulation} must divide the {self.batch_size} "
+            f"sequences of a batch ({self.batch_tokens} tokens / {self.context_length})",
+        )
+        require(
+            self.evaluation_context % self.context_length == 0,
+            f"evaluation.longest_context={self.evaluation_context} must be a multiple of "
+            f"context_length={self.context_length}, so that every run sees the same targets",
+        )
+        require(
+            self.evaluation.tokens >= self.evaluation_context,
+            f"evaluation.tokens={self.evaluation.tokens} must be at least "
+            f"longest_context={self.evaluation_context}",
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch, B."""
+        return self.batch_tokens // self.context_length
+
+    @property
+    def evaluation_context(self) -> int:
+        """The length whose multiples the evaluation stream is trimmed to."""
+        return self.evaluation.longest_context or self.context_length
+
+    def definition(self) -> dict[str, Any]:
+        """Just the fields that define the trained model, defaults left out."""
+        return {
+            **_non_default(
+                self,
+                (
+                    "name",
+                    "note",
+                    "model",
+                    "data",
+                    "optimizer",
+                    "evaluation",
+                    "parallel",
+                    "checkpoint",
+                ),
+            ),
+            "model": _non_default(self.model),
+            "data": self.data.identity(),
+            "optimizer": _non_default(self.optimizer),
+        }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """12 hex digits over `definition`: equal digests mean the same trained model."""
+        return _digest(self.definition())
+
+    @functools.cached_property
+    def evaluation_digest(self) -> str:
+        """12 hex digits over how the loss is measured."""
+        kept = {"tokens": self.evaluation.tokens, "multiple_of": self.evaluation_context}
+        return _digest(kept)
+
+
+def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
+    """The defining fields in which two runs differ, as 'model.n_heads: 8 -> 4'."""
+    a, b = _flat(old.to_dict()), _flat(new.to_dict())
+    defining = {"data.store", "data.allow_repeats", "name", "note"}
+    skip = ("evaluation.", "parallel.", "checkpoint.")
+    return [
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key not in defining and not key.startswith(skip)
+    ]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a study asks of its runs: the cheapest configuration for each loss and context.
+
+    `losses` are targets in nats (None: chosen inside the range every configuration covers),
+    `contexts` the inference context lengths in tokens, `baseline` the (n_heads, n_kv_heads) that
+    savings are stated against (None: the largest n_heads with n_kv_heads equal to it).
+    `convention` names how inference FLOPs are counted, `weight`, `memory_power` and
+    `compute_power` are lambda, alpha and beta of Chen et al. 2025, section 4.2.
+    A `demonstration` says so on every page it prints.
+    """
+
+    contexts: tuple[int, ...] = (8192, 32768, 131072)
+    losses: tuple[float, ...] | None = None
+    baseline: tuple[int, int] | None = None
+    convention: Literal["per_token", "per_sequence"] = "per_token"
+    weight: float = 0.9
+    memory_power: float = 1 / 2
+    compute_power: float = 1 / 3
+    demonstration: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.contexts), "contexts must name at least one context length")
+        for context in self.contexts:
+            require(context > 0, f"context {context} must be greater than 0")
+        for loss in self.losses or ():
+            require(loss > 0, f"target loss {loss} must be greater than 0 nats")
+        _one_of(self, "convention", ("per_token", "per_sequence"))

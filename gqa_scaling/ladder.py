@@ -1,0 +1,111 @@
+"""Model sizes: the published ladder, and from a real-valued N* to a shape that can be built.
+
+A ladder is a sequence of (L, d). Between its sizes the aspect ratio d/L is interpolated linearly
+in N, and L follows from the parameter count (Chen et al. 2025, section 4.1, step 3).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gqa_scaling.config import require
+from gqa_scaling.costs import n_formula
+
+
+@dataclass(frozen=True)
+class Size:
+    """A named size of Chen et al. 2025 with its maximum learning rate (appendix)."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    learning_rate: float | None = None
+
+
+TRAINED_SIZES = (
+    Size("3M", 4, 256, 1e-3),
+    Size("19M", 6, 512, 1e-3),
+    Size("85M", 12, 768, 1e-3),
+    Size("150M", 12, 1024, 1e-3),
+    Size("200M", 16, 1024, 5e-4),
+    Size("470M", 24, 1280, 5e-4),
+    Size("680M", 24, 1536, 2e-4),
+    Size("1.2B", 36, 1536, 2e-4),
+)
+INTERPOLATION_SIZES = (
+    Size("1.8B", 36, 2048),
+    Size("4B", 48, 2560),
+    Size("6B", 54, 3072),
+    Size("13B", 64, 4096),
+    Size("33B", 72, 6144),
+    Size("64B", 80, 8192),
+)
+PUBLISHED_LADDER = tuple((s.n_layers, s.d_model) for s in TRAINED_SIZES + INTERPOLATION_SIZES)
+FIGURE_2_LADDER = tuple((n, 64 * n) for n in (12, 16, 20, 24, 28, 32))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers and hidden size; real-valued where they solve for an N*, whole where buildable."""
+
+    n_layers: float
+    d_model: float
+
+
+def interpolate(
+    n: float,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int = 64,
+    ladder: Sequence[tuple[int, int]] = PUBLISHED_LADDER,
+) -> Shape:
+    """The real-valued (L, d) on the ladder whose `n_formula` equals `n`.
+
+    The aspect ratio d/L is linear in N between the two nearest sizes, counted at these heads, and
+    constant beyond the ladder's ends.
+    """
+    require(n > 0, f"N={n} must be greater than 0")
+    points = sorted((n_formula(L, d, n_heads, n_kv_heads, head_dim), d / L) for L, d in ladder)
+    ratio = points[0][1] if n <= points[0][0] else points[-1][1]
+    for (low, a), (high, b) in itertools.pairwise(points):
+        if low <= n <= high:
+            ratio = a if high == low else a + (b - a) * (n - low) / (high - low)
+            break
+    heads = 2 * ratio * head_dim * (n_heads + n_kv_heads)  # N = 8 r^2 L^3 + heads L^2
+    low, high = 0.0, (n / (8 * ratio**2)) ** (1 / 3)
+    for _ in range(200):
+        middle = (low + high) / 2
+        if 8 * ratio**2 * middle**3 + heads * middle**2 < n:
+            low = middle
+        else:
+            high = middle
+    return Shape(high, ratio * high)
+
+
+def nearest_buildable(
+    n: float,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int = 64,
+    ladder: Sequence[tuple[int, int]] = PUBLISHED_LADDER,
+    multiple: int = 64,
+) -> Shape:
+    """The whole (L, d), d a multiple of `multiple`, whose N is nearest to `n`.
+
+    Layers within 15% of the interpolated ones are tried, so the aspect ratio stays the ladder's;
+    equally near ones are settled by the aspect ratio.
+    """
+    ideal = interpolate(n, n_heads, n_kv_heads, head_dim, ladder)
+    spread = max(1, round(0.15 * ideal.n_layers))
+    middle = round(ideal.n_layers)
+    best = None
+    for layers in range(max(1, middle - spread), middle + spread + 1):
+        width = round(ideal.d_model / multiple)
+        for d in {max(1, width + k) * multiple for k in range(-2, 3)}:
+            built = n_formula(layers, d, n_heads, n_kv_heads, head_dim)
+            aspect = abs(d / layers - ideal.d_model / ideal.n_layers)
+            key = (round(abs(built / n - 1), 3), aspect, layers)
+            if best is None or key < best[0]:
+                best = (key, Shape(layers, d))
+    assert best is not None
+    return best[1]

@@ -1,0 +1,290 @@
+"""The run directory: where a run lives, what is in it, and who is working on it.
+
+    runs/<experiment>/<run name>-<digest>/
+        config.json      what was asked for; the truth
+        claim.json       who is training it now
+        metrics.jsonl    one line per logged step, and TensorBoard files beside it
+        checkpoints/     the training state, while it trains
+        attempts.jsonl   one line for each start: layout, versions, time
+        failure.json     why it stopped, when it failed
+        parameters/      the trained model
+        result.json      written last, atomically: with it the run is done
+
+No jax here: `plan`, `status` and `fit` read runs without it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gqa_scaling.config import (
+    SCHEMA_VERSION,
+    RunConfig,
+    UserError,
+    differing_fields,
+    require,
+)
+
+State = Literal["done", "running", "stale", "failed", "pending"]
+STALE_SECONDS = 600  # a claim from another machine that has not been renewed for this long
+RENEW_SECONDS = 30
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file; a damaged one is refused by name."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run, and what can be told of it from its files."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def failure_file(self) -> Path:
+        return self.path / "failure.json"
+
+    @property
+    def claim_file(self) -> Path:
+        return self.path / "claim.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def attempts_file(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def parameters(self) -> Path:
+        return self.path / "parameters"
+
+    def result(self) -> dict[str, Any] | None:
+        """The whole result file, or None while the run is unfinished."""
+        return read_json(self.result_file) if self.result_file.exists() else None
+
+    def config(self) -> RunConfig:
+        stored = read_json(self.config_file)
+        require(
+            stored.get("schema") == SCHEMA_VERSION,
+            f"{self.config_file} has schema {stored.get('schema')}, this version reads "
+            f"{SCHEMA_VERSION}",
+        )
+        return RunConfig.from_dict(stored["config"])
+
+    def begin(self, config: RunConfig, data: dict[str, Any]) -> None:
+        """Create the directory, or check that the one there was made from the same run and data.
+
+        Raises UserError naming what differs; nothing on disk is changed then.
+        """
+        if self.config_file.exists():
+            changes = differing_fields(self.config(), config)
+            require(not changes, f"{self.path} was made by another config: {'; '.join(changes)}")
+            before = read_json(self.config_file)["data"]
+            changed = [k for k in sorted(data) if before.get(k) != data[k]]
+            require(
+                not changed,
+                f"{self.path} was trained on other data ({', '.join(changed)} differ); prepare the "
+                "same corpus again or remove the run",
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.config_file,
+            {
+                "schema": SCHEMA_VERSION,
+                "digest": config.digest,
+                "config": config.to_dict(),
+                "data": data,
+            },
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged lines; a last line cut short by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        out = []
+        for number, line in enumerate(lines, 1):
+            try:
+                out.append(json.loads(line))
+            except json.JSONDecodeError:
+                require(number == len(lines), f"{self.metrics_file} line {number} is damaged")
+        return out
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, which a resumed run will write again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        if self.metrics_file.exists():
+            write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def attempts(self) -> list[dict[str, Any]]:
+        if not self.attempts_file.exists():
+            return []
+        return [json.loads(line) for line in self.attempts_file.read_text().splitlines()]
+
+    def add_attempt(self, attempt: dict[str, Any]) -> None:
+        lines = self.attempts() + [attempt]
+        write_atomic(self.attempts_file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def state(self) -> State:
+        if self.result_file.exists():
+            return "done"
+        holder = _holder(self.claim_file)
+        if holder is not None and not _is_stale(holder, self.claim_file):
+            return "running"
+        if self.failure_file.exists():
+            return "failed"
+        return "stale" if holder is not None else "pending"
+
+    def fail(self, text: str, kind: str) -> None:
+        write_json(self.failure_file, {"kind": kind, "traceback": text, "time": time.time()})
+
+    def finish(self, result: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Write result.json, then drop what only an unfinished run needs."""
+        whole = {
+            "schema": SCHEMA_VERSION,
+            "result": result,
+            "timing": timing,
+            "attempts": self.attempts(),
+        }
+        write_json(self.result_file, whole)
+        self.clean()
+
+    def clean(self) -> None:
+        """Finished runs keep parameters only; a kill between the two steps is mended here."""
+        if self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)
+        self.failure_file.unlink(missing_ok=True)
+
+
+def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:
+    """runs/<experiment>/<run name>-<digest>. The digest alone identifies: a renamed run is found."""
+    folder = Path(root) / experiment
+    wanted = folder / f"{run.name}-{run.digest}"
+    if not wanted.exists():
+        renamed = sorted(folder.glob(f"*-{run.digest}"))
+        if renamed:
+            return RunDirectory(renamed[0])
+    return RunDirectory(wanted)
+
+
+# ---------------------------------------------------------------------------------- claims
+
+
+def _holder(claim: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(claim.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:  # claims are renamed into place: only a damaged disk does this
+        return {"host": "", "pid": 0, "born": 0.0}
+
+
+def _born(pid: int) -> str:
+    """When a process began, so that a reused pid is not mistaken for the claimant."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+        return text.rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""
+
+
+def _alive(pid: int, born: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return _born(pid) == born
+
+
+def _is_stale(holder: dict[str, Any], claim: Path) -> bool:
+    if holder["host"] == socket.gethostname():
+        return not _alive(holder["pid"], holder["born"])
+    try:
+        return time.time() - claim.stat().st_mtime > STALE_SECONDS
+    except FileNotFoundError:
+        return True
+
+
+@contextlib.contextmanager
+def claim(directory: RunDirectory) -> Iterator[bool]:
+    """Hold the run while training it. Yields False when somebody else is at it.
+
+    A claim is stale when its process is gone (same machine) or it has not been renewed for
+    `STALE_SECONDS` (another machine); a stale one is taken over. A thread renews ours.
+    """
+    directory.path.mkdir(parents=True, exist_ok=True)
+    file, pid = directory.claim_file, os.getpid()
+    mine = {"host": socket.gethostname(), "pid": pid, "born": _born(pid), "token": uuid.uuid4().hex}
+    with open(directory.path / ".claim.lock", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # judging and taking over is one step
+        holder = _holder(file)
+        free = holder is None or _is_stale(holder, file)
+        if free:
+            write_json(file, mine)
+    if not free:
+        yield False
+        return
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(RENEW_SECONDS):
+            os.utime(file)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        thread.join()
+        holder = _holder(file)
+        if holder is not None and holder.get("token") == mine["token"]:
+            file.unlink(missing_ok=True)
