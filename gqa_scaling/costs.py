@@ -204,30 +204,29 @@ LOGIT_BUDGET_BYTES = 64 * 2**20
 
 
 def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
-    """Predicted bytes on one of `devices` that share the state and the batch evenly.
+    """Predicted bytes on one of `devices`.
 
-    fp32 parameters and two moments (12 bytes a parameter), fp32 gradients (4, twice that when
-    accumulating), activations kept for the backward pass by the remat policy, and one chunk of
-    fp32 logits with its gradient.
+    fp32 parameters and two moments (12 bytes a parameter) and fp32 gradients (4, twice that when
+    accumulating), shared by the fsdp, context and tensor axes; activations kept for the backward
+    pass by the remat policy, shared by all devices; a chunk of fp32 logits with its gradient.
     """
-    m, p = run.model, parameters(run.model)
+    m, p, axes = run.model, parameters(run.model), run.parallel
     width = 2 if m.dtype == "bfloat16" else 4
-    tokens = run.batch_tokens / run.parallel.accumulation / devices
+    shards = axes.fsdp * axes.context * axes.tensor
+    tokens = run.batch_tokens / axes.accumulation / devices
     q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
     products = q + 2 * kv + 2 * m.d_model + 2 * m.ffn_dim  # outputs of the layer's matrices
     kept = {
         "full": m.d_model,
         "dots": m.d_model + products,
         "none": 5 * m.d_model + products + 2 * (q + kv) + 2 * m.ffn_dim,
-    }[run.parallel.remat]
-    layer_again = 0 if run.parallel.remat == "none" else 5 * m.d_model + 2 * products
-    logits = min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size)
-    copies = 2 if run.parallel.accumulation > 1 else 1
+    }[axes.remat]
+    layer_again = 0 if axes.remat == "none" else 5 * m.d_model + 2 * products
     return TrainingBytes(
-        state=math.ceil(12 * p.total / devices),
-        gradients=math.ceil(4 * copies * p.total / devices),
+        state=math.ceil(12 * p.total / shards),
+        gradients=math.ceil(4 * (2 if axes.accumulation > 1 else 1) * p.total / shards),
         activations=math.ceil(tokens * width * (kept * m.n_layers + layer_again)),
-        logits=math.ceil(2 * logits),
+        logits=math.ceil(2 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size)),
     )
 
 

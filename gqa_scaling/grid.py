@@ -1,9 +1,12 @@
 """Grids of runs: sizes x heads x contexts x seeds, as plain lists of `RunConfig`."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gqa_scaling.config import RunConfig, require
+from gqa_scaling.runs import finished_runs, runs_root
 
 
 def head_candidates(max_heads: int) -> list[tuple[int, int]]:
@@ -28,3 +31,61 @@ def unique(runs: Iterable[RunConfig]) -> list[RunConfig]:
             other = seen.setdefault(key(run), run)
             require(other is run, f"runs {other.name} and {run.name} share one {what}")
     return runs
+
+
+# ------------------------------------------------------------------- learning rate by size
+
+
+@dataclass(frozen=True)
+class LearningRateChoice:
+    """The best maximum learning rate for one size, of those tried with one loss each."""
+
+    learning_rate: float
+    tried: tuple[tuple[float, float], ...]  # (learning rate, loss in nats), ascending
+
+    @property
+    def edge(self) -> str:
+        """'lowest' or 'highest' when the best rate is the last one tried on that side, else ''.
+
+        The best rate may then lie outside the sweep.
+        """
+        rates = [rate for rate, _ in self.tried]
+        if self.learning_rate == rates[0]:
+            return "lowest"
+        return "highest" if self.learning_rate == rates[-1] else ""
+
+
+def learning_rate_choices(
+    experiment: str, root: Path | None = None
+) -> dict[tuple[int, int], LearningRateChoice]:
+    """For each (n_layers, d_model) of a finished learning-rate sweep, the rate of least loss.
+
+    Chen et al. 2025, appendix: swept once per size with MHA and kept for every head
+    configuration. Sizes without a finished run are left out.
+    """
+    tried: dict[tuple[int, int], dict[float, float]] = {}
+    for run, result in finished_runs(root or runs_root(), experiment):
+        loss = result["evaluations"][run.evaluation_digest]["loss"]
+        size = (run.model.n_layers, run.model.d_model)
+        tried.setdefault(size, {})[run.optimizer.learning_rate] = loss
+    return {
+        size: LearningRateChoice(min(losses, key=losses.__getitem__), tuple(sorted(losses.items())))
+        for size, losses in sorted(tried.items())
+    }
+
+
+def with_learning_rate(
+    run: RunConfig, choices: Mapping[tuple[int, int], LearningRateChoice], sweep: str
+) -> RunConfig:
+    """The run at its size's swept learning rate; its note says where the rate comes from.
+
+    A size the sweep `sweep` has not finished keeps the rate it was declared with, and says so.
+    """
+    choice = choices.get((run.model.n_layers, run.model.d_model))
+    rate = run.optimizer.learning_rate if choice is None else choice.learning_rate
+    if choice is None:
+        note = f"learning rate {rate:g} as declared; {sweep} has no result for this size"
+    else:
+        edge = f", AT THE {choice.edge.upper()} RATE TRIED" if choice.edge else ""
+        note = f"learning rate {rate:g} from {sweep} ({len(choice.tried)} tried{edge})"
+    return replace(run, optimizer=replace(run.optimizer, learning_rate=rate), note=note)

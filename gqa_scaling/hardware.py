@@ -2,10 +2,13 @@
 
 Peaks are the vendors' dense bf16 figures for one chip (v5e, v5p, v6e) or one GPU. Prices are
 on-demand list prices in US dollars an hour, rounded, and differ by region and contract: give your
-own with `--price`. `cpu` is a guess for one core pair and is meant to be replaced by a measurement.
+own with `--price`. The `cpu` row stands for any CPU: its peak is measured when it is used.
 """
 
+import time
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from gqa_scaling.config import nearest, require
 
@@ -14,7 +17,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator: FLOP/s, bytes/s, bytes and dollars an hour."""
+    """One accelerator: FLOP/s, bytes/s, bytes of memory, dollars an hour.
+
+    A run is predicted to take `start_seconds` (compiling, mostly), and for each step
+    `step_seconds` and its model FLOPs at the share `mfu` of the peak.
+    """
 
     name: str
     peak_flops: float
@@ -22,6 +29,8 @@ class Hardware:
     memory: int
     price: float
     mfu: float = 0.4
+    step_seconds: float = 0.0
+    start_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("peak_flops", "bandwidth", "memory"):
@@ -30,15 +39,16 @@ class Hardware:
         require(0 < self.mfu <= 1, f"mfu={self.mfu} must lie in (0, 1]")
         require(self.price >= 0, f"price={self.price} must not be negative")
 
-    def seconds(self, flops: float, devices: int = 1) -> float:
-        """Time for that many model FLOPs at the stated MFU."""
-        return flops / (self.peak_flops * self.mfu * devices)
+    def seconds(self, flops: float, steps: int, devices: int = 1) -> float:
+        """Predicted seconds for a run of that many model FLOPs and steps."""
+        working = flops / (self.peak_flops * self.mfu * devices)
+        return self.start_seconds + steps * self.step_seconds + working
 
 
 HARDWARE = {
     h.name: h
     for h in (
-        Hardware("cpu", 2.0e11, 2.0e10, 16 * GIB, 0.1, mfu=0.2),
+        Hardware("cpu", 2.0e11, 2.0e10, 16 * GIB, 0.1, 0.15, 0.003, 4.0),
         Hardware("v5e", 1.97e14, 8.19e11, 16 * GIB, 1.2),
         Hardware("v5p", 4.59e14, 2.765e12, 95 * GIB, 4.2),
         Hardware("v6e", 9.18e14, 1.64e12, 32 * GIB, 2.7),
@@ -49,19 +59,35 @@ HARDWARE = {
 }
 
 
-def hardware(name: str, mfu: float | None = None, price: float | None = None) -> Hardware:
-    """The named row, with one's own MFU or price; an unknown name is refused with the nearest."""
-    require(
-        name in HARDWARE,
-        f"unknown hardware {name!r}{nearest(name, HARDWARE)}; known: {', '.join(HARDWARE)}",
-    )
+def hardware(name: str) -> Hardware:
+    """The named row; an unknown name is refused with the nearest."""
+    known = ", ".join(HARDWARE)
+    require(name in HARDWARE, f"unknown hardware {name!r}{nearest(name, HARDWARE)}; known: {known}")
+    return HARDWARE[name]
+
+
+def changed(row: Hardware, mfu: float | None = None, price: float | None = None) -> Hardware:
+    """The row with one's own MFU or price in dollars an hour."""
     changes = {k: v for k, v in (("mfu", mfu), ("price", price)) if v is not None}
-    return replace(HARDWARE[name], **changes)
+    return replace(row, **changes)
 
 
-def from_device_kind(kind: str) -> Hardware | None:
+def detected(kind: str) -> Hardware | None:
     """The row for a JAX `device_kind` such as 'TPU v5 lite' or 'NVIDIA H200'; None if unknown."""
     kind = kind.lower()
+    if kind == "cpu":
+        return replace(HARDWARE["cpu"], peak_flops=measured_peak())
     names = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6": "v6e", "a100": "a100"}
-    names |= {"h100": "h100", "h200": "h200", "cpu": "cpu"}
+    names |= {"h100": "h100", "h200": "h200"}
     return next((HARDWARE[name] for part, name in names.items() if part in kind), None)
+
+
+def measured_peak(size: int = 1024, repeats: int = 5) -> float:
+    """fp32 FLOP/s of this machine's CPU: the best of a few square matrix products."""
+    a = np.ones((size, size), np.float32)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

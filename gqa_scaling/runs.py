@@ -156,6 +156,21 @@ class RunDirectory:
                 require(number == len(lines), f"{self.metrics_file} line {number} is damaged")
         return out
 
+    def last_metrics(self, tag: str) -> dict[str, Any]:
+        """The last logged line that holds `tag`, read from the end of the file; {} if none."""
+        if not self.metrics_file.exists():
+            return {}
+        with open(self.metrics_file, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8192))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(json.JSONDecodeError):  # the first and last may be cut
+                values = json.loads(line)
+                if isinstance(values, dict) and tag in values:
+                    return values
+        return {}
+
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run will write again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
@@ -200,6 +215,20 @@ class RunDirectory:
         if self.checkpoints.exists():
             shutil.rmtree(self.checkpoints)
         self.failure_file.unlink(missing_ok=True)
+
+
+def runs_root() -> Path:
+    """Where experiments keep their runs: $GQA_SCALING_RUNS, or ./runs."""
+    return Path(os.environ.get("GQA_SCALING_RUNS", "runs"))
+
+
+def finished_runs(root: Path, experiment: str) -> list[tuple[RunConfig, dict[str, Any]]]:
+    """Config and `result` part of every finished run of an experiment, sorted by directory."""
+    out = []
+    for file in sorted((root / experiment).glob("*/result.json")):
+        directory = RunDirectory(file.parent)
+        out.append((directory.config(), read_json(file)["result"]))
+    return out
 
 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:

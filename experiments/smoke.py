@@ -1,0 +1,49 @@
+"""Which heads for a tiny byte-level model? A demonstration in minutes: make smoke.
+
+gqa-scaling prepare experiments.smoke
+gqa-scaling run experiments.smoke
+gqa-scaling report experiments.smoke
+"""
+
+from gqa_scaling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Question,
+    RunConfig,
+)
+
+QUESTION = Question(contexts=(512, 2048, 8192), baseline=(4, 4), demonstration=True)
+SIZES = ((2, 32, 1e-2), (3, 48, 1e-2), (4, 72, 7e-3), (5, 112, 5e-3))  # L, d, learning rate
+HEADS = ((4, 4), (4, 1), (8, 1), (1, 1))
+
+
+def runs() -> list[RunConfig]:
+    """4 sizes x 4 head configurations (the intervention), and two more seeds of one cell."""
+    cells = [(size, heads, 0) for size in SIZES for heads in HEADS]
+    cells += [(SIZES[1], HEADS[0], seed) for seed in (1, 2)]
+    return [
+        RunConfig(
+            name=f"L{L}-d{d}-h{n_h}-kv{n_kv}" + (f"-seed{seed}" if seed else ""),
+            model=ModelConfig(
+                n_layers=L,
+                d_model=d,
+                n_heads=n_h,  # <- what the study varies
+                n_kv_heads=n_kv,
+                head_dim=16,
+                vocab_size=264,
+                dtype="float32",
+            ),
+            data=DataConfig(corpus="stdlib", tokenizer="bytes"),
+            context_length=128,
+            batch_tokens=1024,
+            tokens=600 * 1024,
+            seed=seed,
+            optimizer=OptimizerConfig(learning_rate=learning_rate),
+            evaluation=EvaluationConfig(tokens=2**17),
+            checkpoint=CheckpointConfig(every_steps=200),
+        )
+        for (L, d, learning_rate), (n_h, n_kv), seed in cells
+    ]

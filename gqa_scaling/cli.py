@@ -1,0 +1,270 @@
+"""The verbs. Nothing heavy is imported until a verb needs it."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gqa_scaling.config import UserError, nearest, require
+
+if TYPE_CHECKING:
+    from gqa_scaling.experiment import Experiment
+    from gqa_scaling.hardware import Hardware
+
+OVERRIDES = """\
+Any field of a run can be changed for the whole grid, after the other arguments:
+  --model.n-layers 4 --optimizer.learning-rate 3e-4 --tokens 1000000 --parallel.remat full
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice" in message:
+            given = message.split("invalid choice: ")[1].split("'")[1]
+            message = f"unknown verb {given!r}{nearest(given, VERBS)}; see {self.prog} --help"
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gqa-scaling",
+        description="Find the grouped-query transformer that reaches a loss at a context length "
+        "for the least cost.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, (_, about, add) in VERBS.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        verb = verbs.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=OVERRIDES,
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        if add is not _add_source:
+            verb.add_argument("experiment", help="module or file, such as experiments.smoke")
+        add(verb)
+        verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend."""
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        if args.root is not None:
+            os.environ["GQA_SCALING_RUNS"] = args.root
+        return VERBS[args.verb][0](args, rest)
+    except UserError as error:
+        print(f"gqa-scaling: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reasons = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+        if error.errno not in reasons:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"gqa-scaling: cannot write{where}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gqa-scaling: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+# ------------------------------------------------------------------------------ experiment
+
+
+def _add_nothing(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    _add_json(parser)
+    parser.add_argument(
+        "--hardware", help="cpu, v5e, v5p, v6e, a100, h100, h200 (default: detected)"
+    )
+    parser.add_argument(
+        "--devices", type=int, help="how many of them (default: those detected, or 1)"
+    )
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s that is reached")
+    parser.add_argument("--price", type=float, help="dollars a device-hour")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", metavar="PATTERN", help="only the runs whose name matches")
+    parser.add_argument("--shard", metavar="i/n", help="only every n-th run, from the i-th")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, help="processes that tokenise (default: all cores)")
+    parser.add_argument("--rebuild", action="store_true", help="replace a store that is there")
+
+
+def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
+    from gqa_scaling.experiment import load_experiment
+
+    experiment = load_experiment(args.experiment, rest)
+    return experiment.select(getattr(args, "only", None), getattr(args, "shard", None))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_table(*parts: Any) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.data import prepare
+
+    experiment = _experiment(args, rest)
+    for data in {run.data.store_path: run.data for run in experiment.runs}.values():
+        store = prepare(data, workers=args.workers, rebuild=args.rebuild)
+        print(
+            f"{store.path}: {store.train_tokens:,} training and {store.heldout_tokens:,} held-out "
+            f"tokens, vocabulary {store.vocab_size:,}, hash {store.hash[:12]}"
+        )
+    return 0
+
+
+def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
+    from gqa_scaling import hardware
+
+    if args.hardware is not None:
+        found, devices = hardware.hardware(args.hardware), 1
+    else:
+        import jax
+
+        kind = jax.devices()[0].device_kind
+        row, devices = hardware.detected(kind), jax.device_count()
+        known = ", ".join(hardware.HARDWARE)
+        require(row is not None, f"unknown device {kind!r}; name one with --hardware ({known})")
+        assert row is not None
+        found = row
+    return hardware.changed(found, args.mfu, args.price), args.devices or devices
+
+
+def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.data import open_store
+    from gqa_scaling.plan import make_plan, plan_summary, plan_table
+
+    experiment = _experiment(args, rest)
+    stores = {run.data.store_path: run.data for run in experiment.runs}
+    prepared = {p: open_store(d).train_tokens for p, d in stores.items() if Path(p).exists()}
+    plan = make_plan(experiment, *_detect(args), prepared)
+    if args.json:
+        _print_json(plan.to_dict())
+    else:
+        _print_table(plan_table(plan), *plan_summary(plan))
+    return 0
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from contextlib import nullcontext
+
+    from gqa_scaling import sweep
+    from gqa_scaling.runs import runs_root
+
+    require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
+    experiment, root = _experiment(args, rest), runs_root()
+    left = sweep.pending(experiment, root)
+    if not left:
+        print(f"{experiment.name}: all {len(experiment.runs)} runs are finished in {root}")
+        return 0
+    workers = min(args.workers, len(left))
+    with nullcontext() if args.quiet else sweep.live_display(experiment, root):
+        if workers > 1:
+            sweep.check(experiment, root)
+            code = sweep.run_workers(_worker_command(args, rest), workers)
+        else:
+            code = sweep.run_sweep(experiment, root, args.retry_failed).exit_code
+    return max(code, sweep.report_end(experiment, root))
+
+
+def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "gqa_scaling", "run", args.experiment, "--quiet"]
+    for flag in ("only", "shard"):
+        if getattr(args, flag) is not None:
+            command += [f"--{flag}", getattr(args, flag)]
+    return command + (["--retry-failed"] if args.retry_failed else []) + list(rest)
+
+
+def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.runs import runs_root
+    from gqa_scaling.status import read_status, status_dict, status_table
+
+    experiment = _experiment(args, rest)
+    rows = read_status(runs_root(), experiment)
+    if args.json:
+        _print_json(status_dict(experiment.name, rows))
+    else:
+        _print_table(status_table(experiment.name, rows))
+    return 0
+
+
+def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.status import learning_rate_table
+
+    experiment = _experiment(args, rest)
+    choices, table = learning_rate_table(experiment)
+    if args.json:
+        _print_json(choices)
+    else:
+        _print_table(table)
+    return 0
+
+
+# ----------------------------------------------------------------------------------- study
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="experiment, CSV file, or chen2025 (published points)")
+    _add_json(parser)
+
+
+def _todo(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    raise UserError("not wired")
+
+
+Verb = tuple[
+    Callable[[argparse.Namespace, Sequence[str]], int],
+    str,
+    Callable[[argparse.ArgumentParser], None],
+]
+VERBS: dict[str, Verb] = {
+    "prepare": (_prepare, "turn the experiment's corpus into tokens", _add_prepare),
+    "plan": (_plan, "say what the experiment will cost, before any spend", _add_plan),
+    "run": (_run, "train what is not finished yet", _add_run),
+    "status": (_status, "say where the experiment stands, from its files", _add_json),
+    "learning-rates": (
+        _learning_rates,
+        "the best learning rate of each size in a sweep",
+        _add_json,
+    ),
+    "fit": (_todo, "fit the loss laws to finished runs", _add_source),
+    "frontier": (_todo, "the cheapest configuration for a loss and a context", _add_source),
+    "report": (_todo, "write the study as one HTML page", _add_source),
+}

@@ -1,0 +1,123 @@
+"""Batch number `step` of a training run, and the stream that a model is judged on.
+
+There is one global stream of chunks, and the state of the data is the global step alone: every
+process may read the rows and the time slices of a batch that its own devices hold, so nothing
+changes with the number of processes, and at long context no process needs a whole sequence.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from gqa_scaling.config import require
+from gqa_scaling.data.store import TokenStore
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training split of `store`, cut into chunks, shuffled anew in each epoch.
+
+    Chunk i is the `context_length` + 1 tokens from i x `context_length` on: neighbours share one
+    token, so that each token is a target once in an epoch. The last short chunk is dropped. The
+    order of the chunks depends on `seed` only, not on `batch_size`.
+    """
+
+    store: TokenStore
+    context_length: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        name, tokens = self.store.name, self.store.train_tokens
+        require(
+            self.chunks_per_epoch > 0,
+            f"context_length={self.context_length} is too long for the {tokens:,} training tokens of "
+            f"{name}, which must hold one more than that: shorten it or choose a larger corpus",
+        )
+        require(
+            self.chunks_per_epoch >= self.batch_size,
+            f"a batch of {self.batch_size} sequences must not exceed the {self.chunks_per_epoch} that "
+            f"the {tokens:,} training tokens of {name} hold at context_length={self.context_length}: "
+            "choose a smaller batch or a larger corpus",
+        )
+
+    @property
+    def chunks_per_epoch(self) -> int:
+        return max(self.store.train_tokens - 1, 0) // self.context_length
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        """Element `step` holds the chunk numbers of batch `step`; it has no end."""
+        # Epoch e is shuffled by seed + e, so neighbouring seeds are first hashed apart.
+        seed = int.from_bytes(hashlib.sha256(f"shuffle {self.seed}".encode()).digest()[:4])
+        chunks = grain.MapDataset.range(self.chunks_per_epoch)
+        return chunks.shuffle(seed).repeat().batch(self.batch_size)
+
+    def batch(self, step: int, rows: slice = ALL, time: slice = ALL) -> np.ndarray:
+        """The tokens of batch `step`, int32 [rows, time + 1].
+
+        `rows` selects among the `batch_size` sequences and `time` among the `context_length`
+        positions. One token follows the last position: `[:, :-1]` are the inputs at `time` and
+        `[:, 1:]` their targets.
+        """
+        return self._read(self._order[step], rows, time)
+
+    def iterate(
+        self, start_step: int = 0, rows: slice = ALL, time: slice = ALL, prefetch: int = 4
+    ) -> Iterator[np.ndarray]:
+        """`batch(start_step)`, `batch(start_step + 1)`, ... without end, read ahead by threads."""
+        batches = self._order[start_step:].map(lambda chunks: self._read(chunks, rows, time))
+        options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+        return iter(batches.to_iter_dataset(options))
+
+    def _read(self, chunks: np.ndarray, rows: slice, time: slice) -> np.ndarray:
+        start, stop, stride = time.indices(self.context_length)
+        if stride != 1 or start >= stop:
+            raise IndexError(f"time={time} must be a contiguous, non-empty slice of the positions")
+        chunks = chunks[rows]
+        out = np.empty((len(chunks), stop - start + 1), np.int32)
+        for row, chunk in enumerate(chunks):
+            first = int(chunk) * self.context_length
+            out[row] = self.store.tokens("train", first + start, first + stop + 1)
+        return out
+
+
+def heldout_chunks(
+    store: TokenStore, context_length: int, tokens: int, multiple_of: int
+) -> np.ndarray:
+    """The evaluation stream as overlapping chunks, int32 [n, context_length + 1], read-only.
+
+    The stream is the beginning of the held-out split: at most `tokens` targets, trimmed to a
+    multiple of `multiple_of`, and one token before them. Chunks overlap by one token, so every
+    token after the first is a target exactly once, whatever the context length. Raises UserError
+    when the split is too short.
+    """
+    require(
+        multiple_of % context_length == 0,
+        f"multiple_of={multiple_of} must be a multiple of context_length={context_length}",
+    )
+    stream = _evaluation_stream(store, tokens, multiple_of)
+    windows = np.lib.stride_tricks.sliding_window_view(stream, context_length + 1)
+    return windows[::context_length]
+
+
+def evaluation_hash(store: TokenStore, tokens: int, multiple_of: int) -> str:
+    """sha256 over the tokens of the evaluation stream: equal hashes mean the same targets."""
+    return hashlib.sha256(_evaluation_stream(store, tokens, multiple_of).tobytes()).hexdigest()
+
+
+def _evaluation_stream(store: TokenStore, tokens: int, multiple_of: int) -> np.ndarray:
+    targets = min(tokens, store.heldout_tokens - 1) // multiple_of * multiple_of
+    require(
+        targets > 0,
+        f"the evaluation stream must hold {multiple_of} targets, the longest context of the "
+        f"experiment, but the held-out split of {store.name} has {store.heldout_tokens:,} tokens and "
+        f"evaluation.tokens={tokens}: raise heldout_fraction or choose a larger corpus",
+    )
+    return store.tokens("heldout", 0, targets + 1).astype("<i4")

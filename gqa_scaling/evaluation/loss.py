@@ -1,0 +1,61 @@
+"""Held-out loss: mean next-token cross-entropy in nats, and bits per byte."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gqa_scaling.config import RunConfig
+from gqa_scaling.data import TokenStore
+from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
+from gqa_scaling.model.loss import per_position_nll
+from gqa_scaling.parallel import shard_batch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss on the evaluation stream, whose hash tells which targets these were."""
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+    hash: str
+    context_length: int
+
+
+def evaluator(
+    run: RunConfig, graph: nnx.GraphDef, store: TokenStore, mesh: jax.sharding.Mesh
+) -> Callable[[Any], Evaluation]:
+    """A function from parameters to the loss on the run's evaluation stream, compiled once.
+
+    Each target counts once. Batches hold `batch_tokens` tokens, the last one filled up with a
+    repeated row that is not counted. Sums are taken on the host in float64, in order.
+    """
+    longest = run.evaluation_context
+    chunks = heldout_chunks(store, run.context_length, run.evaluation.tokens, longest)
+    stream = evaluation_hash(store, run.evaluation.tokens, longest)
+    rows, targets = run.batch_size, len(chunks) * run.context_length
+
+    @jax.jit
+    def nll(parameters: Any, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, parameters)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        return per_position_nll(model, inputs, labels, attention=run.parallel.attention).sum(1)
+
+    def evaluate(parameters: Any) -> Evaluation:
+        total = 0.0
+        for start in range(0, len(chunks), rows):
+            batch = np.asarray(chunks[start : start + rows])
+            real = len(batch)
+            batch = np.concatenate([batch, np.repeat(batch[-1:], rows - real, axis=0)])
+            sums = nll(parameters, shard_batch(batch, mesh))
+            total += float(np.asarray(sums, np.float64)[:real].sum())
+        loss = total / targets
+        bits = loss / math.log(2) / store.heldout_bytes_per_token
+        return Evaluation(loss, bits, targets, stream, run.context_length)
+
+    return evaluate

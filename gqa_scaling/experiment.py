@@ -1,0 +1,163 @@
+"""An experiment: a Python module with `runs()`, found by name or path, changed by overrides."""
+
+import contextlib
+import fnmatch
+import importlib
+import importlib.util
+import io
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gqa_scaling.config import Question, RunConfig, UserError, nearest, require
+from gqa_scaling.grid import unique
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named list of runs and the question they are to answer."""
+
+    name: str
+    runs: tuple[RunConfig, ...]
+    question: Question
+    about: str
+
+    def select(self, only: str | None = None, shard: str | None = None) -> "Experiment":
+        """The runs whose name matches the pattern `only`, and of those every n-th from i (i/n)."""
+        runs = self.runs
+        if only is not None:
+            runs = tuple(r for r in runs if fnmatch.fnmatch(r.name, only) or only in r.name)
+            names = ", ".join(r.name for r in self.runs[:4])
+            require(
+                bool(runs), f"--only {only!r} matches none of {len(self.runs)} runs ({names}, ...)"
+            )
+        if shard is not None:
+            i, _, n = shard.partition("/")
+            valid = i.isdigit() and n.isdigit() and 0 <= int(i) < int(n)
+            require(valid, f"--shard {shard!r} must be i/n with 0 <= i < n, such as 0/4")
+            runs = runs[int(i) :: int(n)]
+        return replace(self, runs=runs)
+
+
+def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment named by a module (experiments.smoke) or a file path (experiments/smoke.py).
+
+    The working directory is on the path. `overrides` are pairs such as --model.n-layers 4 and
+    change every run. Raises UserError for an unknown experiment, field or value.
+    """
+    module = _import(spec)
+    require(hasattr(module, "runs"), f"{spec} is no experiment: it defines no runs()")
+    changes = parse_overrides(overrides)
+    runs = unique(apply_overrides(run, changes) for run in module.runs())
+    require(bool(runs), f"{spec}: runs() is empty")
+    question = getattr(module, "QUESTION", Question())
+    about = (module.__doc__ or "").strip().split("\n")[0]
+    return Experiment(module.__name__.rpartition(".")[2], tuple(runs), question, about)
+
+
+def _import(spec: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    if spec.endswith(".py"):
+        path = Path(spec)
+        require(
+            path.is_file(), f"unknown experiment {spec!r}: no such file{_experiments_hint(spec)}"
+        )
+        loaded = importlib.util.spec_from_file_location(path.stem, path)
+        assert loaded is not None
+        assert loaded.loader is not None
+        module = importlib.util.module_from_spec(loaded)
+        loaded.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(spec)
+    except ModuleNotFoundError as error:
+        parts = spec.split(".")
+        parents = {".".join(parts[: k + 1]) for k in range(len(parts))}
+        if error.name not in parents:
+            raise  # the experiment itself imports something that is missing
+        raise UserError(f"unknown experiment {spec!r}{_experiments_hint(spec)}") from None
+
+
+def _experiments_hint(spec: str) -> str:
+    known = [f"experiments.{p.stem}" for p in sorted(Path("experiments").glob("*.py"))]
+    if not known:
+        return "; there is no folder experiments/ here"
+    name = spec.removesuffix(".py").replace("/", ".")
+    return nearest(name, known) or f"; known: {', '.join(known)}"
+
+
+# ------------------------------------------------------------------------------- overrides
+
+
+def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    hints, out = typing.get_type_hints(cls), {}
+    for f in fields(cls):
+        hint = hints[f.name]
+        inner = is_dataclass(hint)
+        out |= _field_types(hint, f"{prefix}{f.name}.") if inner else {prefix + f.name: hint}
+    return out
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """{"model.n_layers": 4} from ["--model.n-layers", "4"]; values are read by tyro."""
+    known, out = _field_types(RunConfig), {}
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        require(
+            flag.startswith("--"), f"unexpected argument {flag!r}: overrides look like --seed 1"
+        )
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        require(name in known, f"unknown field {flag}{_flag_hint(name, known)}")
+        if not equals:
+            require(bool(rest), f"{flag} needs a value")
+            value = rest.pop(0)
+        out[name] = _parse_value(flag, known[name], value)
+    return out
+
+
+def _flag_hint(name: str, known: dict[str, Any]) -> str:
+    by_leaf = {k.rpartition(".")[2]: k for k in known}
+    found = nearest(name, known) or nearest(name.rpartition(".")[2], by_leaf)
+    if not found:
+        return "; see --help for the fields"
+    guess = found.removeprefix(" (did you mean ").removesuffix("?)")
+    return f" (did you mean --{by_leaf.get(guess, guess).replace('_', '-')}?)"
+
+
+def _parse_value(flag: str, hint: Any, value: str) -> Any:
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(hint, args=[value])
+    except SystemExit:
+        if typing.get_origin(hint) is typing.Literal:
+            choices = ", ".join(typing.get_args(hint))
+            raise UserError(f"{flag}={value!r} must be one of {choices}") from None
+        name = getattr(hint, "__name__", str(hint))
+        raise UserError(f"{flag}={value!r} must be of type {name}") from None
+
+
+def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """The run with fields replaced; setting one token budget clears the other."""
+    data = run.to_dict()
+    if "tokens" in changes and "tokens_per_param" not in changes:
+        data["tokens_per_param"] = None
+    if "tokens_per_param" in changes and "tokens" not in changes:
+        data["tokens"] = None
+    for name, value in changes.items():
+        *parents, leaf = name.split(".")
+        table = data
+        for parent in parents:
+            table = table[parent]
+        table[leaf] = value
+    return RunConfig.from_dict(data) if changes else run

@@ -1,0 +1,173 @@
+"""A Llama-style transformer with grouped-query attention (Chen et al. 2025, section 3).
+
+Pre-norm RMSNorm, RoPE, SwiGLU, no biases, no dropout. Array names end in their axes: B batch,
+T and S query and key positions, D hidden, K KV heads, G query heads per KV head, H head size,
+F FFN, V vocabulary, L layers. All layers lie in one stack of parameters, scanned over, so
+that compile time does not grow with depth.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqa_scaling.config import ModelConfig
+from gqa_scaling.model.attention import attend
+from gqa_scaling.parallel import constrain
+
+
+def create(config: ModelConfig, seed: int) -> "Transformer":
+    """A freshly initialised model, parameters in float32; equal seeds give equal bits on any mesh."""
+    return nnx.merge(*_create(config, seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _create(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(Transformer(config, nnx.Rngs(jax.random.key(seed))))
+
+
+def _normal(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+    """A parameter from a normal distribution cut at two deviations, then rescaled to `std`."""
+    x = jax.random.truncated_normal(rngs(), -2, 2, shape) * (std / 0.87962566)
+    return nnx.Param(x, out_sharding=axes, eager_sharding=False)
+
+
+def _ones(shape: tuple[int, ...], *axes: str) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape), out_sharding=axes, eager_sharding=False)
+
+
+class Layers(nnx.Module):
+    """The parameters of all layers stacked along a first axis L; called as one of them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        L, D, F = config.n_layers, config.d_model, config.ffn_dim
+        K, G, H = config.n_kv_heads, config.group_size, config.head_dim
+        heads = ("kv_heads", "group", "head_dim")
+        residual = 1 / math.sqrt(2 * L)
+        normal = functools.partial(_normal, rngs)
+
+        self.attention_norm_D = _ones((L, D), "layers", "embed")
+        self.q_DKGH = normal(D**-0.5, (L, D, K, G, H), "layers", "embed", *heads)
+        self.k_DKH = normal(D**-0.5, (L, D, K, H), "layers", "embed", "kv_heads", "head_dim")
+        self.v_DKH = normal(D**-0.5, (L, D, K, H), "layers", "embed", "kv_heads", "head_dim")
+        self.o_KGHD = normal(
+            residual * (K * G * H) ** -0.5, (L, K, G, H, D), "layers", *heads, "embed"
+        )
+        self.q_norm_H = _ones((L, H), "layers", "head_dim") if config.qk_norm else None
+        self.k_norm_H = _ones((L, H), "layers", "head_dim") if config.qk_norm else None
+        self.ffn_norm_D = _ones((L, D), "layers", "embed")
+        self.gate_DF = normal(D**-0.5, (L, D, F), "layers", "embed", "mlp")
+        self.up_DF = normal(D**-0.5, (L, D, F), "layers", "embed", "mlp")
+        self.down_FD = normal(residual * F**-0.5, (L, F, D), "layers", "mlp", "embed")
+        self.eps = config.norm_eps
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attention: str
+    ) -> jax.Array:
+        """One layer on the residual stream; the layer axis L must have been sliced away."""
+        q, k, v = self.qkv(rms_norm(x_BTD, self.attention_norm_D, self.eps), rope)
+        x_BTD += self.out(attend(q, k, v, implementation=attention))
+        x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D, self.eps))
+        return constrain(x_BTD, "batch", "time", None)
+
+    def qkv(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q_BTKGH, k_BSKH and v_BSKH of normalised inputs, q and k turned by `rope`."""
+        dtype = x_BTD.dtype
+        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH.astype(dtype))
+        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.k_DKH.astype(dtype))
+        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.v_DKH.astype(dtype))
+        if self.q_norm_H is not None:
+            q_BTKGH = rms_norm(q_BTKGH, self.q_norm_H, self.eps)
+            k_BSKH = rms_norm(k_BSKH, self.k_norm_H, self.eps)
+        return rotate(q_BTKGH, *rope), rotate(k_BSKH, *rope), v_BSKH
+
+    def out(self, o_BTKGH: jax.Array) -> jax.Array:
+        return jnp.einsum("BTKGH,KGHD->BTD", o_BTKGH, self.o_KGHD.astype(o_BTKGH.dtype))
+
+    def ffn(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = x_BTD.dtype
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate_DF.astype(dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up_DF.astype(dtype))
+        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD.astype(dtype))
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states; `logits` takes them to the vocabulary."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        V, D = config.vocab_size, config.d_model
+        self.config = config
+        self.layers = Layers(config, rngs)
+        self.embedding_VD = _normal(rngs, D**-0.5, (V, D), "vocab", "embed")
+        self.final_norm_D = _ones((D,), "embed")
+        tied = config.tie_embeddings
+        self.output_VD = None if tied else _normal(rngs, D**-0.5, (V, D), "vocab", "embed")
+
+    def __call__(
+        self, tokens_BT: jax.Array, *, remat: str = "none", attention: str = "auto"
+    ) -> jax.Array:
+        """Hidden states after the final norm, (B, T, D), in the compute dtype.
+
+        `remat` says what the backward pass recomputes (see `ParallelConfig`), `attention` is
+        the implementation that `attend` takes.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        # Looking up rows of a table split along D makes the partitioner replicate the result.
+        table_VD = constrain(self.embedding_VD.astype(dtype), "vocab", None)
+        x_BTD = constrain(table_VD[tokens_BT], "batch", "time", None)
+        rope = rope_tables(jnp.arange(tokens_BT.shape[1]), config.head_dim, config.rope_theta)
+        graphdef, stack = nnx.split(self.layers)
+
+        def layer(x_BTD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, params)(x_BTD, rope, attention), None
+
+        x_BTD, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTD, stack)
+        return rms_norm(x_BTD, self.final_norm_D, config.norm_eps)
+
+    def output_table(self) -> jax.Array:
+        """The (V, D) matrix that takes hidden states to logits, in float32."""
+        return (self.embedding_VD if self.output_VD is None else self.output_VD)[...]
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits of hidden states, (B, T, V), in float32."""
+        return jnp.einsum(
+            "BTD,VD->BTV",
+            hidden_BTD,
+            self.output_table().astype(hidden_BTD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _rematerialised(layer, remat: str):
+    if remat == "none":
+        return layer
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x` over its root mean square along the last axis, times `scale`, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    norm = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * norm * scale).astype(x.dtype)
+
+
+def rope_tables(
+    positions_T: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every angle, (T, H/2) in float32: pair i turns by t theta^(-2i/H)."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions_T.astype(jnp.float32)[:, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """RoPE on (B, T, ..., H): element i is paired with i + H/2 (the rotate-half convention)."""
+    shape = (cos.shape[0],) + (1,) * (x.ndim - 3) + (cos.shape[1],)
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

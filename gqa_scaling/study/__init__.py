@@ -1,0 +1,1 @@
+"""Many runs -> a decision. No jax here."""

@@ -1,0 +1,470 @@
+"""The cost-optimal configuration for a target loss and a context length, and how sure it is.
+
+For every head configuration H the law is inverted to N*(H), a real-valued (L, d) follows from the
+study's own ladder, and the costs from `costs` (Chen et al. 2025, section 4.1, step 3). Repeating
+this over the bootstrap draws, all configurations sharing each draw, gives the probability that a
+configuration is the cheapest and what choosing it would cost on average.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import numpy as np
+
+from gqa_scaling.config import ModelConfig, Question, require
+from gqa_scaling.costs import (
+    HardwareCost,
+    inference_flops,
+    inference_memory,
+    kv_cache_values,
+    n_exact,
+    n_formula,
+    parameters,
+)
+from gqa_scaling.ladder import nearest_buildable
+from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
+from gqa_scaling.study.results import Heads, Results
+
+Objective = Literal["z", "memory", "flops"]
+OBJECTIVES: tuple[Objective, ...] = ("z", "memory", "flops")
+CACHE_BYTES = 2  # of a value in bf16, weights and KV cache alike
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Memory in values, FLOPs in the named convention, Z; each split by what context changes."""
+
+    memory: Any
+    flops: Any
+    z: Any
+    memory_fixed: Any
+    flops_fixed: Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be built, nearest to a real-valued N*.
+
+    `n` is counted as the fit counts, `loss` is the fitted curve there, in nats, with its
+    interval; `parameters` is the whole built model. Memory is in values and, at two bytes a
+    value, in bytes for the weights (embedding included) and one sequence's KV cache.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n: float
+    n_exact: int
+    parameters: int
+    loss: float
+    loss_interval: Interval
+    memory: float
+    flops: float
+    z: float
+    weight_bytes: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One configuration at one (loss, context).
+
+    `cost` is the objective, `excess` how much dearer than the cheapest (0.02 is 2%), `regret` the
+    expected excess over the draws, `probability` that of being cheapest, `unreachable` the share
+    of draws in which no N reaches the loss. Savings are 1 - cost / baseline's, of memory, FLOPs
+    and Z, with intervals over the draws.
+    """
+
+    heads: Heads
+    n: float
+    n_interval: Interval
+    n_layers: float
+    d_model: float
+    memory: float
+    memory_fixed: float
+    flops: float
+    flops_fixed: float
+    z: float
+    cost: float
+    excess: float
+    probability: float
+    regret: float
+    unreachable: float
+    extrapolated: bool
+    saving: dict[str, float]
+    saving_interval: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All configurations for one target loss (nats) and context (tokens), cheapest first.
+
+    `tied` are those needed to hold 90% of the probability of being cheapest; `margin` is how much
+    dearer the runner-up is.
+    """
+
+    loss: float
+    context: int
+    choices: tuple[Choice, ...]
+    tied: tuple[Heads, ...]
+    margin: float
+    model: Model | None
+
+    @property
+    def best(self) -> Choice:
+        return self.choices[0]
+
+    def choice(self, heads: Heads) -> Choice:
+        return next(c for c in self.choices if c.heads == heads)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The answers to a question, losses in the order given, contexts within each."""
+
+    source: str
+    count: str
+    question: Question
+    objective: Objective
+    baseline: Heads
+    losses: tuple[float, ...]
+    answers: tuple[Answer, ...]
+    intervals: str
+    flags: tuple[str, ...]
+
+    def at(self, loss: float, context: int) -> Answer:
+        return next(a for a in self.answers if a.loss == loss and a.context == context)
+
+    def to_dict(self) -> dict[str, Any]:
+        import dataclasses
+
+        out = dataclasses.asdict(self)
+        out["units"] = units(self.question)
+        for answer, whole in zip(out["answers"], self.answers, strict=True):
+            answer["best"] = whole.best.heads
+        return plain(out)
+
+
+def units(question: Question) -> dict[str, str]:
+    """The unit of every kind of number in a frontier."""
+    flops = {
+        "per_token": "FLOPs of one token at the context, per_token: 2 N + 4 T L d_h n_h",
+        "per_sequence": "FLOPs as plotted by the paper, per_sequence: T (N + 2 T L d_h n_h)",
+    }[question.convention]
+    q = question
+    return {
+        "loss": "nats per token",
+        "context": "tokens",
+        "n": "parameters without embeddings",
+        "memory": "values: N + 2 T L d_h n_kv",
+        "flops": flops,
+        "z": f"{q.weight:g} memory^{q.memory_power:.3g} + {1 - q.weight:.3g} flops^{q.compute_power:.3g}",
+        "bytes": f"{CACHE_BYTES} bytes a value",
+        "saving": "1 - cost / baseline's cost",
+    }
+
+
+# -------------------------------------------------------------------------------------- shapes
+
+
+def shapes(
+    n: np.ndarray, heads: Heads, head_dim: int, ladder: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ladder.interpolate` for an array of N at once: real-valued (L, d), inf where N is."""
+    sizes = np.array(sorted((n_formula(L, d, *heads, head_dim), d / L) for L, d in ladder))
+    n = np.asarray(n, float)
+    finite = np.where(np.isfinite(n), n, 1.0)
+    ratio = np.interp(finite, sizes[:, 0], sizes[:, 1])
+    cubic, square = 8 * ratio**2, 2 * ratio * head_dim * sum(heads)
+    layers = (finite / cubic) ** (1 / 3)  # above the root: Newton falls onto it monotonically
+    for _ in range(60):
+        value = cubic * layers**3 + square * layers**2 - finite
+        step = value / (3 * cubic * layers**2 + 2 * square * layers)
+        layers = layers - step
+        if np.all(np.abs(step) <= 1e-14 * layers):
+            break
+    layers = np.where(np.isfinite(n), layers, np.inf)
+    return layers, ratio * layers
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What turns the fit's N into shapes: the study's ladder, head size and way of counting.
+
+    `formula` is the ratio of `n_formula` to the fit's own count, by ln N, from the runs: 1 for
+    published points, a little less for built models, whose FFN is rounded up.
+    """
+
+    ladder: tuple[tuple[int, int], ...]
+    head_dim: int
+    vocab_size: int
+    log_n: np.ndarray
+    formula: np.ndarray
+    count: str
+
+    def to_formula(self, n: np.ndarray | float) -> np.ndarray:
+        finite = np.where(np.isfinite(n), n, 1.0)
+        return n * np.interp(np.log(finite), self.log_n, self.formula)
+
+
+def _scale(results: Results) -> _Scale:
+    r = results
+    dims = sorted(set(r.head_dim.tolist()))
+    require(
+        len(dims) == 1,
+        f"{r.source}: the runs mix head sizes {', '.join(map(str, dims))}; a configuration would "
+        "not say what it costs: fit one head size at a time",
+    )
+    order = np.argsort(r.n_params)
+    n = r.n_params[order]
+    formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order] / n
+    known = r.n_layers[order] > 0
+    if not known.all():
+        n, formula = np.array([1.0]), np.array([1.0])
+    vocab = int(r.vocab_size[0]) or 50304
+    return _Scale(r.ladder, dims[0], vocab, np.log(n), formula, r.count)
+
+
+def costs_at(
+    n: np.ndarray, heads: Heads, context: int, question: Question, scale: _Scale
+) -> tuple[Costs, np.ndarray, np.ndarray]:
+    """Costs at N*, and the (L, d) they were taken at; infinite where N* is."""
+    n = np.asarray(n, float)
+    layers, width = shapes(scale.to_formula(n), heads, scale.head_dim, scale.ladder)
+    memory = inference_memory(n, context, layers, scale.head_dim, heads[1])
+    flops = inference_flops(n, context, layers, scale.head_dim, heads[0], question.convention)
+    fixed = inference_flops(n, context, 0, scale.head_dim, heads[0], question.convention)
+    z = HardwareCost(question.weight, question.memory_power, question.compute_power)
+    return Costs(memory, flops, z(memory, flops), n, fixed), layers, width
+
+
+# ------------------------------------------------------------------------------------ the answer
+
+
+def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
+    """A few round losses inside the range that every configuration's curve covers.
+
+    Raises UserError when there is none: the curves of these configurations do not overlap.
+    """
+    ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in range(len(fit.heads))]
+    high, low = min(e.max() for e in ends), max(e.min() for e in ends)
+    require(
+        low < high,
+        f"{fit.source}: no loss lies on every configuration's curve (the best of one is "
+        f"{low:.3f} nats, the worst of another {high:.3f}); name target losses",
+    )
+    for digits in itertools.count(1):
+        step = 10.0**-digits
+        inside = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+        if len(inside) >= most:
+            chosen = inside[np.linspace(0, len(inside) - 1, most).round().astype(int)]
+            return tuple(round(float(v), digits) for v in chosen[::-1])
+    raise AssertionError
+
+
+def default_baseline(heads: Sequence[Heads]) -> Heads:
+    """The most query heads with as many KV heads; the most KV heads where none has as many."""
+    return max(heads, key=lambda h: (h[0] == h[1], h))
+
+
+def frontier(
+    fit: Fit, results: Results, question: Question | None = None, objective: Objective = "z"
+) -> Frontier:
+    """Rank every configuration for each target loss and context of the question.
+
+    `results` are the runs behind the fit: their ladder, head size and vocabulary make shapes of
+    N*. Raises UserError for a baseline or an objective that is not there.
+    """
+    q = question or Question()
+    require(objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}")
+    scale = _scale(results)
+    losses = q.losses or target_losses(fit)
+    baseline = tuple(q.baseline) if q.baseline else default_baseline(fit.heads)
+    fit.index(baseline)
+    answers = tuple(
+        _answer(fit, scale, q, loss, context, objective, baseline)
+        for loss in losses
+        for context in q.contexts
+    )
+    return Frontier(
+        source=fit.source,
+        count=fit.count,
+        question=q,
+        objective=objective,
+        baseline=baseline,
+        losses=tuple(losses),
+        answers=answers,
+        intervals=fit.how,
+        flags=(*fit.flags, *_flags(answers, results)),
+    )
+
+
+def _answer(
+    fit: Fit,
+    scale: _Scale,
+    q: Question,
+    loss: float,
+    context: int,
+    objective: Objective,
+    baseline: Heads,
+) -> Answer:
+    n, n_draws = fit.curves.n_star(loss), fit.draws.n_star(loss)
+    point, draw, shape = [], [], []
+    for k, heads in enumerate(fit.heads):
+        costs, layers, width = costs_at(n[k], heads, context, q, scale)
+        point.append(costs)
+        shape.append((float(layers), float(width)))
+        draw.append(costs_at(n_draws[:, k], heads, context, q, scale)[0])
+    cost = np.array([getattr(c, objective) for c in point], float)
+    draws = np.stack([getattr(c, objective) for c in draw], axis=1)
+    probability, regret = decide(draws)
+    least = cost.min()
+    base = fit.index(baseline)
+    choices = []
+    for k, heads in enumerate(fit.heads):
+        low, high = fit.points.range_n(k)
+        kinds = OBJECTIVES
+        saving = {m: _saving(getattr(point[k], m), getattr(point[base], m)) for m in kinds}
+        over = {m: _saving(getattr(draw[k], m), getattr(draw[base], m)) for m in kinds}
+        choices.append(
+            Choice(
+                heads=heads,
+                n=float(n[k]),
+                n_interval=interval(n_draws[:, k]),
+                n_layers=shape[k][0],
+                d_model=shape[k][1],
+                memory=float(point[k].memory),
+                memory_fixed=float(point[k].memory_fixed),
+                flops=float(point[k].flops),
+                flops_fixed=float(point[k].flops_fixed),
+                z=float(point[k].z),
+                cost=float(cost[k]),
+                excess=float(cost[k] / least - 1) if np.isfinite(cost[k]) else math.inf,
+                probability=float(probability[k]),
+                regret=float(regret[k]),
+                unreachable=float(np.isinf(n_draws[:, k]).mean()),
+                extrapolated=not low <= n[k] <= high,
+                saving={m: float(v) for m, v in saving.items()},
+                saving_interval={m: _finite_interval(v) for m, v in over.items()},
+            )
+        )
+    choices.sort(key=lambda c: (c.cost, -c.probability, c.heads))
+    best = choices[0]
+    model = build(fit, scale, q, best, context) if np.isfinite(best.n) else None
+    return Answer(
+        loss=float(loss),
+        context=context,
+        choices=tuple(choices),
+        tied=tied(choices),
+        margin=choices[1].excess if len(choices) > 1 else math.inf,
+        model=model,
+    )
+
+
+def _saving(cost: Any, baseline: Any) -> Any:
+    with np.errstate(invalid="ignore"):
+        return 1 - np.divide(cost, baseline)
+
+
+def _finite_interval(draws: np.ndarray) -> Interval:
+    kept = draws[~np.isnan(draws)]
+    return interval(kept) if len(kept) else (math.nan, math.nan)
+
+
+def decide(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of being cheapest and expected regret, from costs (draws, configurations).
+
+    Draws in which nothing reaches the loss say nothing and are left out; a configuration that
+    misses it in some draw has its regret taken over the others.
+    """
+    least = draws.min(1)
+    kept = np.isfinite(least)
+    if not kept.any():
+        return np.zeros(draws.shape[1]), np.full(draws.shape[1], math.nan)
+    draws, least = draws[kept], least[kept]
+    probability = np.bincount(draws.argmin(1), minlength=draws.shape[1]) / len(draws)
+    excess = draws / least[:, None] - 1
+    finite = np.isfinite(excess)
+    counted = finite.sum(0)
+    total = np.where(finite, excess, 0.0).sum(0)
+    return probability, np.where(counted, total / np.maximum(counted, 1), math.nan)
+
+
+def tied(choices: Sequence[Choice], level: float = LEVEL) -> tuple[Heads, ...]:
+    """The fewest configurations that hold `level` of the probability, most probable first."""
+    out, held = [], 0.0
+    for choice in sorted(choices, key=lambda c: -c.probability):
+        if held >= level - 1e-12 or not choice.probability:
+            break
+        out.append(choice.heads)
+        held += choice.probability
+    return tuple(out)
+
+
+def build(fit: Fit, scale: _Scale, q: Question, choice: Choice, context: int) -> Model:
+    """The nearest model one can build to a choice's N*, what it would reach and cost."""
+    heads = choice.heads
+    multiple = max(8, min(64, reduce(math.gcd, (d for _, d in scale.ladder))))
+    wanted = float(scale.to_formula(choice.n))
+    shape = nearest_buildable(wanted, *heads, scale.head_dim, scale.ladder, multiple)
+    layers, width = int(shape.n_layers), int(shape.d_model)
+    config = ModelConfig(
+        layers, width, *heads, head_dim=scale.head_dim, vocab_size=scale.vocab_size
+    )
+    formula = n_formula(layers, width, *heads, scale.head_dim)
+    n = {
+        "n_exact": float(n_exact(config)),
+        "n_formula": float(formula),
+        "n_given": formula * choice.n / wanted,
+    }[scale.count]
+    k = fit.index(heads)
+    memory = inference_memory(n, context, layers, scale.head_dim, heads[1])
+    flops = inference_flops(n, context, layers, scale.head_dim, heads[0], q.convention)
+    cache = kv_cache_values(context, layers, scale.head_dim, heads[1])
+    return Model(
+        n_layers=layers,
+        d_model=width,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        head_dim=scale.head_dim,
+        vocab_size=scale.vocab_size,
+        n=n,
+        n_exact=n_exact(config),
+        parameters=parameters(config).total,
+        loss=float(fit.curves.loss(k, n)),
+        loss_interval=interval(fit.draws.loss(k, n)),
+        memory=memory,
+        flops=flops,
+        z=float(HardwareCost(q.weight, q.memory_power, q.compute_power)(memory, flops)),
+        weight_bytes=CACHE_BYTES * parameters(config).total,
+        cache_bytes=CACHE_BYTES * cache,
+    )
+
+
+def _flags(answers: Sequence[Answer], results: Results) -> list[str]:
+    out = []
+    where = [f"{a.loss:g} at {a.context:,}" for a in answers if a.best.extrapolated]
+    if where:
+        out.append(
+            f"the best configuration's N* lies outside its fitted sizes for {len(where)} of "
+            f"{len(answers)} answers (marked ~): {'; '.join(where[:3])}{' ...' if len(where) > 3 else ''}"
+        )
+    lost = [f"{a.loss:g}" for a in answers if not np.isfinite(a.best.n)]
+    if lost:
+        out.append(f"no configuration reaches {', '.join(dict.fromkeys(lost))} nats at any size")
+    open_ended = [a for a in answers if len(a.tied) > 1]
+    if open_ended:
+        out.append(
+            f"the noise cannot separate the best configuration in {len(open_ended)} of "
+            f"{len(answers)} answers: they are printed as tied"
+        )
+    if not results.n_layers.all():
+        out.append("the data has no layer counts: shapes follow the published ladder")
+    return out

@@ -1,0 +1,356 @@
+"""Finished runs as one table of plain columns: ours, somebody else's CSV, or the published ones.
+
+Whatever cannot be compared is refused here, so that a fit never mixes two evaluations, corpora,
+vocabularies or ways to count parameters.
+"""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gqa_scaling.config import RunConfig, UserError, require
+from gqa_scaling.costs import n_formula
+from gqa_scaling.ladder import PUBLISHED_LADDER
+from gqa_scaling.runs import run_directory
+
+Count = Literal["n_exact", "n_formula", "n_given"]
+MAX_EPOCHS = 4.0
+Heads = tuple[int, int]  # (n_heads, n_kv_heads)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One row per finished run; every column has the same length.
+
+    `n_params` are non-embedding parameters counted as `count` says: n_exact (the built model),
+    n_formula (8 L d^2 + 2 L d d_h (n_h + n_kv)) or n_given (the file's own). `loss` is in nats,
+    `tokens` are training tokens (NaN when unknown), 0 stands for unknown layers and sizes, "" for
+    unknown hashes. `missing` names runs that were asked for and have no result.
+    """
+
+    source: str
+    count: Count
+    name: np.ndarray
+    n_heads: np.ndarray
+    n_kv_heads: np.ndarray
+    head_dim: np.ndarray
+    n_layers: np.ndarray
+    d_model: np.ndarray
+    n_params: np.ndarray
+    context_length: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    seed: np.ndarray
+    learning_rate: np.ndarray
+    epochs: np.ndarray
+    evaluation: np.ndarray
+    vocab_size: np.ndarray
+    tokenizer: np.ndarray
+    corpus: np.ndarray
+    missing: tuple[str, ...] = ()
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def heads(self) -> list[Heads]:
+        """(n_heads, n_kv_heads) of every run."""
+        return [(int(h), int(k)) for h, k in zip(self.n_heads, self.n_kv_heads, strict=True)]
+
+    @property
+    def ladder(self) -> tuple[tuple[int, int], ...]:
+        """The runs' own sizes (L, d); the published ladder when the data has no shapes."""
+        sizes = set(zip(self.n_layers.tolist(), self.d_model.tolist(), strict=True)) - {(0, 0)}
+        return tuple(sorted(sizes, key=lambda s: s[0] * s[1] ** 2)) or PUBLISHED_LADDER
+
+    def select(self, keep: np.ndarray) -> "Results":
+        """The rows where `keep` is true."""
+        return dataclasses.replace(self, **{k: getattr(self, k)[keep] for k in COLUMNS})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every run as a dictionary of plain values, NaN as None."""
+        columns = {k: getattr(self, k).tolist() for k in COLUMNS}
+        return [
+            {k: None if v[i] != v[i] else v[i] for k, v in columns.items()}
+            for i in range(len(self))
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "count": self.count,
+            "missing": list(self.missing),
+            "provenance": self.provenance,
+            "runs": self.rows(),
+        }
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Results) if f.type is np.ndarray)
+_INTEGERS = ("n_heads", "n_kv_heads", "head_dim", "n_layers", "d_model", "context_length", "seed")
+_TEXTS = ("name", "evaluation", "tokenizer", "corpus")
+
+
+def _table(rows: Sequence[dict[str, Any]], **rest: Any) -> Results:
+    def column(name: str) -> np.ndarray:
+        kind = int if name in (*_INTEGERS, "vocab_size") else object if name in _TEXTS else float
+        return np.array([row[name] for row in rows], dtype=kind)
+
+    return Results(**{name: column(name) for name in COLUMNS}, **rest)
+
+
+# ------------------------------------------------------------------------------- our own runs
+
+
+def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> Results:
+    """Read what `runs/<experiment>` holds for these runs, each judged by its own evaluation.
+
+    Runs without a result, or not yet judged by this evaluation, are listed in `missing`.
+    Raises UserError for a damaged file, a loss that is not a number, or runs that cannot be
+    compared.
+    """
+    rows, missing, versions, devices, seconds = [], [], {}, [], 0.0
+    for run in runs:
+        directory = run_directory(root, experiment, run)
+        whole = directory.result()
+        judged = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
+        if not judged:
+            missing.append(run.name)
+            continue
+        result, model = whole["result"], run.model
+        data = result.get("data", {})
+        where = f"{directory.result_file}: run {run.name}"
+        rows.append(
+            {
+                "name": run.name,
+                "n_heads": model.n_heads,
+                "n_kv_heads": model.n_kv_heads,
+                "head_dim": model.head_dim,
+                "n_layers": model.n_layers,
+                "d_model": model.d_model,
+                "n_params": result["n_exact"],
+                "context_length": run.context_length,
+                "tokens": result["tokens"],
+                "loss": _loss(judged["loss"], where),
+                "seed": run.seed,
+                "learning_rate": run.optimizer.learning_rate,
+                "epochs": result.get("epochs") or math.nan,
+                "evaluation": judged.get("hash", ""),
+                "vocab_size": data.get("vocab_size") or model.vocab_size,
+                "tokenizer": data.get("tokenizer_hash", ""),
+                "corpus": data.get("corpus_hash") or data.get("store_hash", ""),
+            }
+        )
+        versions |= result.get("versions") or {}
+        seconds += (whole.get("timing") or {}).get("training_seconds") or 0.0
+        for attempt in whole.get("attempts") or []:
+            device = attempt.get("device") or attempt.get("device_kind")
+            if device and device not in devices:
+                devices.append(device)
+    require(
+        bool(rows),
+        f"no finished runs under {Path(root) / experiment}"
+        + (f"; missing: {_list(missing)}" if missing else "; the experiment declares none"),
+    )
+    provenance = {
+        "experiment": experiment,
+        "versions": versions,
+        "devices": devices,
+        "training_seconds": seconds,
+    }
+    source = f"{experiment} ({len(rows)} runs)"
+    return check(
+        _table(rows, source=source, count="n_exact", missing=tuple(missing), provenance=provenance)
+    )
+
+
+def _loss(value: Any, where: str) -> float:
+    good = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    require(good, f"{where}: loss={value!r} must be a number of nats above 0; train that run again")
+    return float(value)
+
+
+def _list(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ------------------------------------------------------------------------- somebody else's runs
+
+_OPTIONAL: dict[str, Any] = {
+    "name": None,
+    "head_dim": 64,
+    "n_layers": 0,
+    "d_model": 0,
+    "n_params": math.nan,
+    "context_length": 0,
+    "tokens": math.nan,
+    "tokens_per_param": math.nan,
+    "seed": 0,
+    "learning_rate": math.nan,
+    "epochs": math.nan,
+    "evaluation": "",
+    "vocab_size": 0,
+    "tokenizer": "",
+    "corpus": "",
+}
+_REQUIRED = ("n_heads", "n_kv_heads", "loss")
+
+
+def from_csv(path: Path | str) -> Results:
+    """Runs from a CSV file with a header line, columns in any order, further ones ignored.
+
+    Needed: n_heads, n_kv_heads, loss (nats), and n_params (without embeddings) or n_layers and
+    d_model (with head_dim, 64 when absent). Lines that begin with # are comments. Raises
+    UserError naming the file, the line, the column and the value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file in UTF-8") from None
+    return _from_text(text, str(path))
+
+
+def published() -> Results:
+    """The 40 training runs of Chen et al. 2025, Figure 2: seven configurations, d = 64 L."""
+    text = (resources.files("gqa_scaling.study") / "chen2025.csv").read_text(encoding="utf-8")
+    return _from_text(text, "Chen et al. 2025, Figure 2")
+
+
+def _from_text(text: str, source: str) -> Results:
+    lines = enumerate(text.splitlines(), 1)
+    lines = [(i, line) for i, line in lines if line.strip() and not line.lstrip().startswith("#")]
+    require(
+        len(lines) > 1, f"{source}: holds no runs; a header line and one line per run are needed"
+    )
+    cells = [(i, next(csv.reader([line]))) for i, line in lines]
+    header = [cell.strip() for cell in cells[0][1]]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    require(not twice, f"{source}: column {', '.join(twice)} appears twice")
+    absent = [name for name in _REQUIRED if name not in header]
+    require(
+        not absent, f"{source}: column {', '.join(absent)} is missing; found {', '.join(header)}"
+    )
+    shaped = "n_layers" in header and "d_model" in header
+    require(
+        shaped or "n_params" in header,
+        f"{source}: give column n_params, or n_layers and d_model; found {', '.join(header)}",
+    )
+    rows = [_row(header, values, f"{source} line {i}", shaped) for i, values in cells[1:]]
+    formula = all(
+        row["n_layers"] and abs(row["n_params"] / _formula(row) - 1) < 1e-3 for row in rows
+    )
+    return check(_table(rows, source=source, count="n_formula" if formula else "n_given"))
+
+
+def _formula(row: dict[str, Any]) -> float:
+    return n_formula(
+        row["n_layers"], row["d_model"], row["n_heads"], row["n_kv_heads"], row["head_dim"]
+    )
+
+
+def _row(header: list[str], values: list[str], where: str, shaped: bool) -> dict[str, Any]:
+    require(
+        len(values) == len(header),
+        f"{where}: has {len(values)} values for {len(header)} columns",
+    )
+    row = {k: v.strip() for k, v in zip(header, values, strict=True)}
+    out = dict(_OPTIONAL)
+    needed = {*_REQUIRED, *(("n_layers", "d_model") if shaped else ("n_params",))}
+    for name in (*_REQUIRED, *_OPTIONAL):
+        text = row.get(name, "")
+        if not text:
+            require(name not in needed, f"{where}: column {name} is empty")
+            continue
+        out[name] = text if name in _TEXTS else _number(name, text, where)
+    require(
+        out["n_heads"] % out["n_kv_heads"] == 0,
+        f"{where}: column n_kv_heads={out['n_kv_heads']} must divide n_heads={out['n_heads']}",
+    )
+    if math.isnan(out["n_params"]):
+        out["n_params"] = float(_formula(out))
+    if math.isnan(out["tokens"]):
+        out["tokens"] = out["tokens_per_param"] * out["n_params"]
+    if out["name"] is None:
+        shape, n = f"L{out['n_layers']}-d{out['d_model']}", f"N{out['n_params']:.4g}"
+        size = shape if out["n_layers"] else n
+        out["name"] = f"{size}-h{out['n_heads']}-kv{out['n_kv_heads']}"
+    return out
+
+
+def _number(name: str, text: str, where: str) -> float | int:
+    integer = name in (*_INTEGERS, "vocab_size")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    good = math.isfinite(value) and (value > 0 or (name in ("seed", "epochs") and value == 0))
+    good = good and (not integer or value == int(value))
+    kind = "a whole number" if integer else "a number"
+    require(good, f"{where}: column {name}={text!r} must be {kind} above 0")
+    return int(value) if integer else value
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def check(results: Results) -> Results:
+    """The same results, or UserError with the reason and the remedy if they cannot be compared."""
+    r = results
+    for column, what, remedy in (
+        ("evaluation", "evaluation sets", "judge every run on the same targets"),
+        ("vocab_size", "vocabulary sizes", "fit one vocabulary at a time"),
+        ("tokenizer", "tokenizers", "fit one tokenizer at a time"),
+        ("corpus", "corpora", "fit one corpus at a time"),
+    ):
+        values = getattr(r, column)
+        kinds = list(dict.fromkeys(values.tolist()))
+        if len(kinds) > 1:
+            first, other = (r.name[np.flatnonzero(values == kind)[0]] for kind in kinds[:2])
+            raise UserError(
+                f"{r.source}: the runs mix {len(kinds)} {what} ({first}: {kinds[0] or 'none'}, "
+                f"{other}: {kinds[1] or 'none'}); {remedy}"
+            )
+    seen: dict[tuple, int] = {}
+    for i, heads in enumerate(r.heads):
+        key = (*heads, r.head_dim[i], r.n_layers[i], r.d_model[i], r.n_params[i])
+        key += (r.context_length[i], r.seed[i], str(r.tokens[i]))
+        j = seen.setdefault(key, i)
+        if i == j:
+            continue
+        require(
+            r.loss[i] != r.loss[j],
+            f"{r.source}: {r.name[i]} appears twice with loss {r.loss[i]}; remove one of them",
+        )
+        raise UserError(
+            f"{r.source}: {r.name[j]} and {r.name[i]} have the same shape, seed and tokens but "
+            f"losses {r.loss[j]} and {r.loss[i]}; remove one, or give replicates their own seed"
+        )
+    return results
+
+
+def flags(results: Results) -> tuple[str, ...]:
+    """What a reader must know of these runs before believing a fit."""
+    out = []
+    repeated = results.name[np.nan_to_num(results.epochs) > MAX_EPOCHS]
+    if len(repeated):
+        out.append(
+            f"{len(repeated)} runs saw their corpus more than {MAX_EPOCHS:g} times "
+            f"({_list(repeated.tolist(), 3)}): repeated text teaches less"
+        )
+    if results.missing:
+        out.append(f"{len(results.missing)} runs are not finished: {_list(results.missing)}")
+    if results.count == "n_given":
+        out.append(
+            "N is the file's own count: it need not equal the parameters of a model built here"
+        )
+    return tuple(out)

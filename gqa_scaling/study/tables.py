@@ -1,0 +1,326 @@
+"""The answers as tables for people: `rich` renderables no wider than 100 columns."""
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gqa_scaling.study.fit import LEVEL, Fit, interval
+from gqa_scaling.study.frontier import Answer, Choice, Frontier, Model, units
+from gqa_scaling.study.results import Heads
+
+_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def quantity(value: float) -> str:
+    """Three significant digits with an SI prefix, such as 1.69G; the unit stands in the header."""
+    if not math.isfinite(value):
+        return "never" if value > 0 else "-"
+    if abs(value) >= 1e18:
+        return f"{value:.3g}"
+    for size, prefix in _PREFIXES:
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{prefix}"
+    return f"{value:.3g}"
+
+
+def byte_size(value: float) -> str:
+    """Bytes with a binary prefix, such as 1.50 GiB."""
+    for size, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:.2f} {prefix}"
+    return f"{value:.0f} B"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage; a dash when there is none."""
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "-"
+
+
+def pair(heads: Heads) -> str:
+    return f"({heads[0]},{heads[1]})"
+
+
+def pairs(many: Sequence[Heads]) -> str:
+    return " ".join(pair(h) for h in many)
+
+
+def span(values: tuple[float, float], form: str = ".3f") -> str:
+    return f"{values[0]:{form}} to {values[1]:{form}}"
+
+
+def shape(layers: float, width: float) -> str:
+    return f"{layers:.1f} x {width:.0f}" if math.isfinite(layers) else "-"
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0)
+    return table
+
+
+def _flags(flags: Sequence[str]) -> list[RenderableType]:
+    return [Text(f"! {flag}", style="yellow") for flag in flags]
+
+
+def fit_table(fit: Fit) -> RenderableType:
+    """What `fit` prints: the curves, E, the noise, and what must be known of them."""
+    table = _table(
+        "L(N; H) = (a/N)^b + E",
+        "heads, KV",
+        "sizes",
+        "N (parameters)",
+        "a (parameters)",
+        "b",
+        "b, 90% interval",
+        "R²",
+    )
+    low, high = interval(fit.draws.b)
+    for k, heads in enumerate(fit.heads):
+        first, last = fit.points.range_n(k)
+        table.add_row(
+            pair(heads),
+            str(int((fit.points.curve == k).sum())),
+            f"{quantity(first)} - {quantity(last)}",
+            quantity(float(fit.scale[k])),
+            f"{fit.curves.b[k]:.4f}",
+            f"{low[k]:.4f} to {high[k]:.4f}",
+            f"{fit.r2_by_curve[k]:.5f}",
+        )
+    noise = fit.points.noise
+    seeds = (
+        f"; {1e3 * noise:.2f} between replicate seeds ({fit.points.noise_dof} degrees of freedom)"
+        if noise is not None
+        else ""
+    )
+    lines = [
+        f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings",
+        f"E = {fit.floor:.4f} nats, {LEVEL:.0%} interval {span(fit.floor_interval)}",
+        f"R² = {fit.r2:.5f} over all points; {'converged' if fit.converged else 'NOT converged'}, "
+        f"Jacobian rank {fit.rank} of {fit.n_parameters}",
+        f"Noise: {1e3 * fit.sigma:.2f} millinats around the curves{seeds}",
+        f"Intervals: {fit.how}",
+    ]
+    return Group(table, "", *lines, *_flags(fit.flags))
+
+
+def residual_table(fit: Fit, most: int = 8) -> RenderableType:
+    """The points that pull the most on E, with their residuals."""
+    table = _table(
+        f"Points that move E most (of {len(fit.points.n)})",
+        "run",
+        "N",
+        "loss (nats)",
+        "minus curve (millinats)",
+        "leverage",
+        "moves E by (nats)",
+    )
+    for i in sorted(range(len(fit.points.n)), key=lambda i: -abs(fit.influence[i]))[:most]:
+        table.add_row(
+            str(fit.points.name[i]),
+            quantity(float(fit.points.n[i])),
+            f"{fit.points.loss[i]:.4f}",
+            f"{1e3 * fit.residual[i]:+.2f}",
+            f"{fit.leverage[i]:.2f}",
+            f"{-fit.influence[i]:+.4f}",
+        )
+    return table
+
+
+def frontier_table(frontier: Frontier) -> RenderableType:
+    """What `frontier` prints: one row per target loss and context."""
+    q = frontier.question
+    table = _table(
+        f"Cheapest configuration by {_objective(frontier)}, FLOPs {q.convention}",
+        "context (tokens)",
+        "loss (nats)",
+        "heads, KV",
+        "N*",
+        "L x d",
+        "memory (values)",
+        "FLOPs",
+        "Z",
+        "P(best)",
+        "regret",
+        "tied with",
+    )
+    for column in table.columns[:1] + table.columns[5:6]:
+        column.max_width = 8
+        column.no_wrap = False
+    table.columns[1].no_wrap = False
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        best = answer.best
+        reached = math.isfinite(best.n)
+        table.add_row(
+            f"{answer.context:,}",
+            f"{answer.loss:g}",
+            pair(best.heads) + ("~" if best.extrapolated else "") if reached else "none",
+            quantity(best.n),
+            shape(best.n_layers, best.d_model),
+            quantity(best.memory),
+            quantity(best.flops),
+            quantity(best.z),
+            percent(best.probability, 0),
+            percent(best.regret, 2),
+            pairs([h for h in answer.tied if h != best.heads]) or "-",
+        )
+    lines = [_units(frontier), f"Probabilities: {frontier.intervals}; ties hold {LEVEL:.0%}"]
+    return Group(table, "", *lines)
+
+
+def saving_table(frontier: Frontier) -> RenderableType:
+    """What the cheapest configuration saves against the baseline at equal loss."""
+    table = _table(
+        f"Saved against {pair(frontier.baseline)} at equal loss, {LEVEL:.0%} intervals",
+        "context (tokens)",
+        "loss (nats)",
+        "heads, KV",
+        "memory",
+        "FLOPs",
+        "Z",
+        "Z, interval",
+        "runner-up",
+        "dearer by",
+    )
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        best, second = answer.best, answer.choices[1] if len(answer.choices) > 1 else None
+        table.add_row(
+            f"{answer.context:,}",
+            f"{answer.loss:g}",
+            pair(best.heads) if math.isfinite(best.n) else "none",
+            percent(best.saving["memory"]),
+            percent(best.saving["flops"]),
+            percent(best.saving["z"]),
+            " to ".join(percent(v) for v in best.saving_interval["z"]),
+            pair(second.heads) if second else "-",
+            percent(answer.margin, 2),
+        )
+    return table
+
+
+def model_table(frontier: Frontier) -> RenderableType:
+    """The models one can build, their predicted loss and exact costs."""
+    table = _table(
+        f"Models to build (FLOPs {frontier.question.convention}; 2 bytes a value)",
+        "context (tokens)",
+        "heads, KV",
+        "L x d",
+        "N",
+        "predicted loss (nats), 90%",
+        "FLOPs",
+        "weights",
+        "KV cache",
+    )
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        m: Model | None = answer.model
+        if m is None:
+            continue
+        table.add_row(
+            f"{answer.context:,}",
+            pair((m.n_heads, m.n_kv_heads)),
+            f"{m.n_layers} x {m.d_model}",
+            quantity(m.n_exact),
+            f"{m.loss:.4f} ({span(m.loss_interval)})",
+            quantity(m.flops),
+            byte_size(m.weight_bytes),
+            byte_size(m.cache_bytes),
+        )
+    return table
+
+
+def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
+    """Every configuration at one target loss and context, cheapest first."""
+    table = _table(
+        f"{answer.loss:g} nats at {answer.context:,} tokens, by {_objective(frontier)} "
+        f"({frontier.question.convention})",
+        "heads, KV",
+        "N*",
+        "memory (values)",
+        "FLOPs",
+        "Z",
+        "dearer by",
+        "P(best)",
+        "regret",
+    )
+    for c in answer.choices:
+        table.add_row(
+            pair(c.heads) + ("~" if c.extrapolated else ""),
+            quantity(c.n),
+            quantity(c.memory),
+            quantity(c.flops),
+            quantity(c.z),
+            percent(c.excess, 2),
+            percent(c.probability, 0),
+            percent(c.regret, 2),
+        )
+    return table
+
+
+def frontier_tables(frontier: Frontier) -> RenderableType:
+    """Everything `frontier` prints: the answer in a sentence, then its three tables."""
+    return Group(
+        Text(sentence(frontier), style="bold"),
+        "",
+        frontier_table(frontier),
+        "",
+        saving_table(frontier),
+        "",
+        model_table(frontier),
+        *_flags(frontier.flags),
+    )
+
+
+def _objective(frontier: Frontier) -> str:
+    return {"z": "Z", "memory": "memory", "flops": "FLOPs"}[frontier.objective]
+
+
+def _units(frontier: Frontier) -> str:
+    u = units(frontier.question)
+    return f"FLOPs: {u['flops']}. Z: {u['z']}. ~ outside the fitted sizes."
+
+
+def headline(frontier: Frontier) -> Answer:
+    """The answer told in a sentence: the longest context, the middle target loss."""
+    context = max(frontier.question.contexts)
+    losses = sorted(frontier.losses)
+    return frontier.at(losses[len(losses) // 2], context)
+
+
+def sentence(frontier: Frontier) -> str:
+    """The answer in one or two sentences, with its interval and whatever weakens it."""
+    answer = headline(frontier)
+    best: Choice = answer.best
+    start = "Demonstration, too small to decide by. " if frontier.question.demonstration else ""
+    goal = f"{answer.loss:g} nats at {answer.context:,} tokens"
+    if not math.isfinite(best.n):
+        return f"{start}No configuration reaches {goal} at any size, by these curves."
+    kind = {"memory": "memory", "flops": "FLOPs", "z": "Z"}[frontier.objective]
+    saved = best.saving[frontier.objective]
+    low, high = best.saving_interval[frontier.objective]
+    if best.heads == frontier.baseline:
+        saving = "it is the baseline itself"
+    elif math.isfinite(saved):
+        saving = (
+            f"{percent(saved, 0)} less {kind} than {pair(frontier.baseline)} "
+            f"({LEVEL:.0%} interval {percent(low, 0)} to {percent(high, 0)})"
+        )
+    else:
+        saving = f"{pair(frontier.baseline)} never reaches that loss"
+    others = [h for h in answer.tied if h != best.heads]
+    tie = (
+        f" The noise cannot tell it from {pairs(others)}."
+        if others
+        else f" It is the cheapest in {percent(best.probability, 0)} of the refits."
+    )
+    far = " Its size lies outside the fitted ones." if best.extrapolated else ""
+    return (
+        f"{start}For {goal}, take {best.heads[0]} query heads and {best.heads[1]} KV "
+        f"head{'s' if best.heads[1] > 1 else ''} at {quantity(best.n)} parameters: {saving}.{tie}{far}"
+    )

@@ -1,0 +1,250 @@
+"""Carrying a grid out: which runs are left, training them, and showing how it goes."""
+
+import errno
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from gqa_scaling import costs
+from gqa_scaling.config import RunConfig, UserError, require
+from gqa_scaling.data import TokenStore, open_store
+from gqa_scaling.experiment import Experiment
+from gqa_scaling.hardware import HARDWARE
+from gqa_scaling.plan import bytes_text, check_epochs, duration
+from gqa_scaling.runs import claim, run_directory
+from gqa_scaling.status import RunStatus, read_status
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many runs are done, failed (now or before) and left to somebody else."""
+
+    done: int
+    failed: int
+    elsewhere: int
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed else 0
+
+
+def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
+    """Open every token store and check every unfinished run against it, and the disk's room.
+
+    Raises UserError before anything is trained or compiled.
+    """
+    from gqa_scaling.data.loader import heldout_chunks
+    from gqa_scaling.training.loop import check_data
+
+    stores: dict[str, TokenStore] = {}
+    need = 0
+    for run in experiment.runs:
+        path = run.data.store_path
+        if path not in stores:
+            stores[path] = open_store(run.data)
+        check_epochs(run, stores[path].train_tokens)
+        check_data(run, stores[path])
+        heldout_chunks(
+            stores[path], run.context_length, run.evaluation.tokens, run.evaluation_context
+        )
+        if run_directory(root, experiment.name, run).state() != "done":
+            need = max(need, costs.checkpoint_bytes(run) + costs.finished_bytes(run))
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    require(
+        free >= need,
+        f"{root} has {bytes_text(free)} free and the largest run needs {bytes_text(need)} for its "
+        "checkpoints; make room or set GQA_SCALING_RUNS",
+    )
+    return stores
+
+
+def run_sweep(experiment: Experiment, root: Path, retry_failed: bool = False) -> Outcome:
+    """Train every run that is neither done nor claimed, one after another.
+
+    A run that fails is recorded with its traceback and the next one starts; it is tried again
+    only with `retry_failed`. Raises UserError for what the user can mend, OSError for a full or
+    read-only disk: no later run could do better then.
+    """
+    from gqa_scaling.training.loop import reevaluate, train
+
+    stores = check(experiment, root)
+    done = failed = elsewhere = 0
+    for run in experiment.runs:
+        directory, store = run_directory(root, experiment.name, run), stores[run.data.store_path]
+        with claim(directory) as mine:
+            if not mine:
+                elsewhere += 1
+                continue
+            if directory.failure_file.exists() and not directory.result_file.exists():
+                if not retry_failed:
+                    failed += 1
+                    continue
+                directory.failure_file.unlink()
+            try:
+                whole = directory.result()
+                if whole is None:
+                    train(run, directory, store)
+                elif run.evaluation_digest not in whole["result"]["evaluations"]:
+                    reevaluate(run, directory, store)
+                else:
+                    directory.clean()
+                done += 1
+            except UserError:
+                raise
+            except Exception as error:
+                if _disk_error(error):
+                    raise
+                directory.fail(traceback.format_exc(), type(error).__name__)
+                failed += 1
+    return Outcome(done, failed, elsewhere)
+
+
+def _disk_error(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def pending(experiment: Experiment, root: Path) -> list[RunConfig]:
+    """The runs that have no result, or none under the current evaluation."""
+    out = []
+    for run in experiment.runs:
+        whole = run_directory(root, experiment.name, run).result()
+        if whole is None or run.evaluation_digest not in whole["result"]["evaluations"]:
+            out.append(run)
+    return out
+
+
+def run_workers(command: list[str], workers: int) -> int:
+    """Run `command` in `workers` processes that share the grid through claims.
+
+    Returns the largest exit code, 1 for a process ended by a signal. An interruption stops all.
+    """
+    processes = [subprocess.Popen(command) for _ in range(workers)]
+    try:
+        return max(1 if code < 0 else code for code in [p.wait() for p in processes])
+    finally:
+        for p in processes:
+            p.terminate()
+        for p in processes:
+            p.wait()
+
+
+def report_end(experiment: Experiment, root: Path) -> int:
+    """Say on stderr what is left and why; 1 when a run failed, else 0."""
+    rows = read_status(root, experiment)
+    failed = [r for r in rows if r.state == "failed"]
+    for r in failed:
+        print(f"{r.name} failed: {r.failure} (whole traceback in {r.path})", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} runs failed; try them again with --retry-failed", file=sys.stderr)
+    elsewhere = sum(r.state == "running" for r in rows)
+    if elsewhere:
+        print(f"{elsewhere} runs are being trained by other processes", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# --------------------------------------------------------------------------------- display
+
+
+class _Details(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["details"], style="cyan")
+
+
+@contextmanager
+def live_display(experiment: Experiment, root: Path) -> Iterator[None]:
+    """Show run k of n, step, loss, tokens/s and time left while the body trains.
+
+    Everything shown is read from the run directories, so it covers every process at work. Without
+    a terminal a line is printed for each run that ends.
+    """
+    console = Console(stderr=True)
+    stop = threading.Event()
+    watch = _show_bar if console.is_terminal else _print_lines
+    thread = threading.Thread(target=watch, args=(experiment, root, console, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _predicted_seconds(experiment: Experiment) -> list[float]:
+    """Relative lengths of the runs; only their ratios are used."""
+    cpu = HARDWARE["cpu"]
+    return [cpu.seconds(costs.training_flops(r), costs.training_steps(r)) for r in experiment.runs]
+
+
+def _describe(rows: list[RunStatus]) -> str:
+    active = [r for r in rows if r.state == "running"]
+    parts = [f"run {sum(r.state == 'done' for r in rows) + bool(active)} of {len(rows)}"]
+    for r in active[:2]:
+        speed = f" {r.tokens_per_second:,.0f} tok/s" if r.tokens_per_second else ""
+        loss = f" loss {r.loss:.3f}" if r.loss is not None else " starting"
+        parts.append(f"{r.name} step {r.step:,}/{r.steps:,}{loss}{speed}")
+    return "  ".join(parts)
+
+
+def _show_bar(experiment: Experiment, root: Path, console: Console, stop: threading.Event) -> None:
+    weights, began = _predicted_seconds(experiment), time.monotonic()
+    start = None
+    columns = (
+        TextColumn(experiment.name),
+        BarColumn(24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Details(),
+    )
+    with Progress(
+        *columns, console=console, redirect_stdout=False, redirect_stderr=False
+    ) as progress:
+        task = progress.add_task("", total=sum(weights), details="starting")
+        while True:
+            last = stop.is_set()
+            rows = read_status(root, experiment)
+            work = sum(w * r.progress for w, r in zip(weights, rows, strict=True))
+            start = work if start is None else start
+            elapsed, left = time.monotonic() - began, ""
+            if work > start and elapsed > 5:
+                seconds = (sum(weights) - work) * elapsed / (work - start)
+                left = f"  {duration(seconds)} left"
+            progress.update(task, completed=work, details=_describe(rows) + left)
+            if last:
+                return
+            stop.wait(0.5)
+
+
+def _print_lines(
+    experiment: Experiment, root: Path, console: Console, stop: threading.Event
+) -> None:
+    before = {r.name for r in read_status(root, experiment) if r.state == "done"}
+    while True:
+        last = stop.is_set()
+        rows = read_status(root, experiment)
+        done = {r.name for r in rows if r.state == "done"}
+        for r in rows:
+            if r.name in done - before:
+                speed = f", {r.tokens_per_second:,.0f} tok/s" if r.tokens_per_second else ""
+                loss = (
+                    ""
+                    if r.evaluation_loss is None
+                    else f", held-out loss {r.evaluation_loss:.4f} nats"
+                )
+                print(f"[{len(done)}/{len(rows)}] {r.name} done{loss}{speed}", file=sys.stderr)
+        before = done
+        if last:
+            return
+        stop.wait(1.0)

@@ -1,0 +1,1 @@
+"""One run: optimizer, telemetry, loop."""
