@@ -134,7 +134,7 @@ def _print_table(*parts: Any) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for part in parts:
-        console.print(part)
+        console.print(part, markup=not isinstance(part, str))  # a note may hold brackets
 
 
 def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -164,7 +164,9 @@ def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
         require(row is not None, f"unknown device {kind!r}; name one with --hardware ({known})")
         assert row is not None
         found = row
-    return hardware.changed(found, args.mfu, args.price), args.devices or devices
+    return hardware.changed(found, args.mfu, args.price), (
+        devices if args.devices is None else args.devices
+    )
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -46,6 +46,7 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name}={value} must be greater than 0")
+        require(value < math.inf, f"{name}={value} must be finite")
 
 
 def _one_of(config: Any, name: str, choices: Iterable[str]) -> None:
@@ -54,7 +55,15 @@ def _one_of(config: Any, name: str, choices: Iterable[str]) -> None:
 
 
 class _Json:
-    """JSON round trip for the configs below; unknown or missing fields are refused by name."""
+    """JSON round trip for the configs below; unknown or missing fields are refused by name.
+
+    Fields are checked for their type when built from Python too, and 20 becomes 20.0 where a
+    float belongs: a config and its round trip are one value with one digest.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _value(hint, getattr(self, name), name))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,10 +73,15 @@ class _Json:
         return _build(cls, data, "")
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _build(cls: type, data: Any, where: str) -> Any:
     at = f" in {where.rstrip('.')}" if where else ""
     require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {data!r}")
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
         require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")
     values = {}
@@ -82,7 +96,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".")
+        return value if isinstance(value, hint) else _build(hint, value, where + ".")
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
@@ -132,6 +146,7 @@ class ModelConfig(_Json):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
         _positive(self, "rope_theta", "norm_eps")
         _one_of(self, "dtype", ("bfloat16", "float32"))
@@ -176,15 +191,16 @@ class DataConfig(_Json):
     allow_repeats: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.corpus), "corpus must name a corpus: stdlib, a folder or a file")
         require(
             0 < self.heldout_fraction < 1,
             f"heldout_fraction={self.heldout_fraction} must lie strictly between 0 and 1",
         )
-        if self.tokenizer.startswith("bpe-"):
+        if self.tokenizer.startswith("bpe-") and not self.tokenizer.endswith(".json"):
             size = self.tokenizer.removeprefix("bpe-")
             require(
-                size.isdigit() and int(size) >= 258,
+                size.isdecimal() and int(size) >= 258,
                 f"tokenizer={self.tokenizer!r} must be bpe-N with N >= 258 (256 bytes, EOS and a merge)",
             )
         else:
@@ -233,12 +249,16 @@ class OptimizerConfig(_Json):
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "learning_rate", "epsilon", "clip_norm")
         _one_of(self, "schedule", ("wsd", "cosine"))
         for name in ("warmup", "decay", "final_fraction", "beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
-        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay={self.weight_decay} must be finite and not negative",
+        )
         require(
             self.warmup + self.decay <= 1,
             f"warmup={self.warmup} and decay={self.decay} are fractions of all steps and must not "
@@ -261,6 +281,7 @@ class EvaluationConfig(_Json):
     every_steps: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "tokens")
         if self.longest_context is not None:
             _positive(self, "longest_context")
@@ -285,6 +306,7 @@ class ParallelConfig(_Json):
     attention: Literal["auto", "reference", "blockwise"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.data == -1 or self.data > 0, f"data={self.data} must be -1 or greater than 0")
         _positive(self, "fsdp", "context", "tensor", "accumulation")
         _one_of(self, "remat", ("none", "dots", "full"))
@@ -299,6 +321,7 @@ class CheckpointConfig(_Json):
     keep: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "every_steps", "keep")
 
 
@@ -325,6 +348,7 @@ class RunConfig(_Json):
     note: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.name), "name must not be empty")
         require(
             all(c.isalnum() or c in "-_.+" for c in self.name) and self.name[0].isalnum(),
@@ -404,12 +428,14 @@ class RunConfig(_Json):
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The defining fields in which two runs differ, as 'model.n_heads: 8 -> 4'."""
     a, b = _flat(old.to_dict()), _flat(new.to_dict())
-    defining = {"data.store", "data.allow_repeats", "name", "note"}
+    for flat, run in ((a, old), (b, new)):  # a corpus may move, as in the digest
+        flat |= {f"data.{k}": _base(getattr(run.data, k)) for k in ("corpus", "tokenizer")}
+    free = {"data.store", "data.allow_repeats", "name", "note"}
     skip = ("evaluation.", "parallel.", "checkpoint.")
     return [
         f"{key}: {a.get(key)} -> {b.get(key)}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key not in defining and not key.startswith(skip)
+        if a.get(key) != b.get(key) and key not in free and not key.startswith(skip)
     ]
 
 

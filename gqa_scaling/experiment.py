@@ -37,7 +37,7 @@ class Experiment:
             )
         if shard is not None:
             i, _, n = shard.partition("/")
-            valid = i.isdigit() and n.isdigit() and 0 <= int(i) < int(n)
+            valid = i.isdecimal() and n.isdecimal() and 0 <= int(i) < int(n)
             require(valid, f"--shard {shard!r} must be i/n with 0 <= i < n, such as 0/4")
             runs = runs[int(i) :: int(n)]
         return replace(self, runs=runs)
@@ -50,7 +50,9 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
     change every run. Raises UserError for an unknown experiment, field or value.
     """
     module = _import(spec)
-    require(hasattr(module, "runs"), f"{spec} is no experiment: it defines no runs()")
+    require(
+        callable(getattr(module, "runs", None)), f"{spec} is no experiment: it defines no runs()"
+    )
     changes = parse_overrides(overrides)
     runs = unique(apply_overrides(run, changes) for run in module.runs())
     require(bool(runs), f"{spec}: runs() is empty")
@@ -74,6 +76,8 @@ def _import(spec: str) -> ModuleType:
         module = importlib.util.module_from_spec(loaded)
         loaded.loader.exec_module(module)
         return module
+    known = bool(spec) and not spec.startswith(".")
+    require(known, f"unknown experiment {spec!r}{_experiments_hint(spec)}")
     try:
         return importlib.import_module(spec)
     except ModuleNotFoundError as error:
@@ -113,8 +117,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         require(
             flag.startswith("--"), f"unexpected argument {flag!r}: overrides look like --seed 1"
         )
-        name, equals, value = flag[2:].partition("=")
-        name = name.replace("-", "_")
+        flag, equals, value = flag.partition("=")
+        name = flag[2:].replace("-", "_")
         require(name in known, f"unknown field {flag}{_flag_hint(name, known)}")
         if not equals:
             require(bool(rest), f"{flag} needs a value")

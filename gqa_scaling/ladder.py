@@ -14,12 +14,12 @@ from gqa_scaling.costs import n_formula
 
 @dataclass(frozen=True)
 class Size:
-    """A named size of Chen et al. 2025 with its maximum learning rate (appendix)."""
+    """A named size that Chen et al. 2025 trained, with its maximum learning rate (appendix)."""
 
     name: str
     n_layers: int
     d_model: int
-    learning_rate: float | None = None
+    learning_rate: float
 
 
 TRAINED_SIZES = (
@@ -32,15 +32,9 @@ TRAINED_SIZES = (
     Size("680M", 24, 1536, 2e-4),
     Size("1.2B", 36, 1536, 2e-4),
 )
-INTERPOLATION_SIZES = (
-    Size("1.8B", 36, 2048),
-    Size("4B", 48, 2560),
-    Size("6B", 54, 3072),
-    Size("13B", 64, 4096),
-    Size("33B", 72, 6144),
-    Size("64B", 80, 8192),
-)
-PUBLISHED_LADDER = tuple((s.n_layers, s.d_model) for s in TRAINED_SIZES + INTERPOLATION_SIZES)
+# 1.8B, 4B, 6B, 13B, 33B and 64B: never trained, for interpolation only
+INTERPOLATION_LADDER = ((36, 2048), (48, 2560), (54, 3072), (64, 4096), (72, 6144), (80, 8192))
+PUBLISHED_LADDER = tuple((s.n_layers, s.d_model) for s in TRAINED_SIZES) + INTERPOLATION_LADDER
 FIGURE_2_LADDER = tuple((n, 64 * n) for n in (12, 16, 20, 24, 28, 32))
 
 

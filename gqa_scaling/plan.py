@@ -57,7 +57,9 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Most disk at any time: what finished runs keep and the largest run in training."""
-        return sum(r.finished_bytes for r in self.runs) + max(r.checkpoint_bytes for r in self.runs)
+        return sum(r.finished_bytes for r in self.runs) + max(
+            (r.checkpoint_bytes for r in self.runs), default=0
+        )
 
     def to_dict(self) -> dict[str, Any]:
         totals = {

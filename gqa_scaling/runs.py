@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
     """The JSON in a file; a damaged one is refused by name."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
 
 
@@ -255,12 +255,15 @@ def _holder(claim: Path) -> dict[str, Any] | None:
 
 
 def _born(pid: int) -> str:
-    """When a process began, so that a reused pid is not mistaken for the claimant."""
+    """When a process began, so that a reused pid is not mistaken for the claimant.
+
+    "ended" for one that is dead and waits for its parent; "" where it cannot be told.
+    """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-        return text.rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return ""
+    return "ended" if fields[0] in "ZX" else fields[19]
 
 
 def _alive(pid: int, born: str) -> bool:
@@ -269,8 +272,8 @@ def _alive(pid: int, born: str) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return _born(pid) == born
+        pass  # there is such a process, somebody else's
+    return _born(pid) in ("", born)
 
 
 def _is_stale(holder: dict[str, Any], claim: Path) -> bool:
@@ -305,7 +308,8 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
 
     def renew() -> None:
         while not done.wait(RENEW_SECONDS):
-            os.utime(file)
+            with contextlib.suppress(OSError):  # a disk that is away for a moment may come back
+                os.utime(file)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()

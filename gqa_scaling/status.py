@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from gqa_scaling import costs
 from gqa_scaling.experiment import Experiment
@@ -94,7 +95,7 @@ def status_table(experiment: str, rows: list[RunStatus]) -> Table:
             str(r.attempts),
         )
         if r.failure:
-            table.add_row("", f"[red]{r.failure[:70]}", end_section=True)
+            table.add_row("", Text(r.failure[:70], style="red"), end_section=True)
     return table
 
 

@@ -6,7 +6,6 @@ documents are left out.
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import sysconfig
@@ -163,16 +162,32 @@ def _jsonl(path: Path, field: str) -> Iterator[tuple[str, str, float]]:
 
 
 def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    stream = raw
-    if path.name.endswith(".gz"):
-        stream = gzip.GzipFile(fileobj=raw)
-    elif path.name.endswith(".zst"):
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        stream = io.BufferedReader(reader)
     try:
-        yield from stream
+        if path.name.endswith(".gz"):
+            yield from gzip.GzipFile(fileobj=raw)
+        elif path.name.endswith(".zst"):
+            yield from _zst_lines(raw)
+        else:
+            yield from raw
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError(f"{path} is damaged ({error}): fetch or compress it again") from error
+
+
+def _zst_lines(raw: BinaryIO) -> Iterator[bytes]:
+    """Frame by frame, because zstandard's own reader takes a cut file for a finished one."""
+    rest, frame = b"", None
+    while data := raw.read(2**17):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+            yield from lines
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("its last frame is cut short")
+    if rest:
+        yield rest
 
 
 def _parquet(path: Path, field: str) -> Iterator[tuple[str, str, float]]:

@@ -131,13 +131,15 @@ def train_bpe(vocab_size: int, texts: Iterable[str], name: str) -> Tokenizer:
 
 
 def _sample(texts: Iterable[str], limit: int) -> list[str]:
-    """The texts of least sha256 that hold at most `limit` characters together, sorted by it."""
+    """As many texts, by ascending sha256, as hold at most `limit` characters; at least one."""
     kept: list[tuple[int, str]] = []  # a heap whose first element has the greatest hash
-    held = 0
+    held, bound = 0, 2**256
     for text in texts:
         key = int.from_bytes(hashlib.sha256(text.encode()).digest())
-        heapq.heappush(kept, (-key, text))
-        held += len(text)
+        if key < bound:
+            heapq.heappush(kept, (-key, text))
+            held += len(text)
         while held > limit and len(kept) > 1:
-            held -= len(heapq.heappop(kept)[1])
+            key, dropped = heapq.heappop(kept)
+            held, bound = held - len(dropped), -key
     return [text for _, text in sorted(kept, reverse=True)]

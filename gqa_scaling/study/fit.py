@@ -6,6 +6,7 @@ parameter has a log-linear start, so that the fit converges whatever the data. T
 refits thousands of such problems at once with the same equations in plain NumPy.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -299,7 +300,7 @@ class Fit:
 
     Losses, residuals, E and `sigma` are in nats, N in parameters counted as `count` says.
     `influence` is the change of E, in nats, that leaving the point out would make (linearised).
-    `sigma` is the residual standard deviation of one run. Intervals are the central 90% of
+    `sigma` is the standard deviation of one run around its curve, replicates pooled in. Intervals are the central 90% of
     `refits` bootstrap draws of the named kind.
     """
 
@@ -365,8 +366,9 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the draws themselves, ready for JSON; units in the names."""
-        a, (a_low, a_high) = self.scale, interval(
-            laws.scale(self.draws.u, self.draws.b, self.draws.centre)
+        a, (a_low, a_high) = (
+            self.scale,
+            interval(laws.scale(self.draws.u, self.draws.b, self.draws.centre)),
         )
         b_low, b_high = interval(self.draws.b)
         p = self.points
@@ -446,7 +448,9 @@ def fit(
     redraws the residuals, scaled for the freedom the fit took; "pairs" redraws the points of each
     curve. Raises UserError when the runs are too few or cannot be compared.
     """
-    require(bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}")
+    require(
+        bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
+    )
     require(refits >= 100, f"refits={refits} must be at least 100 for an interval")
     p = points(results, context_length)
     centre = p.centre
@@ -455,15 +459,13 @@ def fit(
     best = _fit_point(design, p.loss, weights)
     predicted = best.floor + design.excess(best.u[None], best.b[None])[0]
     residual = p.loss - predicted
-    dof = len(p.n) - best.jacobian.shape[1]
-    sigma = float(np.sqrt((weights * residual**2).sum() / dof))
+    squares = (weights * residual**2).sum() + p.noise_dof * (p.noise or 0.0) ** 2
+    noise_dof = len(p.n) - best.jacobian.shape[1] + p.noise_dof
+    sigma = float(np.sqrt(squares / noise_dof))
     leverage, influence, rank = _influence(best.jacobian, weights, residual)
     rng = np.random.default_rng(seed)
     if bootstrap == "residual":
-        free = np.sqrt(np.maximum(1 - leverage, 1e-3))
-        pool = np.sqrt(weights) * residual / free
-        pool = (pool - pool.mean()) * sigma / max(pool.std(), 1e-300)
-        y = predicted + rng.choice(pool, (refits, len(pool))) / np.sqrt(weights)
+        y = predicted + _noise(residual, weights, leverage, sigma, noise_dof, refits, rng)
         w = np.broadcast_to(weights, y.shape)
     else:
         y = np.broadcast_to(p.loss, (refits, len(p.loss)))
@@ -503,6 +505,27 @@ def fit(
     return _flagged(fitted, flags(results))
 
 
+def _noise(
+    residual: np.ndarray,
+    w: np.ndarray,
+    leverage: np.ndarray,
+    sigma: float,
+    dof: int,
+    refits: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Fresh noise for every refit: residuals redrawn, scaled to `sigma`, itself uncertain.
+
+    With few runs sigma may be well off; drawing it from its scaled inverse chi-squared makes the
+    intervals as wide as Student's.
+    """
+    pool = np.sqrt(w) * residual / np.sqrt(np.maximum(1 - leverage, 1e-3))
+    pool = pool - pool.mean()
+    pool = pool / max(pool.std(), 1e-300)
+    sigmas = sigma * np.sqrt(dof / rng.chisquare(dof, (refits, 1)))
+    return sigmas * rng.choice(pool, (refits, len(pool))) / np.sqrt(w)
+
+
 def _pairs(curve: np.ndarray, refits: int, rng: np.random.Generator) -> np.ndarray:
     """How often each point is drawn, curve by curve; a curve keeps at least two of its sizes."""
     counts = np.zeros((refits, len(curve)))
@@ -534,8 +557,6 @@ def _r2(y: np.ndarray, predicted: np.ndarray, w: np.ndarray) -> float:
 
 def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
     """The fit with everything a reader must know, in words."""
-    import dataclasses
-
     out = list(known)
     if not fitted.converged:
         out.append("the fit did not converge: do not use it")
@@ -544,7 +565,11 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
         out.append(f"E is at its bound ({bound}): not identified by these runs")
     if fitted.rank < fitted.n_parameters:
         out.append(f"only {fitted.rank} of {fitted.n_parameters} parameters are determined")
-    rising = [str(h).replace(" ", "") for h, b in zip(fitted.heads, fitted.curves.b, strict=True) if b <= 0]
+    rising = [
+        str(h).replace(" ", "")
+        for h, b in zip(fitted.heads, fitted.curves.b, strict=True)
+        if b <= 0
+    ]
     if rising:
         out.append(f"loss does not fall with N for {', '.join(rising)}")
     if fitted.refits_failed:

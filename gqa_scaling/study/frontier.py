@@ -6,6 +6,7 @@ this over the bootstrap draws, all configurations sharing each draw, gives the p
 configuration is the cheapest and what choosing it would cost on average.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -143,8 +144,6 @@ class Frontier:
         return next(a for a in self.answers if a.loss == loss and a.context == context)
 
     def to_dict(self) -> dict[str, Any]:
-        import dataclasses
-
         out = dataclasses.asdict(self)
         out["units"] = units(self.question)
         for answer, whole in zip(out["answers"], self.answers, strict=True):
@@ -195,7 +194,7 @@ def shapes(
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """What turns the fit's N into shapes: the study's ladder, head size and way of counting.
 
     `formula` is the ratio of `n_formula` to the fit's own count, by ln N, from the runs: 1 for
@@ -214,7 +213,8 @@ class _Scale:
         return n * np.interp(np.log(finite), self.log_n, self.formula)
 
 
-def _scale(results: Results) -> _Scale:
+def scale_of(results: Results) -> Scale:
+    """The ladder and counting of these runs; UserError when they mix head sizes."""
     r = results
     dims = sorted(set(r.head_dim.tolist()))
     require(
@@ -229,11 +229,11 @@ def _scale(results: Results) -> _Scale:
     if not known.all():
         n, formula = np.array([1.0]), np.array([1.0])
     vocab = int(r.vocab_size[0]) or 50304
-    return _Scale(r.ladder, dims[0], vocab, np.log(n), formula, r.count)
+    return Scale(r.ladder, dims[0], vocab, np.log(n), formula, r.count)
 
 
 def costs_at(
-    n: np.ndarray, heads: Heads, context: int, question: Question, scale: _Scale
+    n: np.ndarray, heads: Heads, context: int, question: Question, scale: Scale
 ) -> tuple[Costs, np.ndarray, np.ndarray]:
     """Costs at N*, and the (L, d) they were taken at; infinite where N* is."""
     n = np.asarray(n, float)
@@ -283,8 +283,10 @@ def frontier(
     N*. Raises UserError for a baseline or an objective that is not there.
     """
     q = question or Question()
-    require(objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}")
-    scale = _scale(results)
+    require(
+        objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}"
+    )
+    scale = scale_of(results)
     losses = q.losses or target_losses(fit)
     baseline = tuple(q.baseline) if q.baseline else default_baseline(fit.heads)
     fit.index(baseline)
@@ -308,7 +310,7 @@ def frontier(
 
 def _answer(
     fit: Fit,
-    scale: _Scale,
+    scale: Scale,
     q: Question,
     loss: float,
     context: int,
@@ -408,7 +410,7 @@ def tied(choices: Sequence[Choice], level: float = LEVEL) -> tuple[Heads, ...]:
     return tuple(out)
 
 
-def build(fit: Fit, scale: _Scale, q: Question, choice: Choice, context: int) -> Model:
+def build(fit: Fit, scale: Scale, q: Question, choice: Choice, context: int) -> Model:
     """The nearest model one can build to a choice's N*, what it would reach and cost."""
     heads = choice.heads
     multiple = max(8, min(64, reduce(math.gcd, (d for _, d in scale.ladder))))

@@ -21,6 +21,7 @@ from gqa_scaling.ladder import PUBLISHED_LADDER
 from gqa_scaling.runs import run_directory
 
 Count = Literal["n_exact", "n_formula", "n_given"]
+COUNTS: tuple[Count, ...] = ("n_exact", "n_formula", "n_given")
 MAX_EPOCHS = 4.0
 Heads = tuple[int, int]  # (n_heads, n_kv_heads)
 
@@ -95,7 +96,7 @@ class Results:
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Results) if f.type is np.ndarray)
 _INTEGERS = ("n_heads", "n_kv_heads", "head_dim", "n_layers", "d_model", "context_length", "seed")
-_TEXTS = ("name", "evaluation", "tokenizer", "corpus")
+_TEXTS = ("name", "evaluation", "tokenizer", "corpus", "n_count")
 
 
 def _table(rows: Sequence[dict[str, Any]], **rest: Any) -> Results:
@@ -200,6 +201,7 @@ _OPTIONAL: dict[str, Any] = {
     "vocab_size": 0,
     "tokenizer": "",
     "corpus": "",
+    "n_count": "",
 }
 _REQUIRED = ("n_heads", "n_kv_heads", "loss")
 
@@ -246,10 +248,19 @@ def _from_text(text: str, source: str) -> Results:
         f"{source}: give column n_params, or n_layers and d_model; found {', '.join(header)}",
     )
     rows = [_row(header, values, f"{source} line {i}", shaped) for i, values in cells[1:]]
+    return check(_table(rows, source=source, count=_count(rows, source)))
+
+
+def _count(rows: Sequence[dict[str, Any]], source: str) -> Count:
+    """How the file counts N: as its n_count column says, else told from the shapes."""
+    said = sorted({row["n_count"] for row in rows})
+    require(len(said) == 1, f"{source}: the runs mix counts of N ({', '.join(said)}); use one")
+    if said[0]:
+        return said[0]
     formula = all(
         row["n_layers"] and abs(row["n_params"] / _formula(row) - 1) < 1e-3 for row in rows
     )
-    return check(_table(rows, source=source, count="n_formula" if formula else "n_given"))
+    return "n_formula" if formula else "n_given"
 
 
 def _formula(row: dict[str, Any]) -> float:
@@ -275,6 +286,10 @@ def _row(header: list[str], values: list[str], where: str, shaped: bool) -> dict
     require(
         out["n_heads"] % out["n_kv_heads"] == 0,
         f"{where}: column n_kv_heads={out['n_kv_heads']} must divide n_heads={out['n_heads']}",
+    )
+    require(
+        out["n_count"] in ("", *COUNTS),
+        f"{where}: column n_count={out['n_count']!r} must be one of {', '.join(COUNTS)}",
     )
     if math.isnan(out["n_params"]):
         out["n_params"] = float(_formula(out))

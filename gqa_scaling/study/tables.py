@@ -59,7 +59,12 @@ def shape(layers: float, width: float) -> str:
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 1),
+        pad_edge=False,
     )
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0)
@@ -286,6 +291,10 @@ def _units(frontier: Frontier) -> str:
     return f"FLOPs: {u['flops']}. Z: {u['z']}. ~ outside the fitted sizes."
 
 
+def _less(saving: float) -> str:
+    return f"{percent(abs(saving))} {'less' if saving >= 0 else 'more'}"
+
+
 def headline(frontier: Frontier) -> Answer:
     """The answer told in a sentence: the longest context, the middle target loss."""
     context = max(frontier.question.contexts)
@@ -301,15 +310,18 @@ def sentence(frontier: Frontier) -> str:
     goal = f"{answer.loss:g} nats at {answer.context:,} tokens"
     if not math.isfinite(best.n):
         return f"{start}No configuration reaches {goal} at any size, by these curves."
-    kind = {"memory": "memory", "flops": "FLOPs", "z": "Z"}[frontier.objective]
+    names = {"memory": "memory", "flops": "FLOPs", "z": "Z"}
+    kind = names[frontier.objective]
     saved = best.saving[frontier.objective]
     low, high = best.saving_interval[frontier.objective]
     if best.heads == frontier.baseline:
         saving = "it is the baseline itself"
     elif math.isfinite(saved):
+        rest = [k for k in ("memory", "flops", "z") if k != frontier.objective]
         saving = (
-            f"{percent(saved, 0)} less {kind} than {pair(frontier.baseline)} "
-            f"({LEVEL:.0%} interval {percent(low, 0)} to {percent(high, 0)})"
+            f"{_less(saved)} {kind} than {pair(frontier.baseline)} at the same loss ({LEVEL:.0%} "
+            f"interval {percent(low, 1)} to {percent(high, 1)}), with "
+            + " and ".join(f"{_less(best.saving[k])} {names[k]}" for k in rest)
         )
     else:
         saving = f"{pair(frontier.baseline)} never reaches that loss"

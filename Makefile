@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: smoke test test-slow lint bench clean
+
+smoke: $(READY)  ## train, fit and answer the smoke study; the second time only print the answer
+	$(BIN)/gqa-scaling prepare experiments.smoke
+	$(BIN)/gqa-scaling run experiments.smoke --workers 2
+	$(BIN)/gqa-scaling report experiments.smoke
+
+test: $(READY)  ## the tests, about five minutes
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)  ## timed comparisons; read benchmarks/ for single ones
+	for file in benchmarks/*.py; do $(BIN)/python $$file; done
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "gqa_scaling needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:  ## remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,57 @@
+"""The published grid: 21 head configurations x 8 sizes at T = 8K (Chen et al. 2025, section 4).
+
+    gqa-scaling plan experiments.head_ladder --hardware v5e --devices 64
+    gqa-scaling run experiments.head_ladder_lr       # optional: the learning rate of each size
+    gqa-scaling run experiments.head_ladder --shard 0/8
+
+On a pod. 20 tokens per parameter, batches of 512K tokens. The corpus is yours: put it at
+data/slimpajama as text, JSONL or Parquet files with a GPT-2 tokenizer.json beside it, or name
+another with --data.corpus and --data.tokenizer.
+"""
+
+from gqa_scaling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Question,
+    RunConfig,
+)
+from gqa_scaling.grid import head_candidates, learning_rate_choices, with_learning_rate
+from gqa_scaling.ladder import TRAINED_SIZES, Size
+
+QUESTION = Question(contexts=(8192, 32768, 131072), baseline=(8, 8))
+
+
+def run(size: Size, heads: tuple[int, int], learning_rate: float, name: str = "") -> RunConfig:
+    """One cell of the grid, as published."""
+    n_heads, n_kv_heads = heads
+    return RunConfig(
+        name=f"{size.name}-h{n_heads}-kv{n_kv_heads}{name}",
+        model=ModelConfig(
+            n_layers=size.n_layers,
+            d_model=size.d_model,
+            n_heads=n_heads,  # <- what the study varies
+            n_kv_heads=n_kv_heads,
+        ),
+        data=DataConfig(corpus="data/slimpajama", tokenizer="data/gpt2/tokenizer.json"),
+        context_length=8192,
+        batch_tokens=64 * 8192,
+        tokens_per_param=20.0,
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        evaluation=EvaluationConfig(tokens=2**22, longest_context=2**17),
+        parallel=ParallelConfig(fsdp=8, remat="dots"),
+        checkpoint=CheckpointConfig(every_steps=1000),
+    )
+
+
+def runs() -> list[RunConfig]:
+    """168 runs, the largest first, each size at its swept or published learning rate."""
+    choices = learning_rate_choices("head_ladder_lr")
+    return [
+        with_learning_rate(run(size, heads, size.learning_rate), choices, "head_ladder_lr")
+        for size in reversed(TRAINED_SIZES)
+        for heads in head_candidates(32)
+    ]

@@ -1,0 +1,59 @@
+"""Which heads for a small model of Python? Worth an hour of CPU or minutes of a GPU.
+
+    gqa-scaling prepare experiments.laptop_lr
+    gqa-scaling run experiments.laptop_lr --workers 2     # optional: the learning rate of each size
+    gqa-scaling run experiments.laptop --workers 2
+    gqa-scaling report experiments.laptop
+
+The smoke study's question with a BPE vocabulary, longer contexts, more tokens, more heads.
+"""
+
+from gqa_scaling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Question,
+    RunConfig,
+)
+from gqa_scaling.grid import learning_rate_choices, with_learning_rate
+
+QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8), demonstration=True)
+SIZES = ((2, 32, 1e-2), (3, 56, 1e-2), (4, 88, 5e-3), (5, 128, 5e-3))  # L, d, learning rate
+HEADS = ((8, 8), (8, 2), (8, 1), (4, 4), (4, 1), (2, 1))
+
+
+def run(
+    size: tuple[int, int, float], heads: tuple[int, int], seed: int = 0, name: str = ""
+) -> RunConfig:
+    """One cell of the grid."""
+    (L, d, learning_rate), (n_h, n_kv) = size, heads
+    return RunConfig(
+        name=f"L{L}-d{d}-h{n_h}-kv{n_kv}" + (f"-seed{seed}" if seed else "") + name,
+        model=ModelConfig(
+            n_layers=L,
+            d_model=d,
+            n_heads=n_h,  # <- what the study varies
+            n_kv_heads=n_kv,
+            head_dim=16,
+            vocab_size=1024,
+            dtype="float32",
+        ),
+        data=DataConfig(corpus="stdlib", tokenizer="bpe-1024"),
+        context_length=256,
+        batch_tokens=2048,
+        tokens=1000 * 2048,
+        seed=seed,
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        evaluation=EvaluationConfig(tokens=2**17),
+        checkpoint=CheckpointConfig(every_steps=500),
+    )
+
+
+def runs() -> list[RunConfig]:
+    """Sizes x heads, the largest first, and two more seeds of one cell."""
+    cells = [run(size, heads) for size in reversed(SIZES) for heads in HEADS]
+    cells += [run(SIZES[1], HEADS[0], seed) for seed in (1, 2)]
+    choices = learning_rate_choices("laptop_lr")
+    return [with_learning_rate(cell, choices, "laptop_lr") for cell in cells]

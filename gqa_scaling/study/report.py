@@ -1,0 +1,359 @@
+"""One HTML page that answers the question, its figures inside it; data and pictures beside it."""
+
+import base64
+import csv
+import html
+import io
+import math
+import os
+import string
+import uuid
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from gqa_scaling import __version__
+from gqa_scaling.runs import write_atomic, write_json
+from gqa_scaling.study import tables
+from gqa_scaling.study.fit import LEVEL, Fit, interval
+from gqa_scaling.study.frontier import Answer, Frontier, units
+from gqa_scaling.study.plots import STYLE, all_figures
+from gqa_scaling.study.results import COLUMNS, Results
+
+_DECISION = ("heat_map", "savings", "probabilities", "loss_against_costs")
+
+
+def write_report(
+    path: Path | str, results: Results, fit: Fit, frontier: Frontier, command: str = ""
+) -> Path:
+    """Write the page to `path` and its data beside it; every file is renamed into place.
+
+    `command` is what reproduces the study and is printed on the page. Returns the page's path.
+    """
+    path = Path(path)
+    folder = path.parent
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for name, (figure, caption) in all_figures(fit, results, frontier).items():
+        svg = _render(figure, "svg")
+        _write_bytes(folder / "figures" / f"{name}.svg", svg)
+        _write_bytes(folder / "figures" / f"{name}.png", _render(figure, "png"))
+        pictures[name] = _picture(svg, caption)
+    write_atomic(folder / "results.csv", results_csv(results))
+    write_atomic(folder / "frontier.csv", frontier_csv(frontier))
+    write_json(folder / "fit.json", fit.to_dict())
+    write_json(folder / "frontier.json", frontier.to_dict())
+    write_atomic(path, page(results, fit, frontier, pictures, command))
+    return path
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    out = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    with matplotlib.rc_context(STYLE):  # the salt that makes two SVGs of one picture equal
+        figure.savefig(out, format=kind, metadata=metadata)
+    return out.getvalue()
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _picture(svg: bytes, caption: str) -> str:
+    data = base64.b64encode(svg).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+# ----------------------------------------------------------------------------------- the page
+
+
+def page(
+    results: Results, fit: Fit, frontier: Frontier, pictures: dict[str, str], command: str
+) -> str:
+    """The HTML text; `pictures` are whole <figure> elements by name."""
+    template = resources.files("gqa_scaling.study") / "report.html"
+    q, u = frontier.question, units(frontier.question)
+    contexts = ", ".join(f"{c:,}" for c in q.contexts)
+    flags = "".join(f"<li>{html.escape(flag)}</li>" for flag in frontier.flags)
+    fit_figures = [name for name in pictures if name not in _DECISION]
+    objective = {"z": "hardware-aware cost Z", "memory": "memory", "flops": "FLOPs"}
+    return string.Template(template.read_text(encoding="utf-8")).substitute(
+        title=html.escape(f"Cost-optimal GQA: {results.source}"),
+        question=html.escape(
+            f"Which head configuration reaches a loss at {contexts} tokens of context for the "
+            f"least {objective[frontier.objective]}?"
+        ),
+        label='<p><span class="demo">demonstration</span> These models are too small and too few '
+        "to decide anything by.</p>"
+        if q.demonstration
+        else "",
+        answer=html.escape(tables.sentence(frontier)),
+        flags=f'<div class="flags"><b>Read with care</b><ul>{flags}</ul></div>' if flags else "",
+        units=html.escape(
+            f"Loss in {u['loss']}. N*: {u['n']} ({fit.count}). Memory in {u['memory']}. "
+            f"{u['flops']}. Z = {u['z']}. ~ marks an N* outside the fitted sizes; regret is the "
+            "expected excess cost over the draws."
+        ),
+        frontier=_frontier_table(frontier),
+        savings=_saving_table(frontier),
+        probability=html.escape(
+            f"Probabilities, regrets and intervals: {frontier.intervals}. Tied configurations are "
+            f"the fewest that hold {LEVEL:.0%} of the probability of being the cheapest."
+        ),
+        saving_note=html.escape(
+            f"Saved: {u['saving']}, the baseline {tables.pair(frontier.baseline)} at the same loss."
+        ),
+        models=_model_table(frontier),
+        figures_decision="".join(pictures[name] for name in _DECISION if name in pictures),
+        law=html.escape(
+            f"L(N; H) = (a/N)^b + E with one E for all configurations: E = {fit.floor:.4f} nats, "
+            f"{LEVEL:.0%} interval {tables.span(fit.floor_interval)}; R² = {fit.r2:.5f} over "
+            f"{len(fit.points.n)} points; one run's noise {1e3 * fit.sigma:.2f} millinats."
+        ),
+        curves=_curve_table(fit),
+        fit_note=html.escape(
+            f"Intervals: {fit.how}. {fit.refits_failed} refits failed. Least squares "
+            f"{'converged' if fit.converged else 'did not converge'}; Jacobian rank {fit.rank} of "
+            f"{fit.n_parameters}."
+        ),
+        figures_fit="".join(pictures[name] for name in fit_figures),
+        runs_note=html.escape(
+            f"{len(results)} runs from {results.source}"
+            + (f"; not finished: {', '.join(results.missing)}" if results.missing else "")
+            + f". N is {results.count}, without embeddings; loss in nats per token."
+        ),
+        runs=_run_table(results),
+        made=_made(results, fit),
+        command=html.escape(command or "gqa_scaling.study.report.write_report"),
+    )
+
+
+def _html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def _frontier_table(frontier: Frontier) -> str:
+    header = ["context (tokens)", "loss (nats)", "heads, KV", "N* (parameters)", "90% interval"]
+    header += ["L x d", "memory (values)", f"FLOPs ({frontier.question.convention})", "Z"]
+    header += ["P(best)", "regret", "tied with"]
+    rows = []
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        best, q = answer.best, tables.quantity
+        rows.append(
+            [
+                *_goal(answer),
+                q(best.n),
+                " to ".join(q(v) for v in best.n_interval),
+                tables.shape(best.n_layers, best.d_model),
+                q(best.memory),
+                q(best.flops),
+                q(best.z),
+                tables.percent(best.probability, 0),
+                tables.percent(best.regret, 2),
+                tables.pairs([h for h in answer.tied if h != best.heads]) or "-",
+            ]
+        )
+    return _html(header, rows)
+
+
+def _saving_table(frontier: Frontier) -> str:
+    header = ["context (tokens)", "loss (nats)", "heads, KV"]
+    for kind in ("memory", f"FLOPs ({frontier.question.convention})", "Z"):
+        header += [f"{kind} saved", "90% interval"]
+    header += ["runner-up", "dearer by"]
+    rows = []
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        row = _goal(answer)
+        for kind in ("memory", "flops", "z"):
+            row.append(tables.percent(answer.best.saving[kind]))
+            ends = answer.best.saving_interval[kind]
+            row.append(" to ".join(tables.percent(v) for v in ends))
+        second = tables.pair(answer.choices[1].heads) if len(answer.choices) > 1 else "-"
+        rows.append([*row, second, tables.percent(answer.margin, 2)])
+    return _html(header, rows)
+
+
+def _goal(answer: Answer) -> list[str]:
+    best = answer.best
+    name = tables.pair(best.heads) + ("~" if best.extrapolated else "")
+    return [
+        f"{answer.context:,}",
+        f"{answer.loss:g}",
+        name if math.isfinite(best.n) else "none reaches it",
+    ]
+
+
+def _model_table(frontier: Frontier) -> str:
+    header = ["context (tokens)", "target (nats)", "heads, KV", "L x d"]
+    header += ["N without embeddings", "all parameters", "predicted loss (nats)", "90% interval"]
+    header += [f"FLOPs ({frontier.question.convention})", "weights (2 bytes)", "KV cache (2 bytes)"]
+    rows = []
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        m = answer.model
+        if m is None:
+            continue
+        rows.append(
+            [
+                f"{answer.context:,}",
+                f"{answer.loss:g}",
+                tables.pair((m.n_heads, m.n_kv_heads)),
+                f"{m.n_layers} x {m.d_model}",
+                f"{m.n_exact:,}",
+                f"{m.parameters:,}",
+                f"{m.loss:.4f}",
+                tables.span(m.loss_interval, ".4f"),
+                tables.quantity(m.flops),
+                tables.byte_size(m.weight_bytes),
+                tables.byte_size(m.cache_bytes),
+            ]
+        )
+    return _html(header, rows)
+
+
+def _curve_table(fit: Fit) -> str:
+    header = [
+        "heads, KV",
+        "sizes",
+        "N from",
+        "N to",
+        "a (parameters)",
+        "b",
+        "b, 90% interval",
+        "R²",
+    ]
+    low, high = interval(fit.draws.b)
+    rows = []
+    for k, heads in enumerate(fit.heads):
+        first, last = fit.points.range_n(k)
+        rows.append(
+            [
+                tables.pair(heads),
+                str(int((fit.points.curve == k).sum())),
+                tables.quantity(first),
+                tables.quantity(last),
+                tables.quantity(float(fit.scale[k])),
+                f"{fit.curves.b[k]:.4f}",
+                f"{low[k]:.4f} to {high[k]:.4f}",
+                f"{fit.r2_by_curve[k]:.5f}",
+            ]
+        )
+    return _html(header, rows)
+
+
+def _run_table(results: Results) -> str:
+    r = results
+    header = ["run", "heads, KV", "L x d", f"N ({r.count})", "context (tokens)", "training tokens"]
+    header += ["seed", "learning rate", "epochs", "loss (nats)"]
+
+    def known(value: float, form: str) -> str:
+        return format(value, form) if value == value and value else "-"
+
+    rows = [
+        [
+            str(r.name[i]),
+            tables.pair(heads),
+            f"{r.n_layers[i]} x {r.d_model[i]}" if r.n_layers[i] else "-",
+            f"{r.n_params[i]:,.0f}",
+            known(float(r.context_length[i]), ",.0f"),
+            known(float(r.tokens[i]), ",.0f"),
+            str(r.seed[i]),
+            known(float(r.learning_rate[i]), "g"),
+            known(float(r.epochs[i]), ".2f"),
+            f"{r.loss[i]:.4f}",
+        ]
+        for i, heads in enumerate(r.heads)
+    ]
+    return _html(header, rows)
+
+
+def _made(results: Results, fit: Fit) -> str:
+    p = results.provenance
+    versions = ", ".join(f"{k} {v}" for k, v in sorted((p.get("versions") or {}).items()))
+    seconds = p.get("training_seconds")
+    facts = [
+        ("experiment", p.get("experiment")),
+        ("gqa-scaling", __version__),
+        ("versions", versions),
+        ("devices", ", ".join(map(str, p.get("devices") or []))),
+        ("training time, all runs", f"{seconds:,.0f} s" if seconds else ""),
+        ("corpus hash", results.corpus[0]),
+        ("tokenizer hash", results.tokenizer[0]),
+        ("vocabulary", f"{results.vocab_size[0]:,} tokens" if results.vocab_size[0] else ""),
+        ("evaluation hash", results.evaluation[0]),
+        ("training seeds", ", ".join(map(str, sorted(set(results.seed.tolist()))))),
+        ("intervals", fit.how),
+    ]
+    return _html(["", ""], [[k, str(v)] for k, v in facts if v])
+
+
+# ------------------------------------------------------------------------------------ the data
+
+
+def results_csv(results: Results) -> str:
+    """The runs as a CSV that `results.from_csv` reads; unknown values are left empty."""
+    rows = [
+        {
+            k: "" if v is None or (v == 0 and k not in ("seed", "epochs")) else v
+            for k, v in row.items()
+        }
+        for row in results.rows()
+    ]
+    return _csv((*COLUMNS, "n_count"), [row | {"n_count": results.count} for row in rows])
+
+
+def frontier_csv(frontier: Frontier) -> str:
+    """One line for each target loss, context and configuration; units in the header."""
+    rows: list[dict[str, Any]] = []
+    for answer in frontier.answers:
+        for rank, c in enumerate(answer.choices, 1):
+            row = {
+                "context_tokens": answer.context,
+                "loss_nats": answer.loss,
+                "rank": rank,
+                "n_heads": c.heads[0],
+                "n_kv_heads": c.heads[1],
+                "tied": int(c.heads in answer.tied),
+                "n_parameters": c.n,
+                "n_low": c.n_interval[0],
+                "n_high": c.n_interval[1],
+                "n_layers": c.n_layers,
+                "d_model": c.d_model,
+                "memory_values": c.memory,
+                f"flops_{frontier.question.convention}": c.flops,
+                "z": c.z,
+                "excess": c.excess,
+                "probability": c.probability,
+                "regret": c.regret,
+                "extrapolated": int(c.extrapolated),
+            }
+            for kind in ("memory", "flops", "z"):
+                row[f"{kind}_saving"] = c.saving[kind]
+                row[f"{kind}_saving_low"], row[f"{kind}_saving_high"] = c.saving_interval[kind]
+            rows.append(row)
+    return _csv(list(rows[0]), rows)
+
+
+def _csv(header: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

@@ -1,0 +1,356 @@
+"""A token store holds exactly the corpus, is there entirely or not at all, and notices damage."""
+
+import dataclasses
+import filecmp
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gqa_scaling.config import DataConfig, UserError
+from gqa_scaling.data import build, open_store, prepare
+
+
+def held_out(text, fraction=0.2):
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < fraction * 2**64
+
+
+def expected(texts, heldout):
+    """The bytes of a split, as ids, straight from the definition."""
+    kept = [list(t.encode()) + [256] for t in texts.values() if held_out(t) == heldout]
+    return [i for k in kept for i in k], np.cumsum([len(k) for k in kept]).tolist()
+
+
+def names(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_every_document_lies_in_its_split_in_order_and_ends_with_eos(store, texts, split):
+    tokens, ends = expected(texts, split == "heldout")
+    total = {"train": store.train_tokens, "heldout": store.heldout_tokens}[split]
+    assert store.tokens(split, 0, total).tolist() == tokens
+    assert store.document_ends(split).tolist() == ends
+    assert store.tokens(split, 5, 9).dtype == np.uint16
+
+
+def test_bytes_per_token_counts_text_without_eos(store, texts):
+    held = [t for t in texts.values() if held_out(t)]
+    size = sum(len(t.encode()) for t in held)
+    assert store.heldout_bytes_per_token == size / (size + len(held))
+
+
+def test_hashes_say_what_they_are_of(store, texts):
+    digests = b"".join(hashlib.sha256(t.encode()).digest() for t in texts.values())
+    assert store.corpus_hash == hashlib.sha256(digests).hexdigest()
+    assert len(store.hash) == 64
+    json.dumps(store.describe())
+    assert str(store.path) not in json.dumps(store.describe())
+
+
+@pytest.mark.parametrize("size", [97, 1000])
+def test_shards_are_read_across_their_boundaries(config, monkeypatch, store, texts, size):
+    monkeypatch.setattr(build, "SHARD_TOKENS", size)
+    sharded = prepare(config())
+    sharded.verify()
+    tokens, ends = expected(texts, heldout=False)
+    n = len(tokens)
+    assert len(list(sharded.path.glob("train-*.bin"))) == -(-n // size)
+    assert sharded.document_ends("train").tolist() == ends
+    spans = [(0, n), (0, 0), (n, n), (n - 1, n), (0, size), (size, 2 * size), (size - 1, size + 1)]
+    for start, stop in [*spans, (size, size), (size // 2, 4 * size + 1)]:
+        for one in (store, sharded):
+            assert one.tokens("train", start, stop).tolist() == tokens[start:stop]
+    for start, stop in [(0, n + 1), (-1, 3), (4, 3)]:
+        with pytest.raises(IndexError, match="must lie within"):
+            sharded.tokens("train", start, stop)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-300"])
+def test_the_number_of_workers_changes_no_byte(config, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(build, "TASK_BYTES", 500)  # more tasks than the pool looks ahead
+    stores = [
+        prepare(config(tokenizer=tokenizer, store=str(tmp_path / str(n))), workers=n)
+        for n in (1, 2)
+    ]
+    assert stores[0].hash == stores[1].hash
+    files = names(stores[0].path)
+    assert filecmp.cmpfiles(stores[0].path, stores[1].path, files, shallow=False)[0] == files
+
+
+def test_the_order_of_documents_and_their_names_do_not_choose_the_split(config, tmp_path, texts):
+    lines = [json.dumps({"text": t}) + "\n" for t in reversed(texts.values())]
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+    a, b = (
+        prepare(config()),
+        prepare(config(corpus=str(tmp_path / "c.jsonl"), store=f"{tmp_path}/b")),
+    )
+    assert a.heldout_tokens == b.heldout_tokens
+    assert a.hash != b.hash  # but the tokens come in another order
+
+
+def test_bpe_store_decodes_to_its_documents(config, texts):
+    store = prepare(config(tokenizer="bpe-300"))
+    assert store.vocab_size == 300
+    assert open_store(config(tokenizer="bpe-300")).tokenizer == store.tokenizer
+    assert (
+        store.tokenizer_hash
+        == hashlib.sha256((store.path / "tokenizer.json").read_bytes()).hexdigest()
+    )
+    begin, out = 0, []
+    for end in store.document_ends("train"):
+        document = store.tokens("train", begin, end)
+        assert document[-1] == store.eos
+        out.append(store.tokenizer.decode(document))
+        begin = end
+    assert out == [t for t in texts.values() if not held_out(t)]
+
+
+def test_bpe_learns_nothing_from_the_held_out_split(config, folder, tmp_path, texts):
+    base = prepare(config(tokenizer="bpe-300"))
+    shutil.copytree(folder, tmp_path / "more")
+    extra = next(t for i in range(100) if held_out(t := f"{i} " + "zq" * 3000))
+    (tmp_path / "more" / "extra.txt").write_text(extra)
+    other = prepare(config(corpus=f"{tmp_path}/more", tokenizer="bpe-300", store=f"{tmp_path}/t"))
+    assert other.tokenizer_hash == base.tokenizer_hash
+    assert other.heldout_tokens > base.heldout_tokens
+
+
+def test_no_op_when_it_is_there_and_rebuild_replaces(config, tmp_path):
+    first = prepare(config())
+    stamp = (first.path / "store.json").stat().st_mtime_ns
+    assert prepare(config()).hash == first.hash == open_store(config()).hash
+    assert (first.path / "store.json").stat().st_mtime_ns == stamp
+    assert prepare(config(), rebuild=True).hash == first.hash
+    assert (first.path / "store.json").stat().st_mtime_ns != stamp
+    assert names(tmp_path) == ["s"]
+
+
+def test_another_declaration_is_refused_by_name_of_what_differs(config):
+    prepare(config())
+    for verb in (prepare, open_store):
+        with pytest.raises(
+            UserError, match=r"heldout_fraction: 0.2 -> 0.3.*data\.store.*--rebuild"
+        ):
+            verb(config(heldout_fraction=0.3))
+    assert prepare(config(heldout_fraction=0.3), rebuild=True).heldout_tokens > 0
+
+
+def test_a_store_may_travel_without_its_corpus_but_notices_a_changed_one(config, folder, tmp_path):
+    moved = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, moved)
+    store = prepare(config(corpus=str(moved)))
+    assert prepare(config()).hash == store.hash  # the same corpus in another place
+    (moved / "new.txt").write_text("new")
+    with pytest.raises(UserError, match=r"has changed since.*--rebuild"):
+        prepare(config(corpus=str(moved)))
+    shutil.rmtree(moved)
+    assert prepare(config(corpus=str(moved))).hash == store.hash
+
+
+def test_a_missing_store_says_how_to_make_it(config):
+    with pytest.raises(UserError, match="gqa-scaling prepare"):
+        open_store(config())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("train-00000.bin", cut, r"train-00000\.bin has \d+ bytes but must have \d+"),
+        ("train-00000.bin", Path.unlink, r"train-00000\.bin of the token store is missing"),
+        ("heldout-00000.bin", lambda p: p.write_bytes(b""), "has 0 bytes"),
+        ("heldout.documents.npy", cut, r"heldout\.documents\.npy has"),
+        ("store.json", lambda p: p.write_bytes(b""), r"store\.json is damaged"),
+        ("store.json", lambda p: p.write_bytes(b"[]"), r"store\.json is damaged"),
+        ("store.json", lambda p: p.write_bytes(b"{}"), r"store\.json is damaged"),
+        ("store.json", cut, r"store\.json is damaged"),
+    ],
+)
+def test_damage_is_named_when_opened(config, store, file, damage, words):
+    path = Path(shutil.copytree(store.path, config().store))
+    damage(path / file)
+    for verb in (open_store, prepare):
+        with pytest.raises(UserError, match=words + ".*--rebuild") as caught:
+            verb(config())
+        assert "\n" not in str(caught.value)
+    assert prepare(config(), rebuild=True).hash == store.hash
+
+
+def test_store_json_is_held_to_its_own_hash_and_schema(config, store):
+    path = Path(shutil.copytree(store.path, config().store)) / "store.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"dtype": "<u4"}))
+    with pytest.raises(UserError, match="its hash is not that of its content"):
+        open_store(config())
+    path.write_text(json.dumps(manifest | {"schema": 99}))
+    with pytest.raises(UserError, match="has schema 99"):
+        open_store(config())
+
+
+@pytest.mark.parametrize("file", ["train-00000.bin", "heldout.documents.npy"])
+def test_a_flipped_bit_is_found_by_verify(config, store, file):
+    path = Path(shutil.copytree(store.path, config().store))
+    opened = open_store(config())
+    opened.verify()
+    flip(path / file)
+    with pytest.raises(UserError, match=f"{file} is damaged"):
+        open_store(config()).verify()
+
+
+def test_a_changed_tokenizer_json_is_refused_and_an_absent_one_is_not_needed(config, tmp_path):
+    source = prepare(config(tokenizer="bpe-300", store=f"{tmp_path}/bpe"))
+    file = Path(shutil.copy(source.path / "tokenizer.json", tmp_path / "t.json"))
+    store = prepare(config(tokenizer=str(file)))
+    assert store.tokenizer_hash == source.tokenizer_hash
+    assert np.array_equal(store.tokens("train", 0, 999), source.tokens("train", 0, 999))
+    file.write_text(file.read_text() + "\n")
+    for verb in (open_store, prepare):
+        with pytest.raises(UserError, match=r"t\.json' has changed since"):
+            verb(config(tokenizer=str(file)))
+    file.unlink()
+    open_store(config(tokenizer=str(file)))
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "heldout"), (1 - 1e-9, "train")])
+def test_an_empty_split_is_refused_and_leaves_nothing(config, tmp_path, fraction, split):
+    with pytest.raises(UserError, match=f"the {split} split is empty: none of the 120 documents"):
+        prepare(config(heldout_fraction=fraction))
+    assert names(tmp_path) == []
+
+
+def test_a_bad_corpus_leaves_nothing(config, tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
+    with pytest.raises(UserError, match="line 2"):
+        prepare(config(corpus=str(tmp_path / "c.jsonl")))
+    assert names(tmp_path) == ["c.jsonl"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write the token store") as caught:
+            prepare(config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_line(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the token store"):
+        prepare(config(store=str(tmp_path / "file" / "s")))
+
+
+def test_somebody_elses_folder_is_never_replaced(config, tmp_path):
+    (tmp_path / "s").mkdir()
+    prepare(config())  # an empty folder is no obstacle
+    shutil.rmtree(tmp_path / "s")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("years of work")
+    for rebuild in (False, True):
+        with pytest.raises(UserError, match="is in the way"):
+            prepare(config(), rebuild=rebuild)
+    assert names(tmp_path / "s") == ["thesis.txt"]
+
+
+SCRIPT = """
+import json, sys, time
+from gqa_scaling.config import DataConfig
+from gqa_scaling.data import build, prepare
+
+def until(documents, stall, tasks=build._tasks):
+    for number, task in enumerate(tasks(documents)):
+        if number == stall:
+            time.sleep(60)
+        yield task
+
+if __name__ == "__main__":
+    fields, stall = json.loads(sys.argv[1])
+    build.TASK_BYTES = 100
+    build._tasks = lambda documents: until(documents, stall)
+    prepare(DataConfig(**fields), workers=2)
+"""
+
+
+def start(path, config, stall=None):
+    """Prepare in another process, which stops and waits before task number `stall`."""
+    path.write_text(SCRIPT)
+    arguments = json.dumps([dataclasses.asdict(config), stall])
+    return subprocess.Popen([sys.executable, path, arguments], start_new_session=True)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_killed_prepare_leaves_no_store_and_the_next_one_cleans_up(config, tmp_path):
+    killed = start(tmp_path / "script.py", config(), stall=20)
+    wait_until(lambda: list(tmp_path.glob(".s.partial/train-*.bin")))
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(UserError, match="there is no token store"):
+        open_store(config())
+    wait_until(lambda: not group_alive(killed.pid))  # the workers end with their parent
+    prepare(config()).verify()
+    assert names(tmp_path) == ["s", "script.py"]
+
+
+def group_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_two_prepares_at_once_make_one_store(config, tmp_path):
+    both = [start(tmp_path / f"script{i}.py", config()) for i in range(2)]
+    assert [process.wait(timeout=30) for process in both] == [0, 0]
+    open_store(config()).verify()
+    assert names(tmp_path) == ["s", "script0.py", "script1.py"]
+
+
+def test_left_out_files_are_reported_unless_told_not_to(config, folder, tmp_path, capsys):
+    corpus = shutil.copytree(folder, tmp_path / "mixed")
+    (corpus / "image.png").write_bytes(b"\xff\xfe\xfd")
+    store = prepare(config(corpus=str(corpus)))
+    assert capsys.readouterr().err == "left out 1 files that are not UTF-8: image.png\n"
+    assert store.manifest["corpus"]["not_utf8"] == ["image.png"]
+    prepare(config(corpus=str(corpus), store=f"{tmp_path}/t"), show=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_standard_library_needs_nothing(tmp_path):
+    store = prepare(DataConfig(store=str(tmp_path / "s")))
+    assert store.train_tokens > 5_000_000
+    assert 0.01 < store.heldout_tokens / store.train_tokens < 0.15
+
+
+def test_reading_a_store_needs_no_jax():
+    script = "import gqa_scaling.data, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,0 +1,104 @@
+"""A tiny experiment on generated text, for tests that train. Also run as a process of its own:
+
+python tiny.py MOMENT      train in the working directory, killed with SIGKILL at MOMENT
+"""
+
+import dataclasses
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from gqa_scaling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+
+WORDS = ("loss", "heads", "cache", "query", "token", "layer", "scale", "mesh", "the", "of", "a")
+
+
+def write_corpus(folder: Path, documents: int = 40) -> None:
+    """Text that is cheap to make and has something to learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    for i in range(documents):
+        lines = (" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(40))
+        (folder / f"{i:03d}.txt").write_text("\n".join(lines))
+
+
+def tiny_run(name: str = "tiny", **changes: object) -> RunConfig:
+    """A run of 24 steps that takes a few seconds; `corpus` lies in the working directory."""
+    run = RunConfig(
+        name=name,
+        model=ModelConfig(2, 16, 4, 2, head_dim=4, vocab_size=264, dtype="float32"),
+        data=DataConfig(corpus="corpus", heldout_fraction=0.2),
+        context_length=32,
+        batch_tokens=128,
+        tokens=24 * 128,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        evaluation=EvaluationConfig(tokens=1024),
+        checkpoint=CheckpointConfig(every_steps=5),
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arrange(moment: str) -> None:
+    """Have this process killed at a moment of its run: compilation, save, evaluation or step N."""
+    from gqa_scaling import checkpoint
+    from gqa_scaling.training import loop
+
+    if moment == "compilation":
+        shard = loop.parallel.shard_batch
+
+        def first_batch(*args: object) -> object:
+            threading.Timer(0.3, die).start()  # compiling the step takes longer than that
+            return shard(*args)
+
+        loop.parallel.shard_batch = first_batch
+    elif moment == "save":
+        save = checkpoint.Checkpoints.save
+
+        def save_and_die(self: object, step: int, *args: object) -> None:
+            save(self, step, *args)  # returns while the files are being written
+            if step == 10:
+                die()
+
+        checkpoint.Checkpoints.save = save_and_die
+    elif moment == "evaluation":
+        make = loop.evaluator
+        loop.evaluator = lambda *args: (make(*args), lambda parameters: die())[1]
+    elif moment.startswith("step"):
+        tick = loop._Meter.tick
+
+        def tick_or_die(self: object, step: int) -> None:
+            if step == int(moment.removeprefix("step")):
+                die()
+            tick(self, step)
+
+        loop._Meter.tick = tick_or_die
+    else:
+        raise ValueError(moment)
+
+
+if __name__ == "__main__":
+    from gqa_scaling.data import open_store
+    from gqa_scaling.runs import claim, run_directory
+    from gqa_scaling.training.loop import train
+
+    if len(sys.argv) > 1:
+        arrange(sys.argv[1])
+    run = tiny_run()
+    directory = run_directory("runs", "tiny", run)
+    with claim(directory) as mine:
+        assert mine
+        train(run, directory, open_store(run.data))
