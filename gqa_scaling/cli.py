@@ -6,14 +6,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gqa_scaling.config import UserError, nearest, require
+from gqa_scaling.config import Question, UserError, nearest, require
 
 if TYPE_CHECKING:
     from gqa_scaling.experiment import Experiment
     from gqa_scaling.hardware import Hardware
+    from gqa_scaling.study.fit import Fit
+    from gqa_scaling.study.results import Results
 
 OVERRIDES = """\
 Any field of a run can be changed for the whole grid, after the other arguments:
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=raw,
             allow_abbrev=False,
         )
-        if add is not _add_source:
+        if add not in (_add_source, _add_frontier, _add_report):
             verb.add_argument("experiment", help="module or file, such as experiments.smoke")
         add(verb)
         verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")
@@ -242,13 +245,139 @@ def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
 # ----------------------------------------------------------------------------------- study
 
 
+PUBLISHED = "chen2025"
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="experiment, CSV file, or chen2025 (published points)")
+    parser.add_argument(
+        "source", help=f"experiment, CSV file, or {PUBLISHED} (the published points, shipped here)"
+    )
     _add_json(parser)
+    parser.add_argument("--bootstrap", choices=("residual", "pairs"), default="residual")
+    parser.add_argument("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
+    parser.add_argument("--context", type=int, help="fit the runs of this training context length")
 
 
-def _todo(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    raise UserError("not wired")
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--losses", type=float, nargs="+", help="target losses in nats")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="inference context lengths in tokens"
+    )
+    parser.add_argument(
+        "--baseline", metavar="n_h,n_kv", help="heads that savings are stated against"
+    )
+    parser.add_argument("--convention", choices=("per_token", "per_sequence"), help="of FLOPs")
+    parser.add_argument("--lambda", dest="weight", type=float, help="weight of memory in Z")
+    parser.add_argument("--objective", choices=("z", "memory", "flops"), default="z")
+
+
+def _add_frontier(parser: argparse.ArgumentParser) -> None:
+    _add_question(parser)
+    parser.add_argument("--ranking", action="store_true", help="rank every configuration")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_question(parser)
+    parser.add_argument("--output", help="the page (default: runs/<experiment>/report.html)")
+
+
+def _fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "Fit", Question]:
+    """The source's results and their fit, and the question it comes with."""
+    from gqa_scaling.experiment import load_experiment
+    from gqa_scaling.runs import runs_root
+    from gqa_scaling.study.fit import fit
+    from gqa_scaling.study.results import from_csv, from_runs, published
+
+    if args.source == PUBLISHED or args.source.endswith(".csv"):
+        require(
+            not rest,
+            f"unexpected argument {rest[0] if rest else ''!r}: {args.source} has no fields",
+        )
+    if args.source == PUBLISHED:
+        results, question = published(), PUBLISHED_QUESTION
+    elif args.source.endswith(".csv"):
+        results, question = from_csv(Path(args.source)), Question()
+    else:
+        experiment = load_experiment(args.source, rest)
+        results = from_runs(runs_root(), experiment.name, experiment.runs)
+        question = experiment.question
+    require(args.refits > 0, f"--refits {args.refits} must be greater than 0")
+    fitted = fit(results, context_length=args.context, bootstrap=args.bootstrap, refits=args.refits)
+    return results, fitted, question
+
+
+PUBLISHED_QUESTION = Question(
+    contexts=(8192, 32768, 131072),
+    losses=(3.0, 2.9, 2.8, 2.7, 2.6),
+    baseline=(8, 8),
+    convention="per_sequence",
+)
+
+
+def _asked(args: argparse.Namespace, question: Question) -> Question:
+    """The question with what the command line changes."""
+    baseline = None
+    if args.baseline is not None:
+        heads = args.baseline.split(",")
+        valid = len(heads) == 2 and all(h.strip().isdigit() for h in heads)
+        require(valid, f"--baseline {args.baseline!r} must be n_heads,n_kv_heads such as 8,8")
+        baseline = (int(heads[0]), int(heads[1]))
+    changes = {
+        "losses": tuple(args.losses) if args.losses else None,
+        "contexts": tuple(args.contexts) if args.contexts else None,
+        "baseline": baseline,
+        "convention": args.convention,
+        "weight": args.weight,
+    }
+    return replace(question, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    _, fitted, _ = _fitted(args, rest)
+    if args.json:
+        _print_json(fitted.to_dict())
+    else:
+        from gqa_scaling.study.tables import fit_table, residual_table
+
+        _print_table(fit_table(fitted), residual_table(fitted))
+    return 0
+
+
+def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.study.frontier import frontier
+
+    results, fitted, question = _fitted(args, rest)
+    answer = frontier(fitted, results, _asked(args, question), args.objective)
+    if args.json:
+        _print_json(answer.to_dict())
+    else:
+        from gqa_scaling.study.tables import frontier_tables, ranking_table
+
+        _print_table(frontier_tables(answer), *([ranking_table(answer)] if args.ranking else []))
+    return 0
+
+
+def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.runs import runs_root
+    from gqa_scaling.study.frontier import frontier
+    from gqa_scaling.study.report import write_report
+    from gqa_scaling.study.tables import frontier_tables
+
+    results, fitted, question = _fitted(args, rest)
+    answer = frontier(fitted, results, _asked(args, question), args.objective)
+    name = Path(args.source).stem if args.source.endswith((".csv", ".py")) else args.source
+    default = runs_root() / name.rpartition(".")[2] / "report.html"
+    path = Path(args.output) if args.output else default
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["gqa-scaling", "report", args.source, *rest])
+    write_report(path, results, fitted, answer, command=command)
+    if args.json:
+        _print_json({"report": str(path), "frontier": answer.to_dict()})
+    else:
+        _print_table(frontier_tables(answer))
+        print(f"report: {path}")
+    return 0
 
 
 Verb = tuple[
@@ -266,7 +395,7 @@ VERBS: dict[str, Verb] = {
         "the best learning rate of each size in a sweep",
         _add_json,
     ),
-    "fit": (_todo, "fit the loss laws to finished runs", _add_source),
-    "frontier": (_todo, "the cheapest configuration for a loss and a context", _add_source),
-    "report": (_todo, "write the study as one HTML page", _add_source),
+    "fit": (_fit, "fit the loss laws to finished runs", _add_source),
+    "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
+    "report": (_report, "write the study as one HTML page", _add_report),
 }

@@ -5,6 +5,7 @@ in N, and L follows from the parameter count (Chen et al. 2025, section 4.1, ste
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,20 +87,17 @@ def nearest_buildable(
 ) -> Shape:
     """The whole (L, d), d a multiple of `multiple`, whose N is nearest to `n`.
 
-    Layers within 15% of the interpolated ones are tried, so the aspect ratio stays the ladder's;
-    equally near ones are settled by the aspect ratio.
+    Nearest in N and in aspect ratio together, the ratio counting a quarter, both on a log scale.
     """
     ideal = interpolate(n, n_heads, n_kv_heads, head_dim, ladder)
-    spread = max(1, round(0.15 * ideal.n_layers))
-    middle = round(ideal.n_layers)
-    best = None
-    for layers in range(max(1, middle - spread), middle + spread + 1):
-        width = round(ideal.d_model / multiple)
-        for d in {max(1, width + k) * multiple for k in range(-2, 3)}:
-            built = n_formula(layers, d, n_heads, n_kv_heads, head_dim)
-            aspect = abs(d / layers - ideal.d_model / ideal.n_layers)
-            key = (round(abs(built / n - 1), 3), aspect, layers)
-            if best is None or key < best[0]:
-                best = (key, Shape(layers, d))
-    assert best is not None
-    return best[1]
+    middle, spread = round(ideal.n_layers), max(1, round(0.15 * ideal.n_layers))
+    width = round(ideal.d_model / multiple)
+
+    def distance(shape: Shape) -> float:
+        built = n_formula(shape.n_layers, shape.d_model, n_heads, n_kv_heads, head_dim)
+        aspect = (shape.d_model / shape.n_layers) / (ideal.d_model / ideal.n_layers)
+        return abs(math.log(built / n)) + abs(math.log(aspect)) / 4
+
+    layers = range(max(1, middle - spread), middle + spread + 1)
+    widths = sorted({max(1, width + k) * multiple for k in range(-2, 3)})
+    return min((Shape(L, d) for L in layers for d in widths), key=distance)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gqa_scaling.config import UserError
 from gqa_scaling.data.loader import TrainingData, evaluation_hash, heldout_chunks
 
-T, B = 32, 4
+T, B = 30, 4
 
 
 @pytest.fixture
@@ -109,19 +109,18 @@ def test_a_block_is_a_block_of_the_whole_batch(store, step, rows, positions):
 def test_seeking_is_instant(data):
     begin = time.perf_counter()
     first = next(data.iterate(10**6))
-    assert time.perf_counter() - begin < 1.0
+    assert time.perf_counter() - begin < 5  # seconds; walking there takes minutes
     assert np.array_equal(first, data.batch(10**6))
 
 
-def test_the_data_order_never_changes_silently(store):
-    """Resuming an old run needs the order it began with. A change must raise the store's schema."""
-    first = [
-        chunks(store).index(tuple(row)) for row in TrainingData(store, T, 8, 0).batch(0).tolist()
-    ]
-    assert first == GOLDEN, f"the order of chunks changed: {first}"
-
-
-GOLDEN = []
+def test_the_order_never_changes_silently(store):
+    """A run that is resumed goes on in the order it began with."""
+    rows = TrainingData(store, T, 8, seed=0).batch(0).tolist()
+    order = [chunks(store).index(tuple(row)) for row in rows]
+    assert order == [190, 159, 250, 350, 417, 134, 74, 175], (
+        f"the order of chunks is now {order}: if that is meant, say so in the release notes and write "
+        "it here, because runs that began before cannot be resumed"
+    )
 
 
 def test_too_little_text_is_refused(store):

@@ -1,0 +1,272 @@
+"""The fit: published numbers, known truths, uncertainty, refusals."""
+
+import dataclasses
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import approx_fprime, least_squares
+
+from gqa_scaling.config import UserError
+from gqa_scaling.costs import n_formula
+from gqa_scaling.grid import head_candidates
+from gqa_scaling.study import fit as fitting
+from gqa_scaling.study import laws
+from gqa_scaling.study.fit import fit, interval
+from gqa_scaling.study.results import _table, published
+
+
+def study(truth, noise=0.0, seed=0, sizes=(12, 16, 20, 24, 28, 32), replicates=1, **columns):
+    """A synthetic study; `truth` maps heads to (a, b, E)."""
+    rng, rows = np.random.default_rng(seed), []
+    for (h, kv), (a, b, floor) in truth.items():
+        for layers in sizes:
+            n = n_formula(layers, 64 * layers, h, kv)
+            for s in range(replicates):
+                loss = laws.power(n, a, b, floor) * (1 + noise * rng.standard_normal())
+                row = dict.fromkeys(("evaluation", "tokenizer", "corpus"), "")
+                row |= {"name": f"L{layers}-h{h}-kv{kv}-s{s}", "n_heads": h, "n_kv_heads": kv}
+                row |= {"head_dim": 64, "n_layers": layers, "d_model": 64 * layers, "n_params": n}
+                row |= {"context_length": 8192, "tokens": 20 * n, "loss": loss, "seed": s}
+                row |= {"learning_rate": 1e-3, "epochs": 1.0, "vocab_size": 50304}
+                rows.append(row | columns)
+    return _table(rows, source="synthetic", count="n_formula")
+
+
+TRUTH = {(1, 1): (1.3e8, 0.20, 2.1), (4, 1): (9.0e7, 0.215, 2.1), (8, 8): (7.5e7, 0.227, 2.1)}
+
+
+@pytest.fixture(scope="module")
+def chen():
+    return fit(published())
+
+
+def test_published_study_is_reproduced(chen):
+    assert abs(chen.floor - 2.120) <= 0.005
+    assert chen.r2 >= 0.9997
+    assert chen.r2_by_curve.min() > 0.999
+    assert chen.converged
+    assert chen.rank == chen.n_parameters == 15
+    assert chen.at_bound == ""
+    assert chen.refits_failed == 0
+    low, high = chen.floor_interval
+    assert low < chen.floor < high
+    assert 0.05 < high - low < 0.2
+
+
+def test_a_and_b_are_the_papers_form(chen):
+    n = chen.points.n[chen.points.curve == 3]
+    direct = laws.power(n, chen.scale[3], chen.curves.b[3], chen.floor)
+    assert np.allclose(direct, chen.predicted[chen.points.curve == 3], rtol=0, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    floor=st.floats(0.3, 2.5),
+    b=st.lists(st.floats(0.08, 0.4), min_size=2, max_size=6),
+    excess=st.floats(0.3, 1.5),
+    sizes=st.integers(4, 8),
+)
+def test_noise_free_truths_are_recovered(floor, b, excess, sizes):
+    curve = np.repeat(np.arange(len(b)), sizes)
+    x = np.tile(np.linspace(-2.7, 2.7, sizes), len(b))
+    y = floor + excess * np.exp(-np.array(b)[curve] * x)
+    found = fitting._fit_point(fitting._Design(curve, x), y, np.ones(len(y)))
+    assert abs(found.floor - floor) <= 1e-6
+    assert np.abs(found.b - b).max() <= 1e-6
+    assert found.converged
+
+
+def test_recovery_through_the_whole_path():
+    found = fit(study(TRUTH), refits=100)
+    assert found.floor == pytest.approx(2.1, abs=1e-8)
+    for k, heads in enumerate(found.heads):
+        assert found.scale[k] == pytest.approx(TRUTH[heads][0], rel=1e-6)
+        assert found.curves.b[k] == pytest.approx(TRUTH[heads][1], abs=1e-8)
+
+
+def test_refits_in_bulk_equal_scipys_least_squares(chen):
+    p, rng = chen.points, np.random.default_rng(5)
+    design = fitting._Design(p.curve, np.log(p.n) - p.centre[p.curve])
+    y = chen.predicted * (1 + 0.002 * rng.standard_normal((6, len(p.n))))
+    w = rng.integers(0, 3, y.shape) + 0.25  # weights as the pairs bootstrap and replicates make
+    start = [np.repeat(v[None], 6, 0) for v in (chen.curves.floor, chen.curves.u, chen.curves.b)]
+    floor, u, b, cost, done = design.solve(y, w, start, fitting._limits(y))
+    assert done.all()
+    k = len(p.heads)
+    for i in range(6):
+
+        def residuals(q, i=i):
+            return np.sqrt(w[i]) * (
+                q[0] + design.excess(q[None, 1 : k + 1], q[None, k + 1 :])[0] - y[i]
+            )
+
+        found = least_squares(
+            residuals, np.r_[2.0, u[i] + 0.05, b[i] * 0.9], xtol=1e-15, ftol=1e-15, gtol=1e-15
+        )
+        assert 2 * found.cost == pytest.approx(cost[i], rel=1e-9)
+        assert found.x[0] == pytest.approx(floor[i], abs=2e-6)
+        assert found.x[k + 1 :] == pytest.approx(b[i], abs=2e-6)
+
+
+def test_the_jacobian_is_the_derivative(chen):
+    p = chen.points
+    design = fitting._Design(p.curve, np.log(p.n) - p.centre[p.curve])
+    solution = fitting._fit_point(design, p.loss, np.ones(len(p.n)))
+    k, at = len(p.heads), np.r_[solution.floor, solution.u, solution.b]
+
+    def model(q):
+        return q[0] + design.excess(q[None, 1 : k + 1], q[None, k + 1 :])[0]
+
+    assert np.allclose(solution.jacobian, approx_fprime(at, model), atol=1e-6)
+
+
+def test_influence_is_what_leaving_a_run_out_does(chen):
+    r = published()
+    by_name = {name: i for i, name in enumerate(chen.points.name)}
+    for drop in ("L20-d1280-h4-kv1", "L32-d2048-h8-kv2"):
+        without = fit(r.select(r.name != drop), refits=100)
+        change = without.floor - chen.floor
+        assert chen.influence[by_name[drop]] == pytest.approx(change, rel=0.25)
+
+
+def test_e_below_its_bound_is_flagged_not_fatal():
+    # straight lines in ln N: no floor can be told
+    r = study(TRUTH)
+    bent = dataclasses.replace(r, loss=4.5 - 0.1 * np.log(r.n_params))
+    found = fit(bent, refits=100)
+    assert found.at_bound == "lower"
+    assert found.floor == pytest.approx(0, abs=1e-4)
+    assert any("at its bound" in flag for flag in found.flags)
+
+
+def test_rising_losses_are_flagged():
+    r = study(TRUTH, noise=0.002)
+    loss = r.loss.copy()
+    mine = np.array([h == (4, 1) for h in r.heads])
+    loss[mine] = loss[mine][::-1]
+    found = fit(dataclasses.replace(r, loss=loss), refits=100)
+    assert any("does not fall with N for (4,1)" in flag for flag in found.flags)
+    assert math.isinf(found.curves.n_star(2.9)[found.index((4, 1))])
+
+
+@pytest.mark.parametrize("bootstrap", ["residual", "pairs"])
+def test_intervals_are_reproducible_and_grow_with_the_noise(bootstrap):
+    small, again = (fit(study(TRUTH, 0.0005), bootstrap=bootstrap, refits=300) for _ in range(2))
+    assert small.floor_interval == again.floor_interval
+    assert (
+        fit(study(TRUTH, 0.0005), bootstrap=bootstrap, refits=300, seed=1).floor_interval
+        != small.floor_interval
+    )
+    large = fit(study(TRUTH, 0.002), bootstrap=bootstrap, refits=300)
+    width = [np.ptp(f.floor_interval) for f in (small, large)]
+    assert 2 < width[1] / width[0] < 9
+    assert small.bootstrap in small.how
+    assert "300 refits, seed 0" in small.how
+
+
+def test_replicate_seeds_give_the_noise_and_narrow_the_answer():
+    one, four = (fit(study(TRUTH, 0.002, replicates=n), refits=300) for n in (1, 4))
+    assert one.points.noise is None
+    assert any("no replicate seeds" in flag for flag in one.flags)
+    assert four.points.noise_dof == 3 * 18
+    assert four.points.noise == pytest.approx(0.002 * 2.8, rel=0.25)
+    assert four.sigma == pytest.approx(0.002 * 2.8, rel=0.25)  # of one run, not of a mean of four
+    assert np.ptp(four.floor_interval) < 0.75 * np.ptp(one.floor_interval)
+    assert four.points.replicates.tolist() == [4] * 18
+
+
+def test_unequal_replicates_weigh_as_they_count():
+    r = study(TRUTH, 0.002, replicates=3)
+    found = fit(r, refits=100)
+    # the same means given once each, with no weights, must agree only when counts are equal
+    single = study(TRUTH, 0.0)
+    means = {}
+    for heads, layers, loss in zip(r.heads, r.n_layers, r.loss, strict=True):
+        means.setdefault((heads, layers), []).append(loss)
+    loss = [np.mean(means[h, n]) for h, n in zip(single.heads, single.n_layers, strict=True)]
+    assert fit(dataclasses.replace(single, loss=np.array(loss)), refits=100).floor == pytest.approx(
+        found.floor, abs=1e-9
+    )
+    thinned = fit(r.select((r.seed == 0) | (r.n_layers == 12)), refits=100)
+    assert thinned.floor != pytest.approx(fit(r.select(r.seed == 0), refits=100).floor, abs=1e-6)
+
+
+def test_order_of_the_runs_does_not_matter(chen):
+    r = published()
+    mixed = r.select(np.random.default_rng(0).permutation(len(r)))
+    assert fit(mixed, refits=100).floor == pytest.approx(chen.floor, abs=1e-9)
+
+
+def test_too_few_runs_are_refused_with_what_is_missing():
+    r = study(TRUTH)
+    few = dataclasses.replace(r.select(r.n_layers < 20), missing=("L20-h1", "L20-h4"))
+    with pytest.raises(UserError, match=r"needs 3 sizes, but \(1,1\) has 2.*L20-h1, L20-h4"):
+        fit(few)
+    lone = r.select(np.array([h == (1, 1) for h in r.heads]) & (r.n_layers < 24))
+    with pytest.raises(UserError, match="nothing to judge the noise"):
+        fit(lone)
+
+
+def test_mixed_contexts_and_budgets_are_refused():
+    r = study(TRUTH)
+    mixed = dataclasses.replace(r, context_length=np.where(r.n_layers > 24, 4096, 8192))
+    with pytest.raises(UserError, match="context lengths 4096, 8192"):
+        fit(mixed)
+    assert len(fit(mixed, context_length=8192, refits=100).points.n) == 12
+    with pytest.raises(UserError, match="no runs at context length 5"):
+        fit(r, context_length=5)
+    r = study(TRUTH, 0.001, replicates=2)
+    with pytest.raises(UserError, match="one token budget"):
+        fit(dataclasses.replace(r, tokens=r.tokens * (1 + r.seed)))
+    with pytest.raises(UserError, match="bootstrap='x'"):
+        fit(r, bootstrap="x")
+
+
+def test_everything_is_json(chen):
+    told = json.loads(json.dumps(chen.to_dict(), allow_nan=False))
+    assert told["E_nats"] == chen.floor
+    assert len(told["points"]) == 40
+    assert told["curves"][3]["n_heads"] == 8
+    assert "percentile residual bootstrap, 1000 refits, seed 0" in told["intervals"]
+
+
+def test_a_point_fit_takes_milliseconds_and_a_thousand_refits_well_under_two_seconds():
+    p = fit(published(), refits=100).points
+    design = fitting._Design(p.curve, np.log(p.n) - p.centre[p.curve])
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        fitting._fit_point(design, p.loss, np.ones(len(p.n)))
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.010
+    many = {h: (8e7 / (1 + 0.1 * math.log2(h[0])), 0.2, 2.0) for h in head_candidates(32)}
+    for results, limit in ((published(), 2.0), (study(many, 0.002), 5.0)):
+        begin = time.perf_counter()
+        assert fit(results, refits=1000).refits_failed == 0
+        assert time.perf_counter() - begin < limit
+
+
+@given(st.floats(1e4, 1e12), st.floats(1e3, 1e9), st.floats(0.05, 0.5), st.floats(0, 3))
+def test_the_law_and_its_inverse_agree(n, a, b, floor):
+    loss = laws.power(n, a, b, floor)
+    if loss - floor > 1e-4:
+        assert laws.power_inverse(loss, a, b, floor) == pytest.approx(n, rel=1e-6)
+    u = b * (math.log(a) - 18.0)
+    assert laws.centred(n, u, b, floor, 18.0) == pytest.approx(loss, rel=1e-12)
+    assert laws.scale(u, b, 18.0) == pytest.approx(a, rel=1e-9)
+
+
+def test_losses_at_or_below_the_floor_are_never_reached():
+    assert np.isinf(laws.power_inverse(2.0, 1e8, 0.2, 2.0))
+    assert np.isinf(
+        laws.centred_inverse(np.array([1.9, 2.5]), 0.0, np.array([0.2, -0.1]), 2.0, 18.0)
+    ).all()
+
+
+def test_intervals_cut_five_percent_from_each_end():
+    assert interval(np.arange(1, 101)) == (5.0, 95.0)
