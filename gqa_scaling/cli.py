@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest name, and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
-        if "invalid choice" in message:
+        if message.startswith("argument VERB: invalid choice"):
             given = message.split("invalid choice: ")[1].split("'")[1]
             message = f"unknown verb {given!r}{nearest(given, VERBS)}; see {self.prog} --help"
         raise UserError(message)
@@ -114,6 +114,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--cores", help=argparse.SUPPRESS)  # said by --workers to its processes
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +195,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.runs import runs_root
 
     require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
+    if args.cores is not None:
+        sweep.be_worker(args.cores)
+        sweep.check_worker()
     experiment, root = _experiment(args, rest), runs_root()
     left = sweep.pending(experiment, root)
     if not left:
@@ -206,7 +210,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             code = sweep.run_workers(_worker_command(args, rest), workers)
         else:
             code = sweep.run_sweep(experiment, root, args.retry_failed).exit_code
-    return max(code, sweep.report_end(experiment, root))
+    return code if args.cores is not None else max(code, sweep.report_end(experiment, root))
 
 
 def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:

@@ -170,14 +170,16 @@ def hardware_flops_per_token(
     """FLOPs an implementation executes for one token, recomputation included.
 
     `full_attention` says that all T x T products are computed. remat "full" runs every layer's
-    forward again; "dots" keeps the matrix products of parameters and repeats those of attention.
+    forward again but for its last product, which no gradient needs; "dots" keeps the matrix
+    products of parameters and repeats those of attention.
     """
     p = parameters(model)
     keys = context if full_attention else context / 2
     attention = 4 * model.n_layers * keys * model.head_dim * model.n_heads
     linear = 2 * (p.attention + p.ffn)
     head = 2 * model.d_model * model.vocab_size
-    again = {"none": 0, "dots": attention, "full": attention + linear}[remat]
+    last = 2 * model.n_layers * model.d_model * model.ffn_dim
+    again = {"none": 0, "dots": attention, "full": attention + linear - last}[remat]
     return round(3 * (attention + linear + head) + again)
 
 

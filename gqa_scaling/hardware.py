@@ -5,6 +5,7 @@ on-demand list prices in US dollars an hour, rounded, and differ by region and c
 own with `--price`. The `cpu` row stands for any CPU: its peak is measured when it is used.
 """
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -77,9 +78,16 @@ def detected(kind: str) -> Hardware | None:
     kind = kind.lower()
     if kind == "cpu":
         return replace(HARDWARE["cpu"], peak_flops=measured_peak())
-    names = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6": "v6e", "a100": "a100"}
-    names |= {"h100": "h100", "h200": "h200"}
+    names = {"v5 lite": "v5e", "v5e": "v5e", "tpu v5": "v5p", "v6": "v6e"}  # first match counts
+    names |= {"a100": "a100", "h100": "h100", "h200": "h200"}
     return next((HARDWARE[name] for part, name in names.items() if part in kind), None)
+
+
+def cores() -> list[int]:
+    """The CPU cores this process may use; all of them where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def measured_peak(size: int = 1024, repeats: int = 5) -> float:

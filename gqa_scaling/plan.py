@@ -135,6 +135,7 @@ def check_epochs(run: RunConfig, train_tokens: int) -> None:
 
 def quantity(value: float, unit: str = "") -> str:
     """1234567 -> '1.23M'; with the unit after it."""
+    value = float(f"{value:.3g}")  # 999,999 is 1M, not 1000k
     for scale, prefix in (
         (1e18, "E"),
         (1e15, "P"),
@@ -152,19 +153,21 @@ def bytes_text(value: float) -> str:
     """Bytes in binary units."""
     for scale, unit in ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}"
+            count = value / scale
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
     return f"{value:.0f} B"
 
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 5 s, 7 h 20 min, 12 d 3 h."""
+    seconds = round(seconds)
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds} s"
     if seconds < 5400:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+        return f"{seconds // 60} min {seconds % 60} s"
     if seconds < 48 * 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-    return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
 
 
 def plan_table(plan: Plan) -> Table:

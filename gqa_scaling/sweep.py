@@ -1,6 +1,7 @@
 """Carrying a grid out: which runs are left, training them, and showing how it goes."""
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.experiment import Experiment
-from gqa_scaling.hardware import HARDWARE
+from gqa_scaling.hardware import HARDWARE, cores
 from gqa_scaling.plan import bytes_text, check_epochs, duration
 from gqa_scaling.runs import claim, run_directory
 from gqa_scaling.status import RunStatus, read_status
@@ -79,9 +80,10 @@ def run_sweep(experiment: Experiment, root: Path, retry_failed: bool = False) ->
     only with `retry_failed`. Raises UserError for what the user can mend, OSError for a full or
     read-only disk: no later run could do better then.
     """
-    from gqa_scaling.training.loop import reevaluate, train
+    from gqa_scaling.training.loop import keep_compiled, reevaluate, train
 
     stores = check(experiment, root)
+    keep_compiled(root / ".compiled")
     done = failed = elsewhere = 0
     for run in experiment.runs:
         directory, store = run_directory(root, experiment.name, run), stores[run.data.store_path]
@@ -130,9 +132,15 @@ def pending(experiment: Experiment, root: Path) -> list[RunConfig]:
 def run_workers(command: list[str], workers: int) -> int:
     """Run `command` in `workers` processes that share the grid through claims.
 
-    Returns the largest exit code, 1 for a process ended by a signal. An interruption stops all.
+    Each gets its share of the CPU's cores: small models run faster side by side on one core each
+    than one after another on all. Returns the largest exit code, 1 for a process ended by a
+    signal. An interruption ends all of them.
     """
-    processes = [subprocess.Popen(command) for _ in range(workers)]
+    all_cores = cores()
+    shares = [all_cores[i::workers] or all_cores for i in range(workers)]
+    processes = [
+        subprocess.Popen([*command, "--cores", ",".join(map(str, share))]) for share in shares
+    ]
     try:
         return max(1 if code < 0 else code for code in [p.wait() for p in processes])
     finally:
@@ -140,6 +148,34 @@ def run_workers(command: list[str], workers: int) -> int:
             p.terminate()
         for p in processes:
             p.wait()
+
+
+def be_worker(share: str) -> None:
+    """Stay on these cores, and end when the parent does; before jax starts its threads.
+
+    Where the system cannot bind a process to cores (macOS), the workers share them freely.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, [int(core) for core in share.split(",")])
+    parent = os.getppid()
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def check_worker() -> None:
+    """Workers share CPU cores; an accelerator would be claimed whole by each of them."""
+    import jax
+
+    require(
+        jax.default_backend() == "cpu",
+        f"--workers shares the cores of a CPU, but jax runs on {jax.default_backend()}; start one "
+        "process for each accelerator with --shard i/n",
+    )
 
 
 def report_end(experiment: Experiment, root: Path) -> int:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.spawn
 import os
 import platform
 import shutil
@@ -40,6 +41,7 @@ from gqa_scaling.data.store import (
     open_store,
 )
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer, train_bpe
+from gqa_scaling.hardware import cores
 
 SHARD_TOKENS = 2**28
 TASK_BYTES = 2**20  # text handed to a worker at once
@@ -66,6 +68,9 @@ def prepare(
         not path.exists() or empty or (path / "store.json").exists(),
         f"{path} is in the way, it is no token store: move it or choose another data.store",
     )
+    # A script without `if __name__ == "__main__"` comes here again in each worker, where it would
+    # wait for its parent's lock for ever: this raises RuntimeError there instead.
+    multiprocessing.spawn.get_preparation_data("")
     corpus = open_corpus(data)
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
@@ -87,8 +92,8 @@ def prepare(
         ) from error
     except BrokenProcessPool as error:
         raise UserError(
-            f"a worker died while it tokenised {data.corpus!r}, most likely for want of memory: use "
-            "fewer workers"
+            f"a worker died while it tokenised {data.corpus!r}: if it printed nothing above, it most "
+            "likely wanted for memory; use fewer workers"
         ) from error
     return open_store(data)
 
@@ -106,7 +111,7 @@ def _existing(data: DataConfig, path: Path) -> TokenStore:
 
 
 def _default_workers(data: DataConfig) -> int:
-    return 1 if data.tokenizer == "bytes" else len(os.sched_getaffinity(0))
+    return 1 if data.tokenizer == "bytes" else len(cores())
 
 
 @contextlib.contextmanager

@@ -131,10 +131,10 @@ class TokenStore:
     def describe(self) -> dict[str, Any]:
         """What a result records of its data; the same wherever the store lies."""
         return {
-            "hash": self.hash,
+            "store_hash": self.hash,
             **self.manifest["declaration"],
-            "corpus_sha256": self.corpus_hash,
-            "tokenizer_sha256": self.tokenizer_hash,
+            "corpus_hash": self.corpus_hash,
+            "tokenizer_hash": self.tokenizer_hash,
             "vocab_size": self.vocab_size,
             "train_tokens": self.train_tokens,
             "heldout_tokens": self.heldout_tokens,

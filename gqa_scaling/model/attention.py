@@ -68,19 +68,15 @@ def _unrows(x: jax.Array, G: int, block: int) -> jax.Array:
     return x.reshape(B, K, G, n * block, *rest)
 
 
-def _tile(x_BKSH: jax.Array, j: jax.Array, block: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x_BKSH, j * block, block, axis=2)
-
-
 def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
 
 
-def _scores(q: jax.Array, k: jax.Array, diagonal: jax.Array, block: int) -> jax.Array:
+def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
     """Scores of one tile, (B, K, G b, b), masked where it lies on the diagonal."""
-    s = _product("bkqh,bksh->bkqs", q, k)
+    block = k_BKHS.shape[-1]
     visible = jnp.tile(jnp.tri(block, dtype=bool), (q.shape[2] // block, 1))
-    return jnp.where(visible | ~diagonal, s, _MASKED)
+    return jnp.where(visible | ~diagonal, _product("bkqh,bkhs->bkqs", q, k_BKHS), _MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -90,19 +86,19 @@ def _flash(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, block: int)
 
 def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, block):
     """Online softmax over the tiles of each row (Dao et al. 2022, algorithm 1)."""
-    G = q_BKGTH.shape[2]
-    q_rows = _rows(q_BKGTH, block)
+    q_rows, k_BKHS = _rows(q_BKGTH, block), k_BKSH.swapaxes(2, 3)
 
     def row(x):
         i, q = x
 
         def tile(j, carry):
             top, total, o = carry
-            s = _scores(q, _tile(k_BKSH, j, block), i == j, block)
+            k_BKHb = lax.dynamic_slice_in_dim(k_BKHS, j * block, block, axis=3)
+            v_BKbH = lax.dynamic_slice_in_dim(v_BKSH, j * block, block, axis=2)
+            s = _scores(q, k_BKHb, i == j)
             new_top = jnp.maximum(top, s.max(-1))
             p, fade = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
-            v = _tile(v_BKSH, j, block)
-            o = o * fade[..., None] + _product("bkqs,bksh->bkqh", p.astype(v.dtype), v)
+            o = o * fade[..., None] + _product("bkqs,bksh->bkqh", p.astype(q.dtype), v_BKbH)
             return new_top, total * fade + p.sum(-1), o
 
         shape = q.shape[:-1]
@@ -111,39 +107,47 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, block):
         return (o / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     o_rows, lse_rows = lax.map(row, (jnp.arange(len(q_rows)), q_rows))
-    o = _unrows(o_rows, G, block)
-    return o, (q_BKGTH, k_BKSH, v_BKSH, o, lse_rows)
+    o_BKGTH = _unrows(o_rows, q_BKGTH.shape[2], block)
+    return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, o_BKGTH, lse_rows)
 
 
 def _flash_backward(block, residuals, do_BKGTH):
-    """Recomputes each tile's weights from the saved log-sum-exp (ibid., algorithm 4)."""
+    """Recomputes each tile's weights from the saved log-sum-exp (ibid., algorithm 4).
+
+    Keys and values lie as (B, K, H, S), so that no product has to transpose a tile.
+    """
     q_BKGTH, k_BKSH, v_BKSH, o_BKGTH, lse_rows = residuals
     delta = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
     rows = *(_rows(x, block) for x in (q_BKGTH, do_BKGTH, delta)), lse_rows
+    k_BKHS, v_BKHS = k_BKSH.swapaxes(2, 3), v_BKSH.swapaxes(2, 3)
 
     def row(carry, x):
         i, (q, do, delta, lse) = x
 
         def tile(j, carry):
             dq, dk, dv = carry
-            k, v = _tile(k_BKSH, j, block), _tile(v_BKSH, j, block)
-            p = jnp.exp(_scores(q, k, i == j, block) - lse[..., None])
-            dp = _product("bkqh,bksh->bkqs", do, v)
+            cut = functools.partial(
+                lax.dynamic_slice_in_dim, start_index=j * block, slice_size=block, axis=3
+            )
+            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=j * block, axis=3)
+            k = cut(k_BKHS)
+            p = jnp.exp(_scores(q, k, i == j) - lse[..., None])
+            dp = _product("bkqh,bkhs->bkqs", do, cut(v_BKHS))
             ds = (p * (dp - delta[..., None])).astype(q.dtype)
-            dq += _product("bkqs,bksh->bkqh", ds, k)
-            dk_j = _tile(dk, j, block) + _product("bkqs,bkqh->bksh", ds, q)
-            dv_j = _tile(dv, j, block) + _product("bkqs,bkqh->bksh", p.astype(q.dtype), do)
-            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=j * block, axis=2)
-            return dq, put(dk, dk_j), put(dv, dv_j)
+            dq += _product("bkqs,bkhs->bkqh", ds, k)
+            dk = put(dk, cut(dk) + _product("bkqh,bkqs->bkhs", q, ds))
+            dv = put(dv, cut(dv) + _product("bkqh,bkqs->bkhs", do, p.astype(q.dtype)))
+            return dq, dk, dv
 
         dq = jnp.zeros(q.shape, jnp.float32)
         dq, *carry = lax.fori_loop(0, i + 1, tile, (dq, *carry))
         return tuple(carry), dq.astype(q.dtype)
 
-    zero = jnp.zeros(k_BKSH.shape, jnp.float32)
+    zero = jnp.zeros(k_BKHS.shape, jnp.float32)
     (dk, dv), dq_rows = lax.scan(row, (zero, zero), (jnp.arange(len(lse_rows)), rows))
-    dq = _unrows(dq_rows, q_BKGTH.shape[2], block)
-    return dq, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype)
+    dq_BKGTH = _unrows(dq_rows, q_BKGTH.shape[2], block)
+    dk_BKSH, dv_BKSH = (x.swapaxes(2, 3).astype(q_BKGTH.dtype) for x in (dk, dv))
+    return dq_BKGTH, dk_BKSH, dv_BKSH
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -99,12 +99,12 @@ def _mean_nll_fwd(hidden_BTD, table_VD, targets_BT, chunk):
         total += (m[..., 0] + jnp.log(z[..., 0]) - picked).sum()
         dlogits = ((e / z - hit) / n).astype(h.dtype)
         dh = jnp.einsum("BTV,VD->BTD", dlogits, table_VD)
-        dtable += jnp.einsum("BTV,BTD->VD", dlogits, h, preferred_element_type=jnp.float32)
+        dtable += jnp.einsum("BTD,BTV->DV", h, dlogits, preferred_element_type=jnp.float32)
         return (total, dtable), dh
 
-    carry = (jnp.zeros(()), jnp.zeros(table_VD.shape, jnp.float32))
+    carry = (jnp.zeros(()), jnp.zeros(table_VD.shape[::-1], jnp.float32))
     (total, dtable), dh = _over_chunks(f, chunk, carry, hidden_BTD, targets_BT)
-    return total / n, (dh, dtable.astype(table_VD.dtype))
+    return total / n, (dh, dtable.T.astype(table_VD.dtype))
 
 
 def _mean_nll_bwd(chunk, res, g):

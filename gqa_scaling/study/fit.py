@@ -1,9 +1,7 @@
 """Estimation and uncertainty: loss curves L(N; H) = (a/N)^b + E with one E for all heads H.
 
-The curves are fitted as E + exp(u - b (ln N - centre)), u and b of each configuration H and E
-shared (Chen et al. 2025, section 4.1, step 2). E is first profiled on a grid, where every other
-parameter has a log-linear start, so that the fit converges whatever the data. The bootstrap
-refits thousands of such problems at once with the same equations in plain NumPy.
+This is step 2 of Chen et al. 2025, section 4.1; `models` holds the laws and their solvers. Around
+the fit stand a bootstrap, the noise behind it, and whatever must be known before using the curves.
 """
 
 import dataclasses
@@ -12,16 +10,32 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from gqa_scaling.config import require
+from gqa_scaling.costs import n_formula
 from gqa_scaling.study import laws
+from gqa_scaling.study.models import (
+    FORMULAS,
+    LAWS,
+    Backbone,
+    Curves,
+    Joint,
+    Law,
+    Model,
+    Separate,
+    floor_limits,
+    solve_point,
+)
+from gqa_scaling.study.noise import Noise, estimate
 from gqa_scaling.study.results import Heads, Results, flags
+from gqa_scaling.study.shapes import shapes
 
-Bootstrap = Literal["residual", "pairs"]
-BOOTSTRAPS: tuple[Bootstrap, ...] = ("residual", "pairs")
+Bootstrap = Literal["shared", "residual", "pairs"]
+BOOTSTRAPS: tuple[Bootstrap, ...] = ("shared", "residual", "pairs")
 LEVEL = 0.90  # of every interval that is printed
 MIN_SIZES = 3
+SUSPICIOUS = 0.05  # p-value below which errors are said to be shared
+_HUBER, _CLIP, _CLIPPED_VARIANCE, _HUBER_ROUNDS = 1.345, 2.0, 0.9205, 6
 Interval = tuple[float, float]
 
 
@@ -128,169 +142,6 @@ def points(results: Results, context_length: int | None = None) -> Points:
     )
 
 
-# ---------------------------------------------------------------------------- many fits at once
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The parameters of every curve, with any leading axes (none, or bootstrap draws first).
-
-    `floor` has the leading shape alone: E is shared. `u` and `b` end in the axis of heads.
-    """
-
-    floor: np.ndarray
-    u: np.ndarray
-    b: np.ndarray
-    centre: np.ndarray
-
-    def loss(self, k: int, n: np.ndarray | float) -> np.ndarray:
-        """Loss in nats of configuration k at N, leading axes first."""
-        n = np.asarray(n, float)
-        lead = (..., *(None,) * n.ndim)
-        u, b, floor = self.u[..., k][lead], self.b[..., k][lead], self.floor[lead]
-        return laws.centred(n, u, b, floor, self.centre[k])
-
-    def n_star(self, loss: float) -> np.ndarray:
-        """N*(H) for a target loss, leading axes first, heads last; inf where never reached."""
-        return laws.centred_inverse(loss, self.u, self.b, self.floor[..., None], self.centre)
-
-
-class _Design:
-    """Fixed parts of the batched problem: rows are data sets, columns points, groups curves."""
-
-    def __init__(self, curve: np.ndarray, x: np.ndarray) -> None:
-        self.curve, self.x = curve, x
-        self.group = np.eye(curve.max() + 1)[curve]  # sums over a curve are one product
-
-    def excess(self, u: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.exp(np.clip(u[:, self.curve] - b[:, self.curve] * self.x, -40, 10))
-
-    def log_linear(self, y: np.ndarray, w: np.ndarray, floor: np.ndarray) -> tuple:
-        """u and b of a straight line through ln(y - E), the start for a given E."""
-        excess = np.maximum(y - floor[:, None], 1e-9)
-        z, w = np.log(excess), w * excess**2
-        s, sx, sz = w @ self.group, (w * self.x) @ self.group, (w * z) @ self.group
-        sxx, sxz = (w * self.x**2) @ self.group, (w * self.x * z) @ self.group
-        b = -(s * sxz - sx * sz) / np.maximum(s * sxx - sx**2, 1e-300)
-        return (sz + b * sx) / s, b
-
-    def solve(
-        self,
-        y: np.ndarray,
-        w: np.ndarray,
-        start: tuple[np.ndarray, np.ndarray, np.ndarray],
-        limits: tuple[np.ndarray, np.ndarray],
-        free: bool = True,
-        iterations: int = 200,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Levenberg-Marquardt on every row: (E, u, b, sum of squares, converged).
-
-        The normal equations are an arrow: a 2 x 2 block for each curve, bordered by E.
-        """
-        floor, u, b = start
-        low, high = limits
-        floor = np.clip(floor, low, high)
-        G, x = self.group, self.x
-        f = self.excess(u, b)
-        r = y - floor[:, None] - f
-        cost = (w * r * r).sum(1)
-        damping, done = np.full(len(y), 1e-6), np.zeros(len(y), bool)
-        for _ in range(iterations):
-            wf = w * f
-            a11, a12, a22 = (wf * f) @ G, -(wf * f * x) @ G, (wf * f * x * x) @ G
-            g1, g2, g0 = (wf * r) @ G, -(wf * r * x) @ G, (w * r).sum(1)
-            h1, h2, h0 = wf @ G, -(wf * x) @ G, w.sum(1)
-            grow = 1 + damping[:, None]
-            d11, d22 = a11 * grow + 1e-300, a22 * grow + 1e-300
-            det = np.maximum(d11 * d22 - a12 * a12, 1e-300)
-            p1, p2 = (d22 * g1 - a12 * g2) / det, (d11 * g2 - a12 * g1) / det
-            q1, q2 = (d22 * h1 - a12 * h2) / det, (d11 * h2 - a12 * h1) / det
-            border = h0 * (1 + damping) - (h1 * q1 + h2 * q2).sum(1)
-            step = (g0 - (h1 * p1 + h2 * p2).sum(1)) / np.maximum(border, 1e-300)
-            new = np.clip(floor + step, low, high) if free else floor
-            step = new - floor
-            du = np.clip(p1 - q1 * step[:, None], -2, 2)
-            db = np.clip(p2 - q2 * step[:, None], -1, 1)
-            f_new = self.excess(u + du, b + db)
-            r_new = y - new[:, None] - f_new
-            cost_new = (w * r_new * r_new).sum(1)
-            better = (cost_new <= cost) & ~done
-            small = np.abs(step) + np.abs(du).max(1) + np.abs(db).max(1) < 1e-10
-            flat = cost - cost_new <= 1e-13 * cost
-            row = better[:, None]
-            floor, u, b = np.where(better, new, floor), u + du * row, b + db * row
-            f, r = np.where(row, f_new, f), np.where(row, r_new, r)
-            done |= (better & small & flat) | (~better & (damping > 1e8))
-            cost = np.where(better, cost_new, cost)
-            damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
-            if done.all():
-                break
-        return floor, u, b, cost, done
-
-
-def _limits(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """E lies between 0 and just below the least loss."""
-    least = y.min(1)
-    return np.zeros(len(y)), least - 1e-3 * (y.max(1) - least) - 1e-9
-
-
-def _profile(design: _Design, y: np.ndarray, w: np.ndarray, grid: int = 25) -> tuple:
-    """The best start over a grid of E: for each, the other parameters have a log-linear start."""
-    (low,), (high,) = _limits(y[None])
-    floor = high - (high - low) * np.linspace(0, 1, grid) ** 2
-    many, weights = np.broadcast_to(y, (grid, len(y))), np.broadcast_to(w, (grid, len(y)))
-    u, b = design.log_linear(many, weights, floor)
-    found = design.solve(many, weights, (floor, u, b), (floor, floor), free=False, iterations=6)
-    k = int(np.argmin(found[3]))
-    return tuple(v[k : k + 1] for v in found[:3])
-
-
-# --------------------------------------------------------------------------------- the point fit
-
-
-@dataclass(frozen=True)
-class _Solution:
-    floor: float
-    u: np.ndarray
-    b: np.ndarray
-    jacobian: np.ndarray
-    converged: bool
-
-
-def _fit_point(design: _Design, y: np.ndarray, w: np.ndarray) -> _Solution:
-    """scipy's least squares with the analytic Jacobian, from the profiled start."""
-    k = design.group.shape[1]
-    root, limits = np.sqrt(w), _limits(y[None])
-    start = _profile(design, y, w)
-    floor, u, b, _, _ = design.solve(y[None], w[None], start, limits)
-
-    def residuals(p: np.ndarray) -> np.ndarray:
-        return root * (p[0] + design.excess(p[None, 1 : k + 1], p[None, k + 1 :])[0] - y)
-
-    def jacobian(p: np.ndarray) -> np.ndarray:
-        f = design.excess(p[None, 1 : k + 1], p[None, k + 1 :])[0]
-        per_curve = f[:, None] * design.group
-        whole = np.hstack([np.ones((len(y), 1)), per_curve, -design.x[:, None] * per_curve])
-        return root[:, None] * whole
-
-    low, high = np.full(2 * k + 1, -np.inf), np.full(2 * k + 1, np.inf)
-    low[0], high[0] = limits[0][0], limits[1][0]
-    best = least_squares(
-        residuals,
-        np.concatenate([floor, u[0], b[0]]),
-        jac=jacobian,
-        bounds=(low, high),
-        x_scale="jac",
-        ftol=1e-14,
-        xtol=1e-14,
-        gtol=1e-14,
-    )
-    p = best.x
-    return _Solution(
-        float(p[0]), p[1 : k + 1], p[k + 1 :], best.jac / root[:, None], bool(best.success)
-    )
-
-
 # ------------------------------------------------------------------------------------- the fit
 
 
@@ -307,8 +158,13 @@ class Fit:
     source: str
     count: str
     points: Points
+    context_length: int | None
+    law: Law
     curves: Curves
     draws: Curves
+    names: tuple[str, ...]
+    parameters: np.ndarray
+    parameter_draws: np.ndarray
     predicted: np.ndarray
     leverage: np.ndarray
     influence: np.ndarray
@@ -318,6 +174,8 @@ class Fit:
     rank: int
     converged: bool
     at_bound: str
+    shared: Noise
+    robust: bool
     bootstrap: Bootstrap
     refits: int
     refits_failed: int
@@ -344,7 +202,7 @@ class Fit:
 
     @property
     def n_parameters(self) -> int:
-        return 1 + 2 * len(self.heads)
+        return len(self.names)
 
     @property
     def scale(self) -> np.ndarray:
@@ -352,9 +210,19 @@ class Fit:
         return laws.scale(self.curves.u, self.curves.b, self.curves.centre)
 
     @property
+    def constants(self) -> dict[str, tuple[float, Interval]]:
+        """The parameters that all configurations share, each with its interval."""
+        shared = [i for i, name in enumerate(self.names) if not name[-1].isdigit()]
+        return {
+            self.names[i]: (float(self.parameters[i]), interval(self.parameter_draws[:, i]))
+            for i in shared
+        }
+
+    @property
     def how(self) -> str:
         """What the intervals are, in words."""
-        return f"{LEVEL:.0%} percentile {self.bootstrap} bootstrap, {self.refits} refits, seed {self.seed}"
+        kind = f"{'robust ' if self.robust else ''}{self.bootstrap}"
+        return f"{LEVEL:.0%} percentile {kind} bootstrap, {self.refits} refits, seed {self.seed}"
 
     def index(self, heads: Heads) -> int:
         require(
@@ -375,12 +243,17 @@ class Fit:
         return plain(
             {
                 "source": self.source,
-                "law": "(a/N)^b + E, E shared",
+                "law": self.law,
+                "formula": FORMULAS[self.law],
+                "constants": self.constants,
                 "n_count": self.count,
                 "E_nats": self.floor,
                 "E_interval_nats": self.floor_interval,
                 "r2": self.r2,
                 "sigma_nats": self.sigma,
+                "robust": self.robust,
+                "shared_sigma_nats": self.shared.shared,
+                "shared_p_value": self.shared.p_value,
                 "replicate_sigma_nats": p.noise,
                 "replicate_dof": p.noise_dof,
                 "intervals": self.how,
@@ -438,51 +311,76 @@ def fit(
     results: Results,
     *,
     context_length: int | None = None,
-    bootstrap: Bootstrap = "residual",
+    law: Law = "separate",
+    bootstrap: Bootstrap = "shared",
+    robust: bool = False,
     refits: int = 1000,
     seed: int = 0,
 ) -> Fit:
-    """Fit one curve for each head configuration with a shared E, and bootstrap it.
+    """Fit a curve for each head configuration with a shared E, and bootstrap it.
 
-    `context_length` names the training length when the runs span several. bootstrap "residual"
-    redraws the residuals, scaled for the freedom the fit took; "pairs" redraws the points of each
-    curve. Raises UserError when the runs are too few or cannot be compared.
+    `law` is "separate" (u and b of each configuration free) or one law for all configurations:
+    "product", "sum", or "pooled" (see `models.FORMULAS`).
+
+    `context_length` names the training length when the runs span several. bootstrap "shared"
+    draws independent errors and errors common to all models of a size, each as large as the runs
+    allow; "residual" redraws the residuals, scaled for the freedom the fit took; "pairs" redraws
+    the points of each curve. `robust` weighs runs far off their curve down (Huber, scaled by the median
+    absolute residual). Raises UserError when the runs are too few or cannot be compared.
     """
     require(
         bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
     )
     require(refits >= 100, f"refits={refits} must be at least 100 for an interval")
+    require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
     p = points(results, context_length)
-    centre = p.centre
-    design = _Design(p.curve, np.log(p.n) - centre[p.curve])
     weights = p.replicates.astype(float)
-    best = _fit_point(design, p.loss, weights)
-    predicted = best.floor + design.excess(best.u[None], best.b[None])[0]
+    model, ridge = make_model(law, p, results.head_dim[0])
+    best, trust = solve_point(model, p.loss, weights, ridge), np.ones(len(p.n))
+    free = best.jacobian.shape[1]  # parameters
+    for _ in range(_HUBER_ROUNDS if robust else 0):
+        at = model.predict(best.parameters[None])
+        trust = _trust(p.loss[None] - at, weights, free)[0]
+        best = solve_point(model, p.loss, weights * trust, ridge)
+    predicted = model.predict(best.parameters[None])[0]
     residual = p.loss - predicted
-    squares = (weights * residual**2).sum() + p.noise_dof * (p.noise or 0.0) ** 2
-    noise_dof = len(p.n) - best.jacobian.shape[1] + p.noise_dof
-    sigma = float(np.sqrt(squares / noise_dof))
-    leverage, influence, rank = _influence(best.jacobian, weights, residual)
+    noise_residual = _clipped(residual, weights, free) if robust else residual
+    squares, pure = (weights * noise_residual**2).sum(), p.noise_dof * (p.noise or 0.0) ** 2
+    leverage, influence, rank = _influence(best.jacobian, weights * trust, residual, ridge)
+    noise_dof = max(len(p.n) - leverage.sum(), 1.0) + p.noise_dof
+    sigma = float(np.sqrt((squares + pure) / noise_dof))
+    common = estimate(noise_residual, best.jacobian, weights, _sizes(p), pure, p.noise_dof, seed)
     rng = np.random.default_rng(seed)
-    if bootstrap == "residual":
-        y = predicted + _noise(residual, weights, leverage, sigma, noise_dof, refits, rng)
-        w = np.broadcast_to(weights, y.shape)
-    else:
+    if bootstrap == "pairs":
         y = np.broadcast_to(p.loss, (refits, len(p.loss)))
         w = weights * _pairs(p.curve, refits, rng)
-    limits = _limits(np.where(w > 0, y, y.max()))
-    start = tuple(np.repeat(v[None], refits, 0) for v in (np.array(best.floor), best.u, best.b))
-    floor, u, b, _, done = design.solve(y, w, start, limits)
-    (low,), (high,) = _limits(p.loss[None])
+    else:
+        if bootstrap == "shared":
+            noise = common.draw(refits, rng)
+        else:
+            noise = _noise(noise_residual, weights, leverage, sigma, noise_dof, refits, rng)
+        y, w = predicted + noise, np.broadcast_to(weights, noise.shape)
+    limits = floor_limits(np.where(w > 0, y, y.max()))
+    rows, _, done = model.solve(y, w, np.repeat(best.parameters[None], refits, 0), limits)
+    for _ in range(_HUBER_ROUNDS if robust else 0):
+        trusted = w * _trust(y - model.predict(rows), w, free)
+        rows, _, done = model.solve(y, trusted, rows, limits)
+    floor = float(best.parameters[0])
+    (low,), (high,) = floor_limits(p.loss[None])
     span = high - low
-    at_bound = "lower" if best.floor < low + 1e-6 * span else ""
-    at_bound = "upper" if best.floor > high - 1e-6 * span else at_bound
+    at_bound = "lower" if floor < low + 1e-6 * span else ""
+    at_bound = "upper" if floor > high - 1e-6 * span else at_bound
     fitted = Fit(
         source=results.source,
         count=results.count,
         points=p,
-        curves=Curves(np.array(best.floor), best.u, best.b, centre),
-        draws=Curves(floor[done], u[done], b[done], centre),
+        context_length=context_length,
+        law=law,
+        curves=model.curves(best.parameters),
+        draws=model.curves(rows[done]),
+        names=model.names,
+        parameters=best.parameters,
+        parameter_draws=rows[done],
         predicted=predicted,
         leverage=leverage,
         influence=influence,
@@ -497,6 +395,8 @@ def fit(
         rank=rank,
         converged=best.converged,
         at_bound=at_bound,
+        shared=common,
+        robust=robust,
         bootstrap=bootstrap,
         refits=refits,
         refits_failed=int((~done).sum()),
@@ -505,12 +405,89 @@ def fit(
     return _flagged(fitted, flags(results))
 
 
+_STRENGTHS = tuple(np.geomspace(1e-3, 1e5, 25))
+
+
+def make_model(law: Law, p: Points, head_dim: int) -> tuple[Model, np.ndarray]:
+    """The model of a law for these points, and its ridge; UserError when shapes are needed."""
+    if law == "separate":
+        model = Separate(p.curve, np.log(p.n) - p.centre[p.curve], p.centre)
+        return model, np.zeros(len(model.names))
+    require(
+        bool(p.n_layers.all()),
+        f"law={law!r} is one of N_b = 8 L d^2: the data needs columns n_layers and d_model",
+    )
+    need = {"product": 2, "sum": 3, "pooled": 3}[law]
+    require(
+        len(p.heads) >= need,
+        f"law={law!r} needs {need} head configurations, there are {len(p.heads)}",
+    )
+    log_backbone = np.log(n_formula(p.n_layers, p.d_model, 0, 0))
+    backbone = _backbone(p, head_dim)
+    model = Joint(law, p.heads, p.curve, log_backbone, backbone)
+    if law == "pooled":  # the strength that predicts left-out runs best
+        w = p.replicates.astype(float)
+
+        def left_out(strength: float) -> float:
+            trial = Joint(law, p.heads, p.curve, log_backbone, backbone, strength)
+            found = solve_point(trial, p.loss, w, trial.ridge)
+            residual = p.loss - trial.predict(found.parameters[None])[0]
+            leverage, _, _ = _influence(found.jacobian, w, residual, trial.ridge)
+            return float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum())
+
+        model = Joint(law, p.heads, p.curve, log_backbone, backbone, min(_STRENGTHS, key=left_out))
+    return model, model.ridge
+
+
+def _backbone(p: Points, head_dim: int) -> Backbone:
+    """N against N_b along the study's own ladder, for each configuration."""
+    ladder = sorted(set(zip(p.n_layers.tolist(), p.d_model.tolist(), strict=True)))
+    at = np.log(n_formula(p.n_layers, p.d_model, 0, 0))
+    grid = np.unique(np.r_[np.linspace(at.min() - 12, at.max() + 12, 600), at])
+    layers, width = shapes(np.exp(grid), (0, 0), head_dim, ladder)
+    log_n = []
+    for k, heads in enumerate(p.heads):
+        mine = p.curve == k
+        formula = n_formula(p.n_layers[mine], p.d_model[mine], *heads, head_dim)
+        order = np.argsort(formula)
+        counted = np.log(p.n[mine] / formula)[order]  # 0 unless N is counted exactly
+        whole = np.log(n_formula(layers, width, *heads, head_dim))
+        log_n.append(whole + np.interp(whole, np.log(formula[order]), counted))
+    return Backbone(grid, np.array(log_n))
+
+
+def _scale_of(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray:
+    """Standard deviation from the median absolute residual, of one run, last axis kept."""
+    n = residual.shape[-1]
+    middle = np.median(np.abs(np.sqrt(w) * residual), axis=-1, keepdims=True)
+    return np.maximum(1.4826 * middle * np.sqrt(n / (n - parameters)), 1e-12)
+
+
+def _trust(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray:
+    """Huber's weights: 1 near the curve, falling as 1/distance beyond."""
+    scale = _scale_of(residual, w, parameters)
+    return np.minimum(1, _HUBER * scale / np.maximum(np.abs(np.sqrt(w) * residual), 1e-300))
+
+
+def _clipped(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray:
+    """Residuals with those of spoiled runs cut back, their variance kept for good ones."""
+    most = _CLIP * _scale_of(residual, w, parameters) / np.sqrt(w)
+    return np.clip(residual, -most, most) / np.sqrt(_CLIPPED_VARIANCE)
+
+
+def _sizes(p: Points) -> np.ndarray:
+    """A label for each point's size: its (L, d), or its rank on its curve when shapes are unknown."""
+    if p.n_layers.all():
+        return np.unique(np.stack([p.n_layers, p.d_model]), axis=1, return_inverse=True)[1].ravel()
+    return np.concatenate([np.arange((p.curve == k).sum()) for k in range(len(p.heads))])
+
+
 def _noise(
     residual: np.ndarray,
     w: np.ndarray,
     leverage: np.ndarray,
     sigma: float,
-    dof: int,
+    dof: float,
     refits: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
@@ -539,15 +516,18 @@ def _pairs(curve: np.ndarray, refits: int, rng: np.random.Generator) -> np.ndarr
     return counts
 
 
-def _influence(jacobian: np.ndarray, w: np.ndarray, residual: np.ndarray) -> tuple:
+def _influence(
+    jacobian: np.ndarray, w: np.ndarray, residual: np.ndarray, ridge: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Leverage of each point, the change of E without it (nats, linearised), the rank."""
-    root = np.sqrt(w)[:, None] * jacobian
+    n = len(w)
+    root = np.vstack([np.sqrt(w)[:, None] * jacobian, np.diag(np.sqrt(ridge))[ridge > 0]])
     norms = np.linalg.norm(root, axis=0)
-    scaled = root / np.where(norms > 0, norms, 1)
-    inverse = np.linalg.pinv(scaled)
+    whole = root / np.where(norms > 0, norms, 1)
+    inverse, scaled = np.linalg.pinv(whole)[:, :n], whole[:n]
     leverage = np.clip((scaled * inverse.T).sum(1), 0, 1)
     change = -inverse[0] * np.sqrt(w) * residual / np.maximum(1 - leverage, 1e-9)
-    return leverage, change / max(norms[0], 1e-300), int(np.linalg.matrix_rank(scaled))
+    return leverage, change / max(norms[0], 1e-300), int(np.linalg.matrix_rank(whole))
 
 
 def _r2(y: np.ndarray, predicted: np.ndarray, w: np.ndarray) -> float:
@@ -575,6 +555,12 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
     if fitted.refits_failed:
         out.append(f"{fitted.refits_failed} of {fitted.refits} refits did not converge, left out")
     p = fitted.points
+    if fitted.shared.p_value < SUSPICIOUS:
+        remedy = "" if fitted.bootstrap == "shared" else '; use bootstrap "shared"'
+        out.append(
+            f"runs of one size err together by {1e3 * fitted.shared.shared:.1f} millinats "
+            f"(p = {fitted.shared.p_value:.3f}), as one learning rate per size makes them{remedy}"
+        )
     if p.noise is None:
         out.append("no replicate seeds: the noise is judged from the residuals alone")
     return dataclasses.replace(fitted, flags=tuple(out))

@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from gqa_scaling import __version__
 from gqa_scaling.runs import write_atomic, write_json
 from gqa_scaling.study import tables
+from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import Answer, Frontier, units
+from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.plots import STYLE, all_figures
 from gqa_scaling.study.results import COLUMNS, Results
 
@@ -120,11 +122,12 @@ def page(
         models=_model_table(frontier),
         figures_decision="".join(pictures[name] for name in _DECISION if name in pictures),
         law=html.escape(
-            f"L(N; H) = (a/N)^b + E with one E for all configurations: E = {fit.floor:.4f} nats, "
+            f"Law {fit.law}: L = {FORMULAS[fit.law]}. E = {fit.floor:.4f} nats, "
             f"{LEVEL:.0%} interval {tables.span(fit.floor_interval)}; R² = {fit.r2:.5f} over "
             f"{len(fit.points.n)} points; one run's noise {1e3 * fit.sigma:.2f} millinats."
         ),
         curves=_curve_table(fit),
+        laws=_law_table(compare(results, fit.context_length)),
         fit_note=html.escape(
             f"Intervals: {fit.how}. {fit.refits_failed} refits failed. Least squares "
             f"{'converged' if fit.converged else 'did not converge'}; Jacobian rank {fit.rank} of "
@@ -255,6 +258,27 @@ def _curve_table(fit: Fit) -> str:
                 f"{fit.r2_by_curve[k]:.5f}",
             ]
         )
+    return _html(header, rows)
+
+
+def _law_table(scores: Sequence[Score]) -> str:
+    header = ["law", "formula", "parameters", "residual (millinats)"]
+    header += ["configurations left out (millinats)", "largest size left out (% of loss)"]
+
+    def known(value: float | None, factor: float, digits: int) -> str:
+        return "-" if value is None else f"{factor * value:.{digits}f}"
+
+    rows = [
+        [
+            s.law,
+            FORMULAS[s.law],
+            str(s.parameters),
+            known(s.residual, 1e3, 2),
+            known(s.unseen_heads, 1e3, 2),
+            known(s.largest_size, 100, 3),
+        ]
+        for s in scores
+    ]
     return _html(header, rows)
 
 

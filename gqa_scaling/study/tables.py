@@ -7,8 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gqa_scaling.study.compare import Score
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import Answer, Choice, Frontier, Model, units
+from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.results import Heads
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -78,13 +80,13 @@ def _flags(flags: Sequence[str]) -> list[RenderableType]:
 def fit_table(fit: Fit) -> RenderableType:
     """What `fit` prints: the curves, E, the noise, and what must be known of them."""
     table = _table(
-        "L(N; H) = (a/N)^b + E",
+        f"Law {fit.law}: L = {FORMULAS[fit.law]}",
         "heads, KV",
         "sizes",
-        "N (parameters)",
-        "a (parameters)",
+        "N\n(parameters)",
+        "a\n(parameters)" if fit.law == "separate" else "a of N_b\n(parameters)",
         "b",
-        "b, 90% interval",
+        "b,\n90% interval",
         "R²",
     )
     low, high = interval(fit.draws.b)
@@ -108,12 +110,40 @@ def fit_table(fit: Fit) -> RenderableType:
     lines = [
         f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings",
         f"E = {fit.floor:.4f} nats, {LEVEL:.0%} interval {span(fit.floor_interval)}",
+        *(
+            f"{name} = {value:.4f}, {LEVEL:.0%} interval {span(ends, '.4f')}"
+            for name, (value, ends) in fit.constants.items()
+            if name != "E"
+        ),
         f"R² = {fit.r2:.5f} over all points; {'converged' if fit.converged else 'NOT converged'}, "
         f"Jacobian rank {fit.rank} of {fit.n_parameters}",
-        f"Noise: {1e3 * fit.sigma:.2f} millinats around the curves{seeds}",
+        f"Noise: {1e3 * fit.sigma:.2f} millinats around the curves{seeds}; shared by a size: "
+        f"{1e3 * fit.shared.shared:.2f} (p = {fit.shared.p_value:.2f})",
         f"Intervals: {fit.how}",
     ]
     return Group(table, "", *lines, *_flags(fit.flags))
+
+
+def compare_table(scores: Sequence[Score]) -> RenderableType:
+    """How well each law predicts what it was not shown."""
+    table = _table(
+        "Laws: root mean square errors",
+        "law",
+        "parameters",
+        "residual\n(millinats)",
+        "unseen heads\n(millinats)",
+        "largest size\n(% of loss)",
+    )
+    for s in scores:
+        table.add_row(
+            s.law,
+            str(s.parameters),
+            f"{1e3 * s.residual:.2f}",
+            f"{1e3 * s.unseen_heads:.2f}" if s.unseen_heads is not None else "-",
+            percent(s.largest_size, 3) if s.largest_size is not None else "-",
+        )
+    notes = [f"{s.law}: L = {FORMULAS[s.law]}" for s in scores]
+    return Group(table, "", *notes)
 
 
 def residual_table(fit: Fit, most: int = 8) -> RenderableType:
@@ -122,10 +152,10 @@ def residual_table(fit: Fit, most: int = 8) -> RenderableType:
         f"Points that move E most (of {len(fit.points.n)})",
         "run",
         "N",
-        "loss (nats)",
-        "minus curve (millinats)",
+        "loss\n(nats)",
+        "minus curve\n(millinats)",
         "leverage",
-        "moves E by (nats)",
+        "moves E by\n(nats)",
     )
     for i in sorted(range(len(fit.points.n)), key=lambda i: -abs(fit.influence[i]))[:most]:
         table.add_row(
@@ -144,22 +174,19 @@ def frontier_table(frontier: Frontier) -> RenderableType:
     q = frontier.question
     table = _table(
         f"Cheapest configuration by {_objective(frontier)}, FLOPs {q.convention}",
-        "context (tokens)",
-        "loss (nats)",
+        "context\n(tokens)",
+        "loss\n(nats)",
         "heads, KV",
         "N*",
         "L x d",
-        "memory (values)",
+        "memory\n(values)",
         "FLOPs",
         "Z",
         "P(best)",
         "regret",
         "tied with",
     )
-    for column in table.columns[:1] + table.columns[5:6]:
-        column.max_width = 8
-        column.no_wrap = False
-    table.columns[1].no_wrap = False
+    table.columns[-1].no_wrap = False
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         best = answer.best
         reached = math.isfinite(best.n)
@@ -184,8 +211,8 @@ def saving_table(frontier: Frontier) -> RenderableType:
     """What the cheapest configuration saves against the baseline at equal loss."""
     table = _table(
         f"Saved against {pair(frontier.baseline)} at equal loss, {LEVEL:.0%} intervals",
-        "context (tokens)",
-        "loss (nats)",
+        "context\n(tokens)",
+        "loss\n(nats)",
         "heads, KV",
         "memory",
         "FLOPs",
@@ -214,11 +241,11 @@ def model_table(frontier: Frontier) -> RenderableType:
     """The models one can build, their predicted loss and exact costs."""
     table = _table(
         f"Models to build (FLOPs {frontier.question.convention}; 2 bytes a value)",
-        "context (tokens)",
+        "context\n(tokens)",
         "heads, KV",
         "L x d",
         "N",
-        "predicted loss (nats), 90%",
+        "predicted loss\n(nats), 90%",
         "FLOPs",
         "weights",
         "KV cache",
@@ -247,7 +274,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
         f"({frontier.question.convention})",
         "heads, KV",
         "N*",
-        "memory (values)",
+        "memory\n(values)",
         "FLOPs",
         "Z",
         "dearer by",

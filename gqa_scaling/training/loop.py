@@ -10,6 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,18 +30,24 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.evaluation.loss import Evaluation, evaluator
-from gqa_scaling.hardware import detected
+from gqa_scaling.hardware import cores, detected
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 from gqa_scaling.runs import RunDirectory
 from gqa_scaling.training.optimizer import learning_rate_schedule, make_optimizer
-from gqa_scaling.training.telemetry import Telemetry, is_logged
+from gqa_scaling.training.telemetry import Telemetry, is_logged, write_hparams
 
 State = tuple[Any, optax.OptState]
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss or gradient norm became NaN or infinite; the message names the step."""
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled programs in a folder that processes share, so that a restart need not wait."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
@@ -83,7 +90,7 @@ def train_step(graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTra
         parameters, moments = state
         loss, grads = gradients(parameters, tokens)
         updates, moments = optimizer.update(grads, moments, parameters)
-        return (optax.apply_updates(parameters, updates), moments), loss, optax.global_norm(grads)
+        return (optax.apply_updates(parameters, updates), moments), loss, optax.tree.norm(grads)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -101,6 +108,7 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> dict[st
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
         "device": jax.devices()[0].device_kind,
+        "cores": len(cores()),
     }
     graph, like = _abstract_parameters(run, mesh)
     timing: dict[str, Any] = {}
@@ -124,6 +132,9 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> dict[st
                 checkpoints.wait()
             save_parameters(directory.parameters, parameters)
         result = _result(run, directory, store, evaluate(parameters), layout)
+    value = result["evaluations"][run.evaluation_digest]
+    metrics = {f"evaluation/{name}": value[name] for name in ("loss", "bits_per_byte")}
+    write_hparams(directory, run, metrics)
     directory.finish(result, {**timing, "finished": time.time()})
     return result
 
@@ -179,7 +190,7 @@ class _Loop:
         schedule = learning_rate_schedule(run.optimizer, steps)
         meter, last_good = _Meter(run), first
 
-        with Telemetry(self.directory, run, first) as telemetry:
+        with Telemetry(self.directory, first) as telemetry:
 
             def settle(pending: tuple[int, jax.Array, jax.Array] | None) -> None:
                 """Read a step's metrics, refuse what is not finite, log."""

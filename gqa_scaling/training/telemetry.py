@@ -24,12 +24,11 @@ def is_logged(step: int, steps: int) -> bool:
 class Telemetry:
     """Appends one line per logged step and the same scalars for TensorBoard."""
 
-    def __init__(self, directory: RunDirectory, run: RunConfig, start_step: int) -> None:
+    def __init__(self, directory: RunDirectory, start_step: int) -> None:
         directory.truncate_metrics(start_step)
         self._file = open(directory.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
         purge = start_step + 1 if start_step else None
         self._writer = SummaryWriter(str(directory.path), purge_step=purge, flush_secs=10)
-        self._run = run
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of one step under their TensorBoard tags."""
@@ -37,27 +36,6 @@ class Telemetry:
         self._file.flush()
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
-
-    def finish(self, metrics: Mapping[str, float]) -> None:
-        """Write what TensorBoard's HParams tab compares runs by."""
-        run, model = self._run, self._run.model
-        values = {
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "n_heads": model.n_heads,
-            "n_kv_heads": model.n_kv_heads,
-            "head_dim": model.head_dim,
-            "context_length": run.context_length,
-            "batch_tokens": run.batch_tokens,
-            "tokens": costs.training_tokens(run),
-            "learning_rate": run.optimizer.learning_rate,
-            "n_exact": costs.n_exact(model),
-            "seed": run.seed,
-        }
-        for summary in hparams(values, dict(metrics)):
-            self._writer.file_writer.add_summary(summary)
-        for tag, value in metrics.items():
-            self._writer.add_scalar(tag, value, costs.training_steps(run))
 
     def __enter__(self) -> Self:
         return self
@@ -70,3 +48,26 @@ class Telemetry:
     ) -> None:
         self._file.close()
         self._writer.close()
+
+
+def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str, float]) -> None:
+    """Write what TensorBoard's HParams tab compares runs by, and the final metrics."""
+    model = run.model
+    values = {
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "context_length": run.context_length,
+        "batch_tokens": run.batch_tokens,
+        "tokens": costs.training_tokens(run),
+        "learning_rate": run.optimizer.learning_rate,
+        "n_exact": costs.n_exact(model),
+        "seed": run.seed,
+    }
+    with SummaryWriter(str(directory.path)) as writer:
+        for summary in hparams(values, dict(metrics)):
+            writer.file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, costs.training_steps(run))

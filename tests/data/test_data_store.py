@@ -335,6 +335,22 @@ def test_two_prepares_at_once_make_one_store(config, tmp_path):
     assert names(tmp_path) == ["s", "script0.py", "script1.py"]
 
 
+def test_a_script_without_a_main_guard_fails_and_does_not_hang(config, tmp_path):
+    """Each worker runs the script again; it must not wait there for the lock of its parent."""
+    (tmp_path / "script.py").write_text(SCRIPT.replace('if __name__ == "__main__"', "if True"))
+    arguments = json.dumps([dataclasses.asdict(config()), None])
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py", arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert run.returncode == 1
+    assert "UserError: a worker died" in run.stderr
+    assert "if __name__ == '__main__'" in run.stderr
+    assert names(tmp_path) == ["script.py"]
+
+
 def test_left_out_files_are_reported_unless_told_not_to(config, folder, tmp_path, capsys):
     corpus = shutil.copytree(folder, tmp_path / "mixed")
     (corpus / "image.png").write_bytes(b"\xff\xfe\xfd")

@@ -1,0 +1,78 @@
+"""Which law to trust: how well each predicts configurations and sizes it was not shown."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gqa_scaling.config import UserError
+from gqa_scaling.study.fit import Points, make_model, plain, points
+from gqa_scaling.study.models import FORMULAS, LAWS, Law, solve_point
+from gqa_scaling.study.results import Results
+
+
+@dataclass(frozen=True)
+class Score:
+    """Root mean square errors of one law.
+
+    `residual` and `unseen_heads` (each configuration left out in turn) are in nats;
+    `largest_size` (every configuration's largest size left out) is relative to the loss. None
+    where the law cannot say: separate curves know nothing of a configuration never run.
+    """
+
+    law: Law
+    parameters: int
+    residual: float
+    unseen_heads: float | None
+    largest_size: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"residual": "residual_nats", "unseen_heads": "leave_one_heads_out_nats"}
+        names |= {"largest_size": "leave_largest_size_out_relative"}
+        out = {names.get(k, k): v for k, v in asdict(self).items()}
+        return plain(out | {"formula": FORMULAS[self.law]})
+
+
+def compare(results: Results, context_length: int | None = None) -> tuple[Score, ...]:
+    """Score every law that these runs can be fitted with."""
+    p = points(results, context_length)
+    out = []
+    for law in LAWS:
+        try:
+            model, ridge = make_model(law, p, int(results.head_dim[0]))
+        except UserError:  # too few configurations for this law, or shapes unknown
+            continue
+        everything = np.ones(len(p.n), bool)
+        largest = np.zeros(len(p.n), bool)
+        for k in range(len(p.heads)):
+            mine = np.flatnonzero(p.curve == k)
+            largest[mine[-1]] = len(mine) > 3  # a curve must keep three sizes
+        heads = [p.curve != k for k in range(len(p.heads))] if law != "separate" else []
+        unseen = np.concatenate([_error(p, model, ridge, keep) for keep in heads] or [[]])
+        last = (
+            _error(p, model, ridge, ~largest) / p.loss[largest] if largest.any() else np.array([])
+        )
+        out.append(
+            Score(
+                law=law,
+                parameters=len(model.names),
+                residual=_rms(_error(p, model, ridge, everything, inside=True)),
+                unseen_heads=_rms(unseen) if len(unseen) and len(p.heads) > 3 else None,
+                largest_size=_rms(last) if len(last) else None,
+            )
+        )
+    return tuple(out)
+
+
+def _error(
+    p: Points, model: Any, ridge: np.ndarray, keep: np.ndarray, inside: bool = False
+) -> np.ndarray:
+    """Prediction minus loss for the points left out (or kept), fitted to those kept."""
+    y = np.where(keep, p.loss, p.loss[keep].max())  # what is left out may not bound E
+    found = solve_point(model, y, p.replicates * keep, ridge)
+    error = model.predict(found.parameters[None])[0] - p.loss
+    return error[keep if inside else ~keep]
+
+
+def _rms(error: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(error**2)))

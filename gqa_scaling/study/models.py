@@ -1,0 +1,412 @@
+"""The laws as things that can be fitted: their parameters, start, Jacobian and curves.
+
+Every model holds its parameters as one row, E first, and solves many data sets at once; the point
+fit is scipy's least squares from a start that is good whatever the data, because E and the other
+nonlinear parameters are first profiled on a grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from gqa_scaling.study import laws
+
+Law = Literal["separate", "product", "sum", "pooled"]
+LAWS: tuple[Law, ...] = ("separate", "product", "sum", "pooled")
+FORMULAS: dict[Law, str] = {
+    "separate": "(a/N)^b + E, E shared",
+    "product": "E + exp(u - b ln(N_b/N_0) - p log2 n_h - q log2 n_kv), N_b = 8 L d^2",
+    "sum": "E + exp(u - b ln(N_b/N_0)) (1 + c n_h^-g + e n_kv^-g), N_b = 8 L d^2",
+    "pooled": "product, with an offset of u for each (n_h, n_kv) shrunk towards 0",
+}
+_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """N of each configuration against its head-independent part N_b, both as logarithms."""
+
+    log_backbone: np.ndarray  # (grid,)
+    log_n: np.ndarray  # (heads, grid)
+
+    def to_backbone(self, k: int, n: np.ndarray) -> np.ndarray:
+        return np.exp(np.interp(np.log(n), self.log_n[k], self.log_backbone))
+
+    def to_n(self, k: int, backbone: np.ndarray) -> np.ndarray:
+        finite = np.isfinite(backbone)
+        at = np.log(np.where(finite, backbone, 1.0))
+        at = np.clip(at, self.log_backbone[0], None)
+        n = np.exp(np.interp(at, self.log_backbone, self.log_n[k]))
+        return np.where(finite & (at < self.log_backbone[-1]), n, np.inf)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The parameters of every curve, with any leading axes (none, or bootstrap draws first).
+
+    Loss is floor + exp(u - b (ln N - centre)). `floor`, E, has the leading shape alone; `u` and
+    `b` end in the axis of heads. With a `backbone` the law is one of N_b instead of N.
+    """
+
+    floor: np.ndarray
+    u: np.ndarray
+    b: np.ndarray
+    centre: np.ndarray
+    backbone: Backbone | None = None
+
+    def loss(self, k: int, n: np.ndarray | float) -> np.ndarray:
+        """Loss in nats of configuration k at N, leading axes first."""
+        n = np.asarray(n, float)
+        if self.backbone:
+            n = self.backbone.to_backbone(k, n)
+        lead = (..., *(None,) * n.ndim)
+        u, b, floor = self.u[..., k][lead], self.b[..., k][lead], self.floor[lead]
+        return laws.centred(n, u, b, floor, self.centre[k])
+
+    def n_star(self, loss: float) -> np.ndarray:
+        """N*(H) for a target loss, leading axes first, heads last; inf where never reached."""
+        n = laws.centred_inverse(loss, self.u, self.b, self.floor[..., None], self.centre)
+        if self.backbone is None:
+            return n
+        return np.stack([self.backbone.to_n(k, n[..., k]) for k in range(n.shape[-1])], -1)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Parameters of a point fit, the Jacobian of the predictions there, and whether it converged."""
+
+    parameters: np.ndarray
+    jacobian: np.ndarray
+    converged: bool
+
+
+class Model(Protocol):
+    """What `fit` needs of a law: parameters are rows with E first."""
+
+    names: tuple[str, ...]
+
+    def predict(self, parameters: np.ndarray) -> np.ndarray:
+        """Losses (rows, points)."""
+
+    def jacobian(self, parameters: np.ndarray) -> np.ndarray:
+        """Derivatives of the losses (points, parameters) at one row of parameters."""
+
+    def start(self, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """A row of parameters that a local search improves to the best."""
+
+    def solve(
+        self,
+        y: np.ndarray,
+        w: np.ndarray,
+        start: np.ndarray,
+        limits: tuple[np.ndarray, np.ndarray],
+        iterations: int = _ITERATIONS,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Least squares for every row of y: (parameters, sum of squares, converged)."""
+
+    def curves(self, parameters: np.ndarray) -> Curves: ...
+
+
+def floor_limits(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """E lies between 0 and just below the least loss, for every row of y."""
+    least = y.min(1)
+    return np.zeros(len(y)), least - 1e-3 * (y.max(1) - least) - 1e-9
+
+
+def solve_point(model: Model, y: np.ndarray, w: np.ndarray, ridge: np.ndarray) -> Solution:
+    """scipy's least squares with the analytic Jacobian, from the model's own start."""
+    limits = floor_limits(y[None])
+    start, _, _ = model.solve(y[None], w[None], model.start(y, w)[None], limits)
+    root, held = np.sqrt(w), np.flatnonzero(ridge)
+    pull = np.zeros((len(held), len(ridge)))
+    pull[np.arange(len(held)), held] = np.sqrt(ridge[held])
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        return np.r_[root * (model.predict(p[None])[0] - y), pull @ p]
+
+    def jacobian(p: np.ndarray) -> np.ndarray:
+        return np.vstack([root[:, None] * model.jacobian(p), pull])
+
+    low, high = np.full(len(ridge), -np.inf), np.full(len(ridge), np.inf)
+    low[0], high[0] = limits[0][0], limits[1][0]
+    best = least_squares(
+        residuals,
+        start[0],
+        jac=jacobian,
+        bounds=(low, high),
+        x_scale="jac",
+        ftol=1e-14,
+        xtol=1e-14,
+        gtol=1e-14,
+    )
+    return Solution(best.x, model.jacobian(best.x), bool(best.success))
+
+
+# ----------------------------------------------------------------------------- separate curves
+
+
+class Separate:
+    """u and b for each curve, E shared: parameters are E, every u, every b."""
+
+    def __init__(self, curve: np.ndarray, x: np.ndarray, centre: np.ndarray) -> None:
+        """`curve` indexes the configuration of each point, `x` is ln N minus its centre."""
+        self.curve, self.x, self.centre = curve, x, centre
+        self.group = np.eye(len(centre))[curve]  # sums over a curve are one product
+        k = range(len(centre))
+        self.names = ("E", *(f"u{i}" for i in k), *(f"b{i}" for i in k))
+
+    def _split(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        k = len(self.centre)
+        return parameters[:, 0], parameters[:, 1 : k + 1], parameters[:, k + 1 :]
+
+    def _excess(self, u: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.exp(np.clip(u[:, self.curve] - b[:, self.curve] * self.x, -40, 10))
+
+    def predict(self, parameters: np.ndarray) -> np.ndarray:
+        floor, u, b = self._split(parameters)
+        return floor[:, None] + self._excess(u, b)
+
+    def jacobian(self, parameters: np.ndarray) -> np.ndarray:
+        _, u, b = self._split(parameters[None])
+        each = self._excess(u, b)[0][:, None] * self.group
+        return np.hstack([np.ones((len(self.x), 1)), each, -self.x[:, None] * each])
+
+    def curves(self, parameters: np.ndarray) -> Curves:
+        floor, u, b = self._split(np.atleast_2d(parameters))
+        if parameters.ndim == 1:
+            floor, u, b = floor[0], u[0], b[0]
+        return Curves(np.asarray(floor), u, b, self.centre)
+
+    def start(self, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The best of a grid over E: given E, the other parameters have a log-linear start."""
+        (low,), (high,) = floor_limits(y[None])
+        floor = high - (high - low) * np.linspace(0, 1, 25) ** 2
+        many, weights = (np.broadcast_to(v, (len(floor), len(y))) for v in (y, w))
+        u, b = self._log_linear(many, weights, floor)
+        rows = np.hstack([floor[:, None], u, b])
+        rows, cost, _ = self.solve(many, weights, rows, (floor, floor), iterations=6)
+        return rows[np.argmin(cost)]
+
+    def _log_linear(self, y: np.ndarray, w: np.ndarray, floor: np.ndarray) -> tuple:
+        """u and b of a straight line through ln(y - E)."""
+        excess = np.maximum(y - floor[:, None], 1e-9)
+        z, w = np.log(excess), w * excess**2
+        s, sx, sz = w @ self.group, (w * self.x) @ self.group, (w * z) @ self.group
+        sxx, sxz = (w * self.x**2) @ self.group, (w * self.x * z) @ self.group
+        b = -(s * sxz - sx * sz) / np.maximum(s * sxx - sx**2, 1e-300)
+        return (sz + b * sx) / s, b
+
+    def solve(
+        self,
+        y: np.ndarray,
+        w: np.ndarray,
+        start: np.ndarray,
+        limits: tuple[np.ndarray, np.ndarray],
+        iterations: int = _ITERATIONS,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Levenberg-Marquardt on every row.
+
+        The normal equations are an arrow: a 2 x 2 block for each curve, bordered by E.
+        """
+        floor, u, b = self._split(start)
+        low, high = limits
+        floor = np.clip(floor, low, high)
+        G, x = self.group, self.x
+        f = self._excess(u, b)
+        r = y - floor[:, None] - f
+        cost = (w * r * r).sum(1)
+        damping, done = np.full(len(y), 1e-6), np.zeros(len(y), bool)
+        for _ in range(iterations):
+            wf = w * f
+            a11, a12, a22 = (wf * f) @ G, -(wf * f * x) @ G, (wf * f * x * x) @ G
+            g1, g2, g0 = (wf * r) @ G, -(wf * r * x) @ G, (w * r).sum(1)
+            h1, h2, h0 = wf @ G, -(wf * x) @ G, w.sum(1)
+            grow = 1 + damping[:, None]
+            d11, d22 = a11 * grow + 1e-300, a22 * grow + 1e-300
+            det = np.maximum(d11 * d22 - a12 * a12, 1e-300)
+            p1, p2 = (d22 * g1 - a12 * g2) / det, (d11 * g2 - a12 * g1) / det
+            q1, q2 = (d22 * h1 - a12 * h2) / det, (d11 * h2 - a12 * h1) / det
+            border = h0 * (1 + damping) - (h1 * q1 + h2 * q2).sum(1)
+            step = (g0 - (h1 * p1 + h2 * p2).sum(1)) / np.maximum(border, 1e-300)
+            new = np.clip(floor + step, low, high)
+            step = new - floor
+            du = np.clip(p1 - q1 * step[:, None], -2, 2)
+            db = np.clip(p2 - q2 * step[:, None], -1, 1)
+            f_new = self._excess(u + du, b + db)
+            r_new = y - new[:, None] - f_new
+            cost_new = (w * r_new * r_new).sum(1)
+            better = (cost_new <= cost) & ~done
+            small = np.abs(step) + np.abs(du).max(1) + np.abs(db).max(1) < 1e-10
+            flat = cost - cost_new <= 1e-13 * cost
+            row = better[:, None]
+            floor, u, b = np.where(better, new, floor), u + du * row, b + db * row
+            f, r = np.where(row, f_new, f), np.where(row, r_new, r)
+            done |= (better & small & flat) | (~better & (damping > 1e8))
+            cost = np.where(better, cost_new, cost)
+            damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
+            if done.all():
+                break
+        return np.hstack([floor[:, None], u, b]), cost, done
+
+
+# ---------------------------------------------------------------------------------- joint laws
+
+
+class Joint:
+    """One law for all configurations on N_b = 8 L d^2: "product", "sum" or "pooled".
+
+    Parameters: E, u, b, then p, q (product), c, e, g (sum), or p, q and an offset for each
+    configuration (pooled), which `ridge` holds near 0.
+    """
+
+    def __init__(
+        self,
+        law: Law,
+        heads: Sequence[tuple[int, int]],
+        curve: np.ndarray,
+        log_backbone: np.ndarray,
+        backbone: Backbone | None,
+        strength: float = 0.0,
+    ) -> None:
+        self.law, self.curve, self.backbone = law, curve, backbone
+        self.centre = float(log_backbone.mean())
+        self.x = log_backbone - self.centre
+        self.table = np.array(heads, float)  # of the configurations
+        self.heads = self.table[curve]  # of the points
+        own = {"product": ("p", "q"), "sum": ("c", "e", "g"), "pooled": ("p", "q")}[law]
+        offsets = tuple(f"offset{i}" for i in range(len(heads))) if law == "pooled" else ()
+        self.names = ("E", "u", "b", *own, *offsets)
+        self.ridge = np.array([strength if n.startswith("offset") else 0.0 for n in self.names])
+
+    def _heads_factor(self, rows: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        """1 + c n_h^-g + e n_kv^-g of the law "sum"."""
+        c, e, g = (rows[:, i : i + 1] for i in (3, 4, 5))
+        return np.maximum(1 + c * heads[:, 0] ** -g + e * heads[:, 1] ** -g, 1e-6)
+
+    def _level(self, rows: np.ndarray, heads: np.ndarray, own: np.ndarray | slice) -> np.ndarray:
+        """u of every point or configuration, as the heads make it."""
+        if self.law == "sum":
+            return rows[:, 1:2] + np.log(self._heads_factor(rows, heads))
+        u = rows[:, 1:2] - rows[:, 3:4] * np.log2(heads[:, 0])
+        u = u - rows[:, 4:5] * np.log2(heads[:, 1])
+        return u + rows[:, 5:][:, own] if self.law == "pooled" else u
+
+    def _excess(self, rows: np.ndarray) -> np.ndarray:
+        u = self._level(rows, self.heads, self.curve)
+        return np.exp(np.clip(u - rows[:, 2:3] * self.x, -40, 10))
+
+    def predict(self, parameters: np.ndarray) -> np.ndarray:
+        return parameters[:, :1] + self._excess(parameters)
+
+    def _jacobians(self, rows: np.ndarray, f: np.ndarray) -> np.ndarray:
+        h, kv = self.heads.T
+        columns = [np.ones_like(f), f, -self.x * f]
+        if self.law == "sum":
+            c, e, g = (rows[:, i : i + 1] for i in (3, 4, 5))
+            each = f / self._heads_factor(rows, self.heads)
+            dh, dkv = each * h**-g, each * kv**-g
+            columns += [dh, dkv, -c * np.log(h) * dh - e * np.log(kv) * dkv]
+        else:
+            columns += [-np.log2(h) * f, -np.log2(kv) * f]
+        if self.law == "pooled":
+            columns += [f * (self.curve == k) for k in range(len(self.table))]
+        return np.stack(columns, -1)
+
+    def jacobian(self, parameters: np.ndarray) -> np.ndarray:
+        return self._jacobians(parameters[None], self._excess(parameters[None]))[0]
+
+    def curves(self, parameters: np.ndarray) -> Curves:
+        rows = np.atleast_2d(parameters)
+        u = self._level(rows, self.table, slice(None))
+        b = np.broadcast_to(rows[:, 2:3], u.shape)
+        centre = np.full(len(self.table), self.centre)
+        if parameters.ndim == 1:
+            return Curves(np.asarray(rows[0, 0]), u[0], b[0], centre, self.backbone)
+        return Curves(rows[:, 0], u, b, centre, self.backbone)
+
+    def start(self, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The best of a grid over what is not linear: E, or b and g."""
+        (low,), (high,) = floor_limits(y[None])
+        root, one = np.sqrt(w), np.ones_like(y)
+        best, least = None, np.inf
+        if self.law == "sum":
+            for b in np.linspace(0.05, 0.6, 12):
+                f = np.exp(-b * self.x)
+                for g in (0.1, 0.25, 0.5, 1.0, 2.0):
+                    columns = np.stack([one, f, *(f[:, None] * self.heads**-g).T], 1)
+                    (floor, scale, c, e), *_ = np.linalg.lstsq(columns * root[:, None], root * y)
+                    scale = max(scale, 1e-3)
+                    row = np.array([floor, np.log(scale), b, c / scale, e / scale, g])
+                    row[0] = np.clip(floor, low, high)
+                    cost = float((w * (self.predict(row[None])[0] - y) ** 2).sum())
+                    best, least = (row, cost) if cost < least else (best, least)
+            return best
+        logs = np.log2(self.heads)
+        columns = np.stack([one, -self.x, -logs[:, 0], -logs[:, 1]], 1)
+        for floor in high - (high - low) * np.linspace(0, 1, 40) ** 2:
+            excess = np.maximum(y - floor, 1e-9)
+            by = root * excess
+            found, *_ = np.linalg.lstsq(columns * by[:, None], by * np.log(excess))
+            row = np.r_[floor, found, np.zeros(len(self.names) - 5)]
+            cost = float((w * (self.predict(row[None])[0] - y) ** 2).sum())
+            best, least = (row, cost) if cost < least else (best, least)
+        return best
+
+    def solve(
+        self,
+        y: np.ndarray,
+        w: np.ndarray,
+        start: np.ndarray,
+        limits: tuple[np.ndarray, np.ndarray],
+        iterations: int = _ITERATIONS,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Levenberg-Marquardt on every row, with dense normal equations."""
+        low, high = limits
+        rows = start.copy()
+        rows[:, 0] = np.clip(rows[:, 0], low, high)
+        size = rows.shape[1]
+
+        def measure(rows: np.ndarray) -> tuple:
+            f = self._excess(rows)
+            r = y - rows[:, :1] - f
+            return f, r, (w * r * r).sum(1) + (self.ridge * rows * rows).sum(1)
+
+        f, r, cost = measure(rows)
+        damping, done = np.full(len(y), 1e-6), np.zeros(len(y), bool)
+        for _ in range(iterations):
+            J = self._jacobians(rows, f)
+            weighted = (J * w[..., None]).transpose(0, 2, 1)
+            A = weighted @ J
+            A[:, range(size), range(size)] += self.ridge
+            g = (weighted @ r[..., None])[..., 0] - self.ridge * rows
+            diagonal = np.einsum("bii->bi", A)
+            scale = np.sqrt(np.maximum(diagonal, 1e-300))
+            A = A / (scale[:, :, None] * scale[:, None, :])
+            A[:, range(size), range(size)] += damping[:, None] + 1e-14
+            bound = rows[:, 0] + (np.linalg.solve(A, (g / scale)[..., None])[..., 0] / scale)[:, 0]
+            pinned = np.clip(bound, low, high)
+            held = pinned != bound  # E stays on its bound and the others move as best for it
+            A[held, 0, 1:] = 0.0
+            A[held, 0, 0] = 1.0
+            rhs = g / scale
+            rhs[held, 0] = ((pinned - rows[:, 0]) * scale[:, 0])[held]
+            step = np.linalg.solve(A, rhs[..., None])[..., 0] / scale
+            step[:, 1:] = np.clip(step[:, 1:], -1, 1)
+            step[:, 0] = np.clip(rows[:, 0] + step[:, 0], low, high) - rows[:, 0]
+            new = rows + step
+            f_new, r_new, cost_new = measure(new)
+            better = (cost_new <= cost) & ~done
+            small = np.abs(step).max(1) < 1e-9
+            flat = cost - cost_new <= 1e-13 * cost
+            row = better[:, None]
+            rows, f, r = np.where(row, new, rows), np.where(row, f_new, f), np.where(row, r_new, r)
+            steady = small | (damping < 1e-5)  # along what the data does not tell, steps stay large
+            done |= (better & steady & flat) | (~better & (damping > 1e6))
+            cost = np.where(better, cost_new, cost)
+            damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
+            if done.all():
+                break
+        return rows, cost, done

@@ -1,0 +1,53 @@
+import importlib
+import sys
+import textwrap
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A test may be slow on a busy machine; that alone is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+TINY = '''
+"""What the tests ask.
+
+More words.
+"""
+from gqa_scaling.config import ModelConfig, Question, RunConfig
+
+QUESTION = Question(contexts=(64,))
+
+
+def runs():
+    return [
+        RunConfig(
+            name=f"L{layers}-h{heads}",
+            model=ModelConfig(layers, 32, heads, 1, head_dim=8, vocab_size=264),
+            context_length=32,
+            batch_tokens=128,
+            tokens=1280,
+        )
+        for layers in (1, 2)
+        for heads in (1, 2, 4)
+    ]
+'''
+
+
+def _forget_experiments() -> None:
+    for name in [m for m in sys.modules if m.partition(".")[0] == "experiments"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory but for experiments/tiny.py, six runs that are never trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GQA_SCALING_RUNS", "runs")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/tiny.py").write_text(textwrap.dedent(TINY))
+    _forget_experiments()
+    yield tmp_path
+    _forget_experiments()

@@ -1,0 +1,290 @@
+"""The decision: the paper's Table 4, its Figure 2 axes, and what must hold for any study."""
+
+import dataclasses
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from gqa_scaling import ladder
+from gqa_scaling.config import Question, UserError
+from gqa_scaling.costs import n_formula
+from gqa_scaling.ladder import FIGURE_2_LADDER, PUBLISHED_LADDER
+from gqa_scaling.study import tables
+from gqa_scaling.study.fit import Fit, fit
+from gqa_scaling.study.frontier import (
+    costs_at,
+    decide,
+    default_baseline,
+    frontier,
+    scale_of,
+    shapes,
+    target_losses,
+)
+from gqa_scaling.study.results import _table, published
+
+TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
+
+
+@pytest.fixture(scope="module")
+def chen() -> Fit:
+    return fit(published())
+
+
+@pytest.fixture(scope="module")
+def table_4(chen):
+    return frontier(chen, published(), TABLE_4)
+
+
+def noisy(seed=0, noise=0.01, floor=0.9):
+    """4 sizes x 4 configurations of tiny models, as the smoke study has them."""
+    rng, rows = np.random.default_rng(seed), []
+    for layers, width in ((1, 32), (2, 48), (3, 64), (4, 96)):
+        for h, kv in ((1, 1), (2, 1), (4, 1), (4, 4)):
+            n = 1.08 * 8 * layers * width**2 + 2 * layers * width * 16 * (h + kv)
+            loss = floor + (3e4 * (1 - 0.05 * math.log2(h)) / n) ** 0.12
+            row = {"name": f"L{layers}-h{h}-kv{kv}", "n_heads": h, "n_kv_heads": kv, "head_dim": 16}
+            row |= {"n_layers": layers, "d_model": width, "n_params": n, "context_length": 256}
+            row |= {"tokens": 1e6, "loss": loss * (1 + noise * rng.standard_normal()), "seed": 0}
+            row |= {"learning_rate": 2e-3, "epochs": 1.0, "vocab_size": 256}
+            rows.append(row | {"evaluation": "e", "tokenizer": "t", "corpus": "c"})
+    return _table(rows, source="smoke", count="n_exact")
+
+
+def test_table_4_at_128k_is_reproduced(table_4):
+    winners = [a.best.heads for a in table_4.answers]
+    assert winners == [(4, 1), (4, 1), (8, 1), (8, 1), (8, 1)]
+    assert table_4.baseline == (8, 8)
+
+
+def test_what_per_token_gives_instead(chen):
+    answers = frontier(chen, published(), dataclasses.replace(TABLE_4, convention="per_token"))
+    assert [a.best.heads for a in answers.answers] == [(8, 1)] * 5
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers", "memory", "flops", "z"),
+    [((8, 8), 12, 1.68611e9, 2.21002e14, 43002), ((1, 1), 32, 1.62739e9, 2.13305e14, 42281.8)],
+)
+def test_published_axes_of_figure_2(heads, layers, memory, flops, z):
+    r = published()
+    i = next(i for i, h in enumerate(r.heads) if h == heads and r.n_layers[i] == layers)
+    costs, shape_layers, width = costs_at(r.n_params[i], heads, 131072, TABLE_4, scale_of(r))
+    assert float(shape_layers) == pytest.approx(layers, rel=1e-12)
+    assert float(width) == pytest.approx(64 * layers, rel=1e-12)
+    assert float(costs.memory) == pytest.approx(memory, rel=1e-5)
+    assert float(costs.flops) == pytest.approx(flops, rel=1e-5)
+    assert float(costs.z) == pytest.approx(z, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    log_n=st.lists(st.floats(math.log(1e5), math.log(1e12)), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (8, 1), (8, 8), (32, 4)]),
+    sizes=st.sampled_from([FIGURE_2_LADDER, PUBLISHED_LADDER, ((2, 64), (2, 128), (4, 128))]),
+)
+def test_shapes_are_those_of_the_ladder(log_n, heads, sizes):
+    n = np.exp(log_n)
+    layers, width = shapes(n, heads, 64, sizes)
+    for i, value in enumerate(n):
+        one = ladder.interpolate(value, *heads, 64, sizes)
+        assert layers[i] == pytest.approx(one.n_layers, rel=1e-9)
+        assert width[i] == pytest.approx(one.d_model, rel=1e-9)
+    assert np.isinf(shapes(np.array([np.inf]), heads, 64, sizes)[0]).all()
+
+
+def test_a_runs_own_size_gives_its_own_shape_however_n_is_counted():
+    r = noisy()
+    scale = scale_of(r)
+    for i, heads in enumerate(r.heads):
+        layers, width = shapes(scale.to_formula(r.n_params[i]), heads, 16, scale.ladder)
+        assert float(layers) == pytest.approx(r.n_layers[i], rel=1e-3)
+        assert float(width) == pytest.approx(r.d_model[i], rel=1e-3)
+
+
+def test_ranking_margin_and_saving_hang_together(table_4):
+    for answer in table_4.answers:
+        z = [c.z for c in answer.choices]
+        assert z == sorted(z)
+        assert answer.margin == pytest.approx(z[1] / z[0] - 1)
+        assert answer.best.excess == 0
+        assert sum(c.probability for c in answer.choices) == pytest.approx(1)
+        base = answer.choice((8, 8))
+        assert base.saving == {"z": 0, "memory": 0, "flops": 0}
+        for kind in ("z", "memory", "flops"):
+            best = answer.best
+            assert best.saving[kind] == pytest.approx(1 - getattr(best, kind) / getattr(base, kind))
+            low, high = best.saving_interval[kind]
+            assert low < best.saving[kind] < high
+        held = sum(answer.choice(h).probability for h in answer.tied)
+        assert held >= 0.9
+        assert held - min(answer.choice(h).probability for h in answer.tied) < 0.9
+
+
+def test_a_near_tie_is_printed_as_one(table_4):
+    assert set(table_4.at(2.8, 131072).tied) == {(4, 1), (8, 1)}
+    assert table_4.at(3.0, 131072).tied == ((4, 1),)
+    assert any("cannot separate" in flag for flag in table_4.flags)
+
+
+def test_extrapolation_is_flagged_only_where_it_happens(chen, table_4):
+    assert table_4.at(2.6, 131072).best.extrapolated
+    assert not table_4.at(2.8, 131072).best.extrapolated
+    assert any("2.6 at 131,072" in flag for flag in table_4.flags)
+    inside = frontier(chen, published())
+    assert not any("outside its fitted sizes" in flag for flag in inside.flags)
+
+
+def test_unreachable_losses_are_said_so_not_crashed_on(chen):
+    answers = frontier(chen, published(), Question(losses=(2.0,), contexts=(8192,)))
+    answer = answers.answers[0]
+    assert math.isinf(answer.best.n)
+    assert answer.model is None
+    assert any("no configuration reaches 2 nats" in flag for flag in answers.flags)
+    assert "No configuration reaches" in tables.sentence(answers)
+    json.dumps(answers.to_dict(), allow_nan=False)
+    Console(width=100, quiet=True).print(tables.frontier_tables(answers))
+
+
+def test_objectives_rank_by_what_they_name(chen):
+    q = Question(losses=(2.8,), contexts=(131072,))
+    for objective in ("memory", "flops"):
+        answer = frontier(chen, published(), q, objective).answers[0]
+        costs = [getattr(c, objective) for c in answer.choices]
+        assert costs == sorted(costs)
+    assert answer.best.heads == (1, 1)  # fewest heads, fewest FLOPs
+    pure = dataclasses.replace(q, weight=1.0)
+    by_memory = frontier(chen, published(), q, "memory").answers[0]
+    assert [c.heads for c in frontier(chen, published(), pure).answers[0].choices] == [
+        c.heads for c in by_memory.choices
+    ]
+
+
+def test_bad_questions_are_refused(chen):
+    with pytest.raises(
+        UserError, match=r"\(16, 2\) is not in this study; there are \(1,1\), \(2,1\)"
+    ):
+        frontier(chen, published(), Question(baseline=(16, 2)))
+    with pytest.raises(UserError, match="objective='speed'"):
+        frontier(chen, published(), objective="speed")
+    r = published()
+    mixed = dataclasses.replace(r, head_dim=np.where(r.n_layers > 20, 64, 128))
+    with pytest.raises(UserError, match="head sizes 64, 128"):
+        scale_of(mixed)
+
+
+def test_default_targets_lie_on_every_curve(chen):
+    losses = target_losses(chen)
+    assert len(losses) == 3
+    assert list(losses) == sorted(losses, reverse=True)
+    for loss in losses:
+        for k, n in enumerate(chen.curves.n_star(loss)):
+            low, high = chen.points.range_n(k)
+            assert low <= n <= high
+    assert all(len(f"{loss:g}") <= 4 for loss in losses)
+
+
+def test_curves_that_share_no_loss_ask_for_targets():
+    r = noisy(noise=0.0)
+    mine = np.array([h == (4, 4) for h in r.heads])
+    apart = fit(dataclasses.replace(r, loss=r.loss + 3.0 * mine), refits=100)
+    with pytest.raises(UserError, match="name target losses"):
+        target_losses(apart)
+
+
+def test_default_baseline_is_the_largest_multi_head_one():
+    assert default_baseline([(1, 1), (8, 1), (8, 8), (16, 4)]) == (8, 8)
+    assert default_baseline([(8, 1), (8, 2), (4, 2)]) == (8, 2)
+
+
+def test_probability_and_regret_by_hand():
+    inf = math.inf
+    draws = np.array([[1.0, 2.0, inf], [1.0, 0.5, inf], [1.0, 4.0, 2.0], [inf, inf, inf]])
+    probability, regret = decide(draws)
+    assert probability.tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert regret.tolist() == pytest.approx([1 / 3, 4 / 3, 1.0])
+    assert decide(np.full((2, 2), inf))[0].tolist() == [0, 0]
+
+
+def test_a_model_one_can_build_is_near_and_exactly_counted(table_4):
+    for answer in table_4.answers:
+        m = answer.model
+        assert m.n == n_formula(m.n_layers, m.d_model, *answer.best.heads)
+        assert m.n == pytest.approx(answer.best.n, rel=0.04)
+        assert m.loss == pytest.approx(answer.loss, abs=0.01)
+        assert m.loss_interval[0] < m.loss < m.loss_interval[1]
+        assert m.memory == m.n + 2 * 131072 * m.n_layers * 64 * m.n_kv_heads
+        assert m.cache_bytes == 2 * (m.memory - m.n)
+        assert m.parameters == m.n_exact + m.vocab_size * m.d_model
+        assert m.weight_bytes == 2 * m.parameters
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_noisy_little_studies_answer_with_doubt(seed):
+    r = noisy(seed)
+    found = fit(r, refits=300, seed=seed)
+    answers = frontier(found, r, Question(contexts=(1024, 16384), demonstration=True))
+    assert np.ptp(found.floor_interval) > 0.2
+    json.dumps(answers.to_dict(), allow_nan=False)
+    assert tables.sentence(answers).startswith("Demonstration")
+
+
+def test_more_noise_means_more_ties():
+    def doubt(noise):
+        counted = 0
+        for seed in range(8):
+            r = noisy(seed, noise)
+            a = frontier(fit(r, refits=200), r, Question(contexts=(16384,), losses=(1.9, 1.8)))
+            counted += sum(len(answer.tied) for answer in a.answers)
+        return counted
+
+    assert doubt(0.0002) < doubt(0.01)
+
+
+def test_tables_fit_100_columns_and_name_units(chen, table_4):
+    console = Console(width=100, record=True, file=io.StringIO())
+    for part in (
+        tables.fit_table(chen),
+        tables.residual_table(chen),
+        tables.frontier_tables(table_4),
+        tables.ranking_table(table_4.answers[0], table_4),
+    ):
+        console.print(part)
+    text = console.export_text()
+    assert "per_sequence" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    for word in ("per_sequence", "(values)", "(nats)", "(tokens)", "(parameters)", "90%", "regret"):
+        assert word in text, word
+    for a in table_4.answers:
+        assert tables.quantity(a.best.n) in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.68611e9, "1.69G"),
+        (999.6e6, "1.00G"),
+        (12345, "12.3k"),
+        (0.5, "0.5"),
+        (2.21e14, "221T"),
+        (math.inf, "never"),
+    ],
+)
+def test_quantities_have_three_digits_and_a_prefix(value, text):
+    assert tables.quantity(value) == text
+
+
+def test_the_sentence_says_configuration_saving_interval_and_doubt(chen, table_4):
+    text = tables.sentence(table_4)  # middle loss 2.8, where two are tied
+    assert "8 query heads and 1 KV head " in text
+    assert "42.0% less Z than (8,8)" in text
+    assert "90% interval" in text
+    assert "cannot tell it from (4,1)" in text
+    own = frontier(chen, published(), dataclasses.replace(TABLE_4, baseline=(8, 1), losses=(2.7,)))
+    assert "it is the baseline itself" in tables.sentence(own)

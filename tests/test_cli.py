@@ -1,0 +1,309 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+from gqa_scaling import cli
+from gqa_scaling.experiment import load_experiment
+from gqa_scaling.runs import RunDirectory, claim, run_directory
+
+SCRIPT = shutil.which("gqa-scaling", path=sysconfig.get_path("scripts"))
+ENTRIES = {"script": [SCRIPT], "module": [sys.executable, "-m", "gqa_scaling"]}
+TINY = "experiments.tiny"
+V5E = ("--hardware", "v5e")
+
+
+@pytest.fixture
+def call(workplace, capsys):
+    """main([...]) in the empty working directory: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(arguments)
+        except SystemExit as leave:  # --help
+            code = leave.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def directories() -> list[RunDirectory]:
+    return [run_directory("runs", "tiny", run) for run in load_experiment(TINY).runs]
+
+
+def finish(directory: RunDirectory, loss: float = 2.5) -> None:
+    run = load_experiment(TINY).runs[directories().index(directory)]
+    directory.begin(run, {})
+    directory.finish({"evaluations": {run.evaluation_digest: {"loss": loss}}}, {})
+
+
+# --------------------------------------------------------------------------------- entry points
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_both_entry_points_find_experiments_in_the_working_directory(workplace, entry):
+    command = [*ENTRIES[entry], "plan", TINY, *V5E, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["totals"]["runs"] == 6
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_both_entry_points_refuse_in_one_line_with_exit_code_2(workplace, entry):
+    command = [*ENTRIES[entry], "plan", "experiments.tinny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    expected = (
+        "gqa-scaling: unknown experiment 'experiments.tinny' (did you mean experiments.tiny?)"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected + "\n")
+
+
+LOADED = """
+import sys
+from gqa_scaling.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("loaded:", *sorted({"jax", "flax", "grain", "scipy", "matplotlib"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        *((verb, "--help") for verb in ("plan", "run", "fit")),
+        ("plan", TINY, *V5E),
+        ("status", TINY),
+        ("learning-rates", TINY),
+        ("plan", "experiments.tinny"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(workplace, arguments):
+    command = [sys.executable, "-c", LOADED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_a_finished_experiment_is_seen_to_be_finished_without_jax(workplace):
+    for directory in directories():
+        finish(directory)
+    command = [sys.executable, "-c", LOADED, "run", TINY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["tiny: all 6 runs are finished in runs", "loaded:"]
+
+
+def test_help_lists_every_verb_and_each_verb_has_help(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    for verb in ("prepare", "plan", "run", "status", "learning-rates", "fit", "frontier", "report"):
+        assert f"\n    {verb}" in out
+        code, about, err = call(verb, "--help")
+        assert (code, err) == (0, "")
+        assert f"usage: gqa-scaling {verb}" in about
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "required: VERB"),
+        ("plam x", "unknown verb 'plam' (did you mean plan?)"),
+        ("zzzz x", "unknown verb 'zzzz'; see gqa-scaling --help"),
+        ("plan", "required: experiment"),
+        ("plan experiments.tinny", "(did you mean experiments.tiny?)"),
+        ("plan experiments/tinny.py", "no such file (did you mean experiments.tiny?)"),
+        ("plan ./experiments/tiny", "(did you mean experiments.tiny?)"),
+        ("plan json", "json is no experiment"),
+        ("plan experiments.tiny --model.n-head 4", "(did you mean --model.n-heads?)"),
+        ("plan experiments.tiny --hardwear v5e", "unknown field --hardwear"),
+        ("plan experiments.tiny --seed x", "--seed='x' must be of type int"),
+        ("plan experiments.tiny --seed", "--seed needs a value"),
+        ("plan experiments.tiny --model.n-kv-heads 3", "n_kv_heads=3 must divide n_heads=1"),
+        ("plan experiments.tiny --context-length 48", "must be a multiple of context_length=48"),
+        ("plan experiments.tiny --name b", "share one name"),
+        ("plan experiments.tiny --tokens 1 --hardware v5e", "at least one batch of 128"),
+        ("plan experiments.tiny --only nothing", "matches none of 6 runs"),
+        ("plan experiments.tiny --shard 4/4", "--shard '4/4' must be i/n"),
+        ("plan experiments.tiny --hardware v5q", "unknown hardware 'v5q' (did you mean v5"),
+        ("plan experiments.tiny --hardware v5e --devices 0", "devices=0"),
+        ("plan experiments.tiny --hardware v5e --devices two", "invalid int value: 'two'"),
+        ("plan experiments.tiny --hardware v5e --mfu 2", "mfu=2.0"),
+        ("plan experiments.tiny --hardware v5e --price -1", "price=-1.0"),
+        ("plan experiments.tiny --root", "expected one argument"),
+        ("run experiments.tiny --workers 0", "--workers 0 must be greater than 0"),
+        ("status experiments.tiny extra", "unexpected argument 'extra'"),
+        ("fit experiments.tinny", "(did you mean experiments.tiny?)"),
+        ("fit nothing.csv", "nothing.csv"),
+        ("fit chen2025 --bootstrap x", "--bootstrap: invalid choice: 'x'"),
+        ("frontier chen2025 --baseline 8", "--baseline '8' must be n_heads,n_kv_heads"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(call, workplace, arguments, said):
+    code, out, err = call(*arguments.split())
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.startswith("gqa-scaling: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert not (workplace / "runs").exists()
+
+
+def test_training_without_prepared_data_is_refused_before_anything_is_made(call, workplace):
+    code, out, err = call("run", TINY, "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "prepare" in err
+    assert not (workplace / "runs").exists()
+
+
+def test_a_damaged_result_is_named(call):
+    first = directories()[0]
+    finish(first)
+    first.result_file.write_text('{"schema": 1, "resu')
+    code, _, err = call("status", TINY)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "result.json is damaged" in err
+
+
+@pytest.mark.parametrize("number", [28, 30, 13])
+def test_a_full_or_read_only_disk_is_one_line(call, monkeypatch, number):
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number), "runs/tiny/x")
+
+    about = cli.VERBS["status"][1:]
+    monkeypatch.setitem(cli.VERBS, "status", (fail, *about))
+    code, out, err = call("status", TINY)
+    assert (code, out) == (2, "")
+    assert err == f"gqa-scaling: cannot write (runs/tiny/x): {os.strerror(number)}\n"
+
+
+def test_a_mistake_of_ours_is_not_hidden(call, monkeypatch):
+    def fail(*_: object) -> int:
+        raise KeyError("bug")
+
+    monkeypatch.setitem(cli.VERBS, "status", (fail, *cli.VERBS["status"][1:]))
+    with pytest.raises(KeyError):
+        call("status", TINY)
+
+
+def test_an_interruption_says_how_to_go_on(call, monkeypatch):
+    def fail(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "status", (fail, *cli.VERBS["status"][1:]))
+    code, _, err = call("status", TINY)
+    assert (code, err) == (130, "gqa-scaling: interrupted; the same command continues\n")
+
+
+# ----------------------------------------------------------------------------------------- plan
+
+
+def test_plan_for_people(call):
+    code, out, err = call("plan", TINY, *V5E, "--devices", "4")
+    assert (code, err) == (0, "")
+    assert "tiny on 4 x v5e" in out
+    for name in ("L1-h1", "L2-h4"):
+        assert name in out
+    assert "6 runs, 7.68k tokens" in out
+
+
+@pytest.mark.parametrize("spec", [TINY, "experiments/tiny.py"])
+def test_plan_for_programs(call, spec):
+    code, out, _ = call("plan", spec, *V5E, "--price", "2", "--mfu", "0.5", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["experiment"] == "tiny"
+    assert (plan["hardware"]["price"], plan["hardware"]["mfu"]) == (2, 0.5)
+    assert [r["name"] for r in plan["runs"]][::5] == ["L1-h1", "L2-h4"]
+    assert plan["totals"]["tokens"] == 6 * 1280
+
+
+def test_plan_takes_a_selection_and_overrides(call):
+    arguments = ("--only", "L2", "--shard", "0/2", "--parallel.data", "-1", "--tokens=2560")
+    code, out, _ = call("plan", TINY, *V5E, "--json", *arguments)
+    plan = json.loads(out)
+    assert code == 0
+    assert [(r["name"], r["tokens"]) for r in plan["runs"]] == [("L2-h1", 2560), ("L2-h4", 2560)]
+
+
+def test_plan_of_an_empty_shard(call):
+    code, out, err = call("plan", TINY, *V5E, "--shard", "7/8")
+    assert (code, err) == (0, "")
+    assert "0 runs" in out
+
+
+def test_a_note_is_printed_as_it_is(call):
+    _, out, _ = call("plan", TINY, *V5E, "--note", "tuned [by hand] [/not markup]")
+    assert "note: tuned [by hand] [/not markup]" in out
+
+
+# --------------------------------------------------------------------------------------- status
+
+
+def test_status_tells_the_states_apart(call):
+    done, running, failed, begun, *_ = directories()
+    finish(done, loss=2.25)
+    running.path.mkdir(parents=True)
+    running.metrics_file.write_text(
+        '{"step": 5, "learning/loss": 3.5, "perf/per_device_tokens_per_sec": 1000}\n'
+    )
+    failed.path.mkdir(parents=True)
+    failed.fail("Traceback\nValueError: [/no] such [shape]\n", "ValueError")
+    begun.path.mkdir(parents=True)
+    with claim(running):
+        code, out, err = call("status", TINY, "--json")
+        _, table, _ = call("status", TINY)
+    assert (code, err) == (0, "")
+    status = json.loads(out)
+    assert status["counts"] == {"done": 1, "running": 1, "stale": 0, "failed": 1, "pending": 3}
+    rows = {r["name"]: r for r in status["runs"]}
+    assert (rows["L1-h1"]["state"], rows["L1-h1"]["evaluation_loss"]) == ("done", 2.25)
+    assert rows["L1-h1"]["step"] == rows["L1-h1"]["steps"] == 10
+    assert (rows["L1-h2"]["state"], rows["L1-h2"]["step"], rows["L1-h2"]["loss"]) == (
+        "running",
+        5,
+        3.5,
+    )
+    assert rows["L1-h2"]["tokens_per_second"] == 1000
+    assert rows["L1-h4"]["failure"] == "ValueError: [/no] such [shape]"
+    assert "1 done, 1 running, 1 failed, 3 pending" in table
+    assert "ValueError: [/no] such [shape]" in table
+    assert "5/10" in table
+    assert "2.2500" in table
+
+
+def test_status_reads_the_root_that_it_is_given(call, workplace):
+    finish(directories()[0])
+    (workplace / "runs").rename(workplace / "archive")
+    for root, done in (("archive", 1), ("runs", 0)):
+        _, out, _ = call("status", TINY, "--json", "--root", root)
+        assert json.loads(out)["counts"]["done"] == done
+
+
+def test_a_finished_experiment_is_not_run_again(call):
+    for directory in directories():
+        finish(directory)
+    assert call("run", TINY) == (0, "tiny: all 6 runs are finished in runs\n", "")
+
+
+def test_learning_rates_for_programs(call):
+    for directory in directories():
+        finish(directory)
+    code, out, _ = call("learning-rates", TINY, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(r["n_layers"], r["learning_rate"], r["edge"]) for r in rows] == [
+        (1, 1e-3, "lowest"),
+        (2, 1e-3, "lowest"),
+    ]
+    _, table, _ = call("learning-rates", TINY)
+    assert "the lowest rate tried: widen the sweep" in table

@@ -1,0 +1,238 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gqa_scaling import costs
+from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
+from gqa_scaling.grid import head_candidates
+from gqa_scaling.ladder import TRAINED_SIZES
+
+MODEL = ModelConfig(24, 1280, 8, 2)
+
+
+def run(**changes) -> RunConfig:
+    fields = {
+        "name": "a",
+        "model": MODEL,
+        "context_length": 8192,
+        "batch_tokens": 2**19,
+        "tokens_per_param": 20.0,
+    }
+    return RunConfig(**fields | changes)
+
+
+# ---------------------------------------------------------------------------------- parameters
+
+
+def parameters_by_matrix(m: ModelConfig) -> dict[str, int]:
+    """Every array of Chen et al. 2025, section 3, written out one by one."""
+    d, q, kv = m.d_model, m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
+    f = m.d_ff if m.d_ff else (8 * d + 95) // 96 * 32  # 8d/3 up to the next multiple of 32
+    layer = {
+        "attention": d * q + d * kv + d * kv + q * d,
+        "ffn": d * f + d * f + f * d,
+        "norm": d + d + (2 * m.head_dim if m.qk_norm else 0),
+    }
+    whole = {name: m.n_layers * count for name, count in layer.items()}
+    whole["norm"] += d
+    whole["embedding"] = m.vocab_size * d
+    whole["output"] = 0 if m.tie_embeddings else m.vocab_size * d
+    return whole
+
+
+@pytest.mark.parametrize("size", TRAINED_SIZES, ids=lambda s: s.name)
+def test_parameters_of_the_published_grid(size):
+    candidates = head_candidates(32)
+    assert len(candidates) == 21
+    for n_h, n_kv in candidates:
+        model = ModelConfig(size.n_layers, size.d_model, n_h, n_kv)
+        expected = parameters_by_matrix(model)
+        counted = costs.parameters(model)
+        assert dataclasses.asdict(counted) == expected
+        assert counted.total == sum(expected.values())
+        assert costs.n_exact(model) == sum(expected.values()) - expected["embedding"]
+        rounding = 3 * size.n_layers * size.d_model * (model.ffn_dim - 8 * size.d_model / 3)
+        formula = costs.n_formula(size.n_layers, size.d_model, n_h, n_kv)
+        assert costs.n_exact(model) - formula == pytest.approx(rounding + expected["norm"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tie_embeddings": False}, {"qk_norm": True}, {"d_ff": 1000}, {"head_dim": 32}],
+    ids=str,
+)
+def test_parameters_of_variants(changes):
+    model = dataclasses.replace(MODEL, **changes)
+    assert dataclasses.asdict(costs.parameters(model)) == parameters_by_matrix(model)
+
+
+def test_the_smallest_published_size_has_16m_parameters_with_embeddings():
+    assert costs.parameters(ModelConfig(4, 256, 4, 4)).total == pytest.approx(16.0e6, rel=0.01)
+
+
+# ----------------------------------------------------------------------------------- inference
+
+
+@pytest.mark.parametrize(
+    ("heads", "n_layers", "memory", "flops", "z"),
+    [(8, 12, 1.68611e9, 2.21002e14, 43_002), (1, 32, 1.62739e9, 2.13305e14, 42_281.8)],
+)
+def test_published_figure_2(heads, n_layers, memory, flops, z):
+    """Two points of Chen et al. 2025, Figure 2: n_h = n_kv, d = 64 L, T = 131,072."""
+    context = 131_072
+    n = costs.n_formula(n_layers, 64 * n_layers, heads, heads)
+    m = costs.inference_memory(n, context, n_layers, 64, heads)
+    c = costs.inference_flops(n, context, n_layers, 64, heads, "per_sequence")
+    assert m == pytest.approx(memory, rel=1e-5)
+    assert c == pytest.approx(flops, rel=1e-5)
+    assert costs.HardwareCost()(m, c) == pytest.approx(z, rel=1e-5)
+
+
+sizes = st.integers(1, 10**6)
+
+
+@given(sizes, sizes, sizes, sizes, sizes)
+def test_inference_equations(n, context, n_layers, head_dim, heads):
+    per_token = costs.inference_flops(n, context, n_layers, head_dim, heads)
+    assert per_token == 2 * n + 4 * context * n_layers * head_dim * heads
+    per_sequence = costs.inference_flops(n, context, n_layers, head_dim, heads, "per_sequence")
+    assert per_sequence == pytest.approx(context / 2 * per_token, rel=1e-12)
+    cache = costs.kv_cache_values(context, n_layers, head_dim, heads)
+    assert cache == 2 * context * n_layers * head_dim * heads
+    assert costs.inference_memory(n, context, n_layers, head_dim, heads) == n + cache
+
+
+def test_equations_take_arrays():
+    contexts = np.array([1024, 8192, 131_072])
+    rows = costs.inference_flops(10**9, contexts, 24, 64, 8, "per_sequence")
+    each = [costs.inference_flops(10**9, int(t), 24, 64, 8, "per_sequence") for t in contexts]
+    np.testing.assert_allclose(rows, each)
+
+
+def test_unknown_convention_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="'per_batch' must be one of per_token, per_sequence"):
+        costs.inference_flops(1, 1, 1, 1, 1, "per_batch")
+
+
+def test_hardware_cost_ends():
+    memory, flops = 4e9, 8e12
+    assert costs.HardwareCost(weight=1)(memory, flops) == pytest.approx(math.sqrt(memory))
+    assert costs.HardwareCost(weight=0)(memory, flops) == pytest.approx(flops ** (1 / 3))
+    assert costs.HardwareCost(weight=0.5, memory_power=1, compute_power=1)(3, 5) == 4
+
+
+@pytest.mark.parametrize(
+    "fields", [{"weight": 1.1}, {"weight": -0.1}, {"memory_power": 0}, {"compute_power": -1}]
+)
+def test_hardware_cost_refuses(fields):
+    with pytest.raises(UserError):
+        costs.HardwareCost(**fields)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def test_budget_is_a_whole_number_of_batches():
+    assert costs.training_steps(run(tokens=10 * 2**19, tokens_per_param=None)) == 10
+    assert costs.training_steps(run(tokens=10 * 2**19 + 2**17, tokens_per_param=None)) == 10
+    assert costs.training_steps(run(tokens=10 * 2**19 - 2**17, tokens_per_param=None)) == 10
+    per_parameter = run(tokens_per_param=20.0)
+    assert costs.training_tokens(per_parameter) % 2**19 == 0
+    assert costs.training_tokens(per_parameter) == pytest.approx(
+        20 * costs.n_exact(MODEL), abs=2**18
+    )
+
+
+def test_budget_below_one_batch_is_refused():
+    with pytest.raises(UserError, match="at least one batch of 524,288"):
+        costs.training_steps(run(tokens=2**19 - 1, tokens_per_param=None))
+
+
+def test_training_flops_are_those_of_the_paper_and_the_output_head():
+    """6 N D + 12 L Tbar d_h n_h D (Chen et al. 2025, eq. 10), and 6 d V D of the head."""
+    context = 8192
+    matrices = parameters_by_matrix(MODEL)
+    linear = 6 * (matrices["attention"] + matrices["ffn"])
+    head = 6 * 1280 * 50304
+    attention = 12 * 24 * 64 * 8  # for each key that a query reads
+    causal = costs.training_flops_per_token(MODEL, context)
+    assert causal == linear + head + attention * context // 2
+    full = costs.training_flops_per_token(MODEL, context, causal=False)
+    assert full == linear + head + attention * context
+    untied = dataclasses.replace(MODEL, tie_embeddings=False)
+    assert costs.training_flops_per_token(untied, context) == causal
+
+
+def test_training_flops_are_linear_in_tokens():
+    one = run(tokens=100 * 2**19, tokens_per_param=None)
+    ten = run(tokens=1000 * 2**19, tokens_per_param=None)
+    assert costs.training_flops(ten) == 10 * costs.training_flops(one)
+    per_token = costs.training_flops_per_token(MODEL, 8192)
+    assert costs.training_flops(one) == 100 * 2**19 * per_token
+
+
+def test_hardware_flops_equal_model_flops_when_nothing_is_repeated():
+    for full in (True, False):
+        executed = costs.hardware_flops_per_token(MODEL, 8192, "none", full_attention=full)
+        assert executed == costs.training_flops_per_token(MODEL, 8192, causal=not full)
+
+
+def test_remat_repeats_more_and_keeps_less():
+    executed = [
+        costs.hardware_flops_per_token(MODEL, 8192, remat, True)
+        for remat in ("none", "dots", "full")
+    ]
+    kept = [
+        costs.training_bytes(run(parallel=ParallelConfig(remat=remat))).activations
+        for remat in ("none", "dots", "full")
+    ]
+    assert executed == sorted(set(executed))
+    assert kept == sorted(set(kept), reverse=True)
+
+
+def test_training_memory_of_the_paper():
+    assert costs.training_memory(10**9, 8192, 1280, 24) == 4 * 10**9 + 8192 * 1280 * 24
+
+
+# --------------------------------------------------------------------------------------- bytes
+
+
+def test_training_bytes_on_one_device():
+    total = costs.parameters(MODEL).total
+    predicted = costs.training_bytes(run())
+    assert predicted.state == 12 * total
+    assert predicted.gradients == 4 * total
+    assert predicted.logits == 2 * costs.LOGIT_BUDGET_BYTES
+    parts = dataclasses.astuple(predicted)
+    assert predicted.total == sum(parts)
+    assert min(parts) > 0
+
+
+def test_training_bytes_are_shared_by_the_right_axes():
+    one = costs.training_bytes(run())
+    data = costs.training_bytes(run(), devices=8)
+    assert (data.state, data.gradients) == (one.state, one.gradients)
+    assert data.activations == pytest.approx(one.activations / 8, rel=1e-6)
+    fsdp = costs.training_bytes(run(parallel=ParallelConfig(fsdp=8)), devices=8)
+    assert fsdp.state == pytest.approx(one.state / 8, rel=1e-6)
+    assert fsdp.activations == data.activations
+    halves = costs.training_bytes(run(parallel=ParallelConfig(accumulation=2)))
+    assert halves.gradients == 2 * one.gradients
+    assert halves.activations == pytest.approx(one.activations / 2, rel=1e-6)
+    wide = costs.training_bytes(run(model=dataclasses.replace(MODEL, dtype="float32")))
+    assert (wide.state, wide.activations) == (one.state, 2 * one.activations)
+
+
+def test_logits_of_a_small_batch_take_what_they_need():
+    small = run(batch_tokens=64, context_length=64, tokens_per_param=20.0)
+    assert costs.training_bytes(small).logits == 2 * 4 * 64 * 50304
+
+
+def test_disk():
+    total = costs.parameters(MODEL).total
+    assert costs.finished_bytes(run()) == 4 * total
+    assert costs.checkpoint_bytes(run()) == (2 + 1) * 12 * total  # kept, and one being written

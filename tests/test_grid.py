@@ -1,0 +1,94 @@
+import dataclasses
+
+import pytest
+
+from gqa_scaling.config import ModelConfig, OptimizerConfig, RunConfig, UserError
+from gqa_scaling.grid import (
+    LearningRateChoice,
+    head_candidates,
+    learning_rate_choices,
+    unique,
+    with_learning_rate,
+)
+from gqa_scaling.runs import run_directory
+
+
+def run(name: str = "a", rate: float = 1e-3, **model) -> RunConfig:
+    shape = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4} | model
+    return RunConfig(
+        name, ModelConfig(**shape), 64, 256, tokens=2560, optimizer=OptimizerConfig(rate)
+    )
+
+
+# ---------------------------------------------------------------------------------- candidates
+
+
+def test_the_published_grid_has_21_head_configurations():
+    candidates = head_candidates(32)
+    assert len(candidates) == len(set(candidates)) == 21
+    powers = {1, 2, 4, 8, 16, 32}
+    assert set(candidates) == {(h, kv) for h in powers for kv in powers if kv <= h}
+
+
+def test_one_head_is_one_candidate():
+    assert head_candidates(1) == [(1, 1)]
+
+
+@pytest.mark.parametrize("count", [0, -2, 3, 24])
+def test_only_powers_of_two(count):
+    with pytest.raises(UserError, match=f"max_heads={count} must be a power of two"):
+        head_candidates(count)
+
+
+def test_runs_that_share_a_name_or_a_definition_are_refused():
+    assert unique(iter([run("a"), run("b", n_heads=8)])) == [run("a"), run("b", n_heads=8)]
+    with pytest.raises(UserError, match="runs a and a share one name"):
+        unique([run("a"), run("a", n_heads=8)])
+    with pytest.raises(UserError, match="runs a and b share one definition"):
+        unique([run("a"), run("b")])
+
+
+# ------------------------------------------------------------------------------- learning rates
+
+
+def finish(root, config: RunConfig, loss: float) -> None:
+    directory = run_directory(root, "rates", config)
+    directory.begin(config, {})
+    directory.finish({"evaluations": {config.evaluation_digest: {"loss": loss}}}, {})
+
+
+def test_the_rate_of_least_loss_is_chosen_for_each_size(tmp_path):
+    for rate, loss in ((1e-2, 3.0), (1e-3, 2.5), (1e-4, 4.0)):
+        finish(tmp_path, run(f"small-{rate}", rate), loss)
+        finish(tmp_path, run(f"large-{rate}", rate, n_layers=4), 5 - loss)
+    run_directory(tmp_path, "rates", run("open", 1e-5)).begin(run("open", 1e-5), {})
+    assert learning_rate_choices("rates", tmp_path) == {
+        (2, 32): LearningRateChoice(1e-3, ((1e-4, 4.0), (1e-3, 2.5), (1e-2, 3.0))),
+        (4, 32): LearningRateChoice(1e-4, ((1e-4, 1.0), (1e-3, 2.5), (1e-2, 2.0))),
+    }
+    assert learning_rate_choices("others", tmp_path) == {}
+
+
+def test_a_choice_at_the_edge_says_which():
+    tried = ((1e-4, 4.0), (1e-3, 2.5), (1e-2, 3.0))
+    edges = {rate: LearningRateChoice(rate, tried).edge for rate, _ in tried}
+    assert edges == {1e-4: "lowest", 1e-3: "", 1e-2: "highest"}
+
+
+def test_a_run_takes_its_size_s_rate_and_notes_where_from():
+    choices = {(2, 32): LearningRateChoice(3e-3, ((1e-3, 3.0), (3e-3, 2.0), (1e-2, 4.0)))}
+    tuned = with_learning_rate(run(), choices, "experiments.rates")
+    assert tuned == dataclasses.replace(
+        run(),
+        optimizer=OptimizerConfig(3e-3),
+        note="learning rate 0.003 from experiments.rates (3 tried)",
+    )
+    edge = {(2, 32): LearningRateChoice(1e-2, ((1e-3, 3.0), (1e-2, 2.0)))}
+    assert "AT THE HIGHEST RATE TRIED" in with_learning_rate(run(), edge, "rates").note
+
+
+def test_a_size_without_a_result_keeps_its_rate_and_says_so():
+    kept = with_learning_rate(run(rate=7e-4), {}, "rates")
+    assert kept.optimizer.learning_rate == 7e-4
+    assert kept.digest == run(rate=7e-4).digest
+    assert kept.note == "learning rate 0.0007 as declared; rates has no result for this size"

@@ -1,0 +1,226 @@
+"""One run and one sweep: what is written, what is refused, what goes on after a failure."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_run, write_corpus
+
+from gqa_scaling import costs, sweep
+from gqa_scaling.checkpoint import load_parameters
+from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunConfig, UserError
+from gqa_scaling.data import TokenStore, open_store, prepare
+from gqa_scaling.data.loader import heldout_chunks
+from gqa_scaling.experiment import Experiment
+from gqa_scaling.model.transformer import create
+from gqa_scaling.runs import RunDirectory, run_directory
+from gqa_scaling.training import loop
+
+
+def experiment(*runs: RunConfig) -> Experiment:
+    return Experiment("tiny", runs, Question(), "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a prepared corpus and one finished run, `tiny`."""
+    folder = tmp_path_factory.mktemp("work")
+    write_corpus(folder / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare(tiny_run().data, show=False)
+        assert sweep.run_sweep(experiment(tiny_run()), Path("runs")).exit_code == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def finished() -> RunDirectory:
+    return run_directory("runs", "tiny", tiny_run())
+
+
+def store() -> TokenStore:
+    return open_store(tiny_run().data)
+
+
+def trained_model(run: RunConfig) -> nnx.Module:
+    graph, like = loop._abstract_parameters(run, loop._mesh(run))
+    return nnx.merge(graph, load_parameters(finished().parameters, like))
+
+
+def test_result_records_what_made_it() -> None:
+    result, run = finished().result()["result"], tiny_run()
+    assert RunConfig.from_dict(result["config"]) == run
+    assert result["digest"] == run.digest
+    assert result["tokens"] == costs.training_tokens(run) == 24 * 128
+    assert result["data"] == store().describe()
+    assert result["n_exact"] == costs.n_exact(run.model)
+    assert result["versions"]["jax"] == jax.__version__
+
+
+def test_finished_run_keeps_parameters_only() -> None:
+    assert finished().parameters.exists()
+    assert not finished().checkpoints.exists()
+    assert not finished().claim_file.exists()
+
+
+def test_loss_is_the_mean_over_every_held_out_target() -> None:
+    run = tiny_run()
+    (value,) = finished().result()["result"]["evaluations"].values()
+    chunks = heldout_chunks(store(), 32, 1024, 32)
+    model = trained_model(run)
+    logits = np.asarray(model.logits(model(chunks[:, :-1])), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(logp, chunks[:, 1:, None], -1)
+    assert value["loss"] == pytest.approx(nll.mean(), rel=1e-5)
+    assert value["targets"] == nll.size == 1024
+    bits = value["loss"] / math.log(2) / store().heldout_bytes_per_token
+    assert value["bits_per_byte"] == pytest.approx(bits)
+
+
+def test_training_lowered_the_loss() -> None:
+    lines = finished().metrics()
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert lines[-1]["learning/loss"] < 0.8 * lines[0]["learning/loss"]
+    assert lines[0]["learning/loss"] == pytest.approx(math.log(264), abs=1)
+
+
+def test_tensorboard_shows_the_known_tags_and_hparams() -> None:
+    events = EventAccumulator(str(finished().path)).Reload()
+    tags = events.Tags()["scalars"]
+    for tag in ("learning/loss", "learning/grad_norm", "perf/step_time_seconds", "evaluation/loss"):
+        assert tag in tags
+    losses = [e.value for e in events.Scalars("learning/loss")]
+    assert losses == pytest.approx([m["learning/loss"] for m in finished().metrics()])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_second_sweep_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train", None)  # calling it would raise
+    before = finished().result_file.read_bytes()
+    assert sweep.pending(experiment(tiny_run()), Path("runs")) == []
+    assert sweep.run_sweep(experiment(tiny_run()), Path("runs")) == sweep.Outcome(1, 0, 0)
+    assert finished().result_file.read_bytes() == before
+
+
+def test_a_new_evaluation_never_retrains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train", None)
+    run = tiny_run(evaluation=EvaluationConfig(tokens=512))
+    old = finished().result()["result"]["evaluations"][tiny_run().evaluation_digest]
+    assert sweep.run_sweep(experiment(run), Path("runs")).done == 1
+    values = finished().result()["result"]["evaluations"]
+    assert values[tiny_run().evaluation_digest] == old
+    assert values[run.evaluation_digest]["targets"] == 512
+
+
+def test_failure_is_recorded_and_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+        trained.append(run.name)
+        if run.name == "bad":
+            raise RuntimeError("out of luck")
+        directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
+
+    monkeypatch.setattr(loop, "train", train)
+    grid = experiment(tiny_run("bad", seed=1), tiny_run("good", seed=2))
+    assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(1, 1, 0)
+    bad = run_directory(tmp_path, "tiny", grid.runs[0])
+    assert bad.state() == "failed"
+    assert "out of luck" in json.loads(bad.failure_file.read_text())["traceback"]
+    assert sweep.run_sweep(grid, tmp_path).exit_code == 1
+    assert trained == ["bad", "good"]  # a failed run is not tried again by itself
+    monkeypatch.setattr(
+        loop, "train", lambda r, d, s: train(dataclasses.replace(r, name="x"), d, s)
+    )
+    assert sweep.run_sweep(grid, tmp_path, retry_failed=True) == sweep.Outcome(2, 0, 0)
+
+
+def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_fn = loop.train_step
+
+    def poisoned(*args: object) -> object:
+        real, calls = step_fn(*args), []
+
+        def step(state: object, tokens: object) -> object:
+            calls.append(1)
+            state, loss, norm = real(state, tokens)
+            return state, loss * (np.nan if len(calls) == 13 else 1.0), norm
+
+        return step
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    run = tiny_run()
+    directory = run_directory(tmp_path, "tiny", run)
+    message = "loss nan .* at step 13; the last good checkpoint is step 10 "
+    with pytest.raises(loop.NonFiniteLoss, match=message):
+        loop.train(run, directory, store())
+    assert directory.metrics()[-1]["step"] == 12
+    assert directory.result() is None
+
+
+def test_resume_under_another_definition_or_data_is_refused(tmp_path: Path) -> None:
+    run = tiny_run()
+    directory = run_directory(tmp_path, "tiny", run)
+    directory.begin(run, store().describe())
+    before = directory.config_file.read_bytes()
+    with pytest.raises(UserError, match=r"another config: seed: 0 -> 3"):
+        loop.train(tiny_run(seed=3), directory, store())
+    changed = store()
+    changed.manifest["hash"] = "0" * 64
+    with pytest.raises(UserError, match="other data"):
+        loop.train(run, directory, changed)
+    assert directory.config_file.read_bytes() == before
+
+
+def test_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
+    run = tiny_run()
+    small = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=128))
+    with pytest.raises(UserError, match="vocab_size=128 must be at least the tokenizer's 257"):
+        sweep.check(experiment(small), Path("runs"))
+
+
+def test_context_longer_than_the_corpus_is_refused() -> None:
+    length = 2**20
+    judged = EvaluationConfig(tokens=length)
+    data = dataclasses.replace(tiny_run().data, allow_repeats=True)
+    long = tiny_run(
+        context_length=length, batch_tokens=length, tokens=length, evaluation=judged, data=data
+    )
+    with pytest.raises(UserError, match="context_length=1048576"):
+        sweep.check(experiment(long), Path("runs"))
+
+
+def test_more_than_four_epochs_are_refused_unless_allowed() -> None:
+    many = tiny_run(tokens=5 * store().train_tokens)
+    with pytest.raises(UserError, match=r"5\.0 epochs"):
+        sweep.check(experiment(many), Path("runs"))
+    allowed = dataclasses.replace(many, data=dataclasses.replace(many.data, allow_repeats=True))
+    sweep.check(experiment(allowed), Path("runs"))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    run = tiny_run()
+    micro = dataclasses.replace(run, parallel=ParallelConfig(accumulation=4))
+    tokens = loop.check_data(run, store()).batch(0)
+    optimizer = loop.make_optimizer(run.optimizer, 24)
+    out = []
+    for each in (run, micro):
+        graph, parameters = nnx.split(create(run.model, 0))
+        state = (parameters, optimizer.init(parameters))
+        out.append(loop.train_step(graph, each, optimizer)(state, tokens)[1:])
+    np.testing.assert_allclose(out[0], out[1], rtol=1e-5)
