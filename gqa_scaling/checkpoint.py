@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from gqa_scaling.config import UserError
 
@@ -54,6 +55,7 @@ class Checkpoints:
 @contextmanager
 def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints under `path`, of which the last `keep` are kept."""
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error it also raises
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
     )

@@ -26,7 +26,7 @@ from gqa_scaling.plan import bytes_text, check_epochs, duration
 from gqa_scaling.runs import claim, run_directory
 from gqa_scaling.status import RunStatus, read_status
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,25 @@ def run_sweep(experiment: Experiment, root: Path, retry_failed: bool = False) ->
             except UserError:
                 raise
             except Exception as error:
-                if _disk_error(error):
-                    raise
+                disk = _disk_error(error)
+                if disk is not None:
+                    raise disk from error
                 directory.fail(traceback.format_exc(), type(error).__name__)
                 failed += 1
     return Outcome(done, failed, elsewhere)
 
 
-def _disk_error(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+def _disk_error(error: BaseException) -> OSError | None:
+    """The full or read-only disk behind an error; libraries wrap it and keep only its words."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
+            return seen
+        for code in DISK_ERRORS:
+            if os.strerror(code) in str(seen):
+                return OSError(code, os.strerror(code))
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def pending(experiment: Experiment, root: Path) -> list[RunConfig]:

@@ -13,9 +13,9 @@ from gqa_scaling.config import ModelConfig
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 
-sys.path.insert(0, str(Path(__file__).parent / "model"))
+sys.path.append(str(Path(__file__).parent / "model"))
 
-from jaxpr_flops import count_dot_flops  # noqa: E402
+from jaxpr_flops import count_dot_flops
 
 BATCH, CONTEXT = 2, 48
 MODELS = {

@@ -40,32 +40,35 @@ def _reference(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
 
 
+@jax.custom_vjp
 def _blockwise(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    B, T, K, G, H = q_BTKGH.shape
-    block = min(BLOCK, T)
-    # The scale goes into q once; whatever is padded lies above the diagonal of every real query.
-    q, k, v = (_pad(x, -T % block) for x in (q_BTKGH * H**-0.5, k_BSKH, v_BSKH))
-    o = _flash(
-        q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), block
-    )
-    return o.transpose(0, 3, 1, 2, 4)[:, :T]
+    return _forward(q_BTKGH, k_BSKH, v_BSKH)[0]
 
 
-def _pad(x: jax.Array, positions: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, positions)) + ((0, 0),) * (x.ndim - 2)) if positions else x
+def _rows(x_BTKG: jax.Array, block: int) -> jax.Array:
+    """Blocks of queries, a group's positions side by side: (T/b, B, K, G b, ...), 0 past T."""
+    B, T, K, G, *rest = x_BTKG.shape
+    n = -(-T // block)
+    x = jnp.pad(x_BTKG, [(0, 0), (0, n * block - T)] + [(0, 0)] * (x_BTKG.ndim - 2))
+    x = x.reshape(B, n, block, K, G, *rest)
+    x = x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
+    return x.reshape(n, B, K, G * block, *rest)
 
 
-def _rows(x_BKGTH: jax.Array, block: int) -> jax.Array:
-    """Cut into blocks of queries, group and position side by side: (T/b, B, K, G b, ...)."""
-    B, K, G, T, *rest = x_BKGTH.shape
-    x = x_BKGTH.reshape(B, K, G, T // block, block, *rest)
-    return jnp.moveaxis(x, 3, 0).reshape(T // block, B, K, G * block, *rest)
+def _positions(rows: jax.Array, T: int, G: int, block: int) -> jax.Array:
+    """The inverse of `_rows`."""
+    n, B, K, _, *rest = rows.shape
+    x = rows.reshape(n, B, K, G, block, *rest)
+    x = x.transpose(1, 0, 4, 2, 3, *range(5, x.ndim))
+    return x.reshape(B, n * block, K, G, *rest)[:, :T]
 
 
-def _unrows(x: jax.Array, G: int, block: int) -> jax.Array:
-    n, B, K, _, *rest = x.shape
-    x = jnp.moveaxis(x.reshape(n, B, K, G, block, *rest), 0, 3)
-    return x.reshape(B, K, G, n * block, *rest)
+def _tiles(x_BSKH: jax.Array, block: int) -> jax.Array:
+    """Blocks of keys, positions last: (S/b, B, K, H, b), 0 past S."""
+    B, S, K, H = x_BSKH.shape
+    n = -(-S // block)
+    x = jnp.pad(x_BSKH, [(0, 0), (0, n * block - S), (0, 0), (0, 0)])
+    return x.reshape(B, n, block, K, H).transpose(1, 0, 3, 4, 2)
 
 
 def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
@@ -79,26 +82,22 @@ def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
     return jnp.where(visible | ~diagonal, _product("bkqh,bkhs->bkqs", q, k_BKHS), _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _flash(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, block: int) -> jax.Array:
-    return _flash_forward(q_BKGTH, k_BKSH, v_BKSH, block)[0]
-
-
-def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, block):
+def _forward(q_BTKGH, k_BSKH, v_BSKH):
     """Online softmax over the tiles of each row (Dao et al. 2022, algorithm 1)."""
-    q_rows, k_BKHS = _rows(q_BKGTH, block), k_BKSH.swapaxes(2, 3)
+    T, _, G, H = q_BTKGH.shape[1:]
+    block = min(BLOCK, T)
+    q_rows = _rows(q_BTKGH * H**-0.5, block)
+    k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
 
     def row(x):
         i, q = x
 
         def tile(j, carry):
             top, total, o = carry
-            k_BKHb = lax.dynamic_slice_in_dim(k_BKHS, j * block, block, axis=3)
-            v_BKbH = lax.dynamic_slice_in_dim(v_BKSH, j * block, block, axis=2)
-            s = _scores(q, k_BKHb, i == j)
+            s = _scores(q, k_tiles[j], i == j)
             new_top = jnp.maximum(top, s.max(-1))
             p, fade = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
-            o = o * fade[..., None] + _product("bkqs,bksh->bkqh", p.astype(q.dtype), v_BKbH)
+            o = o * fade[..., None] + _product("bkqs,bkhs->bkqh", p.astype(q.dtype), v_tiles[j])
             return new_top, total * fade + p.sum(-1), o
 
         shape = q.shape[:-1]
@@ -107,47 +106,47 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, block):
         return (o / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     o_rows, lse_rows = lax.map(row, (jnp.arange(len(q_rows)), q_rows))
-    o_BKGTH = _unrows(o_rows, q_BKGTH.shape[2], block)
-    return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, o_BKGTH, lse_rows)
+    o_BTKGH = _positions(o_rows, T, G, block)
+    return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_rows)
 
 
-def _flash_backward(block, residuals, do_BKGTH):
+def _backward(residuals, do_BTKGH):
     """Recomputes each tile's weights from the saved log-sum-exp (ibid., algorithm 4).
 
-    Keys and values lie as (B, K, H, S), so that no product has to transpose a tile.
+    The operand with H comes first and positions last, so that no product transposes a tile.
     """
-    q_BKGTH, k_BKSH, v_BKSH, o_BKGTH, lse_rows = residuals
-    delta = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
-    rows = *(_rows(x, block) for x in (q_BKGTH, do_BKGTH, delta)), lse_rows
-    k_BKHS, v_BKHS = k_BKSH.swapaxes(2, 3), v_BKSH.swapaxes(2, 3)
+    q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_rows = residuals
+    (S, K, H), G, dtype = k_BSKH.shape[1:], q_BTKGH.shape[3], q_BTKGH.dtype
+    block = min(BLOCK, S)
+    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
+    rows = *(_rows(x, block) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG)), lse_rows
+    k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
 
     def row(carry, x):
         i, (q, do, delta, lse) = x
 
         def tile(j, carry):
             dq, dk, dv = carry
-            cut = functools.partial(
-                lax.dynamic_slice_in_dim, start_index=j * block, slice_size=block, axis=3
-            )
-            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=j * block, axis=3)
-            k = cut(k_BKHS)
+            k, v = k_tiles[j], v_tiles[j]
             p = jnp.exp(_scores(q, k, i == j) - lse[..., None])
-            dp = _product("bkqh,bkhs->bkqs", do, cut(v_BKHS))
-            ds = (p * (dp - delta[..., None])).astype(q.dtype)
-            dq += _product("bkqs,bkhs->bkqh", ds, k)
-            dk = put(dk, cut(dk) + _product("bkqh,bkqs->bkhs", q, ds))
-            dv = put(dv, cut(dv) + _product("bkqh,bkqs->bkhs", do, p.astype(q.dtype)))
-            return dq, dk, dv
+            ds = p * (_product("bkqh,bkhs->bkqs", do, v) - delta[..., None])
+            ds, p = ds.astype(dtype), p.astype(dtype)
+            dk = dk.at[j].add(_product("bkqh,bkqs->bkhs", q, ds))
+            dv = dv.at[j].add(_product("bkqh,bkqs->bkhs", do, p))
+            return dq + _product("bkqs,bkhs->bkqh", ds, k), dk, dv
 
         dq = jnp.zeros(q.shape, jnp.float32)
         dq, *carry = lax.fori_loop(0, i + 1, tile, (dq, *carry))
-        return tuple(carry), dq.astype(q.dtype)
+        return tuple(carry), dq.astype(dtype)
 
-    zero = jnp.zeros(k_BKHS.shape, jnp.float32)
+    zero = jnp.zeros(k_tiles.shape, jnp.float32)
     (dk, dv), dq_rows = lax.scan(row, (zero, zero), (jnp.arange(len(lse_rows)), rows))
-    dq_BKGTH = _unrows(dq_rows, q_BKGTH.shape[2], block)
-    dk_BKSH, dv_BKSH = (x.swapaxes(2, 3).astype(q_BKGTH.dtype) for x in (dk, dv))
-    return dq_BKGTH, dk_BKSH, dv_BKSH
+
+    def joined(tiles: jax.Array) -> jax.Array:
+        x = tiles.transpose(1, 0, 4, 2, 3).reshape(-1, len(tiles) * block, K, H)
+        return x[:, :S].astype(dtype)
+
+    return _positions(dq_rows, S, G, block) * H**-0.5, joined(dk), joined(dv)
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+_blockwise.defvjp(_forward, _backward)

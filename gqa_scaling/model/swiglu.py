@@ -10,9 +10,7 @@ import jax.numpy as jnp
 
 
 @jax.custom_vjp
-def swiglu(
-    x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
-) -> jax.Array:
+def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """(silu(x gate) * (x up)) down, in the dtype of x; weights and their gradients in float32."""
     return _forward(x_BTD, gate_DF, up_DF, down_FD)[0]
 
@@ -37,9 +35,7 @@ def _backward(residuals, dy_BTD):
     dx += jnp.einsum("BTF,DF->BTD", dup, up_DF.astype(dtype))
 
     def weight_gradient(narrow_BTD: jax.Array, wide_BTF: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            "BTD,BTF->DF", narrow_BTD, wide_BTF, preferred_element_type=gate_DF.dtype
-        )
+        return jnp.einsum("BTD,BTF->DF", narrow_BTD, wide_BTF, preferred_element_type=gate_DF.dtype)
 
     ddown_DF = weight_gradient(dy_BTD, silu * up_BTF)
     return dx, weight_gradient(x_BTD, dgate), weight_gradient(x_BTD, dup), ddown_DF.T

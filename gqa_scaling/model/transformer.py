@@ -46,7 +46,9 @@ class Layers(nnx.Module):
         K, G, H = config.n_kv_heads, config.group_size, config.head_dim
         # One draw for all matrices, each a slice of rows of size D: eight draws took 2 s to compile.
         sizes = (K * G * H, K * H, K * H, K * G * H, F, F, F)
-        rows = jnp.split(_normal(key, (L, sum(sizes), D)), list(itertools.accumulate(sizes))[:-1], 1)
+        rows = jnp.split(
+            _normal(key, (L, sum(sizes), D)), list(itertools.accumulate(sizes))[:-1], 1
+        )
         q, k, v, o, gate, up, down = rows
         inward, residual = D**-0.5, (2 * L) ** -0.5
 
@@ -109,10 +111,8 @@ class Transformer(nnx.Module):
         embedding_VD = D**-0.5 * _normal(embedding_key, (V, D))
         self.embedding_VD = _param(embedding_VD, "vocab", "embed")
         self.final_norm_D = _param(jnp.ones(D), "embed")
-        self.output_VD = None
-        if not config.tie_embeddings:
-            output_VD = D**-0.5 * _normal(output_key, (V, D))
-            self.output_VD = _param(output_VD, "vocab", "embed")
+        output_VD = D**-0.5 * _normal(output_key, (V, D))
+        self.output_VD = None if config.tie_embeddings else _param(output_VD, "vocab", "embed")
 
     def __call__(
         self, tokens_BT: jax.Array, *, remat: str = "none", attention: str = "auto"
@@ -156,6 +156,7 @@ def _rematerialised(layer, remat: str):
     return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x` over its root mean square along the last axis, times `scale`, computed in float32."""
     x32 = x.astype(jnp.float32)
@@ -163,9 +164,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * norm * scale).astype(x.dtype)
 
 
-def rope_tables(
-    positions_T: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions_T: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every angle, (T, H/2) in float32: pair i turns by t theta^(-2i/H)."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions_T.astype(jnp.float32)[:, None] * frequency

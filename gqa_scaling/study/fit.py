@@ -35,7 +35,8 @@ BOOTSTRAPS: tuple[Bootstrap, ...] = ("shared", "residual", "pairs")
 LEVEL = 0.90  # of every interval that is printed
 MIN_SIZES = 3
 SUSPICIOUS = 0.05  # p-value below which errors are said to be shared
-_HUBER, _CLIP, _CLIPPED_VARIANCE, _HUBER_ROUNDS = 1.345, 2.0, 0.9205, 6
+_SPOILED = 0.05  # weight below which a robust fit takes a run for spoiled
+_BISQUARE, _CLIP, _CLIPPED_VARIANCE, _ROUNDS = 4.685, 2.0, 0.9205, 8
 Interval = tuple[float, float]
 
 
@@ -171,6 +172,7 @@ class Fit:
     sigma: float
     r2: float
     r2_by_curve: np.ndarray
+    spoiled: tuple[str, ...]
     rank: int
     converged: bool
     at_bound: str
@@ -325,8 +327,8 @@ def fit(
     `context_length` names the training length when the runs span several. bootstrap "shared"
     draws independent errors and errors common to all models of a size, each as large as the runs
     allow; "residual" redraws the residuals, scaled for the freedom the fit took; "pairs" redraws
-    the points of each curve. `robust` weighs runs far off their curve down (Huber, scaled by the median
-    absolute residual). Raises UserError when the runs are too few or cannot be compared.
+    the points of each curve. `robust` weighs runs far off their curve down (Tukey's biweight, scaled by
+    the median absolute residual). Raises UserError when the runs are too few or cannot be compared.
     """
     require(
         bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
@@ -337,17 +339,21 @@ def fit(
     weights = p.replicates.astype(float)
     model, ridge = make_model(law, p, results.head_dim[0])
     best, trust = solve_point(model, p.loss, weights, ridge), np.ones(len(p.n))
-    free = best.jacobian.shape[1]  # parameters
-    for _ in range(_HUBER_ROUNDS if robust else 0):
+    leverage, _, _ = _influence(best.jacobian, weights, p.loss, ridge)
+    lean = 1 / np.sqrt(np.maximum(1 - leverage, 0.05))  # a curve follows a run it rests on
+    for _ in range(_ROUNDS if robust else 0):
         at = model.predict(best.parameters[None])
-        trust = _trust(p.loss[None] - at, weights, free)[0]
+        trust = _trust(lean * (p.loss[None] - at), weights)[0]
         best = solve_point(model, p.loss, weights * trust, ridge)
     predicted = model.predict(best.parameters[None])[0]
     residual = p.loss - predicted
-    noise_residual = _clipped(residual, weights, free) if robust else residual
+    spoiled = trust < _SPOILED
+    noise_residual = residual
+    if robust:
+        noise_residual = np.where(spoiled, 0, _clipped(residual, weights, len(model.names)))
     squares, pure = (weights * noise_residual**2).sum(), p.noise_dof * (p.noise or 0.0) ** 2
     leverage, influence, rank = _influence(best.jacobian, weights * trust, residual, ridge)
-    noise_dof = max(len(p.n) - leverage.sum(), 1.0) + p.noise_dof
+    noise_dof = max(len(p.n) - spoiled.sum() - leverage.sum(), 1.0) + p.noise_dof
     sigma = float(np.sqrt((squares + pure) / noise_dof))
     common = estimate(noise_residual, best.jacobian, weights, _sizes(p), pure, p.noise_dof, seed)
     rng = np.random.default_rng(seed)
@@ -362,8 +368,8 @@ def fit(
         y, w = predicted + noise, np.broadcast_to(weights, noise.shape)
     limits = floor_limits(np.where(w > 0, y, y.max()))
     rows, _, done = model.solve(y, w, np.repeat(best.parameters[None], refits, 0), limits)
-    for _ in range(_HUBER_ROUNDS if robust else 0):
-        trusted = w * _trust(y - model.predict(rows), w, free)
+    for _ in range(_ROUNDS if robust else 0):
+        trusted = w * _trust(lean * (y - model.predict(rows)), w)
         rows, _, done = model.solve(y, trusted, rows, limits)
     floor = float(best.parameters[0])
     (low,), (high,) = floor_limits(p.loss[None])
@@ -392,6 +398,7 @@ def fit(
                 for k in range(len(p.heads))
             ]
         ),
+        spoiled=tuple(p.name[spoiled].tolist()),
         rank=rank,
         converged=best.converged,
         at_bound=at_bound,
@@ -463,10 +470,10 @@ def _scale_of(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarra
     return np.maximum(1.4826 * middle * np.sqrt(n / (n - parameters)), 1e-12)
 
 
-def _trust(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray:
-    """Huber's weights: 1 near the curve, falling as 1/distance beyond."""
-    scale = _scale_of(residual, w, parameters)
-    return np.minimum(1, _HUBER * scale / np.maximum(np.abs(np.sqrt(w) * residual), 1e-300))
+def _trust(residual: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Tukey's weights: 1 on the curve, 0 for a run so far off that it must be spoiled."""
+    distance = np.abs(np.sqrt(w) * residual) / (_BISQUARE * _scale_of(residual, w, 0))
+    return np.maximum(1 - np.minimum(distance, 1) ** 2, 1e-4) ** 2
 
 
 def _clipped(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray:
@@ -543,6 +550,8 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
     if fitted.at_bound:
         bound = "0" if fitted.at_bound == "lower" else "the least loss"
         out.append(f"E is at its bound ({bound}): not identified by these runs")
+    if fitted.spoiled:
+        out.append(f"left aside as spoiled by the robust fit: {', '.join(fitted.spoiled)}")
     if fitted.rank < fitted.n_parameters:
         out.append(f"only {fitted.rank} of {fitted.n_parameters} parameters are determined")
     rising = [

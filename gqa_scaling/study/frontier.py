@@ -26,25 +26,72 @@ from gqa_scaling.costs import (
     n_formula,
     parameters,
 )
+from gqa_scaling.hardware import Hardware
 from gqa_scaling.ladder import nearest_buildable
 from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.shapes import shapes
 
-Objective = Literal["z", "memory", "flops"]
-OBJECTIVES: tuple[Objective, ...] = ("z", "memory", "flops")
+Objective = Literal["z", "memory", "flops", "bytes", "seconds", "dollars"]
+OBJECTIVES: dict[Objective, str] = {
+    "z": "Z",
+    "memory": "memory",
+    "flops": "FLOPs",
+    "bytes": "bytes held",
+    "seconds": "seconds per token",
+    "dollars": "dollars per million tokens",
+}
 CACHE_BYTES = 2  # of a value in bf16, weights and KV cache alike
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How the model is served, for costs in bytes, seconds and dollars, and what must hold.
+
+    `batch` sequences share one copy of the weights (N, without embeddings). Decoding one token of
+    each takes the longer of reading all bytes at the hardware's bandwidth and computing at its
+    peak times its MFU. `limit_bytes` and `kv_multiple` rule configurations out.
+    """
+
+    batch: int = 1
+    weight_bytes: float = 2.0
+    cache_bytes: float = 2.0
+    hardware: Hardware | None = None
+    limit_bytes: float = math.inf
+    kv_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "weight_bytes", "cache_bytes", "limit_bytes", "kv_multiple"):
+            value = getattr(self, name)
+            require(value > 0, f"{name}={value} must be greater than 0")
+
+    def describe(self) -> str:
+        """In words, for what is printed."""
+        where = f" on {self.hardware.name}" if self.hardware else ""
+        limit = f", at most {self.limit_bytes:.4g} bytes" if math.isfinite(self.limit_bytes) else ""
+        many = f", n_kv a multiple of {self.kv_multiple}" if self.kv_multiple > 1 else ""
+        return (
+            f"batch {self.batch}, {self.weight_bytes:g} bytes a weight, {self.cache_bytes:g} a "
+            f"cached value{where}{limit}{many}"
+        )
+
+
+@dataclass(frozen=True)
 class Costs:
-    """Memory in values, FLOPs in the named convention, Z; each split by what context changes."""
+    """Memory in values, FLOPs in the named convention, Z; memory and FLOPs also without context.
+
+    `bytes`, `seconds` per decoded token and `dollars` per million of them are those of `Serving`;
+    the last two are NaN when it names no hardware.
+    """
 
     memory: Any
     flops: Any
     z: Any
     memory_fixed: Any
     flops_fixed: Any
+    bytes: Any
+    seconds: Any
+    dollars: Any
 
 
 @dataclass(frozen=True)
@@ -100,8 +147,14 @@ class Choice:
     regret: float
     unreachable: float
     extrapolated: bool
+    bytes: float
     saving: dict[str, float]
     saving_interval: dict[str, Interval]
+
+    @property
+    def reached(self) -> bool:
+        """Whether some size reaches the loss within what must hold."""
+        return math.isfinite(self.cost)
 
 
 @dataclass(frozen=True)
@@ -135,6 +188,7 @@ class Frontier:
     count: str
     question: Question
     objective: Objective
+    serving: Serving
     baseline: Heads
     losses: tuple[float, ...]
     answers: tuple[Answer, ...]
@@ -166,7 +220,9 @@ def units(question: Question) -> dict[str, str]:
         "memory": "values: N + 2 T L d_h n_kv",
         "flops": flops,
         "z": f"{q.weight:g} memory^{q.memory_power:.3g} + {1 - q.weight:.3g} flops^{q.compute_power:.3g}",
-        "bytes": f"{CACHE_BYTES} bytes a value",
+        "bytes": f"models to build: {CACHE_BYTES} bytes a value, embeddings included",
+        "seconds": "per decoded token",
+        "dollars": "per million decoded tokens",
         "saving": "1 - cost / baseline's cost",
     }
 
@@ -193,6 +249,10 @@ class Scale:
         finite = np.where(np.isfinite(n), n, 1.0)
         return n * np.interp(np.log(finite), self.log_n, self.formula)
 
+    def from_formula(self, n: np.ndarray) -> np.ndarray:
+        """The fit's own count of a model whose `n_formula` is n."""
+        return n / np.interp(np.log(n), self.log_n + np.log(self.formula), self.formula)
+
 
 def scale_of(results: Results) -> Scale:
     """The ladder and counting of these runs; UserError when they mix head sizes."""
@@ -214,7 +274,12 @@ def scale_of(results: Results) -> Scale:
 
 
 def costs_at(
-    n: np.ndarray, heads: Heads, context: int, question: Question, scale: Scale
+    n: np.ndarray,
+    heads: Heads,
+    context: int,
+    question: Question,
+    scale: Scale,
+    serving: Serving | None = None,
 ) -> tuple[Costs, np.ndarray, np.ndarray]:
     """Costs at N*, and the (L, d) they were taken at; infinite where N* is."""
     n = np.asarray(n, float)
@@ -223,7 +288,16 @@ def costs_at(
     flops = inference_flops(n, context, layers, scale.head_dim, heads[0], question.convention)
     fixed = inference_flops(n, context, 0, scale.head_dim, heads[0], question.convention)
     z = HardwareCost(question.weight, question.memory_power, question.compute_power)
-    return Costs(memory, flops, z(memory, flops), n, fixed), layers, width
+    s = serving or Serving()
+    held = s.weight_bytes * n + s.cache_bytes * s.batch * (memory - n)
+    seconds = dollars = np.full_like(n, math.nan)
+    if s.hardware:
+        compute = s.batch * inference_flops(n, context, layers, scale.head_dim, heads[0])
+        step = np.maximum(s.hardware.seconds(compute), held / s.hardware.bandwidth)
+        seconds = step / s.batch
+        dollars = seconds * s.hardware.price / 3600 * 1e6
+    costs = Costs(memory, flops, z(memory, flops), n, fixed, held, seconds, dollars)
+    return costs, layers, width
 
 
 # ------------------------------------------------------------------------------------ the answer
@@ -256,23 +330,32 @@ def default_baseline(heads: Sequence[Heads]) -> Heads:
 
 
 def frontier(
-    fit: Fit, results: Results, question: Question | None = None, objective: Objective = "z"
+    fit: Fit,
+    results: Results,
+    question: Question | None = None,
+    objective: Objective = "z",
+    serving: Serving | None = None,
 ) -> Frontier:
     """Rank every configuration for each target loss and context of the question.
 
     `results` are the runs behind the fit: their ladder, head size and vocabulary make shapes of
-    N*. Raises UserError for a baseline or an objective that is not there.
+    N*. `serving` says how costs in bytes, seconds and dollars come about and what must hold.
+    Raises UserError for a baseline or an objective that is not there.
     """
-    q = question or Question()
+    q, s = question or Question(), serving or Serving()
     require(
         objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}"
+    )
+    require(
+        s.hardware is not None or objective not in ("seconds", "dollars"),
+        f"objective={objective!r} needs hardware: name a row such as v5e or h100",
     )
     scale = scale_of(results)
     losses = q.losses or target_losses(fit)
     baseline = tuple(q.baseline) if q.baseline else default_baseline(fit.heads)
     fit.index(baseline)
     answers = tuple(
-        _answer(fit, scale, q, loss, context, objective, baseline)
+        _answer(fit, scale, q, s, loss, context, objective, baseline)
         for loss in losses
         for context in q.contexts
     )
@@ -281,6 +364,7 @@ def frontier(
         count=fit.count,
         question=q,
         objective=objective,
+        serving=s,
         baseline=baseline,
         losses=tuple(losses),
         answers=answers,
@@ -293,6 +377,7 @@ def _answer(
     fit: Fit,
     scale: Scale,
     q: Question,
+    serving: Serving,
     loss: float,
     context: int,
     objective: Objective,
@@ -301,19 +386,25 @@ def _answer(
     n, n_draws = fit.curves.n_star(loss), fit.draws.n_star(loss)
     point, draw, shape = [], [], []
     for k, heads in enumerate(fit.heads):
-        costs, layers, width = costs_at(n[k], heads, context, q, scale)
+        costs, layers, width = costs_at(n[k], heads, context, q, scale, serving)
         point.append(costs)
         shape.append((float(layers), float(width)))
-        draw.append(costs_at(n_draws[:, k], heads, context, q, scale)[0])
-    cost = np.array([getattr(c, objective) for c in point], float)
-    draws = np.stack([getattr(c, objective) for c in draw], axis=1)
+        draw.append(costs_at(n_draws[:, k], heads, context, q, scale, serving)[0])
+
+    def allowed(costs: Costs, heads: Heads) -> np.ndarray:
+        fits = (costs.bytes <= serving.limit_bytes) & (heads[1] % serving.kv_multiple == 0)
+        return np.where(fits, getattr(costs, objective), math.inf)
+
+    both = list(zip(fit.heads, point, draw, strict=True))
+    cost = np.array([float(allowed(c, heads)) for heads, c, _ in both])
+    draws = np.stack([allowed(c, heads) for heads, _, c in both], axis=1)
     probability, regret = decide(draws)
     least = cost.min()
     base = fit.index(baseline)
     choices = []
     for k, heads in enumerate(fit.heads):
         low, high = fit.points.range_n(k)
-        kinds = OBJECTIVES
+        kinds = dict.fromkeys(("z", "memory", "flops", objective))
         saving = {m: _saving(getattr(point[k], m), getattr(point[base], m)) for m in kinds}
         over = {m: _saving(getattr(draw[k], m), getattr(draw[base], m)) for m in kinds}
         choices.append(
@@ -334,13 +425,14 @@ def _answer(
                 regret=float(regret[k]),
                 unreachable=float(np.isinf(n_draws[:, k]).mean()),
                 extrapolated=not low <= n[k] <= high,
+                bytes=float(point[k].bytes),
                 saving={m: float(v) for m, v in saving.items()},
                 saving_interval={m: _finite_interval(v) for m, v in over.items()},
             )
         )
     choices.sort(key=lambda c: (c.cost, -c.probability, c.heads))
     best = choices[0]
-    model = build(fit, scale, q, best, context) if np.isfinite(best.n) else None
+    model = build(fit, scale, q, best, context) if best.reached else None
     return Answer(
         loss=float(loss),
         context=context,
@@ -433,15 +525,19 @@ def build(fit: Fit, scale: Scale, q: Question, choice: Choice, context: int) -> 
 
 def _flags(answers: Sequence[Answer], results: Results) -> list[str]:
     out = []
-    where = [f"{a.loss:g} at {a.context:,}" for a in answers if a.best.extrapolated]
+    where = [
+        f"{a.loss:g} at {a.context:,}" for a in answers if a.best.extrapolated and a.best.reached
+    ]
     if where:
         out.append(
             f"the best configuration's N* lies outside its fitted sizes for {len(where)} of "
             f"{len(answers)} answers (marked ~): {'; '.join(where[:3])}{' ...' if len(where) > 3 else ''}"
         )
-    lost = [f"{a.loss:g}" for a in answers if not np.isfinite(a.best.n)]
+    lost = [f"{a.loss:g}" for a in answers if not a.best.reached]
     if lost:
-        out.append(f"no configuration reaches {', '.join(dict.fromkeys(lost))} nats at any size")
+        out.append(
+            f"no configuration reaches {', '.join(dict.fromkeys(lost))} nats with what must hold"
+        )
     open_ended = [a for a in answers if len(a.tied) > 1]
     if open_ended:
         out.append(

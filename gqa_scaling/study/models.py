@@ -5,7 +5,7 @@ fit is scipy's least squares from a start that is good whatever the data, becaus
 nonlinear parameters are first profiled on a grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,7 +19,7 @@ LAWS: tuple[Law, ...] = ("separate", "product", "sum", "pooled")
 FORMULAS: dict[Law, str] = {
     "separate": "(a/N)^b + E, E shared",
     "product": "E + exp(u - b ln(N_b/N_0) - p log2 n_h - q log2 n_kv), N_b = 8 L d^2",
-    "sum": "E + exp(u - b ln(N_b/N_0)) (1 + c n_h^-g + e n_kv^-g), N_b = 8 L d^2",
+    "sum": "E + exp(u - b ln(N_b/N_0)) (1 - c (1 - n_h^-g)/g - e (1 - n_kv^-g)/g), N_b = 8 L d^2",
     "pooled": "product, with an offset of u for each (n_h, n_kv) shrunk towards 0",
 }
 _ITERATIONS = 200
@@ -145,6 +145,47 @@ def solve_point(model: Model, y: np.ndarray, w: np.ndarray, ridge: np.ndarray) -
     return Solution(best.x, model.jacobian(best.x), bool(best.success))
 
 
+def _descend(
+    y: np.ndarray,
+    w: np.ndarray,
+    start: np.ndarray,
+    limits: tuple[np.ndarray, np.ndarray],
+    cost_of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    propose: Callable[..., np.ndarray],
+    iterations: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Levenberg-Marquardt on every row of y at once: (parameters, sum of squares, converged).
+
+    Rows that are done are set aside, so that the slow ones do not hold up the rest.
+    """
+    rows = start.copy()
+    low, high = (np.broadcast_to(v, len(y)) for v in limits)
+    rows[:, 0] = np.clip(rows[:, 0], low, high)
+    final, final_cost, converged = rows, cost_of(rows, y, w), np.zeros(len(y), bool)
+    active, cost, damping = np.arange(len(y)), final_cost.copy(), np.full(len(y), 1e-6)
+    for _ in range(iterations):
+        step = propose(rows, y, w, damping, low, high)
+        new = rows + step
+        new[:, 0] = np.clip(new[:, 0], low, high)
+        cost_new = cost_of(new, y, w)
+        better = cost_new <= cost
+        flat = cost - cost_new <= 1e-13 * cost
+        # along what the data does not tell, steps stay large though nothing is gained
+        steady = (np.abs(step).max(1) < 1e-10) | (damping < 1e-5)
+        done = (better & steady & flat) | (~better & (damping > 1e8))
+        rows, cost = np.where(better[:, None], new, rows), np.where(better, cost_new, cost)
+        damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
+        final[active], final_cost[active] = rows, cost
+        if done.any():
+            converged[active[done]] = True
+            active, y, w, rows, cost, damping, low, high = (
+                v[~done] for v in (active, y, w, rows, cost, damping, low, high)
+            )
+            if not len(active):
+                break
+    return final, final_cost, converged
+
+
 # ----------------------------------------------------------------------------- separate curves
 
 
@@ -211,16 +252,15 @@ class Separate:
 
         The normal equations are an arrow: a 2 x 2 block for each curve, bordered by E.
         """
-        floor, u, b = self._split(start)
-        low, high = limits
-        floor = np.clip(floor, low, high)
         G, x = self.group, self.x
-        f = self._excess(u, b)
-        r = y - floor[:, None] - f
-        cost = (w * r * r).sum(1)
-        damping, done = np.full(len(y), 1e-6), np.zeros(len(y), bool)
-        for _ in range(iterations):
-            wf = w * f
+
+        def propose(
+            rows: np.ndarray, y: np.ndarray, w: np.ndarray, *rest: np.ndarray
+        ) -> np.ndarray:
+            damping, low, high = rest
+            floor, u, b = self._split(rows)
+            f = self._excess(u, b)
+            r, wf = y - floor[:, None] - f, w * f
             a11, a12, a22 = (wf * f) @ G, -(wf * f * x) @ G, (wf * f * x * x) @ G
             g1, g2, g0 = (wf * r) @ G, -(wf * r * x) @ G, (w * r).sum(1)
             h1, h2, h0 = wf @ G, -(wf * x) @ G, w.sum(1)
@@ -231,28 +271,30 @@ class Separate:
             q1, q2 = (d22 * h1 - a12 * h2) / det, (d11 * h2 - a12 * h1) / det
             border = h0 * (1 + damping) - (h1 * q1 + h2 * q2).sum(1)
             step = (g0 - (h1 * p1 + h2 * p2).sum(1)) / np.maximum(border, 1e-300)
-            new = np.clip(floor + step, low, high)
-            step = new - floor
+            step = np.clip(floor + step, low, high) - floor
             du = np.clip(p1 - q1 * step[:, None], -2, 2)
             db = np.clip(p2 - q2 * step[:, None], -1, 1)
-            f_new = self._excess(u + du, b + db)
-            r_new = y - new[:, None] - f_new
-            cost_new = (w * r_new * r_new).sum(1)
-            better = (cost_new <= cost) & ~done
-            small = np.abs(step) + np.abs(du).max(1) + np.abs(db).max(1) < 1e-10
-            flat = cost - cost_new <= 1e-13 * cost
-            row = better[:, None]
-            floor, u, b = np.where(better, new, floor), u + du * row, b + db * row
-            f, r = np.where(row, f_new, f), np.where(row, r_new, r)
-            done |= (better & small & flat) | (~better & (damping > 1e8))
-            cost = np.where(better, cost_new, cost)
-            damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
-            if done.all():
-                break
-        return np.hstack([floor[:, None], u, b]), cost, done
+            return np.hstack([step[:, None], du, db])
+
+        return _descend(y, w, start, limits, self._cost, propose, iterations)
+
+    def _cost(self, rows: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        return (w * (y - self.predict(rows)) ** 2).sum(1)
 
 
 # ---------------------------------------------------------------------------------- joint laws
+
+
+def _gain(n: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(1 - n^-g) / g and its derivative in g; ln n and -ln^2 n / 2 at g = 0."""
+    x, small = np.log(n), np.abs(g) < 1e-4
+    safe = np.where(small, 1.0, g)
+    fall = -np.expm1(-np.clip(safe * x, -50, 50))
+    slope = (safe * x * (1 - fall) - fall) / safe**2
+    return (
+        np.where(small, x - g * x**2 / 2, fall / safe),
+        np.where(small, -(x**2) / 2 + g * x**3 / 3, slope),
+    )
 
 
 class Joint:
@@ -282,9 +324,10 @@ class Joint:
         self.ridge = np.array([strength if n.startswith("offset") else 0.0 for n in self.names])
 
     def _heads_factor(self, rows: np.ndarray, heads: np.ndarray) -> np.ndarray:
-        """1 + c n_h^-g + e n_kv^-g of the law "sum"."""
+        """A sum of c n_h^-g and e n_kv^-g, 1 at one head, written so that g may pass through 0."""
         c, e, g = (rows[:, i : i + 1] for i in (3, 4, 5))
-        return np.maximum(1 + c * heads[:, 0] ** -g + e * heads[:, 1] ** -g, 1e-6)
+        fall = c * _gain(heads[:, 0], g)[0] + e * _gain(heads[:, 1], g)[0]
+        return np.maximum(1 - fall, 1e-6)
 
     def _level(self, rows: np.ndarray, heads: np.ndarray, own: np.ndarray | slice) -> np.ndarray:
         """u of every point or configuration, as the heads make it."""
@@ -307,8 +350,8 @@ class Joint:
         if self.law == "sum":
             c, e, g = (rows[:, i : i + 1] for i in (3, 4, 5))
             each = f / self._heads_factor(rows, self.heads)
-            dh, dkv = each * h**-g, each * kv**-g
-            columns += [dh, dkv, -c * np.log(h) * dh - e * np.log(kv) * dkv]
+            (gh, slope_h), (gkv, slope_kv) = _gain(h, g), _gain(kv, g)
+            columns += [-each * gh, -each * gkv, -each * (c * slope_h + e * slope_kv)]
         else:
             columns += [-np.log2(h) * f, -np.log2(kv) * f]
         if self.law == "pooled":
@@ -335,11 +378,12 @@ class Joint:
         if self.law == "sum":
             for b in np.linspace(0.05, 0.6, 12):
                 f = np.exp(-b * self.x)
-                for g in (0.1, 0.25, 0.5, 1.0, 2.0):
-                    columns = np.stack([one, f, *(f[:, None] * self.heads**-g).T], 1)
+                for g in (-0.3, 0.0, 0.3, 0.7, 1.5):
+                    gain = _gain(self.heads, np.array(g))[0]
+                    columns = np.stack([one, f, *(f[:, None] * gain).T], 1)
                     (floor, scale, c, e), *_ = np.linalg.lstsq(columns * root[:, None], root * y)
                     scale = max(scale, 1e-3)
-                    row = np.array([floor, np.log(scale), b, c / scale, e / scale, g])
+                    row = np.array([floor, np.log(scale), b, -c / scale, -e / scale, g])
                     row[0] = np.clip(floor, low, high)
                     cost = float((w * (self.predict(row[None])[0] - y) ** 2).sum())
                     best, least = (row, cost) if cost < least else (best, least)
@@ -364,49 +408,34 @@ class Joint:
         iterations: int = _ITERATIONS,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Levenberg-Marquardt on every row, with dense normal equations."""
-        low, high = limits
-        rows = start.copy()
-        rows[:, 0] = np.clip(rows[:, 0], low, high)
-        size = rows.shape[1]
+        every = range(start.shape[1])
 
-        def measure(rows: np.ndarray) -> tuple:
+        def propose(
+            rows: np.ndarray, y: np.ndarray, w: np.ndarray, *rest: np.ndarray
+        ) -> np.ndarray:
+            damping, low, high = rest
             f = self._excess(rows)
-            r = y - rows[:, :1] - f
-            return f, r, (w * r * r).sum(1) + (self.ridge * rows * rows).sum(1)
-
-        f, r, cost = measure(rows)
-        damping, done = np.full(len(y), 1e-6), np.zeros(len(y), bool)
-        for _ in range(iterations):
             J = self._jacobians(rows, f)
             weighted = (J * w[..., None]).transpose(0, 2, 1)
             A = weighted @ J
-            A[:, range(size), range(size)] += self.ridge
-            g = (weighted @ r[..., None])[..., 0] - self.ridge * rows
-            diagonal = np.einsum("bii->bi", A)
-            scale = np.sqrt(np.maximum(diagonal, 1e-300))
+            A[:, every, every] += self.ridge
+            g = (weighted @ (y - rows[:, :1] - f)[..., None])[..., 0] - self.ridge * rows
+            scale = np.sqrt(np.maximum(np.einsum("bii->bi", A), 1e-300))
             A = A / (scale[:, :, None] * scale[:, None, :])
-            A[:, range(size), range(size)] += damping[:, None] + 1e-14
-            bound = rows[:, 0] + (np.linalg.solve(A, (g / scale)[..., None])[..., 0] / scale)[:, 0]
-            pinned = np.clip(bound, low, high)
-            held = pinned != bound  # E stays on its bound and the others move as best for it
-            A[held, 0, 1:] = 0.0
-            A[held, 0, 0] = 1.0
-            rhs = g / scale
-            rhs[held, 0] = ((pinned - rows[:, 0]) * scale[:, 0])[held]
-            step = np.linalg.solve(A, rhs[..., None])[..., 0] / scale
+            A[:, every, every] += damping[:, None] + 1e-14
+            g = g / scale
+            step = np.linalg.solve(A, g[..., None])[..., 0] / scale
+            wanted = rows[:, 0] + step[:, 0]
+            held = np.clip(wanted, low, high) != wanted
+            if held.any():  # E goes to its bound and the others move as is best for it there
+                A[held, 0, 1:], A[held, 0, 0] = 0.0, 1.0
+                pinned = np.clip(wanted, low, high) - rows[:, 0]
+                g[held, 0] = (pinned * scale[:, 0])[held]
+                step[held] = np.linalg.solve(A[held], g[held][..., None])[..., 0] / scale[held]
             step[:, 1:] = np.clip(step[:, 1:], -1, 1)
-            step[:, 0] = np.clip(rows[:, 0] + step[:, 0], low, high) - rows[:, 0]
-            new = rows + step
-            f_new, r_new, cost_new = measure(new)
-            better = (cost_new <= cost) & ~done
-            small = np.abs(step).max(1) < 1e-9
-            flat = cost - cost_new <= 1e-13 * cost
-            row = better[:, None]
-            rows, f, r = np.where(row, new, rows), np.where(row, f_new, f), np.where(row, r_new, r)
-            steady = small | (damping < 1e-5)  # along what the data does not tell, steps stay large
-            done |= (better & steady & flat) | (~better & (damping > 1e6))
-            cost = np.where(better, cost_new, cost)
-            damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
-            if done.all():
-                break
-        return rows, cost, done
+            return step
+
+        return _descend(y, w, start, limits, self._cost, propose, iterations)
+
+    def _cost(self, rows: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        return (w * (y - self.predict(rows)) ** 2).sum(1) + (self.ridge * rows * rows).sum(1)

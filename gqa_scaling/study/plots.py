@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import Frontier, costs_at, frontier, scale_of
+from gqa_scaling.study.frontier import OBJECTIVES, Frontier, costs_at, frontier, scale_of
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.tables import headline, pair, percent, quantity
 
@@ -143,7 +143,7 @@ def loss_curves(fit: Fit) -> Figure:
         _curves(axis, fit)
         axis.set_xlabel(f"parameters N without embeddings ({fit.count})")
         axis.set_ylabel("evaluation loss (nats per token)")
-        axis.set_title(f"L(N; H) = (a/N)^b + E, with {LEVEL:.0%} bands of the curves")
+        axis.set_title(f"Loss curves, law {fit.law}, with {LEVEL:.0%} bands of the curves")
         _legend(figure, fit)
     return figure
 
@@ -182,7 +182,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         contexts=tuple(contexts),
         baseline=answers.baseline,
     )
-    whole = frontier(fit, results, wide, answers.objective)
+    whole = frontier(fit, results, wide, answers.objective, answers.serving)
     saved = np.array(
         [
             [whole.at(float(loss), c).best.saving[answers.objective] for c in contexts]
@@ -197,7 +197,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         for i, loss in enumerate(losses):
             for j, context in enumerate(contexts):
                 answer = whole.at(float(loss), context)
-                if not math.isfinite(answer.best.n):
+                if not answer.best.reached:
                     axis.text(j, i, "none", ha="center", va="center", color="#555555")
                     continue
                 text = pair(answer.best.heads) + ("~" if answer.best.extrapolated else "")
@@ -212,7 +212,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         axis.grid(False)
         axis.set_xlabel("inference context (tokens)")
         axis.set_ylabel("target loss (nats per token)")
-        name = {"z": "Z", "memory": "memory", "flops": "FLOPs"}[answers.objective]
+        name = OBJECTIVES[answers.objective]
         axis.set_title(
             f"Cheapest (heads, KV) by {name}, its probability, and how many tie with it\n"
             "~ its size lies outside the fitted ones"
@@ -369,7 +369,7 @@ def probabilities(answers: Frontier) -> Figure:
 def all_figures(fit: Fit, results: Results, answers: Frontier) -> dict[str, tuple[Figure, str]]:
     """Every picture by file name, with its caption."""
     t = max(answers.question.contexts)
-    name = {"z": "Z", "memory": "memory", "flops": "FLOPs"}[answers.objective]
+    name = OBJECTIVES[answers.objective]
     return {
         "loss_curves": (
             loss_curves(fit),

@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import math
 import os
 import string
 import uuid
@@ -21,7 +20,7 @@ from gqa_scaling.runs import write_atomic, write_json
 from gqa_scaling.study import tables
 from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import Answer, Frontier, units
+from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier, units
 from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.plots import STYLE, all_figures
 from gqa_scaling.study.results import COLUMNS, Results
@@ -92,12 +91,12 @@ def page(
     contexts = ", ".join(f"{c:,}" for c in q.contexts)
     flags = "".join(f"<li>{html.escape(flag)}</li>" for flag in frontier.flags)
     fit_figures = [name for name in pictures if name not in _DECISION]
-    objective = {"z": "hardware-aware cost Z", "memory": "memory", "flops": "FLOPs"}
     return string.Template(template.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"Cost-optimal GQA: {results.source}"),
         question=html.escape(
             f"Which head configuration reaches a loss at {contexts} tokens of context for the "
-            f"least {objective[frontier.objective]}?"
+            f"least {'hardware-aware cost ' if frontier.objective == 'z' else ''}"
+            f"{OBJECTIVES[frontier.objective]}?"
         ),
         label='<p><span class="demo">demonstration</span> These models are too small and too few '
         "to decide anything by.</p>"
@@ -179,13 +178,15 @@ def _frontier_table(frontier: Frontier) -> str:
 
 def _saving_table(frontier: Frontier) -> str:
     header = ["context (tokens)", "loss (nats)", "heads, KV"]
-    for kind in ("memory", f"FLOPs ({frontier.question.convention})", "Z"):
+    for kind in _kinds(frontier):
+        convention = f" ({frontier.question.convention})" if kind == "flops" else ""
+        kind = OBJECTIVES[kind] + convention
         header += [f"{kind} saved", "90% interval"]
     header += ["runner-up", "dearer by"]
     rows = []
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         row = _goal(answer)
-        for kind in ("memory", "flops", "z"):
+        for kind in _kinds(frontier):
             row.append(tables.percent(answer.best.saving[kind]))
             ends = answer.best.saving_interval[kind]
             row.append(" to ".join(tables.percent(v) for v in ends))
@@ -194,13 +195,18 @@ def _saving_table(frontier: Frontier) -> str:
     return _html(header, rows)
 
 
+def _kinds(frontier: Frontier) -> tuple[str, ...]:
+    """What savings are shown of: memory, FLOPs, Z, and the objective where it is another."""
+    return tuple(dict.fromkeys(("memory", "flops", "z", frontier.objective)))
+
+
 def _goal(answer: Answer) -> list[str]:
     best = answer.best
     name = tables.pair(best.heads) + ("~" if best.extrapolated else "")
     return [
         f"{answer.context:,}",
         f"{answer.loss:g}",
-        name if math.isfinite(best.n) else "none reaches it",
+        name if best.reached else "none reaches it",
     ]
 
 
@@ -363,12 +369,14 @@ def frontier_csv(frontier: Frontier) -> str:
                 "memory_values": c.memory,
                 f"flops_{frontier.question.convention}": c.flops,
                 "z": c.z,
+                "bytes": c.bytes,
+                "cost": c.cost,
                 "excess": c.excess,
                 "probability": c.probability,
                 "regret": c.regret,
                 "extrapolated": int(c.extrapolated),
             }
-            for kind in ("memory", "flops", "z"):
+            for kind in _kinds(frontier):
                 row[f"{kind}_saving"] = c.saving[kind]
                 row[f"{kind}_saving_low"], row[f"{kind}_saving_high"] = c.saving_interval[kind]
             rows.append(row)

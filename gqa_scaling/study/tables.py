@@ -9,9 +9,18 @@ from rich.text import Text
 
 from gqa_scaling.study.compare import Score
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import Answer, Choice, Frontier, Model, units
+from gqa_scaling.study.frontier import (
+    OBJECTIVES,
+    Answer,
+    Choice,
+    Frontier,
+    Model,
+    Serving,
+    units,
+)
 from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.results import Heads
+from gqa_scaling.study.suggest import Suggestion
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -189,7 +198,7 @@ def frontier_table(frontier: Frontier) -> RenderableType:
     table.columns[-1].no_wrap = False
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         best = answer.best
-        reached = math.isfinite(best.n)
+        reached = best.reached
         table.add_row(
             f"{answer.context:,}",
             f"{answer.loss:g}",
@@ -209,6 +218,7 @@ def frontier_table(frontier: Frontier) -> RenderableType:
 
 def saving_table(frontier: Frontier) -> RenderableType:
     """What the cheapest configuration saves against the baseline at equal loss."""
+    third = frontier.objective if frontier.objective not in ("memory", "flops") else "z"
     table = _table(
         f"Saved against {pair(frontier.baseline)} at equal loss, {LEVEL:.0%} intervals",
         "context\n(tokens)",
@@ -216,8 +226,8 @@ def saving_table(frontier: Frontier) -> RenderableType:
         "heads, KV",
         "memory",
         "FLOPs",
-        "Z",
-        "Z, interval",
+        OBJECTIVES[third],
+        "90% interval",
         "runner-up",
         "dearer by",
     )
@@ -226,11 +236,11 @@ def saving_table(frontier: Frontier) -> RenderableType:
         table.add_row(
             f"{answer.context:,}",
             f"{answer.loss:g}",
-            pair(best.heads) if math.isfinite(best.n) else "none",
+            pair(best.heads) if best.reached else "none",
             percent(best.saving["memory"]),
             percent(best.saving["flops"]),
-            percent(best.saving["z"]),
-            " to ".join(percent(v) for v in best.saving_interval["z"]),
+            percent(best.saving[third]),
+            " to ".join(percent(v) for v in best.saving_interval[third]),
             pair(second.heads) if second else "-",
             percent(answer.margin, 2),
         )
@@ -295,6 +305,30 @@ def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
     return table
 
 
+def suggest_table(suggestions: Sequence[Suggestion]) -> RenderableType:
+    """The runs to do next, in order."""
+    table = _table(
+        "Runs to do next, most regret lowered per FLOP first",
+        "run",
+        "heads, KV",
+        "L x d",
+        "training\n(FLOPs)",
+        "regret\nbefore",
+        "regret\nafter",
+    )
+    for s in suggestions:
+        table.add_row(
+            s.name,
+            pair(s.heads),
+            f"{s.n_layers} x {s.d_model}",
+            quantity(s.flops),
+            percent(s.regret_before, 3),
+            percent(s.regret_after, 3),
+        )
+    note = "Regret: expected excess of Z over the cheapest, mean over the question's answers."
+    return Group(table, "", note)
+
+
 def frontier_tables(frontier: Frontier) -> RenderableType:
     """Everything `frontier` prints: the answer in a sentence, then its three tables."""
     return Group(
@@ -310,12 +344,13 @@ def frontier_tables(frontier: Frontier) -> RenderableType:
 
 
 def _objective(frontier: Frontier) -> str:
-    return {"z": "Z", "memory": "memory", "flops": "FLOPs"}[frontier.objective]
+    return OBJECTIVES[frontier.objective]
 
 
 def _units(frontier: Frontier) -> str:
     u = units(frontier.question)
-    return f"FLOPs: {u['flops']}. Z: {u['z']}. ~ outside the fitted sizes."
+    serving = f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else ""
+    return f"FLOPs: {u['flops']}. Z: {u['z']}.{serving} ~ outside the fitted sizes."
 
 
 def _less(saving: float) -> str:
@@ -335,10 +370,9 @@ def sentence(frontier: Frontier) -> str:
     best: Choice = answer.best
     start = "Demonstration, too small to decide by. " if frontier.question.demonstration else ""
     goal = f"{answer.loss:g} nats at {answer.context:,} tokens"
-    if not math.isfinite(best.n):
-        return f"{start}No configuration reaches {goal} at any size, by these curves."
-    names = {"memory": "memory", "flops": "FLOPs", "z": "Z"}
-    kind = names[frontier.objective]
+    if not best.reached:
+        return f"{start}No configuration reaches {goal} with what must hold, by these curves."
+    names, kind = OBJECTIVES, _objective(frontier)
     saved = best.saving[frontier.objective]
     low, high = best.saving_interval[frontier.objective]
     if best.heads == frontier.baseline:

@@ -1,16 +1,22 @@
 """Where a run's numbers go: metrics.jsonl for programs, TensorBoard for people."""
 
 import json
+import time
+import uuid
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import hparams, scalar
 
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig
 from gqa_scaling.runs import RunDirectory
+
+FLUSH_SECONDS = 5.0
 
 
 def is_logged(step: int, steps: int) -> bool:
@@ -21,33 +27,60 @@ def is_logged(step: int, steps: int) -> bool:
     return step <= 10 or step == steps or step % max(1, steps // 500) == 0
 
 
+class TensorBoard:
+    """An event file of its own in the run's directory, written in the caller's thread.
+
+    tensorboardX's SummaryWriter writes in a thread that dies unseen on a full disk, and its
+    caller then waits for ever.
+    """
+
+    def __init__(self, directory: RunDirectory, purge_from: int | None = None) -> None:
+        suffix = f".{uuid.uuid4().hex[:8]}"  # names are by the second otherwise
+        self._events = EventsWriter(str(directory.path / "events"), suffix)
+        self._flushed = time.monotonic()
+        if purge_from is not None:  # hides what an interrupted attempt wrote from that step on
+            self._write(Event(step=purge_from, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def summary(self, summary: Summary, step: int = 0) -> None:
+        self._write(Event(step=step, summary=summary))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self.summary(scalar(tag, value), step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
 class Telemetry:
-    """Appends one line per logged step and the same scalars for TensorBoard."""
+    """Appends one line per logged step, and the same scalars for TensorBoard."""
 
     def __init__(self, directory: RunDirectory, start_step: int) -> None:
         directory.truncate_metrics(start_step)
         self._file = open(directory.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
-        purge = start_step + 1 if start_step else None
-        self._writer = SummaryWriter(str(directory.path), purge_step=purge, flush_secs=10)
+        self._board = TensorBoard(directory, start_step + 1 if start_step else None)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of one step under their TensorBoard tags."""
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
+        self._board.scalars(step, scalars)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._file.close()
-        self._writer.close()
+        self._board.close()
 
 
 def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str, float]) -> None:
@@ -66,8 +99,8 @@ def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str,
         "n_exact": costs.n_exact(model),
         "seed": run.seed,
     }
-    with SummaryWriter(str(directory.path)) as writer:
-        for summary in hparams(values, dict(metrics)):
-            writer.file_writer.add_summary(summary)
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, costs.training_steps(run))
+    board = TensorBoard(directory)
+    for summary in hparams(values, dict(metrics)):
+        board.summary(summary)
+    board.scalars(costs.training_steps(run), metrics)
+    board.close()

@@ -14,10 +14,12 @@ from rich.console import Console
 from gqa_scaling import ladder
 from gqa_scaling.config import Question, UserError
 from gqa_scaling.costs import n_formula
+from gqa_scaling.hardware import hardware
 from gqa_scaling.ladder import FIGURE_2_LADDER, PUBLISHED_LADDER
 from gqa_scaling.study import tables
 from gqa_scaling.study.fit import Fit, fit
 from gqa_scaling.study.frontier import (
+    Serving,
     costs_at,
     decide,
     default_baseline,
@@ -163,6 +165,56 @@ def test_objectives_rank_by_what_they_name(chen):
     assert [c.heads for c in frontier(chen, published(), pure).answers[0].choices] == [
         c.heads for c in by_memory.choices
     ]
+
+
+def test_bytes_seconds_and_dollars_by_hand(chen):
+    h100 = hardware("h100")
+    s = Serving(batch=4, weight_bytes=1, cache_bytes=2, hardware=h100)
+    n, heads, context = 5e8, (8, 2), 131072
+    costs, layers, _ = costs_at(np.array(n), heads, context, Question(), scale_of(published()), s)
+    held = n + 2 * 4 * 2 * context * layers * 64 * 2
+    flops = 4 * (2 * n + 4 * context * layers * 64 * 8)
+    step = max(held / h100.bandwidth, flops / (h100.peak_flops * h100.mfu))
+    assert float(costs.bytes) == pytest.approx(float(held))
+    assert float(costs.seconds) == pytest.approx(float(step / 4))
+    assert float(costs.dollars) == pytest.approx(float(step / 4 * h100.price / 3600 * 1e6))
+    q = Question(losses=(2.8,), contexts=(131072,))
+    for objective in ("bytes", "seconds", "dollars"):
+        found = frontier(chen, published(), q, objective, s)
+        costs = [c.cost for c in found.answers[0].choices]
+        assert costs == sorted(costs)
+        assert found.answers[0].best.saving[objective] > 0
+        assert "on h100" in _text(found)
+        assert tables.OBJECTIVES[objective] in tables.sentence(found)
+        json.dumps(found.to_dict(), allow_nan=False)
+    with pytest.raises(UserError, match="needs hardware"):
+        frontier(chen, published(), q, "seconds")
+    with pytest.raises(UserError, match="batch=0"):
+        Serving(batch=0)
+
+
+def test_constraints_rule_configurations_out(chen):
+    q = Question(losses=(2.8,), contexts=(131072,))
+    free = frontier(chen, published(), q).answers[0]
+    assert free.best.heads == (8, 1)
+    grouped = frontier(chen, published(), q, serving=Serving(kv_multiple=4)).answers[0]
+    assert [c.heads for c in grouped.choices if c.reached] == [(8, 4), (8, 8)]
+    assert grouped.choice((8, 1)).probability == 0
+    middle = sorted(c.bytes for c in free.choices)[2] * 1.001
+    tight = frontier(chen, published(), q, "flops", Serving(limit_bytes=middle)).answers[0]
+    assert sum(c.reached for c in tight.choices) == 3
+    assert all(c.bytes <= middle for c in tight.choices if c.reached)
+    none = frontier(chen, published(), q, serving=Serving(limit_bytes=1e6))
+    assert not none.answers[0].best.reached
+    assert none.answers[0].model is None
+    assert "No configuration reaches" in tables.sentence(none)
+    assert "none" in _text(none)
+
+
+def _text(found):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(tables.frontier_tables(found))
+    return console.export_text()
 
 
 def test_bad_questions_are_refused(chen):

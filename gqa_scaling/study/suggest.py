@@ -1,0 +1,232 @@
+"""Which run to do next: the one that most lowers the expected regret of the recommendation.
+
+A belief about every configuration's curve, run or not, is held as a Gaussian around the law
+L = E + exp(u_H - b_H x - p log2 n_h - q log2 n_kv), x = ln N_b centred, with u_H and b_H free to
+stray from what all configurations share. The value of a run is how much seeing its loss would
+lower the expected cost of the configuration chosen afterwards (the knowledge gradient).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from gqa_scaling.config import Question, RunConfig, require
+from gqa_scaling.costs import n_formula, training_flops
+from gqa_scaling.study.fit import plain
+from gqa_scaling.study.frontier import costs_at, scale_of
+from gqa_scaling.study.results import Heads, Results
+from gqa_scaling.study.shapes import shapes
+
+STRAY_U, STRAY_B = 0.02, 0.01  # of one configuration from what all share, prior deviations
+DRAWS = 1000
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs done or to do, as columns: index into heads, ln N_b, and training FLOPs."""
+
+    curve: np.ndarray
+    log_backbone: np.ndarray
+    flops: np.ndarray
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One run: its price in training FLOPs, and the expected regret before and after it.
+
+    Regret is the expected excess cost of the configuration that would be chosen, averaged over
+    the answers of the question (0.01 is 1%).
+    """
+
+    name: str
+    heads: Heads
+    n_layers: int
+    d_model: int
+    flops: float
+    regret_before: float
+    regret_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(asdict(self))
+
+
+class Belief:
+    """What runs say of every configuration's curve: a mode and a covariance (Laplace)."""
+
+    def __init__(
+        self, heads: Sequence[Heads], done: Runs, loss: np.ndarray, weight: np.ndarray
+    ) -> None:
+        self.heads = np.array(heads, float)
+        k = len(heads)
+        self.centre = float(done.log_backbone.mean())
+        least = float(loss.min())
+        # E, u, b, p, q, then every u_H and b_H: what is believed before any run
+        mean = np.r_[0.75 * least, np.log(0.25 * least), 0.2, 0.03, 0.015, np.zeros(2 * k)]
+        spread = np.r_[0.25 * least, 0.7, 0.1, 0.05, 0.05]
+        spread = np.r_[spread, np.full(k, STRAY_U), np.full(k, STRAY_B)]
+        root, self.mode, self.noise = np.sqrt(weight), mean, 0.003 * least
+        for _ in range(3):  # the noise and the mode settle together
+
+            def residuals(t: np.ndarray, noise: float = self.noise) -> np.ndarray:
+                return np.r_[root * (self._loss(t, done)[0] - loss) / noise, (t - mean) / spread]
+
+            def jacobian(t: np.ndarray, noise: float = self.noise) -> np.ndarray:
+                rows = root[:, None] * self._gradient(t, done) / noise
+                return np.vstack([rows, np.diag(1 / spread)])
+
+            self.mode = least_squares(residuals, self.mode, jac=jacobian, x_scale="jac").x
+            J = jacobian(self.mode)
+            self.covariance = np.linalg.inv(J.T @ J)
+            used = np.einsum("ij,jk,ik->", J[: len(loss)], self.covariance, J[: len(loss)])
+            left = loss - self._loss(self.mode, done)[0]
+            # a little prior weight keeps a lucky first few runs from claiming no noise at all
+            squares = (weight * left**2).sum() + 4 * (0.002 * least) ** 2
+            self.noise = float(np.sqrt(squares / (max(len(loss) - used, 0.0) + 4)))
+
+    def _parts(self, theta: np.ndarray, curve: np.ndarray) -> tuple:
+        t, k = np.atleast_2d(theta), len(self.heads)
+        logs = np.log2(self.heads[curve])
+        u = t[:, 1:2] - t[:, 3:4] * logs[:, 0] - t[:, 4:5] * logs[:, 1] + t[:, 5 : 5 + k][:, curve]
+        return t[:, :1], u, t[:, 2:3] + t[:, 5 + k :][:, curve], logs
+
+    def _loss(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
+        floor, u, b, _ = self._parts(theta, runs.curve)
+        return floor + np.exp(np.clip(u - b * (runs.log_backbone - self.centre), -40, 10))
+
+    def _gradient(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
+        """Derivatives of the losses (runs, parameters)."""
+        floor, _, _, logs = self._parts(theta, runs.curve)
+        f = (self._loss(theta, runs) - floor)[0]
+        x = runs.log_backbone - self.centre
+        own = np.eye(len(self.heads))[runs.curve] * f[:, None]
+        shared = np.stack([np.ones_like(f), f, -x * f, -logs[:, 0] * f, -logs[:, 1] * f], 1)
+        return np.hstack([shared, own, -x[:, None] * own])
+
+    def imagine(self, runs: Runs, i: int) -> None:
+        """As if run i had been seen and told nothing surprising: only the covariance shrinks."""
+        g = self._gradient(self.mode, Runs(runs.curve[[i]], runs.log_backbone[[i]], runs.flops))[0]
+        along = self.covariance @ g
+        self.covariance = self.covariance - np.outer(along, along) / (g @ along + self.noise**2)
+
+    def draw(self, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
+        values, vectors = np.linalg.eigh(self.covariance)
+        scaled = vectors * np.sqrt(np.maximum(values, 0))
+        return self.mode + rng.standard_normal((draws, len(values))) @ scaled.T
+
+    def log_backbone_at(self, theta: np.ndarray, loss: float) -> np.ndarray:
+        """ln N_b at which each configuration reaches the loss (rows, configurations)."""
+        floor, u, b, _ = self._parts(theta, np.arange(len(self.heads)))
+        excess = np.maximum(loss - floor, 1e-3 * loss)  # a floor above the target: very large
+        return self.centre + np.clip((u - np.log(excess)) / np.maximum(b, 0.02), -15, 15)
+
+
+class Decider:
+    """The costs of every configuration at every answer of a question, tabulated over ln N_b."""
+
+    def __init__(self, results: Results, heads: Sequence[Heads], question: Question) -> None:
+        require(bool(question.losses), "suggest needs target losses: name them in the question")
+        self.question, scale = question, scale_of(results)
+        span = np.log(n_formula(results.n_layers, results.d_model, 0, 0))
+        self.grid = np.linspace(span.min() - 16, span.max() + 16, 400)
+        layers, width = shapes(np.exp(self.grid), (0, 0), scale.head_dim, scale.ladder)
+        self.log_z = {}
+        for context in question.contexts:
+            rows = []
+            for pair in heads:
+                n = scale.from_formula(n_formula(layers, width, *pair, scale.head_dim))
+                rows.append(np.log(costs_at(n, pair, context, question, scale)[0].z))
+            self.log_z[context] = np.array(rows)
+
+    def costs(self, belief: Belief, theta: np.ndarray) -> list[np.ndarray]:
+        """ln Z (rows, configurations) for every answer: target losses, then contexts."""
+        out = []
+        for loss in self.question.losses or ():
+            at = belief.log_backbone_at(theta, loss)
+            for table in self.log_z.values():
+                columns = [np.interp(at[:, k], self.grid, row) for k, row in enumerate(table)]
+                out.append(np.stack(columns, 1))
+        return out
+
+    def regret(self, costs: Sequence[np.ndarray]) -> float:
+        """Expected excess cost of the best on average, mean over the answers."""
+        return float(np.mean([c.mean(0).min() - c.min(1).mean() for c in costs]))
+
+    def gains(self, belief: Belief, theta: np.ndarray, runs: Runs, costs: Sequence) -> np.ndarray:
+        """How much seeing each run would lower the regret, mean over the answers."""
+        seen = belief._loss(theta, runs)
+        centred = seen - seen.mean(0)
+        deviation = np.sqrt(centred.var(0) + belief.noise**2)
+        gain = np.zeros(seen.shape[1])
+        for c in costs:
+            slope = centred.T @ (c - c.mean(0)) / len(c) / deviation[:, None]  # (runs, heads)
+            after = c.mean(0)[None, :, None] + slope[:, :, None] * _NODES
+            gain += c.mean(0).min() - after.min(1) @ _WEIGHTS
+        return gain / len(costs)
+
+
+def suggest(
+    results: Results,
+    grid: Sequence[RunConfig],
+    question: Question,
+    budget_flops: float = np.inf,
+    most: int = 8,
+    per_flop: bool = True,
+    seed: int = 0,
+) -> tuple[Suggestion, ...]:
+    """The runs of `grid` not yet in `results` worth doing next, in that order.
+
+    The budget is in training FLOPs; `per_flop` prefers what lowers the regret most per FLOP,
+    otherwise most per run. Raises UserError when fewer than six runs are finished, when their
+    shapes are unknown, or when the grid holds nothing new within the budget.
+    """
+    require(
+        bool(results.n_layers.all()), "suggest needs the layers and widths of the finished runs"
+    )
+    require(len(results) >= 6, f"suggest needs six finished runs to begin with, not {len(results)}")
+    known = set(
+        zip(results.heads, results.n_layers.tolist(), results.d_model.tolist(), strict=True)
+    )
+    todo, seen = [], set(known)
+    for run in grid:
+        m = run.model
+        key = ((m.n_heads, m.n_kv_heads), m.n_layers, m.d_model)
+        if key not in seen:
+            seen.add(key)
+            todo.append((run, key))
+    heads = sorted({key[0] for _, key in todo} | set(results.heads))
+    flops = np.array([float(training_flops(run)) for run, _ in todo])
+    require(
+        bool(len(todo)) and bool((flops <= budget_flops).any()),
+        f"the grid holds no new size or configuration within {budget_flops:.3g} training FLOPs",
+    )
+    candidates = Runs(
+        np.array([heads.index(key[0]) for _, key in todo]),
+        np.log([float(n_formula(key[1], key[2], 0, 0)) for _, key in todo]),
+        flops,
+    )
+    done = Runs(
+        np.array([heads.index(h) for h in results.heads]),
+        np.log(n_formula(results.n_layers, results.d_model, 0, 0).astype(float)),
+        np.zeros(len(results)),
+    )
+    belief = Belief(heads, done, results.loss, np.ones(len(results)))
+    decider, rng = Decider(results, heads, question), np.random.default_rng(seed)
+    left, free, out = budget_flops, np.ones(len(todo), bool), []
+    while len(out) < most and (free & (flops <= left)).any():
+        theta = belief.draw(rng)
+        costs = decider.costs(belief, theta)
+        gains = decider.gains(belief, theta, candidates, costs)
+        score = np.where(free & (flops <= left), gains / (flops if per_flop else 1.0), -np.inf)
+        i = int(np.argmax(score))
+        before = decider.regret(costs)
+        belief.imagine(candidates, i)
+        run, key = todo[i]
+        after = max(before - float(gains[i]), 0.0)
+        out.append(Suggestion(run.name, key[0], key[1], key[2], flops[i], before, after))
+        free[i], left = False, left - flops[i]
+    return tuple(out)

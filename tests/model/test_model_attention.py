@@ -1,0 +1,88 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqa_scaling.model import attention
+
+
+def operands(shape, dtype=jnp.float32, seed=0):
+    B, T, K, G, H = shape
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = [(B, T, K, G, H), (B, T, K, H), (B, T, K, H), (B, T, K, G, H)]
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def assert_blockwise_equals_reference(shape, seed):
+    def both(q, k, v, weight):
+        def run(implementation):
+            attend = functools.partial(attention.attend, implementation=implementation)
+            o, pull_back = jax.vjp(attend, q, k, v)
+            return o, pull_back(weight)
+
+        return run("reference"), run("blockwise")
+
+    (o, gradients), (o2, gradients2) = jax.jit(both)(*operands(shape, seed=seed))
+    np.testing.assert_allclose(o2, o, rtol=0, atol=2e-6)
+    for g2, g in zip(gradients2, gradients, strict=True):
+        np.testing.assert_allclose(g2, g, rtol=0, atol=2e-5)
+
+
+SHAPES = st.tuples(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.just(8)
+)
+
+
+@settings(max_examples=6, deadline=None)
+@given(shape=SHAPES, seed=st.integers(0, 2**31))
+def test_blockwise_equals_reference(shape, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", 16)
+        assert_blockwise_equals_reference(shape, seed)
+
+
+@pytest.mark.parametrize("T", [16, 17, 48], ids="T={}".format)
+def test_blockwise_at_the_edges_of_its_blocks(T, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    assert_blockwise_equals_reference((2, T, 2, 2, 16), 0)
+
+
+def test_blockwise_with_its_own_block_size():
+    assert_blockwise_equals_reference((1, attention.BLOCK + 5, 1, 2, 16), 1)
+
+
+attend = jax.jit(attention.attend, static_argnames="implementation")
+
+
+def test_large_scores_stay_finite():
+    q, k, v, _ = operands((1, 40, 1, 2, 8))
+    for implementation in ("reference", "blockwise"):
+        assert jnp.isfinite(attend(100 * q, 100 * k, v, implementation=implementation)).all()
+
+
+def test_heads_read_their_own_kv_head():
+    q, k, v, _ = operands((1, 12, 3, 2, 8))
+    o = attend(q, k, v)
+    for head in range(3):
+        one = slice(head, head + 1)
+        alone = attend(q[:, :, one], k[:, :, one], v[:, :, one])
+        np.testing.assert_allclose(o[:, :, one], alone, atol=1e-6)
+
+
+def test_bfloat16_stays_close():
+    args = operands((2, 40, 2, 2, 16))[:3]
+    want = attend(*args, implementation="reference")
+    for implementation in ("reference", "blockwise"):
+        got = attend(*(x.astype(jnp.bfloat16) for x in args), implementation=implementation)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05)
+
+
+def test_unknown_implementation():
+    q, k, v, _ = operands((1, 4, 1, 1, 8))
+    with pytest.raises(ValueError, match="auto, reference or blockwise"):
+        attention.attend(q, k, v, implementation="flash")
