@@ -289,11 +289,13 @@ def costs_at(
     fixed = inference_flops(n, context, 0, scale.head_dim, heads[0], question.convention)
     z = HardwareCost(question.weight, question.memory_power, question.compute_power)
     s = serving or Serving()
-    held = s.weight_bytes * n + s.cache_bytes * s.batch * (memory - n)
+    cached = kv_cache_values(context, layers, scale.head_dim, heads[1])
+    held = s.weight_bytes * n + s.cache_bytes * s.batch * cached
     seconds = dollars = np.full_like(n, math.nan)
     if s.hardware:
         compute = s.batch * inference_flops(n, context, layers, scale.head_dim, heads[0])
-        step = np.maximum(s.hardware.seconds(compute), held / s.hardware.bandwidth)
+        busy = compute / (s.hardware.peak_flops * s.hardware.mfu)
+        step = np.maximum(busy, held / s.hardware.bandwidth)
         seconds = step / s.batch
         dollars = seconds * s.hardware.price / 3600 * 1e6
     costs = Costs(memory, flops, z(memory, flops), n, fixed, held, seconds, dollars)

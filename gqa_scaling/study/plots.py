@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import OBJECTIVES, Frontier, costs_at, frontier, scale_of
+from gqa_scaling.study.heads import common_n, head_laws
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.tables import headline, pair, percent, quantity
 
@@ -270,9 +271,8 @@ def savings(answers: Frontier) -> Figure:
 
 def loss_against_heads(fit: Fit) -> Figure:
     """Fitted loss against n_heads at one N inside every curve, a line for each n_kv rule."""
-    ranges = np.array([fit.points.range_n(k) for k in range(len(fit.heads))])
-    low, high = ranges[:, 0].max(), ranges[:, 1].min()
-    n = float(np.sqrt(low * high))
+    n = common_n(fit)
+    powers = {law.n_kv_heads: law for law in head_laws(fit, n)}
     with matplotlib.rc_context(STYLE):
         figure, axis = _figure(6.6, 3.9)
         values = sorted({kv for _, kv in fit.heads})
@@ -287,10 +287,15 @@ def loss_against_heads(fit: Fit) -> Figure:
                 np.maximum([y - bounds[:, 0], bounds[:, 1] - y], 0),
                 color=OKABE_ITO[i % len(OKABE_ITO)],
                 marker=MARKERS[i % len(MARKERS)],
-                linestyle=LINES[i % len(LINES)],
+                linestyle="none" if kv in powers else LINES[i % len(LINES)],
                 capsize=3,
                 label=f"{kv}",
             )
+            if kv in powers:
+                law, fine = powers[kv], np.geomspace(x.min(), x.max(), 80)
+                label = f"{law.a:.3f} n_h^{law.b:.3f} + {law.c:.3f}"
+                style = {"color": OKABE_ITO[i % len(OKABE_ITO)], "linestyle": LINES[i % len(LINES)]}
+                axis.plot(fine, law.loss(fine), label=label, **style)
         queries = sorted({h for h, _ in fit.heads})
         axis.set_xscale("log", base=2)
         axis.set_xticks(queries, [str(h) for h in queries])

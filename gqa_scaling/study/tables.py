@@ -18,6 +18,7 @@ from gqa_scaling.study.frontier import (
     Serving,
     units,
 )
+from gqa_scaling.study.heads import HeadLaw
 from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.suggest import Suggestion
@@ -153,6 +154,32 @@ def compare_table(scores: Sequence[Score]) -> RenderableType:
         )
     notes = [f"{s.law}: L = {FORMULAS[s.law]}" for s in scores]
     return Group(table, "", *notes)
+
+
+def heads_table(found: Sequence[HeadLaw]) -> RenderableType:
+    """Loss against query heads at a fixed N."""
+    at = f" at N = {quantity(found[0].n)}" if found else ": no n_kv has four or more n_heads"
+    table = _table(
+        f"L = a n_h^b + c{at}",
+        "KV heads",
+        "n_h",
+        "a\n(nats)",
+        "b",
+        "b,\n90% interval",
+        "c\n(nats)",
+        "R²",
+    )
+    for law in found:
+        table.add_row(
+            "n_h" if law.n_kv_heads is None else str(law.n_kv_heads),
+            " ".join(map(str, law.n_heads)),
+            f"{law.a:.3f}",
+            f"{law.b:.3f}",
+            span(law.b_interval),
+            f"{law.c:.3f}",
+            f"{law.r2:.5f}",
+        )
+    return table
 
 
 def residual_table(fit: Fit, most: int = 8) -> RenderableType:

@@ -18,6 +18,7 @@ from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import laws
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.fit import fit, interval
+from gqa_scaling.study.heads import head_laws, solve_heads
 from gqa_scaling.study.models import LAWS, Separate, floor_limits, solve_point
 from gqa_scaling.study.results import _table, published
 
@@ -413,3 +414,32 @@ def test_joint_laws_need_shapes_and_configurations():
         fit(r.select(np.array([h == (8, 1) for h in r.heads])), law="product")
     with pytest.raises(UserError, match="law='cubic'"):
         fit(r, law="cubic")
+
+
+# ---------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c"), [(0.579, -0.124, 2.473), (0.301, -0.227, 2.622), (1.356, -0.044, 1.53)]
+)
+def test_the_papers_head_laws_are_recovered(a, b, c):
+    n_heads = np.array([1, 2, 4, 8, 16, 32])
+    found = solve_heads(n_heads, laws.heads(n_heads, a, b, c))
+    assert found[1][0] == pytest.approx(b, rel=0.01)  # the grid's step
+    assert laws.heads(n_heads, *(v[0] for v in found[:3])) == pytest.approx(
+        laws.heads(n_heads, a, b, c), abs=2e-5
+    )
+
+
+def test_published_loss_falls_with_query_heads_as_a_power(chen):
+    (law,) = head_laws(chen)  # only n_kv = 1 has four configurations
+    assert law.n_kv_heads == 1
+    assert law.n_heads == (1, 2, 4, 8)
+    assert law.b < 0 < law.a
+    assert law.r2 > 0.97
+    assert law.b_interval[0] < law.b < law.b_interval[1]
+    direct = [float(chen.curves.loss(chen.index((h, 1)), law.n)) for h in law.n_heads]
+    assert law.loss(np.array(law.n_heads)) == pytest.approx(direct, abs=0.005)
+    # raising n_h lowers loss more than raising n_kv by as much (the paper's claim)
+    at = {h: float(chen.curves.loss(chen.index(h), law.n)) for h in chen.heads}
+    assert at[1, 1] - at[8, 1] > 2 * (at[8, 1] - at[8, 8])

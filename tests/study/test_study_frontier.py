@@ -28,7 +28,7 @@ from gqa_scaling.study.frontier import (
     shapes,
     target_losses,
 )
-from gqa_scaling.study.results import _table, published
+from gqa_scaling.study.results import _table, from_csv, published
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
 
@@ -340,3 +340,22 @@ def test_the_sentence_says_configuration_saving_interval_and_doubt(chen, table_4
     assert "cannot tell it from (4,1)" in text
     own = frontier(chen, published(), dataclasses.replace(TABLE_4, baseline=(8, 1), losses=(2.7,)))
     assert "it is the baseline itself" in tables.sentence(own)
+
+
+def test_a_csv_from_elsewhere_goes_all_the_way(tmp_path, chen):
+    # other column order, further columns, another ladder, another head size
+    lines = ["who,loss,d_model,head_dim,n_kv_heads,n_layers,n_heads"]
+    for layers, width in ((4, 256), (6, 512), (12, 768), (12, 1024)):
+        for h, kv in ((2, 1), (4, 2), (8, 8)):
+            n = n_formula(layers, width, h, kv, 32)
+            loss = 1.8 + (4e7 * (1 - 0.04 * math.log2(h)) / n) ** 0.21
+            lines.append(f"them,{loss:.4f},{width},32,{kv},{layers},{h}")
+    file = tmp_path / "theirs.csv"
+    file.write_text("\n".join(lines) + "\n")
+    r = from_csv(file)
+    found = fit(r, refits=200)
+    assert found.floor == pytest.approx(1.8, abs=0.02)
+    answer = frontier(found, r, Question(contexts=(32768,))).answers[0]
+    assert answer.best.heads == (2, 1)
+    assert answer.model.head_dim == 32
+    assert any("no replicate seeds" in flag for flag in found.flags)
