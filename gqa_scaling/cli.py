@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gqa_scaling.experiment import Experiment
     from gqa_scaling.hardware import Hardware
     from gqa_scaling.study.fit import Fit
+    from gqa_scaling.study.frontier import Frontier
     from gqa_scaling.study.results import Results
 
 OVERRIDES = """\
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=raw,
             allow_abbrev=False,
         )
-        if add not in (_add_source, _add_frontier, _add_report):
+        if name not in STUDY_VERBS:
             verb.add_argument("experiment", help="module or file, such as experiments.smoke")
         add(verb)
         verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")
@@ -257,9 +258,33 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "source", help=f"experiment, CSV file, or {PUBLISHED} (the published points, shipped here)"
     )
     _add_json(parser)
-    parser.add_argument("--bootstrap", choices=("residual", "pairs"), default="residual")
+    parser.add_argument(
+        "--law",
+        choices=("separate", "product", "sum", "pooled"),
+        default="separate",
+        help="a curve for each head configuration (default), or a joint law across them",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        choices=("shared", "residual", "pairs"),
+        default="shared",
+        help="how refits are drawn; shared also draws errors common to all models of one size",
+    )
+    parser.add_argument("--robust", action="store_true", help="give spoiled runs less weight")
     parser.add_argument("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
     parser.add_argument("--context", type=int, help="fit the runs of this training context length")
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--compare", action="store_true", help="laws by their left-out errors")
+    parser.add_argument("--heads", action="store_true", help="loss against query heads at fixed N")
+
+
+def _add_suggest(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
+    parser.add_argument("--most", type=int, default=8, help="how many runs at most (default: 8)")
 
 
 def _add_question(parser: argparse.ArgumentParser) -> None:
@@ -273,7 +298,21 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--convention", choices=("per_token", "per_sequence"), help="of FLOPs")
     parser.add_argument("--lambda", dest="weight", type=float, help="weight of memory in Z")
-    parser.add_argument("--objective", choices=("z", "memory", "flops"), default="z")
+    parser.add_argument("--alpha", dest="memory_power", type=float, help="power of memory in Z")
+    parser.add_argument("--beta", dest="compute_power", type=float, help="power of FLOPs in Z")
+    parser.add_argument(
+        "--objective",
+        choices=("z", "memory", "flops", "bytes", "seconds", "dollars"),
+        default="z",
+        help="what is to be least; seconds and dollars need --hardware",
+    )
+    parser.add_argument("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
+    parser.add_argument("--price", type=float, help="dollars a device-hour there")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
+    parser.add_argument("--weight-bytes", type=float, default=2, help="bytes a weight (default: 2)")
+    parser.add_argument("--cache-bytes", type=float, default=2, help="bytes a cached value")
+    parser.add_argument("--fit-gib", type=float, help="only models whose weights and cache fit")
+    parser.add_argument("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
 
 
 def _add_frontier(parser: argparse.ArgumentParser) -> None:
@@ -307,7 +346,14 @@ def _fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "
         results = from_runs(runs_root(), experiment.name, experiment.runs)
         question = experiment.question
     require(args.refits > 0, f"--refits {args.refits} must be greater than 0")
-    fitted = fit(results, context_length=args.context, bootstrap=args.bootstrap, refits=args.refits)
+    fitted = fit(
+        results,
+        context_length=args.context,
+        law=args.law,
+        bootstrap=args.bootstrap,
+        robust=args.robust,
+        refits=args.refits,
+    )
     return results, fitted, question
 
 
@@ -333,43 +379,86 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
         "baseline": baseline,
         "convention": args.convention,
         "weight": args.weight,
+        "memory_power": args.memory_power,
+        "compute_power": args.compute_power,
     }
     return replace(question, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    _, fitted, _ = _fitted(args, rest)
-    if args.json:
-        _print_json(fitted.to_dict())
-    else:
-        from gqa_scaling.study.tables import fit_table, residual_table
+def _answer(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "Fit", "Frontier"]:
+    from gqa_scaling.hardware import GIB, changed, hardware
+    from gqa_scaling.study.frontier import Serving, frontier
 
-        _print_table(fit_table(fitted), residual_table(fitted))
+    results, fitted, question = _fitted(args, rest)
+    serving = Serving(
+        batch=args.batch,
+        weight_bytes=args.weight_bytes,
+        cache_bytes=args.cache_bytes,
+        hardware=changed(hardware(args.hardware), price=args.price) if args.hardware else None,
+        limit_bytes=float("inf") if args.fit_gib is None else args.fit_gib * GIB,
+        kv_multiple=args.kv_multiple,
+    )
+    answer = frontier(fitted, results, _asked(args, question), args.objective, serving)
+    return results, fitted, answer
+
+
+def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.study import tables
+    from gqa_scaling.study.compare import compare
+    from gqa_scaling.study.heads import head_laws
+
+    results, fitted, _ = _fitted(args, rest)
+    scores = compare(results, context_length=args.context) if args.compare else ()
+    heads = head_laws(fitted) if args.heads else ()
+    if args.json:
+        more = {"compare": scores, "heads": heads}
+        lists = {k: [x.to_dict() for x in v] for k, v in more.items() if v}
+        _print_json({**fitted.to_dict(), **lists})
+        return 0
+    _print_table(tables.fit_table(fitted), tables.residual_table(fitted))
+    _print_table(*([tables.compare_table(scores)] if scores else []))
+    _print_table(*([tables.heads_table(heads)] if heads else []))
+    return 0
+
+
+def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment import load_experiment
+    from gqa_scaling.study.frontier import target_losses
+    from gqa_scaling.study.suggest import suggest
+    from gqa_scaling.study.tables import suggest_table
+
+    is_experiment = args.source != PUBLISHED and not args.source.endswith(".csv")
+    require(is_experiment, f"suggest needs the grid of an experiment, not {args.source}")
+    results, fitted, question = _fitted(args, rest)
+    losses = question.losses or target_losses(fitted)
+    grid = list(load_experiment(args.source, rest).runs)
+    question = replace(question, losses=tuple(losses))
+    found = suggest(results, grid, question, budget_flops=args.budget_flops, most=args.most)
+    if args.json:
+        _print_json([each.to_dict() for each in found])
+    else:
+        _print_table(suggest_table(found))
     return 0
 
 
 def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.study.frontier import frontier
-
-    results, fitted, question = _fitted(args, rest)
-    answer = frontier(fitted, results, _asked(args, question), args.objective)
+    _, _, answer = _answer(args, rest)
     if args.json:
         _print_json(answer.to_dict())
     else:
         from gqa_scaling.study.tables import frontier_tables, ranking_table
 
-        _print_table(frontier_tables(answer), *([ranking_table(answer)] if args.ranking else []))
+        rankings = [ranking_table(each, answer) for each in answer.answers]
+        _print_table(frontier_tables(answer), *(rankings if args.ranking else []))
     return 0
 
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.runs import runs_root
-    from gqa_scaling.study.frontier import frontier
     from gqa_scaling.study.report import write_report
     from gqa_scaling.study.tables import frontier_tables
 
-    results, fitted, question = _fitted(args, rest)
-    answer = frontier(fitted, results, _asked(args, question), args.objective)
+    results, fitted, answer = _answer(args, rest)
     name = Path(args.source).stem if args.source.endswith((".csv", ".py")) else args.source
     default = runs_root() / name.rpartition(".")[2] / "report.html"
     path = Path(args.output) if args.output else default
@@ -399,7 +488,9 @@ VERBS: dict[str, Verb] = {
         "the best learning rate of each size in a sweep",
         _add_json,
     ),
-    "fit": (_fit, "fit the loss laws to finished runs", _add_source),
+    "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
+    "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
     "report": (_report, "write the study as one HTML page", _add_report),
 }
+STUDY_VERBS = ("fit", "frontier", "suggest", "report")

@@ -3,12 +3,14 @@
 Query head (k, g) reads KV head k; softmax in float32, scores scaled by 1/sqrt(H).
 """
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from gqa_scaling.model.product import product
 
 BLOCK = 256  # positions on each side of a tile
 _MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
@@ -32,9 +34,7 @@ def attend(
 
 def _reference(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    scores_BKGTS = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
     visible_TS = jnp.tri(T, dtype=bool)
     weights = jax.nn.softmax(jnp.where(visible_TS, scores_BKGTS / math.sqrt(H), _MASKED), axis=-1)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
@@ -71,33 +71,29 @@ def _tiles(x_BSKH: jax.Array, block: int) -> jax.Array:
     return x.reshape(B, n, block, K, H).transpose(1, 0, 3, 4, 2)
 
 
-def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
-
-
 def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
     """Scores of one tile, (B, K, G b, b), masked where it lies on the diagonal."""
     block = k_BKHS.shape[-1]
     visible = jnp.tile(jnp.tri(block, dtype=bool), (q.shape[2] // block, 1))
-    return jnp.where(visible | ~diagonal, _product("bkqh,bkhs->bkqs", q, k_BKHS), _MASKED)
+    return jnp.where(visible | ~diagonal, product("bkqh,bkhs->bkqs", q, k_BKHS), _MASKED)
 
 
-def _forward(q_BTKGH, k_BSKH, v_BSKH):
+def _forward(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, Any]:
     """Online softmax over the tiles of each row (Dao et al. 2022, algorithm 1)."""
     T, _, G, H = q_BTKGH.shape[1:]
     block = min(BLOCK, T)
     q_rows = _rows(q_BTKGH * H**-0.5, block)
     k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
 
-    def row(x):
+    def row(x: Any) -> tuple[jax.Array, jax.Array]:
         i, q = x
 
-        def tile(j, carry):
+        def tile(j: jax.Array, carry: Any) -> Any:
             top, total, o = carry
             s = _scores(q, k_tiles[j], i == j)
             new_top = jnp.maximum(top, s.max(-1))
             p, fade = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
-            o = o * fade[..., None] + _product("bkqs,bkhs->bkqh", p.astype(q.dtype), v_tiles[j])
+            o = o * fade[..., None] + product("bkqs,bkhs->bkqh", p.astype(q.dtype), v_tiles[j])
             return new_top, total * fade + p.sum(-1), o
 
         shape = q.shape[:-1]
@@ -110,7 +106,7 @@ def _forward(q_BTKGH, k_BSKH, v_BSKH):
     return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_rows)
 
 
-def _backward(residuals, do_BTKGH):
+def _backward(residuals: Any, do_BTKGH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Recomputes each tile's weights from the saved log-sum-exp (ibid., algorithm 4).
 
     The operand with H comes first and positions last, so that no product transposes a tile.
@@ -122,18 +118,20 @@ def _backward(residuals, do_BTKGH):
     rows = *(_rows(x, block) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG)), lse_rows
     k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
 
-    def row(carry, x):
+    put = lax.dynamic_update_index_in_dim
+
+    def row(carry: Any, x: Any) -> tuple[Any, jax.Array]:
         i, (q, do, delta, lse) = x
 
-        def tile(j, carry):
+        def tile(j: jax.Array, carry: Any) -> Any:
             dq, dk, dv = carry
             k, v = k_tiles[j], v_tiles[j]
             p = jnp.exp(_scores(q, k, i == j) - lse[..., None])
-            ds = p * (_product("bkqh,bkhs->bkqs", do, v) - delta[..., None])
+            ds = p * (product("bkqh,bkhs->bkqs", do, v) - delta[..., None])
             ds, p = ds.astype(dtype), p.astype(dtype)
-            dk = dk.at[j].add(_product("bkqh,bkqs->bkhs", q, ds))
-            dv = dv.at[j].add(_product("bkqh,bkqs->bkhs", do, p))
-            return dq + _product("bkqs,bkhs->bkqh", ds, k), dk, dv
+            dk = put(dk, dk[j] + product("bkqh,bkqs->bkhs", q, ds), j, axis=0)
+            dv = put(dv, dv[j] + product("bkqh,bkqs->bkhs", do, p), j, axis=0)
+            return dq + product("bkqs,bkhs->bkqh", ds, k), dk, dv
 
         dq = jnp.zeros(q.shape, jnp.float32)
         dq, *carry = lax.fori_loop(0, i + 1, tile, (dq, *carry))

@@ -5,8 +5,12 @@ the wide ones element by element, which took a third of a training step. Here tw
 each weight gradient is a product in which only the narrow (B, T, D) operand is transposed.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from gqa_scaling.model.product import product
 
 
 @jax.custom_vjp
@@ -15,7 +19,9 @@ def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.
     return _forward(x_BTD, gate_DF, up_DF, down_FD)[0]
 
 
-def _forward(x_BTD, gate_DF, up_DF, down_FD):
+def _forward(
+    x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
+) -> tuple[jax.Array, Any]:
     gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(x_BTD.dtype))
     up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(x_BTD.dtype))
     hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
@@ -23,7 +29,7 @@ def _forward(x_BTD, gate_DF, up_DF, down_FD):
     return y_BTD, (x_BTD, gate_BTF, up_BTF, gate_DF, up_DF, down_FD)
 
 
-def _backward(residuals, dy_BTD):
+def _backward(residuals: Any, dy_BTD: jax.Array) -> tuple[jax.Array, ...]:
     x_BTD, gate_BTF, up_BTF, gate_DF, up_DF, down_FD = residuals
     dtype = x_BTD.dtype
     sigmoid = jax.nn.sigmoid(gate_BTF)
@@ -33,12 +39,8 @@ def _backward(residuals, dy_BTD):
     dup = dhidden * silu
     dx = jnp.einsum("BTF,DF->BTD", dgate, gate_DF.astype(dtype))
     dx += jnp.einsum("BTF,DF->BTD", dup, up_DF.astype(dtype))
-
-    def weight_gradient(narrow_BTD: jax.Array, wide_BTF: jax.Array) -> jax.Array:
-        return jnp.einsum("BTD,BTF->DF", narrow_BTD, wide_BTF, preferred_element_type=gate_DF.dtype)
-
-    ddown_DF = weight_gradient(dy_BTD, silu * up_BTF)
-    return dx, weight_gradient(x_BTD, dgate), weight_gradient(x_BTD, dup), ddown_DF.T
+    ddown_DF = product("BTD,BTF->DF", dy_BTD, silu * up_BTF)
+    return dx, product("BTD,BTF->DF", x_BTD, dgate), product("BTD,BTF->DF", x_BTD, dup), ddown_DF.T
 
 
 swiglu.defvjp(_forward, _backward)

@@ -8,6 +8,7 @@ that compile time does not grow with depth.
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.model.attention import attend
+from gqa_scaling.model.product import product
 from gqa_scaling.model.swiglu import swiglu
 from gqa_scaling.parallel import constrain
 
@@ -141,15 +143,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits of hidden states, (B, T, V), in float32."""
-        return jnp.einsum(
-            "BTD,VD->BTV",
-            hidden_BTD,
-            self.output_table().astype(hidden_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        table_VD = self.output_table().astype(hidden_BTD.dtype)
+        return product("BTD,VD->BTV", hidden_BTD, table_VD)
 
 
-def _rematerialised(layer, remat: str):
+def _rematerialised(layer: Callable, remat: str) -> Callable:
     if remat == "none":
         return layer
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}

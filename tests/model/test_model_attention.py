@@ -45,7 +45,7 @@ def test_blockwise_equals_reference(shape, seed):
         assert_blockwise_equals_reference(shape, seed)
 
 
-@pytest.mark.parametrize("T", [16, 17, 48], ids="T={}".format)
+@pytest.mark.parametrize("T", [16, 33], ids="T={}".format)
 def test_blockwise_at_the_edges_of_its_blocks(T, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)
     assert_blockwise_equals_reference((2, T, 2, 2, 16), 0)

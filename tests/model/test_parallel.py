@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,17 @@ MODEL = ModelConfig(2, 32, 8, 4, head_dim=8, d_ff=64, vocab_size=64)
 
 @pytest.fixture(scope="module")
 def meshes():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    env = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     script = Path(__file__).with_name("mesh_losses.py")
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)], env=env, capture_output=True, text=True
+        [sys.executable, "-W", "error", str(script)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -67,9 +75,8 @@ def test_axis_sizes(parallel, batch, devices, sizes):
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(parallel, batch, devices, message):
-    with pytest.raises(UserError, match="(?s).") as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         axis_sizes(parallel, batch, MODEL, devices)
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -103,7 +103,7 @@ def test_suggestions_are_new_ordered_and_within_the_budget(some):
 
 def test_what_costs_more_than_it_tells_is_left_for_later(some):
     by_flop, by_run = (suggest(some, GRID, QUESTION, most=1, per_flop=p)[0] for p in (True, False))
-    assert by_flop.flops <= by_run.flops
+    assert by_flop.flops < by_run.flops
     assert (
         by_run.regret_before - by_run.regret_after >= by_flop.regret_before - by_flop.regret_after
     )

@@ -1,0 +1,19 @@
+"""Matrix products of low-precision operands with a float32 result."""
+
+import jax
+import jax.numpy as jnp
+
+
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum(subscripts, a, b)`, accumulated and returned in float32."""
+
+    def accumulated(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return accumulated(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == jnp.float32:
+        return accumulated(a, b)
+    # XLA for CPUs compiles bf16 x bf16 -> float32 and then may refuse to run it.
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=accumulated)
