@@ -19,7 +19,7 @@ from gqa_scaling.config import (
 )
 
 QUESTION = Question(contexts=(512, 2048, 8192), baseline=(4, 4), demonstration=True)
-SIZES = ((2, 24, 1e-2), (2, 48, 1e-2), (3, 64, 1e-2), (4, 96, 7e-3))  # L, d, learning rate
+SIZES = ((2, 24, 1e-2), (2, 48, 1e-2), (3, 64, 7e-3), (4, 96, 4e-3))  # L, d, learning rate
 HEADS = ((4, 4), (8, 1), (4, 1), (1, 1))
 
 
@@ -42,7 +42,7 @@ def runs() -> list[RunConfig]:
             data=DataConfig(corpus="stdlib", tokenizer="bytes"),
             context_length=128,
             batch_tokens=1024,
-            tokens=600 * 1024,
+            tokens=800 * 1024,
             seed=seed,
             optimizer=OptimizerConfig(learning_rate=learning_rate),
             evaluation=EvaluationConfig(tokens=2**17),

@@ -12,7 +12,6 @@ from jax import lax
 
 from gqa_scaling.model.product import product
 
-BLOCK = 256  # positions on each side of a tile
 _MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
 
 
@@ -22,8 +21,8 @@ def attend(
     """Causal attention: position t reads positions s <= t. Returns o_BTKGH in q's dtype.
 
     "reference" builds all T x T scores; "blockwise" walks over tiles, skips those above the
-    diagonal and keeps O(T) memory, forward and backward; "auto" is blockwise everywhere, which
-    was never slower (benchmarks/attention.py).
+    diagonal and keeps O(T) memory, forward and backward; "auto" is blockwise on every platform:
+    on a CPU it was ahead at every T from 128 on, by 3 times at 256 (benchmarks/attention.py).
     """
     if implementation == "reference":
         return _reference(q_BTKGH, k_BSKH, v_BSKH)
@@ -43,6 +42,12 @@ def _reference(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.
 @jax.custom_vjp
 def _blockwise(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
     return _forward(q_BTKGH, k_BSKH, v_BSKH)[0]
+
+
+def _block(T: int) -> int:
+    """Positions on a tile's side: small tiles skip more of the half above the diagonal, large
+    ones mean fewer turns of the loop."""
+    return min(T, 128 if T <= 1024 else 512)
 
 
 def _rows(x_BTKG: jax.Array, block: int) -> jax.Array:
@@ -81,7 +86,7 @@ def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
 def _forward(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, Any]:
     """Online softmax over the tiles of each row (Dao et al. 2022, algorithm 1)."""
     T, _, G, H = q_BTKGH.shape[1:]
-    block = min(BLOCK, T)
+    block = _block(T)
     q_rows = _rows(q_BTKGH * H**-0.5, block)
     k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
 
@@ -113,7 +118,7 @@ def _backward(residuals: Any, do_BTKGH: jax.Array) -> tuple[jax.Array, jax.Array
     """
     q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_rows = residuals
     (S, K, H), G, dtype = k_BSKH.shape[1:], q_BTKGH.shape[3], q_BTKGH.dtype
-    block = min(BLOCK, S)
+    block = _block(S)
     delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
     rows = *(_rows(x, block) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG)), lse_rows
     k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)

@@ -1,0 +1,36 @@
+"""Three optimizer steps of a tiny model, pinned: nothing may change what a run computes unseen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import tiny_run
+
+from gqa_scaling.model.transformer import create
+from gqa_scaling.training.loop import train_step
+from gqa_scaling.training.optimizer import make_optimizer
+
+LOSSES = [6.239962577819824, 6.033593654632568, 6.095376491546631]
+NORM = 26.099485397338867
+
+WHY = (
+    "The training step computes something else than before: every finished run would differ from "
+    "new ones. If that is meant, say so in the commit, raise SCHEMA_VERSION, and paste: "
+)
+
+
+def test_golden_steps() -> None:
+    run = tiny_run()
+    graph, parameters = nnx.split(create(run.model, run.seed))
+    optimizer = make_optimizer(run.optimizer, 10)
+    step = train_step(graph, run, optimizer)
+    state, losses = (parameters, optimizer.init(parameters)), []
+    tokens = np.random.default_rng(0).integers(0, 257, (3, 4, 33), np.int32)
+    for batch in tokens:
+        state, loss, _ = step(state, batch)
+        losses.append(float(loss))
+    norm = float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(state[0]))))
+    found = f"LOSSES = {losses}\nNORM = {norm}"
+    assert losses == pytest.approx(LOSSES, rel=2e-6), WHY + found
+    assert norm == pytest.approx(NORM, rel=2e-6), WHY + found
