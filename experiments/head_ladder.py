@@ -2,9 +2,9 @@
 
     gqa-scaling plan experiments.head_ladder --hardware v5e --devices 64
     gqa-scaling run experiments.head_ladder_lr       # optional: the learning rate of each size
-    gqa-scaling run experiments.head_ladder --shard 0/8
+    gqa-scaling run experiments.head_ladder
 
-On a pod. 20 tokens per parameter, batches of 512K tokens. The corpus is yours: put it at
+On a pod of at least 8 chips (fsdp=8). 20 tokens per parameter, batches of 512K tokens. The corpus is yours: put it at
 data/slimpajama as text, JSONL or Parquet files with a GPT-2 tokenizer.json beside it, or name
 another with --data.corpus and --data.tokenizer.
 """
@@ -47,9 +47,19 @@ def run(size: Size, heads: tuple[int, int], learning_rate: float, name: str = ""
     )
 
 
+def learning_rate_runs() -> list[RunConfig]:
+    """8 sizes x {1, 2, 5} x 10^{-3, -4, -5} with MHA, n_h = d/64."""
+    rates = [float(f"{m}e-{p}") for p in (3, 4, 5) for m in (1, 2, 5)]
+    return [
+        run(size, (size.d_model // 64,) * 2, rate, f"-lr{rate:g}")
+        for size in reversed(TRAINED_SIZES)
+        for rate in rates
+    ]
+
+
 def runs() -> list[RunConfig]:
     """168 runs, the largest first, each size at its swept or published learning rate."""
-    choices = learning_rate_choices("head_ladder_lr")
+    choices = learning_rate_choices("head_ladder_lr", learning_rate_runs())
     return [
         with_learning_rate(run(size, heads, size.learning_rate), choices, "head_ladder_lr")
         for size in reversed(TRAINED_SIZES)

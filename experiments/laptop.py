@@ -1,12 +1,14 @@
 """Which heads for a small model of Python? Worth an hour of CPU or minutes of a GPU.
 
-    gqa-scaling prepare experiments.laptop_lr
+    gqa-scaling prepare experiments.laptop
     gqa-scaling run experiments.laptop_lr --workers 2     # optional: the learning rate of each size
-    gqa-scaling run experiments.laptop --workers 2
+    gqa-scaling run experiments.laptop --workers 2        # on a GPU without --workers
     gqa-scaling report experiments.laptop
 
 The smoke study's question with a BPE vocabulary, longer contexts, more tokens, more heads.
 """
+
+from dataclasses import replace
 
 from gqa_scaling.config import (
     CheckpointConfig,
@@ -51,9 +53,20 @@ def run(
     )
 
 
+def learning_rate_runs() -> list[RunConfig]:
+    """Sizes x rates with the baseline's heads, seed 1000 so that no cell of the grid is reused."""
+    out = []
+    for size in reversed(SIZES):
+        for factor in (1 / 3, 1.0, 3.0):
+            rate = float(f"{size[2] * factor:.1g}")
+            cell = run(size, HEADS[0], seed=1000, name=f"-lr{rate:g}")
+            out.append(replace(cell, optimizer=replace(cell.optimizer, learning_rate=rate)))
+    return out
+
+
 def runs() -> list[RunConfig]:
     """Sizes x heads, the largest first, and two more seeds of one cell."""
     cells = [run(size, heads) for size in reversed(SIZES) for heads in HEADS]
     cells += [run(SIZES[1], HEADS[0], seed) for seed in (1, 2)]
-    choices = learning_rate_choices("laptop_lr")
+    choices = learning_rate_choices("laptop_lr", learning_rate_runs())
     return [with_learning_rate(cell, choices, "laptop_lr") for cell in cells]

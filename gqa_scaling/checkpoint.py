@@ -75,6 +75,8 @@ def save_parameters(path: Path, parameters: PyTree) -> None:
 def load_parameters(path: Path, like: PyTree) -> PyTree:
     """The trained parameters, laid out as the abstract tree `like`."""
     if not path.exists():
-        raise UserError(f"{path} is missing: the run has no trained parameters; run it again")
+        raise UserError(
+            f"{path} is missing: the run lost its trained parameters; remove {path.parent} and run it again"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path.absolute(), like)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 OVERRIDES = """\
 Any field of a run can be changed for the whole grid, after the other arguments:
   --model.n-layers 4 --optimizer.learning-rate 3e-4 --tokens 1000000 --parallel.remat full
+The fields are those of RunConfig in gqa_scaling/config.py: model, data, optimizer, evaluation,
+parallel and checkpoint, each with its own, and context_length, batch_tokens, tokens,
+tokens_per_param, seed.
 """
 
 
@@ -73,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        reasons = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-        if error.errno not in reasons:
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+        if error.errno not in (*disk, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"gqa-scaling: cannot write{where}: {error.strerror}", file=sys.stderr)
+        print(f"gqa-scaling: cannot use the disk{where}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gqa-scaling: interrupted; the same command continues", file=sys.stderr)
@@ -85,10 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ------------------------------------------------------------------------------ experiment
-
-
-def _add_nothing(parser: argparse.ArgumentParser) -> None:
-    pass
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -108,9 +107,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, help="dollars a device-hour")
 
 
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    _add_json(parser)
+
+
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="PATTERN", help="only the runs whose name matches")
-    parser.add_argument("--shard", metavar="i/n", help="only every n-th run, from the i-th")
+    parser.add_argument(
+        "--shard", metavar="i/n", help="only every n-th run, from the i-th (0/n is the first)"
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +124,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--cores", help=argparse.SUPPRESS)  # said by --workers to its processes
+    # said by --workers to its processes: their cores and the pid of their parent
+    parser.add_argument("--cores", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +174,8 @@ def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
     else:
         import jax
 
-        kind = jax.devices()[0].device_kind
-        row, devices = hardware.detected(kind), jax.device_count()
+        kind, devices = jax.devices()[0].device_kind, jax.device_count()
+        row = hardware.detected(kind, devices)
         known = ", ".join(hardware.HARDWARE)
         require(row is not None, f"unknown device {kind!r}; name one with --hardware ({known})")
         assert row is not None
@@ -200,29 +208,30 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
     if args.cores is not None:
-        sweep.be_worker(args.cores)
+        sweep.be_worker(args.cores, args.parent)
         sweep.check_worker()
     experiment, root = _experiment(args, rest), runs_root()
     left = sweep.pending(experiment, root)
     if not left:
         print(f"{experiment.name}: all {len(experiment.runs)} runs are finished in {root}")
         return 0
-    workers = min(args.workers, len(left))
+    if args.retry_failed:
+        sweep.forget_failures(experiment, root)
     with nullcontext() if args.quiet else sweep.live_display(experiment, root):
-        if workers > 1:
+        if args.workers > 1:
             sweep.check(experiment, root)
-            code = sweep.run_workers(_worker_command(args, rest), workers)
+            command = _worker_command(args, rest)
+            code = sweep.run_workers(command, args.workers, len(left))
         else:
-            code = sweep.run_sweep(experiment, root, args.retry_failed).exit_code
+            code = sweep.run_sweep(experiment, root).exit_code
     return code if args.cores is not None else max(code, sweep.report_end(experiment, root))
 
 
 def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     command = [sys.executable, "-m", "gqa_scaling", "run", args.experiment, "--quiet"]
-    for flag in ("only", "shard"):
-        if getattr(args, flag) is not None:
-            command += [f"--{flag}", getattr(args, flag)]
-    return command + (["--retry-failed"] if args.retry_failed else []) + list(rest)
+    selection = {"only": args.only, "shard": args.shard}
+    command += [f"--{flag}={value}" for flag, value in selection.items() if value is not None]
+    return command + list(rest)
 
 
 def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -485,7 +494,7 @@ VERBS: dict[str, Verb] = {
     "prepare": (_prepare, "turn the experiment's corpus into tokens", _add_prepare),
     "plan": (_plan, "say what the experiment will cost, before any spend", _add_plan),
     "run": (_run, "train what is not finished yet", _add_run),
-    "status": (_status, "say where the experiment stands, from its files", _add_json),
+    "status": (_status, "say where the experiment stands, from its files", _add_status),
     "learning-rates": (
         _learning_rates,
         "the best learning rate of each size in a sweep",

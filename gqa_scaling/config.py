@@ -252,9 +252,12 @@ class OptimizerConfig(_Json):
         super().__post_init__()
         _positive(self, "learning_rate", "epsilon", "clip_norm")
         _one_of(self, "schedule", ("wsd", "cosine"))
-        for name in ("warmup", "decay", "final_fraction", "beta1", "beta2"):
+        for name in ("warmup", "decay", "final_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}={value} must be at least 0 and less than 1")
         require(
             0 <= self.weight_decay < math.inf,
             f"weight_decay={self.weight_decay} must be finite and not negative",

@@ -54,8 +54,10 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
         callable(getattr(module, "runs", None)), f"{spec} is no experiment: it defines no runs()"
     )
     changes = parse_overrides(overrides)
-    runs = unique(apply_overrides(run, changes) for run in module.runs())
-    require(bool(runs), f"{spec}: runs() is empty")
+    declared = module.runs()
+    proper = isinstance(declared, list) and all(isinstance(run, RunConfig) for run in declared)
+    require(proper and bool(declared), f"{spec}: runs() must return a list of RunConfig, not empty")
+    runs = unique(apply_overrides(run, changes) for run in declared)
     question = getattr(module, "QUESTION", Question())
     about = (module.__doc__ or "").strip().split("\n")[0]
     return Experiment(module.__name__.rpartition(".")[2], tuple(runs), question, about)
@@ -70,10 +72,11 @@ def _import(spec: str) -> ModuleType:
         require(
             path.is_file(), f"unknown experiment {spec!r}: no such file{_experiments_hint(spec)}"
         )
-        loaded = importlib.util.spec_from_file_location(path.stem, path)
+        loaded = importlib.util.spec_from_file_location(f"experiment_file.{path.stem}", path)
         assert loaded is not None
         assert loaded.loader is not None
         module = importlib.util.module_from_spec(loaded)
+        sys.modules[loaded.name] = module  # dataclasses look their module up there
         loaded.loader.exec_module(module)
         return module
     known = bool(spec) and not spec.startswith(".")

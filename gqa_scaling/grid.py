@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gqa_scaling.config import RunConfig, require
-from gqa_scaling.runs import finished_runs, runs_root
+from gqa_scaling.runs import run_directory, runs_root
 
 
 def head_candidates(max_heads: int) -> list[tuple[int, int]]:
@@ -56,21 +56,28 @@ class LearningRateChoice:
 
 
 def learning_rate_choices(
-    experiment: str, root: Path | None = None
+    experiment: str, runs: Iterable[RunConfig], root: Path | None = None
 ) -> dict[tuple[int, int], LearningRateChoice]:
-    """For each (n_layers, d_model) of a finished learning-rate sweep, the rate of least loss.
+    """For each (n_layers, d_model) of a learning-rate sweep, the rate of least loss.
 
     Chen et al. 2025, appendix: swept once per size with MHA and kept for every head
-    configuration. Sizes without a finished run are left out.
+    configuration. `runs` are those of the sweep; a size of which one is unfinished, or not judged
+    by its evaluation, is left out, so that a grid never changes while its sweep goes on.
     """
     tried: dict[tuple[int, int], dict[float, float]] = {}
-    for run, result in finished_runs(root or runs_root(), experiment):
-        loss = result["evaluations"][run.evaluation_digest]["loss"]
+    unfinished = set()
+    for run in runs:
         size = (run.model.n_layers, run.model.d_model)
-        tried.setdefault(size, {})[run.optimizer.learning_rate] = loss
+        whole = run_directory(root or runs_root(), experiment, run).result()
+        value = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
+        if value:
+            tried.setdefault(size, {})[run.optimizer.learning_rate] = value["loss"]
+        else:
+            unfinished.add(size)
     return {
         size: LearningRateChoice(min(losses, key=losses.__getitem__), tuple(sorted(losses.items())))
         for size, losses in sorted(tried.items())
+        if size not in unfinished
     }
 
 
@@ -84,7 +91,7 @@ def with_learning_rate(
     choice = choices.get((run.model.n_layers, run.model.d_model))
     rate = run.optimizer.learning_rate if choice is None else choice.learning_rate
     if choice is None:
-        note = f"learning rate {rate:g} as declared; {sweep} has no result for this size"
+        note = f"learning rate {rate:g} as declared; {sweep} has not finished this size"
     else:
         edge = f", AT THE {choice.edge.upper()} RATE TRIED" if choice.edge else ""
         note = f"learning rate {rate:g} from {sweep} ({len(choice.tried)} tried{edge})"

@@ -73,13 +73,18 @@ def changed(row: Hardware, mfu: float | None = None, price: float | None = None)
     return replace(row, **changes)
 
 
-def detected(kind: str) -> Hardware | None:
-    """The row for a JAX `device_kind` such as 'TPU v5 lite' or 'NVIDIA H200'; None if unknown."""
+def detected(kind: str, devices: int = 1) -> Hardware | None:
+    """The row for a JAX `device_kind` such as 'TPU v5 lite' or 'NVIDIA H200'; None if unknown.
+
+    The `devices` that jax shows of one CPU share its peak, memory and price.
+    """
     kind = kind.lower()
     if kind == "cpu":
-        return replace(HARDWARE["cpu"], peak_flops=measured_peak())
+        row = HARDWARE["cpu"]
+        share = {"memory": row.memory // devices, "price": row.price / devices}
+        return replace(row, peak_flops=measured_peak() / devices, **share)
     names = {"v5 lite": "v5e", "v5e": "v5e", "tpu v5": "v5p", "v6": "v6e"}  # first match counts
-    names |= {"a100": "a100", "h100": "h100", "h200": "h200"}
+    names |= {"a100": "a100", "h100": "h100", " h200": "h200"}  # not the GH200
     return next((HARDWARE[name] for part, name in names.items() if part in kind), None)
 
 

@@ -3,19 +3,24 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gqa_scaling import costs
-from gqa_scaling.config import RunConfig, require
+from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.experiment import Experiment
-from gqa_scaling.hardware import GIB, Hardware
+from gqa_scaling.hardware import Hardware
+from gqa_scaling.layout import axis_sizes
+from gqa_scaling.units import byte_size, duration, quantity
 
 MAX_EPOCHS = 4.0
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run's cost: FLOPs are model FLOPs with causal attention, bytes are per device."""
+    """One run's cost. `training_flops` are model FLOPs with causal attention; `hardware_flops` are
+    what is executed, recomputation and masked products included. Bytes are per device.
+    """
 
     name: str
     n_layers: int
@@ -28,6 +33,7 @@ class PlannedRun:
     tokens: int
     steps: int
     training_flops: int
+    hardware_flops: int
     training_bytes: int
     seconds: float
     checkpoint_bytes: int
@@ -66,6 +72,7 @@ class Plan:
             "runs": len(self.runs),
             "tokens": sum(r.tokens for r in self.runs),
             "training_flops": sum(r.training_flops for r in self.runs),
+            "hardware_flops": sum(r.hardware_flops for r in self.runs),
             "hours": self.hours,
             "device_hours": self.hours * self.devices,
             "dollars": self.dollars,
@@ -92,6 +99,7 @@ def plan_run(
         tokens,
         steps,
         flops,
+        hardware_flops(run),
         costs.training_bytes(run, devices).total,
         hardware.seconds(flops, steps, devices),
         costs.checkpoint_bytes(run),
@@ -99,6 +107,24 @@ def plan_run(
         None if train_tokens is None else tokens / train_tokens,
         run.note,
     )
+
+
+def hardware_flops(run: RunConfig) -> int:
+    """FLOPs that the run's attention implementation and remat policy execute in all."""
+    full = run.parallel.attention == "reference"
+    per_token = costs.hardware_flops_per_token(
+        run.model, run.context_length, run.parallel.remat, full
+    )
+    return per_token * costs.training_tokens(run)
+
+
+def check_layout(run: RunConfig, devices: int) -> None:
+    """Refuse a mesh that `devices` or the model's sizes cannot be divided over."""
+    microbatch = run.batch_size // run.parallel.accumulation
+    try:
+        axis_sizes(run.parallel, microbatch, run.model, devices)
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from None
 
 
 def make_plan(
@@ -109,11 +135,13 @@ def make_plan(
 ) -> Plan:
     """The plan of every run; `train_tokens` by store path, for the corpora that are prepared.
 
-    Raises UserError when a run would see its corpus more than 4 times and does not allow it.
+    Raises UserError when a run cannot be laid out over the devices, or would see its corpus more
+    than 4 times and does not allow it.
     """
     known = train_tokens or {}
     require(devices > 0, f"devices={devices} must be greater than 0")
     for run in experiment.runs:
+        check_layout(run, devices)
         if run.data.store_path in known:
             check_epochs(run, known[run.data.store_path])
     runs = tuple(
@@ -133,43 +161,6 @@ def check_epochs(run: RunConfig, train_tokens: int) -> None:
     )
 
 
-def quantity(value: float, unit: str = "") -> str:
-    """1234567 -> '1.23M'; with the unit after it."""
-    value = float(f"{value:.3g}")  # 999,999 is 1M, not 1000k
-    for scale, prefix in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{'B' if prefix == 'G' and not unit else prefix}{unit}"
-    return f"{value:.3g}{unit}"
-
-
-def bytes_text(value: float) -> str:
-    """Bytes in binary units."""
-    for scale, unit in ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= scale:
-            count = value / scale
-            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 5 s, 7 h 20 min, 12 d 3 h."""
-    seconds = round(seconds)
-    if seconds < 90:
-        return f"{seconds} s"
-    if seconds < 5400:
-        return f"{seconds // 60} min {seconds % 60} s"
-    if seconds < 48 * 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
-
-
 def plan_table(plan: Plan) -> Table:
     """The plan as people read it."""
     h = plan.hardware
@@ -177,41 +168,39 @@ def plan_table(plan: Plan) -> Table:
         title=f"{plan.experiment} on {plan.devices} x {h.name}",
         caption=f"FLOPs: model FLOPs of forward and backward, causal attention, output head "
         f"included. Time: {h.peak_flops / 1e12:.3g} TFLOP/s peak x MFU {h.mfu:g}, and "
-        f"{h.start_seconds:g} s to start. Memory: per device, an estimate ({bytes_text(h.memory)} "
+        f"{h.start_seconds:g} s to start. Memory: per device, an estimate ({byte_size(h.memory)} "
         "there).",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     columns = (
         "run",
-        "L",
-        "d",
+        "L x d",
         "heads",
         "N",
-        "T",
-        "batch",
+        "batch x T",
         "tokens",
         "steps",
         "FLOPs",
         "memory",
         "time",
-        "epochs",
     )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for i, column in enumerate((*columns, "epochs")):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for r in plan.runs:
         too_large = r.training_bytes > h.memory
         table.add_row(
             r.name,
-            str(r.n_layers),
-            str(r.d_model),
+            f"{r.n_layers} x {r.d_model}",
             f"{r.n_heads},{r.n_kv_heads}",
             quantity(r.n_exact),
-            f"{r.context_length:,}",
-            str(r.batch_size),
+            f"{r.batch_size} x {r.context_length}",
             quantity(r.tokens),
-            f"{r.steps:,}",
-            f"{r.training_flops:.2e}",
-            f"{'[red]' if too_large else ''}{bytes_text(r.training_bytes)}",
+            str(r.steps),
+            f"{r.training_flops:.1e}",
+            f"{'[red]' if too_large else ''}{byte_size(r.training_bytes)}",
             duration(r.seconds),
             "?" if r.epochs is None else f"{r.epochs:.2f}",
         )
@@ -222,16 +211,17 @@ def plan_summary(plan: Plan) -> list[str]:
     """Totals and warnings, a line each."""
     t = plan.to_dict()["totals"]
     lines = [
-        f"{t['runs']} runs, {quantity(t['tokens'])} tokens, {t['training_flops']:.3g} FLOPs, "
+        f"{t['runs']} runs, {quantity(t['tokens'])} tokens, {t['training_flops']:.3g} model FLOPs "
+        f"({t['hardware_flops']:.3g} executed, with recomputation and masked products), "
         f"{duration(3600 * plan.hours)} one after another, {t['device_hours']:.3g} device-hours, "
         f"${t['dollars']:,.2f} at ${plan.hardware.price:g} a device-hour",
-        f"disk: {bytes_text(plan.disk_bytes)} at most, "
-        f"{bytes_text(sum(r.finished_bytes for r in plan.runs))} once finished",
+        f"disk: {byte_size(plan.disk_bytes)} at most, "
+        f"{byte_size(sum(r.finished_bytes for r in plan.runs))} once finished",
     ]
     large = [r.name for r in plan.runs if r.training_bytes > plan.hardware.memory]
     if large:
         lines.append(
-            f"WARNING: {len(large)} runs are predicted not to fit {bytes_text(plan.hardware.memory)} "
+            f"WARNING: {len(large)} runs are predicted not to fit {byte_size(plan.hardware.memory)} "
             f"({', '.join(large[:3])}{', ...' if len(large) > 3 else ''}); try --parallel.remat full, "
             "--parallel.accumulation or --parallel.fsdp"
         )

@@ -13,12 +13,14 @@
 No jax here: `plan`, `status` and `fit` read runs without it.
 """
 
+import _thread
 import contextlib
 import fcntl
 import json
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -64,6 +66,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file but for a last one cut short; any other damage is named."""
+    if not path.exists():
+        return []
+    lines, out = path.read_text(encoding="utf-8").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            require(number == len(lines), f"{path} line {number} is damaged; remove the run")
+    return out
 
 
 @dataclass(frozen=True)
@@ -125,13 +140,7 @@ class RunDirectory:
         if self.config_file.exists():
             changes = differing_fields(self.config(), config)
             require(not changes, f"{self.path} was made by another config: {'; '.join(changes)}")
-            before = read_json(self.config_file)["data"]
-            changed = [k for k in sorted(data) if before.get(k) != data[k]]
-            require(
-                not changed,
-                f"{self.path} was trained on other data ({', '.join(changed)} differ); prepare the "
-                "same corpus again or remove the run",
-            )
+            self.require_same_data(read_json(self.config_file)["data"], data)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(
             self.config_file,
@@ -143,18 +152,18 @@ class RunDirectory:
             },
         )
 
+    def require_same_data(self, before: dict[str, Any], data: dict[str, Any]) -> None:
+        """Refuse tokens other than those the run was trained on, naming what differs."""
+        changed = [k for k in sorted(data) if before.get(k) != data[k]]
+        require(
+            not changed,
+            f"{self.path} was trained on other data ({', '.join(changed)} differ); prepare the "
+            "same corpus again or remove the run",
+        )
+
     def metrics(self) -> list[dict[str, Any]]:
         """The logged lines; a last line cut short by a kill is left out."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        out = []
-        for number, line in enumerate(lines, 1):
-            try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError:
-                require(number == len(lines), f"{self.metrics_file} line {number} is damaged")
-        return out
+        return _json_lines(self.metrics_file)
 
     def last_metrics(self, tag: str) -> dict[str, Any]:
         """The last logged line that holds `tag`, read from the end of the file; {} if none."""
@@ -178,9 +187,8 @@ class RunDirectory:
             write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def attempts(self) -> list[dict[str, Any]]:
-        if not self.attempts_file.exists():
-            return []
-        return [json.loads(line) for line in self.attempts_file.read_text().splitlines()]
+        """One entry for each start of training."""
+        return _json_lines(self.attempts_file)
 
     def add_attempt(self, attempt: dict[str, Any]) -> None:
         lines = self.attempts() + [attempt]
@@ -220,15 +228,6 @@ class RunDirectory:
 def runs_root() -> Path:
     """Where experiments keep their runs: $GQA_SCALING_RUNS, or ./runs."""
     return Path(os.environ.get("GQA_SCALING_RUNS", "runs"))
-
-
-def finished_runs(root: Path, experiment: str) -> list[tuple[RunConfig, dict[str, Any]]]:
-    """Config and `result` part of every finished run of an experiment, sorted by directory."""
-    out = []
-    for file in sorted((root / experiment).glob("*/result.json")):
-        directory = RunDirectory(file.parent)
-        out.append((directory.config(), read_json(file)["result"]))
-    return out
 
 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:
@@ -278,7 +277,10 @@ def _alive(pid: int, born: str) -> bool:
 
 def _is_stale(holder: dict[str, Any], claim: Path) -> bool:
     if holder["host"] == socket.gethostname():
-        return not _alive(holder["pid"], holder["born"])
+        if not _alive(holder["pid"], holder["born"]):
+            return True
+        if holder["born"]:
+            return False  # surely the same process, even one that was asleep
     try:
         return time.time() - claim.stat().st_mtime > STALE_SECONDS
     except FileNotFoundError:
@@ -309,6 +311,13 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
     def renew() -> None:
         while not done.wait(RENEW_SECONDS):
             with contextlib.suppress(OSError):  # a disk that is away for a moment may come back
+                holder = _holder(file)
+                if holder is not None and holder.get("token") != mine["token"]:
+                    print(
+                        f"{directory.path} was taken over while asleep: stopping", file=sys.stderr
+                    )
+                    _thread.interrupt_main()
+                    return
                 os.utime(file)
 
     thread = threading.Thread(target=renew, daemon=True)

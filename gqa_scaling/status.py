@@ -1,5 +1,6 @@
 """Where a grid stands, from the files on disk alone."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,9 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
             assert result is not None
             evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
             loss = evaluation["loss"] if evaluation else None
-        if state == "failed":
-            failure = read_json(directory.failure_file)["traceback"].strip().splitlines()[-1]
+        if state in ("failed", "done"):  # judging a trained model anew can fail as well
+            with contextlib.suppress(FileNotFoundError):  # it is being tried again just now
+                failure = read_json(directory.failure_file)["traceback"].strip().splitlines()[-1]
         out.append(
             RunStatus(
                 run.name,
@@ -109,7 +111,7 @@ def status_dict(experiment: str, rows: list[RunStatus]) -> dict[str, Any]:
 
 def learning_rate_table(experiment: Experiment) -> tuple[list[dict[str, Any]], Table]:
     """The best learning rate of each size of a sweep, for programs and for people."""
-    choices = learning_rate_choices(experiment.name)
+    choices = learning_rate_choices(experiment.name, experiment.runs)
     missing = {(r.model.n_layers, r.model.d_model) for r in experiment.runs} - choices.keys()
     table = Table(title=f"{experiment.name}: best maximum learning rate by size")
     for column in ("L", "d", "learning rate", "held-out loss (nats)", "tried", "flag"):

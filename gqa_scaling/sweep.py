@@ -22,20 +22,20 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import HARDWARE, cores
-from gqa_scaling.plan import bytes_text, check_epochs, duration
-from gqa_scaling.runs import claim, run_directory
+from gqa_scaling.plan import check_epochs, check_layout
+from gqa_scaling.runs import RunDirectory, claim, run_directory
 from gqa_scaling.status import RunStatus, read_status
+from gqa_scaling.units import byte_size, duration
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many runs are done, failed (now or before) and left to somebody else."""
+    """How many runs are done and how many failed, now or before."""
 
     done: int
     failed: int
-    elsewhere: int
 
     @property
     def exit_code(self) -> int:
@@ -43,10 +43,12 @@ class Outcome:
 
 
 def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
-    """Open every token store and check every unfinished run against it, and the disk's room.
+    """Open every token store and check every run against it, the devices and the disk's room.
 
     Raises UserError before anything is trained or compiled.
     """
+    import jax
+
     from gqa_scaling.data.loader import heldout_chunks
     from gqa_scaling.training.loop import check_data
 
@@ -56,6 +58,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         path = run.data.store_path
         if path not in stores:
             stores[path] = open_store(run.data)
+        check_layout(run, jax.device_count())
         check_epochs(run, stores[path].train_tokens)
         check_data(run, stores[path])
         heldout_chunks(
@@ -67,53 +70,70 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
     free = shutil.disk_usage(root).free
     require(
         free >= need,
-        f"{root} has {bytes_text(free)} free and the largest run needs {bytes_text(need)} for its "
+        f"{root} has {byte_size(free)} free and the largest run needs {byte_size(need)} for its "
         "checkpoints; make room or set GQA_SCALING_RUNS",
     )
     return stores
 
 
-def run_sweep(experiment: Experiment, root: Path, retry_failed: bool = False) -> Outcome:
-    """Train every run that is neither done nor claimed, one after another.
+def run_sweep(experiment: Experiment, root: Path) -> Outcome:
+    """Train every run that is not done; those that another process is at are waited for.
 
-    A run that fails is recorded with its traceback and the next one starts; it is tried again
-    only with `retry_failed`. Raises UserError for what the user can mend, OSError for a full or
+    A run that fails is recorded with its traceback and the next one starts; it is not tried again
+    until `forget_failures`. Raises UserError for what the user can mend, OSError for a full or
     read-only disk: no later run could do better then.
     """
-    from gqa_scaling.training.loop import keep_compiled, reevaluate, train
+    from gqa_scaling.training.loop import keep_compiled
 
     stores = check(experiment, root)
     keep_compiled(root / ".compiled")
-    done = failed = elsewhere = 0
-    for run in experiment.runs:
-        directory, store = run_directory(root, experiment.name, run), stores[run.data.store_path]
-        with claim(directory) as mine:
-            if not mine:
-                elsewhere += 1
-                continue
-            if directory.failure_file.exists() and not directory.result_file.exists():
-                if not retry_failed:
-                    failed += 1
-                    continue
-                directory.failure_file.unlink()
-            try:
-                whole = directory.result()
-                if whole is None:
-                    train(run, directory, store)
-                elif run.evaluation_digest not in whole["result"]["evaluations"]:
-                    reevaluate(run, directory, store)
+    left, done, failed = list(experiment.runs), 0, 0
+    while left:
+        elsewhere = []
+        for run in left:
+            directory = run_directory(root, experiment.name, run)
+            with claim(directory) as mine:
+                if not mine:
+                    elsewhere.append(run)
+                elif _bring_to_end(run, directory, stores[run.data.store_path]):
+                    done += 1
                 else:
-                    directory.clean()
-                done += 1
-            except UserError:
-                raise
-            except Exception as error:
-                disk = _disk_error(error)
-                if disk is not None:
-                    raise disk from error
-                directory.fail(traceback.format_exc(), type(error).__name__)
-                failed += 1
-    return Outcome(done, failed, elsewhere)
+                    failed += 1
+        left = elsewhere
+        if left:
+            time.sleep(1)
+    return Outcome(done, failed)
+
+
+def _bring_to_end(run: RunConfig, directory: RunDirectory, store: TokenStore) -> bool:
+    """Train or judge one run as far as it is not; whether it then has its result."""
+    from gqa_scaling.training.loop import reevaluate, train
+
+    if directory.failure_file.exists():
+        return False
+    try:
+        whole = directory.result()
+        if whole is None:
+            train(run, directory, store)
+        elif run.evaluation_digest not in whole["result"]["evaluations"]:
+            reevaluate(run, directory, store)
+        else:
+            directory.clean()
+    except UserError:
+        raise
+    except Exception as error:
+        disk = _disk_error(error)
+        if disk is not None:
+            raise disk from error
+        directory.fail(traceback.format_exc(), type(error).__name__)
+        return False
+    return True
+
+
+def forget_failures(experiment: Experiment, root: Path) -> None:
+    """Have the runs that failed tried again."""
+    for run in experiment.runs:
+        run_directory(root, experiment.name, run).failure_file.unlink(missing_ok=True)
 
 
 def _disk_error(error: BaseException) -> OSError | None:
@@ -139,18 +159,17 @@ def pending(experiment: Experiment, root: Path) -> list[RunConfig]:
     return out
 
 
-def run_workers(command: list[str], workers: int) -> int:
-    """Run `command` in `workers` processes that share the grid through claims.
+def run_workers(command: list[str], workers: int, runs: int) -> int:
+    """Run `command` in up to `workers` processes that share `runs` unfinished runs by claims.
 
-    Each gets its share of the CPU's cores: small models run faster side by side on one core each
-    than one after another on all. Returns the largest exit code, 1 for a process ended by a
-    signal. An interruption ends all of them.
+    Each gets its share of the CPU's cores, the same whatever is left to do: small models run
+    faster side by side on one core each than one after another on all. Returns the largest exit
+    code, 1 for a process ended by a signal. An interruption ends all of them.
     """
     all_cores = cores()
-    shares = [all_cores[i::workers] or all_cores for i in range(workers)]
-    processes = [
-        subprocess.Popen([*command, "--cores", ",".join(map(str, share))]) for share in shares
-    ]
+    shares = [all_cores[i::workers] or all_cores for i in range(min(workers, runs))]
+    mine = ["--parent", str(os.getpid()), "--cores"]
+    processes = [subprocess.Popen([*command, *mine, ",".join(map(str, share))]) for share in shares]
     try:
         return max(1 if code < 0 else code for code in [p.wait() for p in processes])
     finally:
@@ -160,14 +179,13 @@ def run_workers(command: list[str], workers: int) -> int:
             p.wait()
 
 
-def be_worker(share: str) -> None:
+def be_worker(share: str, parent: int) -> None:
     """Stay on these cores, and end when the parent does; before jax starts its threads.
 
     Where the system cannot bind a process to cores (macOS), the workers share them freely.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in share.split(",")])
-    parent = os.getppid()
 
     def end_with_parent() -> None:
         while os.getppid() == parent:
@@ -183,22 +201,18 @@ def check_worker() -> None:
 
     require(
         jax.default_backend() == "cpu",
-        f"--workers shares the cores of a CPU, but jax runs on {jax.default_backend()}; start one "
-        "process for each accelerator with --shard i/n",
+        f"--workers shares the cores of a CPU, but jax runs on {jax.default_backend()}; run "
+        "without it, or show one accelerator to each process: CUDA_VISIBLE_DEVICES=i ... --shard i/n",
     )
 
 
 def report_end(experiment: Experiment, root: Path) -> int:
-    """Say on stderr what is left and why; 1 when a run failed, else 0."""
-    rows = read_status(root, experiment)
-    failed = [r for r in rows if r.state == "failed"]
+    """Say on stderr which runs failed and why; 1 when there are any, else 0."""
+    failed = [r for r in read_status(root, experiment) if r.failure]
     for r in failed:
         print(f"{r.name} failed: {r.failure} (whole traceback in {r.path})", file=sys.stderr)
     if failed:
         print(f"{len(failed)} runs failed; try them again with --retry-failed", file=sys.stderr)
-    elsewhere = sum(r.state == "running" for r in rows)
-    if elsewhere:
-        print(f"{elsewhere} runs are being trained by other processes", file=sys.stderr)
     return 1 if failed else 0
 
 

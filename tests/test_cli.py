@@ -183,7 +183,7 @@ def test_a_full_or_read_only_disk_is_one_line(call, monkeypatch, number):
     monkeypatch.setitem(cli.VERBS, "status", (fail, *about))
     code, out, err = call("status", TINY)
     assert (code, out) == (2, "")
-    assert err == f"gqa-scaling: cannot write (runs/tiny/x): {os.strerror(number)}\n"
+    assert err == f"gqa-scaling: cannot use the disk (runs/tiny/x): {os.strerror(number)}\n"
 
 
 def test_a_mistake_of_ours_is_not_hidden(call, monkeypatch):

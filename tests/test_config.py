@@ -101,7 +101,7 @@ def optimizers(draw):
         warmup=warmup,
         decay=draw(st.floats(0, (1 - warmup) / 2)),
         final_fraction=draw(fractions),
-        beta1=draw(fractions | st.integers(0, 1)),
+        beta1=draw(st.floats(0, 0.99) | st.just(0)),
         weight_decay=draw(st.floats(0, 10) | st.integers(0, 10)),
         clip_norm=draw(positive),
     )

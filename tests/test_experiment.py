@@ -89,7 +89,7 @@ def test_what_an_experiment_itself_cannot_import_is_shown_as_it_is(workplace):
 
 def test_an_empty_experiment_and_twin_runs_are_refused(workplace):
     (workplace / "empty.py").write_text("def runs():\n    return []\n")
-    with pytest.raises(UserError, match=r"runs\(\) is empty"):
+    with pytest.raises(UserError, match=r"must return a list of RunConfig, not empty"):
         load_experiment("empty.py")
     with pytest.raises(UserError, match="share one name"):
         load_experiment("experiments.tiny", ["--name", "b"])

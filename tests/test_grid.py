@@ -58,15 +58,25 @@ def finish(root, config: RunConfig, loss: float) -> None:
 
 
 def test_the_rate_of_least_loss_is_chosen_for_each_size(tmp_path):
+    declared = []
     for rate, loss in ((1e-2, 3.0), (1e-3, 2.5), (1e-4, 4.0)):
-        finish(tmp_path, run(f"small-{rate}", rate), loss)
-        finish(tmp_path, run(f"large-{rate}", rate, n_layers=4), 5 - loss)
-    run_directory(tmp_path, "rates", run("open", 1e-5)).begin(run("open", 1e-5), {})
-    assert learning_rate_choices("rates", tmp_path) == {
+        declared += [run(f"small-{rate}", rate), run(f"large-{rate}", rate, n_layers=4)]
+        finish(tmp_path, declared[-2], loss)
+        finish(tmp_path, declared[-1], 5 - loss)
+    finish(tmp_path, run("a-trial-beside-the-sweep", 1e-5), 0.1)
+    assert learning_rate_choices("rates", declared, tmp_path) == {
         (2, 32): LearningRateChoice(1e-3, ((1e-4, 4.0), (1e-3, 2.5), (1e-2, 3.0))),
         (4, 32): LearningRateChoice(1e-4, ((1e-4, 1.0), (1e-3, 2.5), (1e-2, 2.0))),
     }
-    assert learning_rate_choices("others", tmp_path) == {}
+    assert learning_rate_choices("others", declared, tmp_path) == {}
+
+
+def test_a_size_has_no_choice_until_all_its_rates_are_finished(tmp_path):
+    small, large = run("small", 1e-2), run("large", 1e-2, n_layers=4)
+    finish(tmp_path, small, 3.0)
+    finish(tmp_path, large, 3.0)
+    declared = [small, large, run("small-open", 1e-3)]
+    assert list(learning_rate_choices("rates", declared, tmp_path)) == [(4, 32)]
 
 
 def test_a_choice_at_the_edge_says_which():
@@ -91,4 +101,4 @@ def test_a_size_without_a_result_keeps_its_rate_and_says_so():
     kept = with_learning_rate(run(rate=7e-4), {}, "rates")
     assert kept.optimizer.learning_rate == 7e-4
     assert kept.digest == run(rate=7e-4).digest
-    assert kept.note == "learning rate 0.0007 as declared; rates has no result for this size"
+    assert kept.note == "learning rate 0.0007 as declared; rates has not finished this size"

@@ -21,11 +21,11 @@ FLOORS = (
     ("experiment",),
     ("grid",),
     ("runs",),
-    ("hardware", "ladder", "costs"),
-    ("config",),
+    ("hardware", "ladder", "costs", "layout"),
+    ("config", "units"),
 )
 BESIDE = {("sweep", "plan"), ("sweep", "status"), ("ladder", "costs")}
-STUDY = {"runs", "costs", "ladder", "hardware", "config"}
+STUDY = {"runs", "costs", "ladder", "hardware", "config", "units"}
 MAY_IMPORT_STUDY = {"cli"}
 EXPERIMENTS = {"grid", "config", "ladder"}
 ARRAYS_ON_DEVICES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}

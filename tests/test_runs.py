@@ -15,7 +15,6 @@ from gqa_scaling.runs import (
     STALE_SECONDS,
     RunDirectory,
     claim,
-    finished_runs,
     read_json,
     run_directory,
     runs_root,
@@ -145,18 +144,6 @@ def test_run_directory_is_found_by_its_digest_under_any_name(tmp_path):
     assert run_directory(tmp_path, "exp", run("second")) == here
     assert run_directory(tmp_path, "exp", run("second", seed=1)) != here
     assert run_directory(tmp_path, "other", run("second")) != here
-
-
-def test_finished_runs_are_those_with_a_result(tmp_path):
-    for seed in range(3):
-        run_directory(tmp_path, "exp", run(f"s{seed}", seed=seed)).begin(
-            run(f"s{seed}", seed=seed), {}
-        )
-    for seed in (2, 0):
-        run_directory(tmp_path, "exp", run(f"s{seed}", seed=seed)).finish({"loss": seed}, {})
-    found = finished_runs(tmp_path, "exp")
-    assert found == [(run("s0"), {"loss": 0}), (run("s2", seed=2), {"loss": 2})]
-    assert finished_runs(tmp_path, "nothing") == []
 
 
 def test_runs_root(monkeypatch):

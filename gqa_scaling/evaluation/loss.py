@@ -32,13 +32,14 @@ def evaluator(
 ) -> Callable[[Any], Evaluation]:
     """A function from parameters to the loss on the run's evaluation stream, compiled once.
 
-    Each target counts once. Batches hold `batch_tokens` tokens, the last one filled up with a
-    repeated row that is not counted. Sums are taken on the host in float64, in order.
+    Each target counts once. Batches are as large as a training microbatch, the last one filled up
+    with a repeated row that is not counted. Sums are taken on the host in float64, in order.
     """
     longest = run.evaluation_context
     chunks = heldout_chunks(store, run.context_length, run.evaluation.tokens, longest)
     stream = evaluation_hash(store, run.evaluation.tokens, longest)
-    rows, targets = run.batch_size, len(chunks) * run.context_length
+    rows = run.batch_size // run.parallel.accumulation  # a batch this size is known to fit
+    targets = len(chunks) * run.context_length
 
     @jax.jit
     def nll(parameters: Any, tokens: jax.Array) -> jax.Array:

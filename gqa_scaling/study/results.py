@@ -152,7 +152,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         versions |= result.get("versions") or {}
         seconds += (whole.get("timing") or {}).get("training_seconds") or 0.0
         for attempt in whole.get("attempts") or []:
-            device = attempt.get("device") or attempt.get("device_kind")
+            device = attempt.get("layout", {}).get("device")
             if device and device not in devices:
                 devices.append(device)
     require(

@@ -22,30 +22,7 @@ from gqa_scaling.study.heads import HeadLaw
 from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.suggest import Suggestion
-
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def quantity(value: float) -> str:
-    """Three significant digits with an SI prefix, such as 1.69G; the unit stands in the header."""
-    if not math.isfinite(value):
-        return "never" if value > 0 else "-"
-    if abs(value) >= 1e18:
-        return f"{value:.3g}"
-    for size, prefix in _PREFIXES:
-        if abs(value) >= 0.9995 * size:
-            scaled = value / size
-            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
-            return f"{scaled:.{digits}f}{prefix}"
-    return f"{value:.3g}"
-
-
-def byte_size(value: float) -> str:
-    """Bytes with a binary prefix, such as 1.50 GiB."""
-    for size, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:.2f} {prefix}"
-    return f"{value:.0f} B"
+from gqa_scaling.units import byte_size, quantity
 
 
 def percent(value: float, digits: int = 1) -> str:

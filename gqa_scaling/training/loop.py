@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import zstandard
 from flax import nnx
 
-from gqa_scaling import costs, parallel
+from gqa_scaling import __version__, costs, parallel
 from gqa_scaling.checkpoint import (
     Checkpoints,
     load_parameters,
@@ -45,7 +46,15 @@ class NonFiniteLoss(RuntimeError):
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keep compiled programs in a folder that processes share, so that a restart need not wait."""
+    """Keep compiled programs in a folder that processes share, so that a restart need not wait.
+
+    An entry that a kill cut short would be refused and never replaced: it is removed.
+    """
+    for entry in folder.glob("*-cache"):
+        try:
+            zstandard.ZstdDecompressor().decompress(entry.read_bytes())
+        except (zstandard.ZstdError, FileNotFoundError):
+            entry.unlink(missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -111,7 +120,6 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> dict[st
         "cores": len(cores()),
     }
     graph, like = _abstract_parameters(run, mesh)
-    timing: dict[str, Any] = {}
     with jax.set_mesh(mesh):
         evaluate = evaluator(run, graph, store, mesh)
         if directory.parameters.exists():  # trained, and interrupted in its evaluation
@@ -128,15 +136,25 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> dict[st
                     | execution
                 )
                 loop = _Loop(run, directory, data, checkpoints, graph, mesh, evaluate)
-                parameters, timing = loop.take_steps(first)
+                parameters = loop.take_steps(first)
                 checkpoints.wait()
             save_parameters(directory.parameters, parameters)
         result = _result(run, directory, store, evaluate(parameters), layout)
     value = result["evaluations"][run.evaluation_digest]
     metrics = {f"evaluation/{name}": value[name] for name in ("loss", "bits_per_byte")}
     write_hparams(directory, run, metrics)
-    directory.finish(result, {**timing, "finished": time.time()})
+    directory.finish(result, _timing(run, directory))
     return result
+
+
+def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
+    """How fast it went: means over the last attempt, and from them the time of all steps."""
+    last = directory.last_metrics("perf/step_time_seconds")
+    timing = {k.removeprefix("perf/"): v for k, v in last.items() if k.startswith("perf/")}
+    if last:
+        steps = costs.training_steps(run)
+        timing["training_seconds"] = steps * last["perf/step_time_seconds"]
+    return {**timing, "finished": time.time()}
 
 
 def _mesh(run: RunConfig) -> jax.sharding.Mesh:
@@ -178,10 +196,10 @@ class _Loop:
         require(digest == self.run.digest, f"{path} holds digest {digest}, not {self.run.digest}")
         return state
 
-    def take_steps(self, first: int) -> tuple[Any, dict[str, float]]:
-        """Every step after `first`. Metrics are read one step late, so the device never waits.
+    def take_steps(self, first: int) -> Any:
+        """Take every step after `first` and return the trained parameters.
 
-        Returns the trained parameters and the timing.
+        Metrics are read one step late, so the device never waits.
         """
         run, steps = self.run, costs.training_steps(self.run)
         optimizer = make_optimizer(run.optimizer, steps)
@@ -199,8 +217,13 @@ class _Loop:
                 step, loss, norm = pending[0], float(pending[1]), float(pending[2])
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise NonFiniteLoss(
-                        f"loss {loss} and gradient norm {norm} at step {step}; the last good "
-                        f"checkpoint is step {last_good} in {self.directory.checkpoints}"
+                        f"loss {loss} and gradient norm {norm} at step {step}; "
+                        + (
+                            f"the last good checkpoint is step {last_good} in "
+                            f"{self.directory.checkpoints}"
+                            if last_good
+                            else "there is no checkpoint before it"
+                        )
                     )
                 meter.tick(step)
                 if is_logged(step, steps):
@@ -227,7 +250,7 @@ class _Loop:
                 if every and step % every == 0 and step < steps:
                     telemetry.log(step, {"evaluation/loss": self.evaluate(state[0]).loss})
             settle(pending)
-        return state[0], meter.totals()
+        return state[0]
 
 
 def _result(
@@ -266,6 +289,7 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     whole = directory.result()
     if whole is None:
         raise UserError(f"{directory.path} has no result yet; run it first")
+    directory.require_same_data(whole["result"]["data"], store.describe())
     mesh = _mesh(run)
     graph, like = _abstract_parameters(run, mesh)
     with jax.set_mesh(mesh):
@@ -280,10 +304,10 @@ class _Meter:
 
     def __init__(self, run: RunConfig) -> None:
         self._run, self._start, self._now = run, (0, 0.0), (0, 0.0)
-        self._began, self._ticks = time.perf_counter(), 0
+        self._ticks = 0
         self._devices = jax.device_count()
         self._flops = costs.training_flops_per_token(run.model, run.context_length)
-        found = detected(jax.devices()[0].device_kind)
+        found = detected(jax.devices()[0].device_kind, self._devices)
         self._peak = found.peak_flops if found else None
 
     def tick(self, step: int) -> None:
@@ -307,11 +331,9 @@ class _Meter:
             out["perf/mfu"] = rate * self._flops / self._peak
         return out
 
-    def totals(self) -> dict[str, float]:
-        return {"training_seconds": time.perf_counter() - self._began, **self.scalars()}
-
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
-    names = ("gqa-scaling", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    ours = {"python": platform.python_version(), "gqa-scaling": __version__}
+    return ours | {name: importlib.metadata.version(name) for name in names}

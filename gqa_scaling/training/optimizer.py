@@ -14,7 +14,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     With schedule "cosine" the decay takes all steps after the warmup.
     """
     warmup = round(config.warmup * steps)
-    decay = round(config.decay * steps) if config.schedule == "wsd" else steps - warmup
+    rest = steps - warmup
+    decay = min(round(config.decay * steps), rest) if config.schedule == "wsd" else rest
     peak = config.learning_rate
     return optax.join_schedules(
         [

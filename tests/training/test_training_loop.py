@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import zstandard
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_run, write_corpus
@@ -109,7 +110,7 @@ def test_a_second_sweep_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "train", None)  # calling it would raise
     before = finished().result_file.read_bytes()
     assert sweep.pending(experiment(tiny_run()), Path("runs")) == []
-    assert sweep.run_sweep(experiment(tiny_run()), Path("runs")) == sweep.Outcome(1, 0, 0)
+    assert sweep.run_sweep(experiment(tiny_run()), Path("runs")) == sweep.Outcome(1, 0)
     assert finished().result_file.read_bytes() == before
 
 
@@ -121,6 +122,37 @@ def test_a_new_evaluation_never_retrains(monkeypatch: pytest.MonkeyPatch) -> Non
     values = finished().result()["result"]["evaluations"]
     assert values[tiny_run().evaluation_digest] == old
     assert values[run.evaluation_digest]["targets"] == 512
+
+
+def test_a_new_evaluation_on_other_tokens_is_refused() -> None:
+    run = tiny_run(evaluation=EvaluationConfig(tokens=256))
+    changed = store()
+    changed.manifest["hash"] = "0" * 64
+    before = finished().result_file.read_bytes()
+    with pytest.raises(UserError, match="trained on other data"):
+        loop.reevaluate(run, finished(), changed)
+    assert finished().result_file.read_bytes() == before
+
+
+def test_a_torn_compiled_program_is_removed(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "a-cache", tmp_path / "b-cache"
+    for entry in (whole, torn):
+        entry.write_bytes(zstandard.compress(b"program" * 100))
+    torn.write_bytes(torn.read_bytes()[:-5])
+    folder = jax.config.jax_compilation_cache_dir
+    try:
+        loop.keep_compiled(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    assert whole.exists()
+    assert not torn.exists()
+
+
+def test_a_layout_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run = tiny_run(parallel=ParallelConfig(tensor=3))
+    with pytest.raises(UserError, match="tiny: tensor=3 must divide"):
+        sweep.run_sweep(experiment(run), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failure_is_recorded_and_the_sweep_goes_on(
@@ -136,7 +168,7 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
 
     monkeypatch.setattr(loop, "train", train)
     grid = experiment(tiny_run("bad", seed=1), tiny_run("good", seed=2))
-    assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(1, 1, 0)
+    assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(1, 1)
     bad = run_directory(tmp_path, "tiny", grid.runs[0])
     assert bad.state() == "failed"
     assert "out of luck" in json.loads(bad.failure_file.read_text())["traceback"]
@@ -145,7 +177,8 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
     monkeypatch.setattr(
         loop, "train", lambda r, d, s: train(dataclasses.replace(r, name="x"), d, s)
     )
-    assert sweep.run_sweep(grid, tmp_path, retry_failed=True) == sweep.Outcome(2, 0, 0)
+    sweep.forget_failures(grid, tmp_path)
+    assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
 
 
 def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(
