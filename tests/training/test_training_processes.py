@@ -1,0 +1,71 @@
+"""Real processes: workers that share a grid, and a mesh of several devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_run, write_corpus
+
+from gqa_scaling.runs import RunDirectory, run_directory
+
+GRID = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+from tiny import tiny_run
+def runs():
+    return [tiny_run(f"seed{{i}}", seed=i) for i in range(3)]
+"""
+
+
+def gqa_scaling(
+    folder: Path, *arguments: str, devices: int = 1
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "gqa_scaling", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "corpus")
+    (tmp_path / "grid.py").write_text(GRID)
+    assert gqa_scaling(tmp_path, "prepare", "grid.py").returncode == 0
+    return tmp_path
+
+
+def results(folder: Path) -> list[tuple[RunDirectory, dict]]:
+    directories = [
+        RunDirectory(f.parent) for f in sorted((folder / "runs/grid").glob("*/result.json"))
+    ]
+    return [(d, d.result()) for d in directories]
+
+
+@pytest.mark.slow
+def test_workers_train_each_run_once(folder: Path) -> None:
+    done = gqa_scaling(folder, "run", "grid.py", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert [len(d.attempts()) for d, _ in results(folder)] == [1, 1, 1]
+    again = gqa_scaling(folder, "run", "grid.py", "--workers", "2")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == "grid: all 3 runs are finished in runs\n"
+    status = gqa_scaling(folder, "status", "grid.py", "--json")
+    assert json.loads(status.stdout)["counts"]["done"] == 3
+
+
+@pytest.mark.slow
+def test_a_mesh_of_four_devices_gives_the_same_losses(folder: Path) -> None:
+    run = tiny_run("seed0")
+    only = ("run", "grid.py", "--only", "seed0")
+    losses = []
+    for devices, layout in ((1, ()), (4, ("--parallel.fsdp", "2", "--parallel.tensor", "2"))):
+        root = f"runs{devices}"
+        done = gqa_scaling(folder, *only, "--root", root, *layout, devices=devices)
+        assert done.returncode == 0, done.stderr
+        directory = run_directory(folder / root, "grid", run)
+        losses.append([m["learning/loss"] for m in directory.metrics()])
+        mesh = directory.result()["result"]["layout"]["mesh"]
+    assert mesh == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
