@@ -1,4 +1,4 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny.py, also run as a process of its own
+sys.path.insert(0, str(Path(__file__).parent))  # training_kit.py, also run as a process of its own

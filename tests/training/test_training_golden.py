@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny_run
+from training_kit import tiny_run
 
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.loop import train_step

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_run, write_corpus
+from training_kit import tiny_run, write_corpus
 
 from gqa_scaling.data import prepare
 from gqa_scaling.runs import run_directory
 
-TINY = Path(__file__).with_name("tiny.py")
+TINY = Path(__file__).with_name("training_kit.py")
 
 
 def start(folder: Path, *moment: str) -> int:

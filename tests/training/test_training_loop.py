@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_run, write_corpus
+from training_kit import tiny_run, write_corpus
 
 from gqa_scaling import costs, sweep
 from gqa_scaling.checkpoint import load_parameters

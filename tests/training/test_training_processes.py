@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_run, write_corpus
+from training_kit import tiny_run, write_corpus
 
 from gqa_scaling.runs import RunDirectory, run_directory
 
 GRID = f"""
 import sys
 sys.path.append({str(Path(__file__).parent)!r})
-from tiny import tiny_run
+from training_kit import tiny_run
 def runs():
     return [tiny_run(f"seed{{i}}", seed=i) for i in range(3)]
 """

@@ -1,6 +1,6 @@
 """A tiny experiment on generated text, for tests that train. Also run as a process of its own:
 
-python tiny.py MOMENT      train in the working directory, killed with SIGKILL at MOMENT
+python training_kit.py MOMENT      train in the working directory, killed with SIGKILL at MOMENT
 """
 
 import dataclasses
