@@ -95,7 +95,7 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def measured_peak(size: int = 1024, repeats: int = 5) -> float:
+def measured_peak(size: int = 1024, repeats: int = 20) -> float:
     """fp32 FLOP/s of this machine's CPU: the best of a few square matrix products."""
     a = np.ones((size, size), np.float32)
     best = float("inf")
