@@ -10,7 +10,7 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 	$(BIN)/gqa-scaling run experiments.smoke --workers 2
 	$(BIN)/gqa-scaling report experiments.smoke
 
-test: $(READY)  ## the tests, about five minutes
+test: $(READY)  ## the tests, about two minutes
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY)  ## the tests that take minutes each

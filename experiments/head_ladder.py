@@ -5,8 +5,8 @@
     gqa-scaling run experiments.head_ladder
 
 On a pod of at least 8 chips (fsdp=8). 20 tokens per parameter, batches of 512K tokens. The corpus is yours: put it at
-data/slimpajama as text, JSONL or Parquet files with a GPT-2 tokenizer.json beside it, or name
-another with --data.corpus and --data.tokenizer.
+data/slimpajama as text, JSONL or Parquet files and the GPT-2 tokenizer at data/gpt2/tokenizer.json,
+or name your own with --data.corpus DIR --data.tokenizer FILE.
 """
 
 from gqa_scaling.config import (

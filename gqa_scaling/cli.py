@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend."""
     try:
         args, rest = _parser().parse_known_args(argv)
+        args.command = shlex.join(["gqa-scaling", *(sys.argv[1:] if argv is None else argv)])
         if args.root is not None:
             os.environ["GQA_SCALING_RUNS"] = args.root
         return VERBS[args.verb][0](args, rest)
@@ -113,7 +115,11 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="PATTERN", help="only the runs whose name matches")
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        help="only runs whose name holds this text or matches this glob",
+    )
     parser.add_argument(
         "--shard", metavar="i/n", help="only every n-th run, from the i-th (0/n is the first)"
     )
@@ -148,7 +154,7 @@ def _print_json(value: Any) -> None:
 def _print_table(*parts: Any) -> None:
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     for part in parts:
         console.print(part, markup=not isinstance(part, str))  # a note may hold brackets
 
@@ -156,9 +162,18 @@ def _print_table(*parts: Any) -> None:
 def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.data import prepare
 
+    require(args.workers is None or args.workers > 0, f"--workers {args.workers} must be above 0")
     experiment = _experiment(args, rest)
     for data in {run.data.store_path: run.data for run in experiment.runs}.values():
         store = prepare(data, workers=args.workers, rebuild=args.rebuild)
+        share = store.heldout_tokens / (store.heldout_tokens + store.train_tokens)
+        if share < data.heldout_fraction / 3:
+            print(
+                f"warning: {share:.2%} of the tokens are held out instead of "
+                f"{data.heldout_fraction:.2%}, for want of documents: split the text into more, or "
+                "prepare again with --data.heldout-fraction 0.2 --rebuild",
+                file=sys.stderr,
+            )
         print(
             f"{store.path}: {store.train_tokens:,} training and {store.heldout_tokens:,} held-out "
             f"tokens, vocabulary {store.vocab_size:,}, hash {store.hash[:12]}"
@@ -213,7 +228,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     experiment, root = _experiment(args, rest), runs_root()
     left = sweep.pending(experiment, root)
     if not left:
-        print(f"{experiment.name}: all {len(experiment.runs)} runs are finished in {root}")
+        print(
+            f"{experiment.name}: all {len(experiment.runs)} runs are finished in {root / experiment.name}"
+        )
         return 0
     if args.retry_failed:
         sweep.forget_failures(experiment, root)
@@ -224,7 +241,12 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             code = sweep.run_workers(command, args.workers, len(left))
         else:
             code = sweep.run_sweep(experiment, root).exit_code
-    return code if args.cores is not None else max(code, sweep.report_end(experiment, root))
+    if args.cores is not None:
+        return code
+    code = max(code, sweep.report_end(experiment, root))
+    if code == 0:
+        print(f"{experiment.name}: finished; next: gqa-scaling report {args.experiment}")
+    return code
 
 
 def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
@@ -265,10 +287,12 @@ def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
 PUBLISHED = "chen2025"
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", help=f"experiment, CSV file, or {PUBLISHED} (the published points, shipped here)"
-    )
+SOURCES = f"""experiment; CSV file with columns n_heads, n_kv_heads, loss and n_params or n_layers,
+d_model (docs/using.md); or {PUBLISHED}, the published points, shipped here"""
+
+
+def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
+    parser.add_argument("source", help=what)
     _add_json(parser)
     parser.add_argument(
         "--law",
@@ -294,7 +318,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_suggest(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
+    _add_source(parser, "experiment: its finished runs and the rest of its grid")
     parser.add_argument("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
     parser.add_argument("--most", type=int, default=8, help="how many runs at most (default: 8)")
 
@@ -334,14 +358,15 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_question(parser)
-    parser.add_argument("--output", help="the page (default: runs/<experiment>/report.html)")
+    parser.add_argument(
+        "--output", help="the page (default: runs/NAME/report.html, or NAME-report/ beside a CSV)"
+    )
 
 
-def _fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "Fit", Question]:
-    """The source's results and their fit, and the question it comes with."""
+def _source(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", Question]:
+    """The source's finished runs and the question it comes with."""
     from gqa_scaling.experiment import load_experiment
     from gqa_scaling.runs import runs_root
-    from gqa_scaling.study.fit import fit
     from gqa_scaling.study.results import from_csv, from_runs, published
 
     if args.source == PUBLISHED or args.source.endswith(".csv"):
@@ -350,15 +375,19 @@ def _fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "
             f"unexpected argument {rest[0] if rest else ''!r}: {args.source} has no fields",
         )
     if args.source == PUBLISHED:
-        results, question = published(), PUBLISHED_QUESTION
-    elif args.source.endswith(".csv"):
-        results, question = from_csv(Path(args.source)), Question()
-    else:
-        experiment = load_experiment(args.source, rest)
-        results = from_runs(runs_root(), experiment.name, experiment.runs)
-        question = experiment.question
+        return published(), PUBLISHED_QUESTION
+    if args.source.endswith(".csv"):
+        return from_csv(Path(args.source)), Question()
+    experiment = load_experiment(args.source, rest)
+    results = from_runs(runs_root(), experiment.name, experiment.runs)
+    return results, experiment.question
+
+
+def _fit_of(args: argparse.Namespace, results: "Results") -> "Fit":
+    from gqa_scaling.study.fit import fit
+
     require(args.refits > 0, f"--refits {args.refits} must be greater than 0")
-    fitted = fit(
+    return fit(
         results,
         context_length=args.context,
         law=args.law,
@@ -366,7 +395,6 @@ def _fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "
         robust=args.robust,
         refits=args.refits,
     )
-    return results, fitted, question
 
 
 PUBLISHED_QUESTION = Question(
@@ -382,7 +410,7 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
     baseline = None
     if args.baseline is not None:
         heads = args.baseline.split(",")
-        valid = len(heads) == 2 and all(h.strip().isdigit() for h in heads)
+        valid = len(heads) == 2 and all(h.strip().isdecimal() for h in heads)
         require(valid, f"--baseline {args.baseline!r} must be n_heads,n_kv_heads such as 8,8")
         baseline = (int(heads[0]), int(heads[1]))
     changes = {
@@ -401,7 +429,8 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", "
     from gqa_scaling.hardware import GIB, changed, hardware
     from gqa_scaling.study.frontier import Serving, frontier
 
-    results, fitted, question = _fitted(args, rest)
+    results, question = _source(args, rest)
+    fitted = _fit_of(args, results)
     serving = Serving(
         batch=args.batch,
         weight_bytes=args.weight_bytes,
@@ -419,7 +448,8 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.compare import compare
     from gqa_scaling.study.heads import head_laws
 
-    results, fitted, _ = _fitted(args, rest)
+    results, _ = _source(args, rest)
+    fitted = _fit_of(args, results)
     scores = compare(results, context_length=args.context) if args.compare else ()
     heads = head_laws(fitted) if args.heads else ()
     if args.json:
@@ -441,8 +471,10 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     is_experiment = args.source != PUBLISHED and not args.source.endswith(".csv")
     require(is_experiment, f"suggest needs the grid of an experiment, not {args.source}")
-    results, fitted, question = _fitted(args, rest)
-    losses = question.losses or target_losses(fitted)
+    results, question = _source(args, rest)
+    if args.context is not None:
+        results = results.select(results.context_length == args.context)
+    losses = question.losses or target_losses(_fit_of(args, results))
     grid = list(load_experiment(args.source, rest).runs)
     question = replace(question, losses=tuple(losses))
     found = suggest(results, grid, question, budget_flops=args.budget_flops, most=args.most)
@@ -471,12 +503,16 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.tables import frontier_tables
 
     results, fitted, answer = _answer(args, rest)
-    name = Path(args.source).stem if args.source.endswith((".csv", ".py")) else args.source
-    default = runs_root() / name.rpartition(".")[2] / "report.html"
-    path = Path(args.output) if args.output else default
+    source = Path(args.source)
+    if source.suffix == ".csv":
+        folder = source.with_name(f"{source.stem}-report")
+    else:
+        folder = runs_root() / (
+            source.stem if source.suffix == ".py" else args.source.split(".")[-1]
+        )
+    path = Path(args.output) if args.output else folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["gqa-scaling", "report", args.source, *rest])
-    write_report(path, results, fitted, answer, command=command)
+    write_report(path, results, fitted, answer, command=args.command)
     if args.json:
         _print_json({"report": str(path), "frontier": answer.to_dict()})
     else:

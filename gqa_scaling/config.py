@@ -475,5 +475,5 @@ class Question:
         for context in self.contexts:
             require(context > 0, f"context {context} must be greater than 0")
         for loss in self.losses or ():
-            require(loss > 0, f"target loss {loss} must be greater than 0 nats")
+            require(0 < loss < math.inf, f"target loss {loss} must be a number of nats above 0")
         _one_of(self, "convention", ("per_token", "per_sequence"))

@@ -96,6 +96,8 @@ def _experiments_hint(spec: str) -> str:
     if not known:
         return "; there is no folder experiments/ here"
     name = spec.removesuffix(".py").replace("/", ".")
+    if f"experiments.{name}" in known:
+        return f" (did you mean experiments.{name}?)"
     return nearest(name, known) or f"; known: {', '.join(known)}"
 
 

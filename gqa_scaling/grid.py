@@ -91,7 +91,8 @@ def with_learning_rate(
     choice = choices.get((run.model.n_layers, run.model.d_model))
     rate = run.optimizer.learning_rate if choice is None else choice.learning_rate
     if choice is None:
-        note = f"learning rate {rate:g} as declared; {sweep} has not finished this size"
+        size = f"L{run.model.n_layers} d{run.model.d_model}"
+        note = f"learning rate {rate:g} as declared; {sweep} has not finished {size}"
     else:
         edge = f", AT THE {choice.edge.upper()} RATE TRIED" if choice.edge else ""
         note = f"learning rate {rate:g} from {sweep} ({len(choice.tried)} tried{edge})"

@@ -90,7 +90,8 @@ def nearest_buildable(
     Nearest in N and in aspect ratio together, the ratio counting a quarter, both on a log scale.
     """
     ideal = interpolate(n, n_heads, n_kv_heads, head_dim, ladder)
-    middle, spread = round(ideal.n_layers), max(1, round(0.15 * ideal.n_layers))
+    middle = round(ideal.n_layers)
+    spread = min(max(1, round(0.15 * ideal.n_layers)), 16)
     width = round(ideal.d_model / multiple)
 
     def distance(shape: Shape) -> float:

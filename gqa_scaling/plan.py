@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError, require
@@ -141,7 +142,11 @@ def make_plan(
     known = train_tokens or {}
     require(devices > 0, f"devices={devices} must be greater than 0")
     for run in experiment.runs:
-        check_layout(run, devices)
+        try:
+            check_layout(run, devices)
+        except UserError as error:
+            other = "plan for other devices with --hardware NAME --devices N"
+            raise UserError(f"{error}; {other}") from None
         if run.data.store_path in known:
             check_epochs(run, known[run.data.store_path])
     runs = tuple(
@@ -164,8 +169,10 @@ def check_epochs(run: RunConfig, train_tokens: int) -> None:
 def plan_table(plan: Plan) -> Table:
     """The plan as people read it."""
     h = plan.hardware
+    batches = {(r.batch_size, r.context_length) for r in plan.runs}
+    each = "".join(f", batches of {b} x {t:,} tokens" for b, t in batches if len(batches) == 1)
     table = Table(
-        title=f"{plan.experiment} on {plan.devices} x {h.name}",
+        title=f"{plan.experiment} on {plan.devices} x {h.name}{each}",
         caption=f"FLOPs: model FLOPs of forward and backward, causal attention, output head "
         f"included. Time: {h.peak_flops / 1e12:.3g} TFLOP/s peak x MFU {h.mfu:g}, and "
         f"{h.start_seconds:g} s to start. Memory: per device, an estimate ({byte_size(h.memory)} "
@@ -182,28 +189,34 @@ def plan_table(plan: Plan) -> Table:
         "N",
         "batch x T",
         "tokens",
-        "steps",
         "FLOPs",
         "memory",
         "time",
+        "epochs",
     )
-    for i, column in enumerate((*columns, "epochs")):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    hidden = {"batch x T"} if len(batches) == 1 else set()
+    hidden |= {"epochs"} if all(r.epochs is None for r in plan.runs) else set()
+    shown = [i for i, column in enumerate(columns) if column not in hidden]
+    for i in shown:
+        wraps = i == 0  # a narrow terminal folds names and never cuts numbers
+        table.add_column(
+            columns[i], justify="left" if wraps else "right", no_wrap=not wraps, overflow="fold"
+        )
     for r in plan.runs:
         too_large = r.training_bytes > h.memory
-        table.add_row(
+        cells = (
             r.name,
-            f"{r.n_layers} x {r.d_model}",
+            f"{r.n_layers}x{r.d_model}",
             f"{r.n_heads},{r.n_kv_heads}",
             quantity(r.n_exact),
-            f"{r.batch_size} x {r.context_length}",
+            f"{r.batch_size}x{r.context_length}",
             quantity(r.tokens),
-            str(r.steps),
             f"{r.training_flops:.1e}",
-            f"{'[red]' if too_large else ''}{byte_size(r.training_bytes)}",
+            Text(byte_size(r.training_bytes), style="red" if too_large else ""),
             duration(r.seconds),
             "?" if r.epochs is None else f"{r.epochs:.2f}",
         )
+        table.add_row(*(cells[i] for i in shown))
     return table
 
 

@@ -97,7 +97,7 @@ def test_a_finished_experiment_is_seen_to_be_finished_without_jax(workplace):
         finish(directory)
     command = [sys.executable, "-c", LOADED, "run", TINY]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["tiny: all 6 runs are finished in runs", "loaded:"]
+    assert done.stdout.splitlines() == ["tiny: all 6 runs are finished in runs/tiny", "loaded:"]
 
 
 def test_help_lists_every_verb_and_each_verb_has_help(call):
@@ -292,7 +292,7 @@ def test_status_reads_the_root_that_it_is_given(call, workplace):
 def test_a_finished_experiment_is_not_run_again(call):
     for directory in directories():
         finish(directory)
-    assert call("run", TINY) == (0, "tiny: all 6 runs are finished in runs\n", "")
+    assert call("run", TINY) == (0, "tiny: all 6 runs are finished in runs/tiny\n", "")
 
 
 def test_learning_rates_for_programs(call):

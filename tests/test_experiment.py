@@ -54,7 +54,7 @@ def test_an_experiment_without_question_and_docstring(workplace):
         ("experiments/tinny.py", "no such file (did you mean experiments.tiny?)"),
         ("experiments/tiny", "(did you mean experiments.tiny?)"),
         ("./experiments/tiny", "(did you mean experiments.tiny?)"),
-        ("tiny", "known: experiments.tiny"),
+        ("tiny", "did you mean experiments.tiny?"),
         ("zzz.zzz", "known: experiments.tiny"),
         ("", "known: experiments.tiny"),
         ("experiments..tiny", "unknown experiment"),

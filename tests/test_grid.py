@@ -101,4 +101,4 @@ def test_a_size_without_a_result_keeps_its_rate_and_says_so():
     kept = with_learning_rate(run(rate=7e-4), {}, "rates")
     assert kept.optimizer.learning_rate == 7e-4
     assert kept.digest == run(rate=7e-4).digest
-    assert kept.note == "learning rate 0.0007 as declared; rates has not finished this size"
+    assert kept.note == "learning rate 0.0007 as declared; rates has not finished L2 d32"

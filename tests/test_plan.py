@@ -129,9 +129,7 @@ def test_table_has_a_row_for_each_run():
     assert "first" in text
     assert "4,2" in text
     row = next(line for line in text.splitlines() if "second" in line)
-    assert "10000" in row
     assert "2.56M" in row
-    assert "?" in row
 
 
 def test_plan_reads_the_layout():

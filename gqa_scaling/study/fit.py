@@ -101,6 +101,11 @@ def points(results: Results, context_length: int | None = None) -> Points:
             f"{r.source}: runs at context lengths {', '.join(map(str, lengths))} cannot share a "
             "curve; name one of them",
         )
+    require(
+        len(np.unique(r.head_dim)) == 1,
+        f"{r.source}: head sizes {', '.join(map(str, np.unique(r.head_dim)))} cannot share a study; "
+        "fit one of them",
+    )
     shape = list(zip(r.heads, r.n_params, r.n_layers, r.d_model, strict=True))
     cells: dict[tuple, list[int]] = {}
     for i in sorted(range(len(r)), key=lambda i: shape[i]):
@@ -409,7 +414,7 @@ def fit(
         refits_failed=int((~done).sum()),
         seed=seed,
     )
-    return _flagged(fitted, flags(results))
+    return _flagged(fitted, (*flags(results), *_budget_flag(results)))
 
 
 _STRENGTHS = tuple(np.geomspace(1e-3, 1e5, 25))
@@ -540,6 +545,21 @@ def _influence(
 def _r2(y: np.ndarray, predicted: np.ndarray, w: np.ndarray) -> float:
     total = (w * (y - np.average(y, weights=w)) ** 2).sum()
     return float(1 - (w * (y - predicted) ** 2).sum() / total) if total > 0 else float("nan")
+
+
+def _budget_flag(results: Results) -> list[str]:
+    """A warning when neither tokens nor tokens per parameter are the same for all runs."""
+    tokens = np.asarray(results.tokens, float)
+    known = np.isfinite(tokens)
+    if not known.any():
+        return []
+    for budget in (tokens[known], tokens[known] / results.n_params[known]):
+        if budget.max() <= 1.1 * budget.min():
+            return []
+    return [
+        "neither tokens nor tokens per parameter are the same for all runs: the curves mix what size "
+        "does with what data does"
+    ]
 
 
 def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import ModelConfig, Question, require
+from gqa_scaling.config import ModelConfig, Question, require, round_up
 from gqa_scaling.costs import (
     HardwareCost,
     inference_flops,
@@ -41,16 +41,17 @@ OBJECTIVES: dict[Objective, str] = {
     "seconds": "seconds per token",
     "dollars": "dollars per million tokens",
 }
-CACHE_BYTES = 2  # of a value in bf16, weights and KV cache alike
+MISSED = 0.05  # a larger share of refits that never reach the loss is said so
 
 
 @dataclass(frozen=True)
 class Serving:
     """How the model is served, for costs in bytes, seconds and dollars, and what must hold.
 
-    `batch` sequences share one copy of the weights (N, without embeddings). Decoding one token of
-    each takes the longer of reading all bytes at the hardware's bandwidth and computing at its
-    peak times its MFU. `limit_bytes` and `kv_multiple` rule configurations out.
+    `batch` sequences share one copy of the weights. What is held are all weights, embeddings
+    included, and the KV caches. Decoding one token of each takes the longer of reading the bytes
+    of N (without embeddings) and the caches at the hardware's bandwidth and computing at its peak
+    times its MFU. `limit_bytes`, of what is held, and `kv_multiple` rule configurations out.
     """
 
     batch: int = 1
@@ -65,23 +66,27 @@ class Serving:
             value = getattr(self, name)
             require(value > 0, f"{name}={value} must be greater than 0")
 
+    def sizes(self) -> str:
+        """The batch and the bytes of weights and cached values, in words."""
+        return (
+            f"batch {self.batch}, {self.weight_bytes:g} bytes a weight, "
+            f"{self.cache_bytes:g} a cached value"
+        )
+
     def describe(self) -> str:
         """In words, for what is printed."""
         where = f" on {self.hardware.name}" if self.hardware else ""
         limit = f", at most {self.limit_bytes:.4g} bytes" if math.isfinite(self.limit_bytes) else ""
         many = f", n_kv a multiple of {self.kv_multiple}" if self.kv_multiple > 1 else ""
-        return (
-            f"batch {self.batch}, {self.weight_bytes:g} bytes a weight, {self.cache_bytes:g} a "
-            f"cached value{where}{limit}{many}"
-        )
+        return f"{self.sizes()}{where}{limit}{many}"
 
 
 @dataclass(frozen=True)
 class Costs:
     """Memory in values, FLOPs in the named convention, Z; memory and FLOPs also without context.
 
-    `bytes`, `seconds` per decoded token and `dollars` per million of them are those of `Serving`;
-    the last two are NaN when it names no hardware.
+    `bytes` held (embeddings included), `seconds` per decoded token and `dollars` per million of
+    them are those of `Serving`; the last two are NaN when it names no hardware.
     """
 
     memory: Any
@@ -99,8 +104,9 @@ class Model:
     """A model that can be built, nearest to a real-valued N*.
 
     `n` is counted as the fit counts, `loss` is the fitted curve there, in nats, with its
-    interval; `parameters` is the whole built model. Memory is in values and, at two bytes a
-    value, in bytes for the weights (embedding included) and one sequence's KV cache.
+    interval (of the curve, not of one run); `parameters` is the whole built model. Memory is in
+    values; bytes are of the weights (embeddings included) and the whole batch's KV caches, at the
+    bytes a value that `Serving` says.
     """
 
     n_layers: int
@@ -117,8 +123,8 @@ class Model:
     memory: float
     flops: float
     z: float
-    weight_bytes: int
-    cache_bytes: int
+    weight_bytes: float
+    cache_bytes: float
 
 
 @dataclass(frozen=True)
@@ -126,9 +132,11 @@ class Choice:
     """One configuration at one (loss, context).
 
     `cost` is the objective, `excess` how much dearer than the cheapest (0.02 is 2%), `regret` the
-    expected excess over the draws, `probability` that of being cheapest, `unreachable` the share
-    of draws in which no N reaches the loss. Savings are 1 - cost / baseline's, of memory, FLOPs
-    and Z, with intervals over the draws.
+    expected excess over the draws (infinite when some draw reaches the loss only with another),
+    `probability` that of being cheapest, both over the draws in which something reaches the loss;
+    `unreachable` the share of draws in which no N reaches it within what must hold. Savings are
+    1 - cost / baseline's, of memory, FLOPs and Z, with intervals over the draws; NaN where the
+    baseline never reaches the loss.
     """
 
     heads: Heads
@@ -161,8 +169,9 @@ class Choice:
 class Answer:
     """All configurations for one target loss (nats) and context (tokens), cheapest first.
 
-    `tied` are those needed to hold 90% of the probability of being cheapest; `margin` is how much
-    dearer the runner-up is.
+    `tied` are the best and those needed to hold 90% of the probability of being cheapest;
+    `margin` is how much dearer the runner-up is, `baseline_unreachable` the share of draws in
+    which the baseline never reaches the loss. `model` is None where none can be built that fits.
     """
 
     loss: float
@@ -170,6 +179,7 @@ class Answer:
     choices: tuple[Choice, ...]
     tied: tuple[Heads, ...]
     margin: float
+    baseline_unreachable: float
     model: Model | None
 
     @property
@@ -200,19 +210,19 @@ class Frontier:
 
     def to_dict(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
-        out["units"] = units(self.question)
+        out["units"] = units(self.question, self.serving)
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
         return plain(out)
 
 
-def units(question: Question) -> dict[str, str]:
+def units(question: Question, serving: Serving | None = None) -> dict[str, str]:
     """The unit of every kind of number in a frontier."""
     flops = {
         "per_token": "FLOPs of one token at the context, per_token: 2 N + 4 T L d_h n_h",
         "per_sequence": "FLOPs as plotted by the paper, per_sequence: T (N + 2 T L d_h n_h)",
     }[question.convention]
-    q = question
+    q, s = question, serving or Serving()
     return {
         "loss": "nats per token",
         "context": "tokens",
@@ -220,7 +230,9 @@ def units(question: Question) -> dict[str, str]:
         "memory": "values: N + 2 T L d_h n_kv",
         "flops": flops,
         "z": f"{q.weight:g} memory^{q.memory_power:.3g} + {1 - q.weight:.3g} flops^{q.compute_power:.3g}",
-        "bytes": f"models to build: {CACHE_BYTES} bytes a value, embeddings included",
+        "bytes": f"bytes held, embeddings included: {s.sizes()}",
+        "weight_bytes": f"bytes of the built model, embeddings included: {s.weight_bytes:g} a weight",
+        "cache_bytes": f"bytes of {s.batch} KV caches: {s.cache_bytes:g} a value",
         "seconds": "per decoded token",
         "dollars": "per million decoded tokens",
         "saving": "1 - cost / baseline's cost",
@@ -234,24 +246,39 @@ def units(question: Question) -> dict[str, str]:
 class Scale:
     """What turns the fit's N into shapes: the study's ladder, head size and way of counting.
 
-    `formula` is the ratio of `n_formula` to the fit's own count, by ln N, from the runs: 1 for
-    published points, a little less for built models, whose FFN is rounded up.
+    `ratios` holds, for each head configuration, ln N of its runs and the ratio of `n_formula` to
+    the fit's own count there: 1 for published points, a little less for built models, whose FFN
+    is rounded up. Under None are all runs together, for configurations without runs. `template`
+    is the architecture that shapes are put into.
     """
 
     ladder: tuple[tuple[int, int], ...]
     head_dim: int
-    vocab_size: int
-    log_n: np.ndarray
-    formula: np.ndarray
+    template: ModelConfig
+    ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]]
     count: str
 
-    def to_formula(self, n: np.ndarray | float) -> np.ndarray:
-        finite = np.where(np.isfinite(n), n, 1.0)
-        return n * np.interp(np.log(finite), self.log_n, self.formula)
+    def to_formula(self, n: np.ndarray | float, heads: Heads | None = None) -> np.ndarray:
+        """`n_formula` of a model that the fit counts as n."""
+        log_n, formula = self.ratios.get(heads, self.ratios[None])
+        return n * np.interp(np.log(np.where(np.isfinite(n), n, 1.0)), log_n, formula)
 
-    def from_formula(self, n: np.ndarray) -> np.ndarray:
+    def from_formula(self, n: np.ndarray, heads: Heads | None = None) -> np.ndarray:
         """The fit's own count of a model whose `n_formula` is n."""
-        return n / np.interp(np.log(n), self.log_n + np.log(self.formula), self.formula)
+        log_n, formula = self.ratios.get(heads, self.ratios[None])
+        return n / np.interp(np.log(n), log_n + np.log(formula), formula)
+
+    def model(self, layers: int, width: int, heads: Heads) -> ModelConfig:
+        """The model of this shape, built as the runs were; an FFN of their own keeps its ratio."""
+        t = self.template
+        d_ff = t.d_ff and round_up(t.d_ff * width / t.d_model, 32)
+        return dataclasses.replace(
+            t, n_layers=layers, d_model=width, n_heads=heads[0], n_kv_heads=heads[1], d_ff=d_ff
+        )
+
+    def embeddings(self, width: np.ndarray | float) -> Any:
+        """Parameters of the embedding and, where it is not tied, the output matrix."""
+        return (1 if self.template.tie_embeddings else 2) * self.template.vocab_size * width
 
 
 def scale_of(results: Results) -> Scale:
@@ -263,14 +290,18 @@ def scale_of(results: Results) -> Scale:
         f"{r.source}: the runs mix head sizes {', '.join(map(str, dims))}; a configuration would "
         "not say what it costs: fit one head size at a time",
     )
-    order = np.argsort(r.n_params)
-    n = r.n_params[order]
-    formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order] / n
-    known = r.n_layers[order] > 0
-    if not known.all():
-        n, formula = np.array([1.0]), np.array([1.0])
+    ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]] = {None: (np.zeros(1), np.ones(1))}
+    if (r.n_layers > 0).all():
+        order = np.argsort(r.n_params)
+        n = r.n_params[order]
+        formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order] / n
+        ratios[None] = np.log(n), formula
+        for heads in set(r.heads):
+            own = (r.n_heads[order] == heads[0]) & (r.n_kv_heads[order] == heads[1])
+            ratios[heads] = np.log(n[own]), formula[own]
     vocab = int(r.vocab_size[0]) or 50304
-    return Scale(r.ladder, dims[0], vocab, np.log(n), formula, r.count)
+    template = r.template or ModelConfig(1, 64, 1, 1, head_dim=dims[0], vocab_size=vocab)
+    return Scale(r.ladder, dims[0], template, ratios, r.count)
 
 
 def costs_at(
@@ -283,19 +314,20 @@ def costs_at(
 ) -> tuple[Costs, np.ndarray, np.ndarray]:
     """Costs at N*, and the (L, d) they were taken at; infinite where N* is."""
     n = np.asarray(n, float)
-    layers, width = shapes(scale.to_formula(n), heads, scale.head_dim, scale.ladder)
+    layers, width = shapes(scale.to_formula(n, heads), heads, scale.head_dim, scale.ladder)
     memory = inference_memory(n, context, layers, scale.head_dim, heads[1])
     flops = inference_flops(n, context, layers, scale.head_dim, heads[0], question.convention)
     fixed = inference_flops(n, context, 0, scale.head_dim, heads[0], question.convention)
     z = HardwareCost(question.weight, question.memory_power, question.compute_power)
     s = serving or Serving()
     cached = kv_cache_values(context, layers, scale.head_dim, heads[1])
-    held = s.weight_bytes * n + s.cache_bytes * s.batch * cached
+    read = s.weight_bytes * n + s.cache_bytes * s.batch * cached
+    held = read + s.weight_bytes * scale.embeddings(width)
     seconds = dollars = np.full_like(n, math.nan)
     if s.hardware:
         compute = s.batch * inference_flops(n, context, layers, scale.head_dim, heads[0])
         busy = compute / (s.hardware.peak_flops * s.hardware.mfu)
-        step = np.maximum(busy, held / s.hardware.bandwidth)
+        step = np.maximum(busy, read / s.hardware.bandwidth)
         seconds = step / s.batch
         dollars = seconds * s.hardware.price / 3600 * 1e6
     costs = Costs(memory, flops, z(memory, flops), n, fixed, held, seconds, dollars)
@@ -327,8 +359,8 @@ def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
 
 
 def default_baseline(heads: Sequence[Heads]) -> Heads:
-    """The most query heads with as many KV heads; the most KV heads where none has as many."""
-    return max(heads, key=lambda h: (h[0] == h[1], h))
+    """The most query heads and, among those, the most KV heads."""
+    return max(heads)
 
 
 def frontier(
@@ -371,7 +403,7 @@ def frontier(
         losses=tuple(losses),
         answers=answers,
         intervals=fit.how,
-        flags=(*fit.flags, *_flags(answers, results)),
+        flags=(*fit.flags, *_flags(answers, fit, results, q, baseline)),
     )
 
 
@@ -425,7 +457,7 @@ def _answer(
                 excess=float(cost[k] / least - 1) if np.isfinite(cost[k]) else math.inf,
                 probability=float(probability[k]),
                 regret=float(regret[k]),
-                unreachable=float(np.isinf(n_draws[:, k]).mean()),
+                unreachable=float(np.isinf(draws[:, k]).mean()),
                 extrapolated=not low <= n[k] <= high,
                 bytes=float(point[k].bytes),
                 saving={m: float(v) for m, v in saving.items()},
@@ -434,20 +466,24 @@ def _answer(
         )
     choices.sort(key=lambda c: (c.cost, -c.probability, c.heads))
     best = choices[0]
-    model = build(fit, scale, q, best, context) if best.reached else None
+    model = build(fit, scale, q, best, context, serving) if best.reached else None
+    if model and model.weight_bytes + model.cache_bytes > serving.limit_bytes:
+        model = None
     return Answer(
         loss=float(loss),
         context=context,
         choices=tuple(choices),
         tied=tied(choices),
         margin=choices[1].excess if len(choices) > 1 else math.inf,
+        baseline_unreachable=float(np.isinf(n_draws[:, base]).mean()),
         model=model,
     )
 
 
 def _saving(cost: Any, baseline: Any) -> Any:
+    """1 - cost / baseline; NaN where the baseline never reaches the loss."""
     with np.errstate(invalid="ignore"):
-        return 1 - np.divide(cost, baseline)
+        return np.where(np.isinf(baseline), math.nan, 1 - np.divide(cost, baseline))
 
 
 def _finite_interval(draws: np.ndarray) -> Interval:
@@ -458,8 +494,8 @@ def _finite_interval(draws: np.ndarray) -> Interval:
 def decide(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Probability of being cheapest and expected regret, from costs (draws, configurations).
 
-    Draws in which nothing reaches the loss say nothing and are left out; a configuration that
-    misses it in some draw has its regret taken over the others.
+    Draws in which nothing reaches the loss say nothing and are left out; the regret of a
+    configuration that misses it in some other draw is infinite.
     """
     least = draws.min(1)
     kept = np.isfinite(least)
@@ -467,34 +503,35 @@ def decide(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(draws.shape[1]), np.full(draws.shape[1], math.nan)
     draws, least = draws[kept], least[kept]
     probability = np.bincount(draws.argmin(1), minlength=draws.shape[1]) / len(draws)
-    excess = draws / least[:, None] - 1
-    finite = np.isfinite(excess)
-    counted = finite.sum(0)
-    total = np.where(finite, excess, 0.0).sum(0)
-    return probability, np.where(counted, total / np.maximum(counted, 1), math.nan)
+    return probability, (draws / least[:, None] - 1).mean(0)
 
 
 def tied(choices: Sequence[Choice], level: float = LEVEL) -> tuple[Heads, ...]:
-    """The fewest configurations that hold `level` of the probability, most probable first."""
+    """The fewest configurations that hold `level` of the probability, most probable first.
+
+    `choices[0]`, the cheapest by the curves, is always among them; none where it misses the loss.
+    """
+    if not choices[0].reached:
+        return ()
     out, held = [], 0.0
     for choice in sorted(choices, key=lambda c: -c.probability):
         if held >= level - 1e-12 or not choice.probability:
             break
         out.append(choice.heads)
         held += choice.probability
-    return tuple(out)
+    return tuple(out) if choices[0].heads in out else (*out, choices[0].heads)
 
 
-def build(fit: Fit, scale: Scale, q: Question, choice: Choice, context: int) -> Model:
+def build(
+    fit: Fit, scale: Scale, q: Question, choice: Choice, context: int, serving: Serving
+) -> Model:
     """The nearest model one can build to a choice's N*, what it would reach and cost."""
     heads = choice.heads
     multiple = max(8, min(64, reduce(math.gcd, (d for _, d in scale.ladder))))
-    wanted = float(scale.to_formula(choice.n))
+    wanted = float(scale.to_formula(choice.n, heads))
     shape = nearest_buildable(wanted, *heads, scale.head_dim, scale.ladder, multiple)
     layers, width = int(shape.n_layers), int(shape.d_model)
-    config = ModelConfig(
-        layers, width, *heads, head_dim=scale.head_dim, vocab_size=scale.vocab_size
-    )
+    config = scale.model(layers, width, heads)
     formula = n_formula(layers, width, *heads, scale.head_dim)
     n = {
         "n_exact": float(n_exact(config)),
@@ -511,7 +548,7 @@ def build(fit: Fit, scale: Scale, q: Question, choice: Choice, context: int) -> 
         n_heads=heads[0],
         n_kv_heads=heads[1],
         head_dim=scale.head_dim,
-        vocab_size=scale.vocab_size,
+        vocab_size=config.vocab_size,
         n=n,
         n_exact=n_exact(config),
         parameters=parameters(config).total,
@@ -520,13 +557,25 @@ def build(fit: Fit, scale: Scale, q: Question, choice: Choice, context: int) -> 
         memory=memory,
         flops=flops,
         z=float(HardwareCost(q.weight, q.memory_power, q.compute_power)(memory, flops)),
-        weight_bytes=CACHE_BYTES * parameters(config).total,
-        cache_bytes=CACHE_BYTES * cache,
+        weight_bytes=serving.weight_bytes * parameters(config).total,
+        cache_bytes=serving.cache_bytes * serving.batch * cache,
     )
 
 
-def _flags(answers: Sequence[Answer], results: Results) -> list[str]:
+def _goal(answer: Answer) -> str:
+    return f"{answer.loss:g} nats at {answer.context:,} tokens"
+
+
+def _flags(
+    answers: Sequence[Answer], fit: Fit, results: Results, q: Question, baseline: Heads
+) -> list[str]:
     out = []
+    trained = int(fit.context_length or results.context_length.max())
+    if trained and max(q.contexts) > trained:
+        out.append(
+            f"losses were measured at T = {trained:,} tokens: beyond it the answer assumes that "
+            "differences between configurations stay as they are"
+        )
     where = [
         f"{a.loss:g} at {a.context:,}" for a in answers if a.best.extrapolated and a.best.reached
     ]
@@ -535,11 +584,29 @@ def _flags(answers: Sequence[Answer], results: Results) -> list[str]:
             f"the best configuration's N* lies outside its fitted sizes for {len(where)} of "
             f"{len(answers)} answers (marked ~): {'; '.join(where[:3])}{' ...' if len(where) > 3 else ''}"
         )
-    lost = [f"{a.loss:g}" for a in answers if not a.best.reached]
+    lost = [_goal(a) for a in answers if not a.best.reached]
     if lost:
+        out.append(f"no configuration reaches {'; '.join(lost)} with what must hold")
+    missed = [
+        f"{a.best.unreachable:.0%} of the refits never reach {_goal(a)}"
+        for a in answers
+        if a.best.reached and a.best.unreachable > MISSED
+    ]
+    if missed:
+        out.append(f"with the best configuration, {'; '.join(missed)}")
+    unsaved = [
+        f"{a.baseline_unreachable:.0%} of the refits for {_goal(a)}"
+        for a in answers
+        if a.baseline_unreachable > MISSED
+    ]
+    if unsaved:
         out.append(
-            f"no configuration reaches {', '.join(dict.fromkeys(lost))} nats with what must hold"
+            f"the baseline ({baseline[0]},{baseline[1]}) never reaches the loss, so that savings "
+            f"leave them out, in {'; '.join(unsaved)}"
         )
+    unbuilt = [_goal(a) for a in answers if a.best.reached and a.model is None]
+    if unbuilt:
+        out.append(f"no model near the best N* can be built within the bytes: {'; '.join(unbuilt)}")
     open_ended = [a for a in answers if len(a.tied) > 1]
     if open_ended:
         out.append(

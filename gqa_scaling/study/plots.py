@@ -257,7 +257,7 @@ def savings(answers: Frontier) -> Figure:
                     va="bottom",
                     fontsize=8,
                 )
-            axis.set_ylim(0, 1.32 * total.max())
+            axis.set_ylim(0, 1.32 * max(total, default=1.0))
             axis.legend(loc="upper left", fontsize=8, handlelength=1.5)
             axis.grid(False, axis="x")
             axis.tick_params(axis="x", rotation=0 if len(names) < 9 else 60, labelsize=8)

@@ -87,7 +87,7 @@ def page(
 ) -> str:
     """The HTML text; `pictures` are whole <figure> elements by name."""
     template = resources.files("gqa_scaling.study") / "report.html"
-    q, u = frontier.question, units(frontier.question)
+    q, u = frontier.question, units(frontier.question, frontier.serving)
     contexts = ", ".join(f"{c:,}" for c in q.contexts)
     flags = "".join(f"<li>{html.escape(flag)}</li>" for flag in frontier.flags)
     fit_figures = [name for name in pictures if name not in _DECISION]
@@ -107,7 +107,7 @@ def page(
         units=html.escape(
             f"Loss in {u['loss']}. N*: {u['n']} ({fit.count}). Memory in {u['memory']}. "
             f"{u['flops']}. Z = {u['z']}. ~ marks an N* outside the fitted sizes; regret is the "
-            "expected excess cost over the draws."
+            "expected excess cost over the draws, - where some draw reaches the loss only with another."
         ),
         frontier=_frontier_table(frontier),
         savings=_saving_table(frontier),
@@ -159,6 +159,9 @@ def _frontier_table(frontier: Frontier) -> str:
     rows = []
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         best, q = answer.best, tables.quantity
+        if not best.reached:
+            rows.append([*_goal(answer), *["-"] * 9])
+            continue
         rows.append(
             [
                 *_goal(answer),
@@ -186,12 +189,14 @@ def _saving_table(frontier: Frontier) -> str:
     rows = []
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         row = _goal(answer)
+        if not answer.best.reached:
+            rows.append([*row, *["-"] * (len(header) - len(row))])
+            continue
         for kind in _kinds(frontier):
             row.append(tables.percent(answer.best.saving[kind]))
             ends = answer.best.saving_interval[kind]
             row.append(" to ".join(tables.percent(v) for v in ends))
-        second = tables.pair(answer.choices[1].heads) if len(answer.choices) > 1 else "-"
-        rows.append([*row, second, tables.percent(answer.margin, 2)])
+        rows.append([*row, tables.runner_up(answer), tables.percent(answer.margin, 2)])
     return _html(header, rows)
 
 
@@ -212,8 +217,9 @@ def _goal(answer: Answer) -> list[str]:
 
 def _model_table(frontier: Frontier) -> str:
     header = ["context (tokens)", "target (nats)", "heads, KV", "L x d"]
-    header += ["N without embeddings", "all parameters", "predicted loss (nats)", "90% interval"]
-    header += [f"FLOPs ({frontier.question.convention})", "weights (2 bytes)", "KV cache (2 bytes)"]
+    header += ["N without embeddings", "all parameters", "loss of the curve (nats)"]
+    header += ["90% interval of the curve", f"FLOPs ({frontier.question.convention})", "weights"]
+    header += [f"KV cache, {frontier.serving.sizes()}"]
     rows = []
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         m = answer.model
@@ -374,6 +380,7 @@ def frontier_csv(frontier: Frontier) -> str:
                 "excess": c.excess,
                 "probability": c.probability,
                 "regret": c.regret,
+                "unreachable": c.unreachable,
                 "extrapolated": int(c.extrapolated),
             }
             for kind in _kinds(frontier):

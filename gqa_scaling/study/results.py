@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import RunConfig, UserError, require
+from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
 from gqa_scaling.costs import n_formula
 from gqa_scaling.ladder import PUBLISHED_LADDER
 from gqa_scaling.runs import run_directory
@@ -33,7 +33,8 @@ class Results:
     `n_params` are non-embedding parameters counted as `count` says: n_exact (the built model),
     n_formula (8 L d^2 + 2 L d d_h (n_h + n_kv)) or n_given (the file's own). `loss` is in nats,
     `tokens` are training tokens (NaN when unknown), 0 stands for unknown layers and sizes, "" for
-    unknown hashes. `missing` names runs that were asked for and have no result.
+    unknown hashes. `missing` names runs that were asked for and have no result; `template` is the
+    model of one of our runs, whose architecture all of them share.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Results:
     corpus: np.ndarray
     missing: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    template: ModelConfig | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -117,17 +119,20 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     Raises UserError for a damaged file, a loss that is not a number, or runs that cannot be
     compared.
     """
-    rows, missing, versions, devices, seconds = [], [], {}, [], 0.0
+    rows, missing, devices, seconds = [], [], [], 0.0
+    versions: dict[str, list[str]] = {}
+    models: dict[str, ModelConfig] = {}
     for run in runs:
         directory = run_directory(root, experiment, run)
         whole = directory.result()
-        judged = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
+        where = f"{directory.result_file}: run {run.name}"
+        result = _key(whole, "result", where) if whole is not None else {"evaluations": {}}
+        judged = _key(result, "evaluations", where).get(run.evaluation_digest)
         if not judged:
             missing.append(run.name)
             continue
-        result, model = whole["result"], run.model
+        model = models[run.name] = run.model
         data = result.get("data", {})
-        where = f"{directory.result_file}: run {run.name}"
         rows.append(
             {
                 "name": run.name,
@@ -136,20 +141,22 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
                 "head_dim": model.head_dim,
                 "n_layers": model.n_layers,
                 "d_model": model.d_model,
-                "n_params": result["n_exact"],
+                "n_params": _key(result, "n_exact", where),
                 "context_length": run.context_length,
-                "tokens": result["tokens"],
-                "loss": _loss(judged["loss"], where),
+                "tokens": _key(result, "tokens", where),
+                "loss": _loss(_key(judged, "loss", where), where),
                 "seed": run.seed,
                 "learning_rate": run.optimizer.learning_rate,
                 "epochs": result.get("epochs") or math.nan,
                 "evaluation": judged.get("hash", ""),
-                "vocab_size": data.get("vocab_size") or model.vocab_size,
+                "vocab_size": model.vocab_size,
                 "tokenizer": data.get("tokenizer_hash", ""),
                 "corpus": data.get("corpus_hash") or data.get("store_hash", ""),
             }
         )
-        versions |= result.get("versions") or {}
+        for package, version in (result.get("versions") or {}).items():
+            if str(version) not in versions.setdefault(package, []):
+                versions[package].append(str(version))
         seconds += (whole.get("timing") or {}).get("training_seconds") or 0.0
         for attempt in whole.get("attempts") or []:
             device = attempt.get("layout", {}).get("device")
@@ -162,14 +169,43 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     )
     provenance = {
         "experiment": experiment,
-        "versions": versions,
+        "versions": {k: " and ".join(v) for k, v in versions.items()},
         "devices": devices,
         "training_seconds": seconds,
     }
-    source = f"{experiment} ({len(rows)} runs)"
-    return check(
-        _table(rows, source=source, count="n_exact", missing=tuple(missing), provenance=provenance)
+    table = _table(
+        rows,
+        source=f"{experiment} ({len(rows)} runs)",
+        count="n_exact",
+        missing=tuple(missing),
+        provenance=provenance,
+        template=_template(models, experiment),
     )
+    return check(table)
+
+
+def _template(models: dict[str, ModelConfig], experiment: str) -> ModelConfig:
+    """The first model; UserError when others differ in what a built model's size follows from."""
+    first, *rest = models
+    for name in rest:
+        for field in ("tie_embeddings", "qk_norm", "d_ff"):
+            one, other = (getattr(models[n], field) for n in (first, name))
+            same = (one is None) == (other is None) if field == "d_ff" else one == other
+            require(
+                same,
+                f"{experiment}: the runs mix architectures ({first}: {field}={one}, {name}: "
+                f"{field}={other}); fit one architecture at a time",
+            )
+    return models[first]
+
+
+def _key(values: Any, key: str, where: str) -> Any:
+    """values[key]; UserError where a damaged file has none."""
+    require(
+        isinstance(values, dict) and values.get(key) is not None,
+        f"{where}: {key} is missing; the file is damaged: train that run again",
+    )
+    return values[key]
 
 
 def _loss(value: Any, where: str) -> float:
@@ -291,6 +327,8 @@ def _row(header: list[str], values: list[str], where: str, shaped: bool) -> dict
         out["n_count"] in ("", *COUNTS),
         f"{where}: column n_count={out['n_count']!r} must be one of {', '.join(COUNTS)}",
     )
+    if not (out["n_layers"] and out["d_model"]):  # half a shape is none
+        out["n_layers"] = out["d_model"] = 0
     if math.isnan(out["n_params"]):
         out["n_params"] = float(_formula(out))
     if math.isnan(out["tokens"]):
@@ -309,9 +347,9 @@ def _number(name: str, text: str, where: str) -> float | int:
     except ValueError:
         value = math.nan
     good = math.isfinite(value) and (value > 0 or (name in ("seed", "epochs") and value == 0))
-    good = good and (not integer or value == int(value))
-    kind = "a whole number" if integer else "a number"
-    require(good, f"{where}: column {name}={text!r} must be {kind} above 0")
+    good = good and (not integer or (value < 2**53 and value == int(value)))
+    kind, most = ("a whole number", " and below 2^53") if integer else ("a number", "")
+    require(good, f"{where}: column {name}={text!r} must be {kind} above 0{most}")
     return int(value) if integer else value
 
 

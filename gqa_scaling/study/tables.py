@@ -10,6 +10,7 @@ from rich.text import Text
 from gqa_scaling.study.compare import Score
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import (
+    MISSED,
     OBJECTIVES,
     Answer,
     Choice,
@@ -202,11 +203,13 @@ def frontier_table(frontier: Frontier) -> RenderableType:
     table.columns[-1].no_wrap = False
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         best = answer.best
-        reached = best.reached
+        if not best.reached:
+            table.add_row(f"{answer.context:,}", f"{answer.loss:g}", "none", *["-"] * 8)
+            continue
         table.add_row(
             f"{answer.context:,}",
             f"{answer.loss:g}",
-            pair(best.heads) + ("~" if best.extrapolated else "") if reached else "none",
+            pair(best.heads) + ("~" if best.extrapolated else ""),
             quantity(best.n),
             shape(best.n_layers, best.d_model),
             quantity(best.memory),
@@ -217,7 +220,15 @@ def frontier_table(frontier: Frontier) -> RenderableType:
             pairs([h for h in answer.tied if h != best.heads]) or "-",
         )
     lines = [_units(frontier), f"Probabilities: {frontier.intervals}; ties hold {LEVEL:.0%}"]
+    if any(math.isinf(a.best.regret) for a in frontier.answers if a.best.reached):
+        lines.append("Regret -: in some refits only another configuration reaches the loss.")
     return Group(table, "", *lines)
+
+
+def runner_up(answer: Answer) -> str:
+    """The second cheapest configuration; a dash where no second one reaches the loss."""
+    rest = answer.choices[1:2]
+    return pair(rest[0].heads) if rest and rest[0].reached else "-"
 
 
 def saving_table(frontier: Frontier) -> RenderableType:
@@ -236,16 +247,19 @@ def saving_table(frontier: Frontier) -> RenderableType:
         "dearer by",
     )
     for answer in sorted(frontier.answers, key=lambda a: a.context):
-        best, second = answer.best, answer.choices[1] if len(answer.choices) > 1 else None
+        best = answer.best
+        if not best.reached:
+            table.add_row(f"{answer.context:,}", f"{answer.loss:g}", "none", *["-"] * 6)
+            continue
         table.add_row(
             f"{answer.context:,}",
             f"{answer.loss:g}",
-            pair(best.heads) if best.reached else "none",
+            pair(best.heads),
             percent(best.saving["memory"]),
             percent(best.saving["flops"]),
             percent(best.saving[third]),
             " to ".join(percent(v) for v in best.saving_interval[third]),
-            pair(second.heads) if second else "-",
+            runner_up(answer),
             percent(answer.margin, 2),
         )
     return table
@@ -254,12 +268,12 @@ def saving_table(frontier: Frontier) -> RenderableType:
 def model_table(frontier: Frontier) -> RenderableType:
     """The models one can build, their predicted loss and exact costs."""
     table = _table(
-        f"Models to build (FLOPs {frontier.question.convention}; 2 bytes a value)",
+        f"Models to build (FLOPs {frontier.question.convention}; {frontier.serving.sizes()})",
         "context\n(tokens)",
         "heads, KV",
         "L x d",
         "N",
-        "predicted loss\n(nats), 90%",
+        "loss of the curve\n(nats, its 90%)",
         "FLOPs",
         "weights",
         "KV cache",
@@ -352,7 +366,7 @@ def _objective(frontier: Frontier) -> str:
 
 
 def _units(frontier: Frontier) -> str:
-    u = units(frontier.question)
+    u = units(frontier.question, frontier.serving)
     serving = f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else ""
     return f"FLOPs: {u['flops']}. Z: {u['z']}.{serving} ~ outside the fitted sizes."
 
@@ -396,8 +410,14 @@ def sentence(frontier: Frontier) -> str:
         if others
         else f" It is the cheapest in {percent(best.probability, 0)} of the refits."
     )
+    missed = (
+        f" {percent(best.unreachable, 0)} of the refits never reach that loss with it."
+        if best.unreachable > MISSED
+        else ""
+    )
     far = " Its size lies outside the fitted ones." if best.extrapolated else ""
     return (
         f"{start}For {goal}, take {best.heads[0]} query heads and {best.heads[1]} KV "
-        f"head{'s' if best.heads[1] > 1 else ''} at {quantity(best.n)} parameters: {saving}.{tie}{far}"
+        f"head{'s' if best.heads[1] > 1 else ''} at {quantity(best.n)} parameters: {saving}."
+        f"{tie}{missed}{far}"
     )

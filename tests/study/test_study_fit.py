@@ -443,3 +443,13 @@ def test_published_loss_falls_with_query_heads_as_a_power(chen):
     # raising n_h lowers loss more than raising n_kv by as much (the paper's claim)
     at = {h: float(chen.curves.loss(chen.index(h), law.n)) for h in chen.heads}
     assert at[1, 1] - at[8, 1] > 2 * (at[8, 1] - at[8, 8])
+
+
+def test_head_sizes_are_not_mixed_and_uneven_budgets_are_flagged() -> None:
+    points = published()
+    mixed = np.where(np.arange(len(points)) % 2, 64, 128)
+    with pytest.raises(UserError, match="head sizes 64, 128 cannot share a study"):
+        fit(dataclasses.replace(points, head_dim=mixed), refits=100)
+    assert not any("mix what size does" in flag for flag in fit(points, refits=100).flags)
+    uneven = dataclasses.replace(points, tokens=np.where(points.n_heads == 8, 1e9, 2e10))
+    assert any("mix what size does" in flag for flag in fit(uneven, refits=100).flags)

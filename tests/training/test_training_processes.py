@@ -50,7 +50,7 @@ def test_workers_train_each_run_once(folder: Path) -> None:
     assert [len(d.attempts()) for d, _ in results(folder)] == [1, 1, 1]
     again = gqa_scaling(folder, "run", "grid.py", "--workers", "2")
     assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout == "grid: all 3 runs are finished in runs\n"
+    assert again.stdout == "grid: all 3 runs are finished in runs/grid\n"
     status = gqa_scaling(folder, "status", "grid.py", "--json")
     assert json.loads(status.stdout)["counts"]["done"] == 3
 
