@@ -455,7 +455,7 @@ class Question:
 
     `losses` are targets in nats (None: chosen inside the range every configuration covers),
     `contexts` the inference context lengths in tokens, `baseline` the (n_heads, n_kv_heads) that
-    savings are stated against (None: the largest n_heads with n_kv_heads equal to it).
+    savings are stated against (None: the most query heads, and of those the most KV heads).
     `convention` names how inference FLOPs are counted, `weight`, `memory_power` and
     `compute_power` are lambda, alpha and beta of Chen et al. 2025, section 4.2.
     A `demonstration` says so on every page it prints.

@@ -192,7 +192,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The answers to a question, losses in the order given, contexts within each."""
+    """The answers to a question, losses in the order given, contexts within each.
+
+    `doubt` says in a few words why the fit behind them cannot carry an answer; "" when it can.
+    """
 
     source: str
     count: str
@@ -204,6 +207,7 @@ class Frontier:
     answers: tuple[Answer, ...]
     intervals: str
     flags: tuple[str, ...]
+    doubt: str
 
     def at(self, loss: float, context: int) -> Answer:
         return next(a for a in self.answers if a.loss == loss and a.context == context)
@@ -404,7 +408,20 @@ def frontier(
         answers=answers,
         intervals=fit.how,
         flags=(*fit.flags, *_flags(answers, fit, results, q, baseline)),
+        doubt=_doubt(fit),
     )
+
+
+def _doubt(fit: Fit) -> str:
+    """Why no answer should be read off this fit, whatever its intervals say; "" if it may."""
+    reasons = [
+        (not fit.converged, "the fit did not converge"),
+        (bool(fit.at_bound), "E is at its bound, not identified by these runs"),
+        (fit.rank < fit.n_parameters, "the runs do not determine every parameter"),
+        (fit.refits_failed > fit.refits / 10, "many refits did not converge"),
+        (not fit.r2 > 0.9, f"the curves explain the runs badly (R² = {fit.r2:.2f})"),
+    ]
+    return "; ".join(words for holds, words in reasons if holds)
 
 
 def _answer(
@@ -593,11 +610,11 @@ def _flags(
         if a.best.reached and a.best.unreachable > MISSED
     ]
     if missed:
-        out.append(f"with the best configuration, {'; '.join(missed)}")
+        out.append(f"with the best configuration and what must hold, {'; '.join(missed)}")
     unsaved = [
         f"{a.baseline_unreachable:.0%} of the refits for {_goal(a)}"
         for a in answers
-        if a.baseline_unreachable > MISSED
+        if a.best.reached and a.baseline_unreachable > MISSED
     ]
     if unsaved:
         out.append(

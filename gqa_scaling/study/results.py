@@ -141,9 +141,9 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
                 "head_dim": model.head_dim,
                 "n_layers": model.n_layers,
                 "d_model": model.d_model,
-                "n_params": _key(result, "n_exact", where),
+                "n_params": _count_of(result, "n_exact", where),
                 "context_length": run.context_length,
-                "tokens": _key(result, "tokens", where),
+                "tokens": _count_of(result, "tokens", where),
                 "loss": _loss(_key(judged, "loss", where), where),
                 "seed": run.seed,
                 "learning_rate": run.optimizer.learning_rate,
@@ -206,6 +206,13 @@ def _key(values: Any, key: str, where: str) -> Any:
         f"{where}: {key} is missing; the file is damaged: train that run again",
     )
     return values[key]
+
+
+def _count_of(values: Any, key: str, where: str) -> float:
+    value = _key(values, key, where)
+    good = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    require(good, f"{where}: {key}={value!r} must be a number above 0; train that run again")
+    return value
 
 
 def _loss(value: Any, where: str) -> float:

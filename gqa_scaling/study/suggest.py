@@ -138,7 +138,7 @@ class Decider:
         for context in question.contexts:
             rows = []
             for pair in heads:
-                n = scale.from_formula(n_formula(layers, width, *pair, scale.head_dim))
+                n = scale.from_formula(n_formula(layers, width, *pair, scale.head_dim), pair)
                 rows.append(np.log(costs_at(n, pair, context, question, scale)[0].z))
             self.log_z[context] = np.array(rows)
 

@@ -387,6 +387,8 @@ def sentence(frontier: Frontier) -> str:
     answer = headline(frontier)
     best: Choice = answer.best
     start = "Demonstration, too small to decide by. " if frontier.question.demonstration else ""
+    if frontier.doubt:
+        start += f"NOT TO BE RELIED ON: {frontier.doubt}. "
     goal = f"{answer.loss:g} nats at {answer.context:,} tokens"
     if not best.reached:
         return f"{start}No configuration reaches {goal} with what must hold, by these curves."
@@ -411,7 +413,7 @@ def sentence(frontier: Frontier) -> str:
         else f" It is the cheapest in {percent(best.probability, 0)} of the refits."
     )
     missed = (
-        f" {percent(best.unreachable, 0)} of the refits never reach that loss with it."
+        f" {percent(best.unreachable, 0)} of the refits never reach that loss with it within what must hold."
         if best.unreachable > MISSED
         else ""
     )

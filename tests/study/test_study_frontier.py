@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gqa_scaling import ladder
-from gqa_scaling.config import Question, UserError
+from gqa_scaling.config import ModelConfig, Question, UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.hardware import hardware
 from gqa_scaling.ladder import FIGURE_2_LADDER, PUBLISHED_LADDER
@@ -20,6 +20,7 @@ from gqa_scaling.study import tables
 from gqa_scaling.study.fit import Fit, fit
 from gqa_scaling.study.frontier import (
     Serving,
+    _saving,
     costs_at,
     decide,
     default_baseline,
@@ -27,7 +28,9 @@ from gqa_scaling.study.frontier import (
     scale_of,
     shapes,
     target_losses,
+    tied,
 )
+from gqa_scaling.study.report import frontier_csv
 from gqa_scaling.study.results import _table, from_csv, published
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
@@ -104,9 +107,9 @@ def test_a_runs_own_size_gives_its_own_shape_however_n_is_counted():
     r = noisy()
     scale = scale_of(r)
     for i, heads in enumerate(r.heads):
-        layers, width = shapes(scale.to_formula(r.n_params[i]), heads, 16, scale.ladder)
-        assert float(layers) == pytest.approx(r.n_layers[i], rel=1e-3)
-        assert float(width) == pytest.approx(r.d_model[i], rel=1e-3)
+        layers, width = shapes(scale.to_formula(r.n_params[i], heads), heads, 16, scale.ladder)
+        assert float(layers) == pytest.approx(r.n_layers[i], rel=1e-9)
+        assert float(width) == pytest.approx(r.d_model[i], rel=1e-9)
 
 
 def test_ranking_margin_and_saving_hang_together(table_4):
@@ -147,7 +150,9 @@ def test_unreachable_losses_are_said_so_not_crashed_on(chen):
     answer = answers.answers[0]
     assert math.isinf(answer.best.n)
     assert answer.model is None
-    assert any("no configuration reaches 2 nats" in flag for flag in answers.flags)
+    assert any("reaches 2 nats at 8,192 tokens" in flag for flag in answers.flags)
+    row = next(line for line in _text(answers).splitlines() if "none" in line)
+    assert row.split() == ["8,192", "2", "none", *["-"] * 8]
     assert "No configuration reaches" in tables.sentence(answers)
     json.dumps(answers.to_dict(), allow_nan=False)
     Console(width=100, quiet=True).print(tables.frontier_tables(answers))
@@ -171,11 +176,13 @@ def test_bytes_seconds_and_dollars_by_hand(chen):
     h100 = hardware("h100")
     s = Serving(batch=4, weight_bytes=1, cache_bytes=2, hardware=h100)
     n, heads, context = 5e8, (8, 2), 131072
-    costs, layers, _ = costs_at(np.array(n), heads, context, Question(), scale_of(published()), s)
+    costs, layers, width = costs_at(
+        np.array(n), heads, context, Question(), scale_of(published()), s
+    )
     held = n + 2 * 4 * 2 * context * layers * 64 * 2
     flops = 4 * (2 * n + 4 * context * layers * 64 * 8)
     step = max(held / h100.bandwidth, flops / (h100.peak_flops * h100.mfu))
-    assert float(costs.bytes) == pytest.approx(float(held))
+    assert float(costs.bytes) == pytest.approx(float(held + 50304 * width))  # embeddings too
     assert float(costs.seconds) == pytest.approx(float(step / 4))
     assert float(costs.dollars) == pytest.approx(float(step / 4 * h100.price / 3600 * 1e6))
     q = Question(losses=(2.8,), contexts=(131072,))
@@ -249,8 +256,77 @@ def test_curves_that_share_no_loss_ask_for_targets():
         target_losses(apart)
 
 
-def test_default_baseline_is_the_largest_multi_head_one():
-    assert default_baseline([(1, 1), (8, 1), (8, 8), (16, 4)]) == (8, 8)
+def test_refits_that_miss_the_loss_are_said_so(chen):
+    floors = np.sort(chen.draws.floor.ravel())
+    loss = float(np.quantile(floors, 0.7))
+    q = Question(losses=(loss,), contexts=(8192,))
+    assert math.isfinite(chen.curves.n_star(loss).min())
+    found = frontier(chen, published(), q)
+    best = found.answers[0].best
+    assert best.unreachable == pytest.approx(0.3, abs=0.02)
+    missed = f"{best.unreachable:.0%} of the refits never reach {loss:g} nats at 8,192 tokens"
+    assert any(missed in flag for flag in found.flags)
+    assert any("savings leave them out" in flag for flag in found.flags)
+    assert "of the refits never reach that loss" in tables.sentence(found)
+    assert ",unreachable," in frontier_csv(found)
+
+
+def test_a_baseline_that_never_reaches_the_loss_saves_nothing():
+    saved = _saving(np.array([1.0, 1.0, math.inf]), np.array([math.inf, 2.0, math.inf]))
+    assert np.isnan(saved).tolist() == [True, False, True]
+    assert saved[1] == 0.5
+
+
+def test_the_cheapest_is_always_among_the_tied(table_4):
+    first, second, *_ = table_4.answers[0].choices
+    likely = dataclasses.replace(second, probability=0.95)
+    assert tied([dataclasses.replace(first, probability=0.0), likely]) == (
+        second.heads,
+        first.heads,
+    )
+
+
+def test_built_models_hold_what_serving_says_and_fit_it(chen):
+    q = Question(losses=(2.8,), contexts=(131072,))
+    s = Serving(batch=4, weight_bytes=1)
+    m = frontier(chen, published(), q, serving=s).answers[0].model
+    assert m.weight_bytes == m.parameters
+    assert m.cache_bytes == 4 * 2 * (m.memory - m.n)
+    assert "batch 4, 1 bytes a weight" in _text(frontier(chen, published(), q, serving=s))
+    total = m.weight_bytes + m.cache_bytes
+    tight = dataclasses.replace(s, limit_bytes=total - 1)
+    found = frontier(chen, published(), q, serving=tight)  # N* fits, the model near it does not
+    assert found.answers[0].best.bytes < total - 1
+    assert found.answers[0].model is None
+    assert any("can be built within the bytes: 2.8 nats" in flag for flag in found.flags)
+
+
+def test_each_configuration_has_its_own_way_from_n_to_the_formula():
+    r = noisy(noise=0.0)
+    wide = r.n_heads == 4
+    r = dataclasses.replace(r, n_params=np.where(wide, 1.5, 1.0) * r.n_params)
+    scale = scale_of(r)
+    for i, heads in enumerate(r.heads):
+        formula = n_formula(r.n_layers[i], r.d_model[i], *heads, 16)
+        assert float(scale.to_formula(r.n_params[i], heads)) == pytest.approx(formula)
+        assert float(scale.from_formula(formula, heads)) == pytest.approx(r.n_params[i])
+
+
+def test_models_are_built_as_the_runs_were_and_far_contexts_are_flagged():
+    r = noisy(noise=0.001)
+    template = ModelConfig(1, 32, 1, 1, head_dim=16, vocab_size=512, tie_embeddings=False)
+    r = dataclasses.replace(r, template=template)
+    found = frontier(fit(r, refits=100), r, Question(contexts=(256, 4096)))
+    m = found.answers[0].model
+    assert m.parameters == m.n_exact + 2 * 512 * m.d_model
+    assert any("measured at T = 256 tokens" in flag for flag in found.flags)
+    near = frontier(fit(r, refits=100), r, Question(contexts=(256,)))
+    assert not any("measured at T" in flag for flag in near.flags)
+
+
+def test_default_baseline_has_the_most_query_heads_then_kv_heads():
+    assert default_baseline([(1, 1), (8, 1), (8, 8), (16, 4)]) == (16, 4)
+    assert default_baseline([(1, 1), (8, 1), (8, 8)]) == (8, 8)
     assert default_baseline([(8, 1), (8, 2), (4, 2)]) == (8, 2)
 
 
@@ -259,7 +335,7 @@ def test_probability_and_regret_by_hand():
     draws = np.array([[1.0, 2.0, inf], [1.0, 0.5, inf], [1.0, 4.0, 2.0], [inf, inf, inf]])
     probability, regret = decide(draws)
     assert probability.tolist() == pytest.approx([2 / 3, 1 / 3, 0])
-    assert regret.tolist() == pytest.approx([1 / 3, 4 / 3, 1.0])
+    assert regret.tolist() == pytest.approx([1 / 3, 4 / 3, inf])
     assert decide(np.full((2, 2), inf))[0].tolist() == [0, 0]
 
 
@@ -359,3 +435,16 @@ def test_a_csv_from_elsewhere_goes_all_the_way(tmp_path, chen):
     assert answer.best.heads == (2, 1)
     assert answer.model.head_dim == 32
     assert any("no replicate seeds" in flag for flag in found.flags)
+
+
+def test_a_fit_that_identifies_nothing_gives_no_confident_answer(tmp_path) -> None:
+    rows = ["2,1,7760,6.4155", "2,1,21700,6.4181", "2,1,41700,6.0715"]
+    rows += ["2,2,8270,6.5239", "2,2,22700,6.4858", "2,2,43200,6.2765"]
+    file = tmp_path / "noise.csv"
+    file.write_text("n_heads,n_kv_heads,n_params,loss\n" + "\n".join(rows))
+    results = from_csv(file)
+    answer = frontier(fit(results, refits=100), results)
+    assert "E is at its bound" in answer.doubt
+    assert tables.sentence(answer).startswith("NOT TO BE RELIED ON: E is at its bound")
+    sound = frontier(fit(published(), refits=100), published())
+    assert sound.doubt == ""

@@ -1,6 +1,7 @@
 """Results: our runs, CSV files from elsewhere, and what is refused."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_own_parameter_counts_are_kept_and_named(tmp_path):
         ("loss,loss\n1,2\n", ("loss appears twice",)),
         (f"{HEADER}\n", ("holds no runs",)),
         ("", ("holds no runs",)),
+        (f"{HEADER}\n1e30,1,2,128,2\n", ("line 2", "n_heads='1e30'", "below 2^53")),
         (f"{HEADER},n_count\n4,1,2,128,2,mine\n", ("line 2", "n_count='mine'")),
     ],
 )
@@ -178,6 +180,39 @@ def test_our_runs_with_bad_losses_or_mixed_data_are_refused(tmp_path):
     _finish(tmp_path, bad, loss=float("nan"))
     with pytest.raises(UserError, match="loss=nan"):
         from_runs(tmp_path, "smoke", [bad])
+
+
+def test_half_a_shape_is_no_shape(tmp_path):
+    r = from_csv(_csv(tmp_path, "n_heads,n_kv_heads,n_params,n_layers,loss\n4,1,1.5e6,2,2.5\n"))
+    assert (r.n_layers[0], r.d_model[0], r.count) == (0, 0, "n_given")
+
+
+@pytest.mark.parametrize("key", ["loss", "n_exact", "tokens", "evaluations"])
+def test_a_damaged_result_is_refused_by_file_and_key(tmp_path, key):
+    run = _run()
+    _finish(tmp_path, run)
+    file = run_directory(tmp_path, "smoke", run).result_file
+    whole = json.loads(file.read_text())
+    result = whole["result"]
+    del (result["evaluations"][run.evaluation_digest] if key == "loss" else result)[key]
+    file.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=rf"result\.json.*{key} is missing"):
+        from_runs(tmp_path, "smoke", [run])
+
+
+def test_runs_carry_their_architecture_vocabulary_and_every_version(tmp_path):
+    runs = [_run("a"), _run("b", layers=3)]
+    _finish(tmp_path, runs[0], data={"vocab_size": 200})
+    _finish(tmp_path, runs[1], data={"vocab_size": 200}, versions={"jax": "2"})
+    r = from_runs(tmp_path, "smoke", runs)
+    assert r.template == runs[0].model
+    assert r.vocab_size.tolist() == [256, 256]
+    assert r.provenance["versions"] == {"jax": "1 and 2"}
+    other = dataclasses.replace(runs[1].model, qk_norm=True)
+    runs.append(dataclasses.replace(runs[1], name="q", model=other))
+    _finish(tmp_path, runs[2])
+    with pytest.raises(UserError, match=r"mix architectures.*q: qk_norm=True"):
+        from_runs(tmp_path, "smoke", runs)
 
 
 def test_the_written_csv_reads_back_the_same(tmp_path):
