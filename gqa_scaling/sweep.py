@@ -25,7 +25,7 @@ from gqa_scaling.hardware import HARDWARE, cores
 from gqa_scaling.plan import check_epochs, check_layout
 from gqa_scaling.runs import RunDirectory, claim, run_directory
 from gqa_scaling.status import RunStatus, read_status
-from gqa_scaling.units import byte_size, duration
+from gqa_scaling.units import byte_size, duration, quantity
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -221,7 +221,7 @@ def report_end(experiment: Experiment, root: Path) -> int:
 
 class _Details(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(task.fields["details"], style="cyan")
+        return Text(task.fields["details"], style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
@@ -253,9 +253,9 @@ def _describe(rows: list[RunStatus]) -> str:
     active = [r for r in rows if r.state == "running"]
     parts = [f"run {sum(r.state == 'done' for r in rows) + bool(active)} of {len(rows)}"]
     for r in active[:2]:
-        speed = f" {r.tokens_per_second:,.0f} tok/s" if r.tokens_per_second else ""
+        speed = f" {quantity(r.tokens_per_second)} tok/s" if r.tokens_per_second else ""
         loss = f" loss {r.loss:.3f}" if r.loss is not None else " starting"
-        parts.append(f"{r.name} step {r.step:,}/{r.steps:,}{loss}{speed}")
+        parts.append(f"{r.name} step {r.step}/{r.steps}{loss}{speed}")
     return "  ".join(parts)
 
 
@@ -264,7 +264,7 @@ def _show_bar(experiment: Experiment, root: Path, console: Console, stop: thread
     start = None
     columns = (
         TextColumn(experiment.name),
-        BarColumn(24),
+        BarColumn(12),
         TextColumn("{task.percentage:>3.0f}%"),
         _Details(),
     )
@@ -280,8 +280,8 @@ def _show_bar(experiment: Experiment, root: Path, console: Console, stop: thread
             elapsed, left = time.monotonic() - began, ""
             if work > start and elapsed > 5:
                 seconds = (sum(weights) - work) * elapsed / (work - start)
-                left = f"  {duration(seconds)} left"
-            progress.update(task, completed=work, details=_describe(rows) + left)
+                left = f"{duration(seconds)} left  "
+            progress.update(task, completed=work, details=left + _describe(rows))
             if last:
                 return
             stop.wait(0.5)
