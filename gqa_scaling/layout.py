@@ -1,53 +1,95 @@
-"""Which mesh a run gets on a number of devices, told without any device; no jax."""
+"""Which mesh a run gets on a number of devices, and which positions each device holds; no jax.
+
+Told without any device, so that a plan can refuse what would fail on a pod.
+"""
 
 import math
+from typing import Any
 
-from gqa_scaling.config import ModelConfig, ParallelConfig, require
+import numpy as np
+
+from gqa_scaling.config import RunConfig, require
 
 AXES = ("data", "fsdp", "context", "tensor")
 
 
-def axis_sizes(
-    parallel: ParallelConfig, batch_size: int, model: ModelConfig, device_count: int
-) -> tuple[int, int, int, int]:
+def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
     """Sizes of the mesh axes `AXES` on `device_count` devices, with `data=-1` resolved.
 
-    `batch_size` counts the sequences of one microbatch. Raises `UserError`, naming the sizes
-    that would do, when something cannot be divided. Needs no device.
+    Raises `UserError`, naming the sizes that would do, when something cannot be divided: the
+    sequences of a microbatch over `data` x `fsdp`, positions over twice `context` (zig-zag halves),
+    d_model over `fsdp` x `context`, and query heads, FFN and vocabulary over `tensor`. KV heads
+    fewer than `tensor` are repeated.
     """
-    fsdp, context, tensor = parallel.fsdp, parallel.context, parallel.tensor
-    require(context == 1, f"context={context}: context parallelism is not built yet, use context=1")
-    _divides("tensor", tensor, math.gcd(model.n_heads, model.n_kv_heads), "n_kv_heads")
-    _divides("tensor", tensor, model.ffn_dim, "the FFN size")
-    _divides("tensor", tensor, model.vocab_size, "vocab_size")
-    _divides("fsdp", fsdp, model.d_model, "d_model")
+    p, m = run.parallel, run.model
+    fsdp, context, tensor = p.fsdp, p.context, p.tensor
+    _divides(f"tensor={tensor}", tensor, m.n_heads, f"n_heads={m.n_heads}")
+    require(
+        m.n_kv_heads % tensor == 0 or tensor % m.n_kv_heads == 0,
+        f"tensor={tensor} must divide n_kv_heads={m.n_kv_heads} or be a multiple of it, and divide "
+        f"n_heads={m.n_heads}: it may be {_among(_tensor_sizes(m.n_heads, m.n_kv_heads))}",
+    )
+    _divides(f"tensor={tensor}", tensor, m.ffn_dim, f"the FFN size={m.ffn_dim}")
+    _divides(f"tensor={tensor}", tensor, m.vocab_size, f"vocab_size={m.vocab_size}")
+    if context > 1:
+        T = run.context_length
+        require(
+            T % (2 * context) == 0,
+            f"context={context} must divide half of context_length={T}, as each device holds two "
+            f"parts of a sequence: it may be {_among(_divisors(T // 2) if T % 2 == 0 else [1])}",
+        )
+    _divides(
+        f"fsdp={fsdp} x context={context} = {fsdp * context}",
+        fsdp * context,
+        m.d_model,
+        f"d_model={m.d_model}",
+    )
     rest = fsdp * context * tensor
-    if parallel.data == -1:
+    if p.data == -1:
         require(
             device_count % rest == 0,
             f"fsdp={fsdp} x context={context} x tensor={tensor} must divide the {device_count} "
-            f"devices: their product may be {_divisors(device_count)}",
+            f"devices: their product may be {_among(_divisors(device_count))}",
         )
-    data = device_count // rest if parallel.data == -1 else parallel.data
+    data = device_count // rest if p.data == -1 else p.data
     require(
         data * rest == device_count,
         f"data={data} x fsdp={fsdp} x context={context} x tensor={tensor} = {data * rest} devices, "
         f"but there are {device_count}: data=-1 takes what the others leave over",
     )
+    rows = run.batch_size // p.accumulation
     require(
-        batch_size % (data * fsdp) == 0,
-        f"data={data} x fsdp={fsdp} = {data * fsdp} must divide the {batch_size} sequences of a "
-        f"microbatch: it may be {_divisors(batch_size)}",
+        rows % (data * fsdp) == 0,
+        f"data={data} x fsdp={fsdp} = {data * fsdp} must divide the {rows} sequences of a "
+        f"microbatch: it may be {_among(_divisors(rows))}; more devices go to context or tensor",
     )
     return data, fsdp, context, tensor
 
 
-def _divides(axis: str, size: int, total: int, what: str) -> None:
-    require(
-        total % size == 0,
-        f"{axis}={size} must divide {what}={total}: it may be {_divisors(total)}",
-    )
+def zigzag(positions_T: Any, context: int) -> Any:
+    """`positions_T`, a numpy or jax array, in the order in which `context` devices hold them.
+
+    Of 2 x `context` equal parts device i holds parts i and 2 x `context` - 1 - i, so that under a
+    causal mask all have the same number of keys to read.
+    """
+    if context == 1:
+        return positions_T
+    order = np.ravel([(i, 2 * context - 1 - i) for i in range(context)])
+    return positions_T.reshape(2 * context, -1)[order].reshape(-1)
 
 
-def _divisors(n: int) -> str:
-    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+def _divides(name: str, size: int, total: int, what: str) -> None:
+    require(total % size == 0, f"{name} must divide {what}: it may be {_among(_divisors(total))}")
+
+
+def _tensor_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
+    return [i for i in _divisors(n_heads) if n_kv_heads % i == 0 or i % n_kv_heads == 0]
+
+
+def _divisors(n: int) -> list[int]:
+    low = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*low, *(n // i for i in low)})
+
+
+def _among(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))

@@ -7,7 +7,7 @@ changes with the number of processes, and at long context no process needs a who
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -15,8 +15,6 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.data.store import TokenStore
-
-ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -59,32 +57,41 @@ class TrainingData:
         chunks = grain.MapDataset.range(self.chunks_per_epoch)
         return chunks.shuffle(seed).repeat().batch(self.batch_size)
 
-    def batch(self, step: int, rows: slice = ALL, time: slice = ALL) -> np.ndarray:
+    def batch(self, step: int, rows: range | None = None, time: range | None = None) -> np.ndarray:
         """The tokens of batch `step`, int32 [rows, time + 1].
 
         `rows` selects among the `batch_size` sequences and `time` among the `context_length`
         positions. One token follows the last position: `[:, :-1]` are the inputs at `time` and
         `[:, 1:]` their targets.
         """
-        return self._read(self._order[step], rows, time)
+        whole = range(self.batch_size), range(self.context_length)
+        return self._read(
+            self._order[step],
+            whole[0] if rows is None else rows,
+            whole[1] if time is None else time,
+        )
 
     def iterate(
-        self, start_step: int = 0, rows: slice = ALL, time: slice = ALL, prefetch: int = 4
-    ) -> Iterator[np.ndarray]:
-        """`batch(start_step)`, `batch(start_step + 1)`, ... without end, read ahead by threads."""
-        batches = self._order[start_step:].map(lambda chunks: self._read(chunks, rows, time))
+        self, start_step: int, pieces: Sequence[tuple[range, range]], prefetch: int = 4
+    ) -> Iterator[list[np.ndarray]]:
+        """The (rows, time) `pieces` of batch `start_step`, `start_step` + 1, ... without end.
+
+        Threads read ahead.
+        """
+        batches = self._order[start_step:].map(
+            lambda chunks: [self._read(chunks, rows, time) for rows, time in pieces]
+        )
         options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
         return iter(batches.to_iter_dataset(options))
 
-    def _read(self, chunks: np.ndarray, rows: slice, time: slice) -> np.ndarray:
-        start, stop, stride = time.indices(self.context_length)
-        if stride != 1 or start >= stop:
-            raise IndexError(f"time={time} must be a contiguous, non-empty slice of the positions")
-        chunks = chunks[rows]
-        out = np.empty((len(chunks), stop - start + 1), np.int32)
-        for row, chunk in enumerate(chunks):
+    def _read(self, chunks: np.ndarray, rows: range, time: range) -> np.ndarray:
+        inside = 0 <= time.start < time.stop <= self.context_length
+        if time.step != 1 or not inside:
+            raise IndexError(f"time={time} must be contiguous, not empty, and among the positions")
+        out = np.empty((len(rows), len(time) + 1), np.int32)
+        for row, chunk in enumerate(chunks[rows.start : rows.stop]):
             first = int(chunk) * self.context_length
-            out[row] = self.store.tokens("train", first + start, first + stop + 1)
+            out[row] = self.store.tokens("train", first + time.start, first + time.stop + 1)
         return out
 
 

@@ -1,5 +1,6 @@
 """Held-out loss: mean next-token cross-entropy in nats, and bits per byte."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_scaling.config import RunConfig
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
 from gqa_scaling.model.loss import per_position_nll
-from gqa_scaling.parallel import shard_batch
+from gqa_scaling.parallel import BatchLayout
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,24 @@ def evaluator(
     rows = run.batch_size // run.parallel.accumulation  # a batch this size is known to fit
     targets = len(chunks) * run.context_length
 
-    @jax.jit
-    def nll(parameters: Any, tokens: jax.Array) -> jax.Array:
+    layout = BatchLayout(mesh, rows, run.context_length)
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def nll(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         model = nnx.merge(graph, parameters)
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        return per_position_nll(model, inputs, labels, attention=run.parallel.attention).sum(1)
+        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=run.parallel.attention)
+        return nll_BT.sum(1)
 
     def evaluate(parameters: Any) -> Evaluation:
         total = 0.0
         for start in range(0, len(chunks), rows):
-            batch = np.asarray(chunks[start : start + rows])
-            real = len(batch)
-            batch = np.concatenate([batch, np.repeat(batch[-1:], rows - real, axis=0)])
-            sums = nll(parameters, shard_batch(batch, mesh))
-            total += float(np.asarray(sums, np.float64)[:real].sum())
+            index = np.arange(start, start + rows).clip(max=len(chunks) - 1)
+            tokens = [
+                chunks[index[of.start : of.stop], time.start : time.stop + 1]
+                for of, time in layout.pieces
+            ]
+            sums = np.asarray(nll(parameters, *layout.place(tokens)), np.float64)
+            total += float(sums[: len(chunks) - start].sum())
         loss = total / targets
         bits = loss / math.log(2) / store.heldout_bytes_per_token
         return Evaluation(loss, bits, targets, stream, run.context_length)

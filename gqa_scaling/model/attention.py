@@ -8,11 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from gqa_scaling.layout import zigzag
 from gqa_scaling.model.product import product
+from gqa_scaling.parallel import all_gather, axis_index, axis_size, on_shards, reduce_scatter
 
 _MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
+_Q = ("batch", "time", "kv_heads", None, None)
+_KV = ("batch", "time", "kv_heads", None)
+_ROWS = ("time", "batch", "kv_heads", None)  # tiles of queries
 
 
 def attend(
@@ -23,18 +29,52 @@ def attend(
     "reference" builds all T x T scores; "blockwise" walks over tiles, skips those above the
     diagonal and keeps O(T) memory, forward and backward; "auto" is blockwise on every platform:
     on a CPU it was ahead at every T from 128 on, by 3 times at 256 (benchmarks/attention.py).
+    On a mesh positions are in zig-zag order over `context` (`layout.zigzag`): K and V, which are
+    small, are gathered, and each device answers its own queries. Where q has more KV heads than k,
+    for a `tensor` axis larger than K, those of k and v are repeated.
     """
+    repeats = q_BTKGH.shape[2] // k_BSKH.shape[2]
+    if repeats > 1:
+        k_BSKH, v_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
     if implementation == "reference":
-        return _reference(q_BTKGH, k_BSKH, v_BSKH)
+        return on_shards(_reference, (_Q, _KV, _KV), _Q, q_BTKGH, k_BSKH, v_BSKH)
     if implementation in ("auto", "blockwise"):
         return _blockwise(q_BTKGH, k_BSKH, v_BSKH)
     raise ValueError(f"implementation={implementation!r} must be auto, reference or blockwise")
 
 
+def _join(x_BSKH: jax.Array) -> jax.Array:
+    """On shards: keys or values of all devices, in natural order."""
+    C, x = axis_size("context"), all_gather(x_BSKH, 1, "context")
+    if C == 1:
+        return x
+    parts = x.reshape(x.shape[0], 2 * C, -1, *x.shape[2:])
+    return parts[:, np.argsort(zigzag(np.arange(2 * C), C))].reshape(x.shape)
+
+
+def _share(dx_BSKH: jax.Array) -> jax.Array:
+    """On shards: the transpose of `_join`, each device's sum of the gradients for its positions."""
+    C = axis_size("context")
+    if C > 1:
+        parts = dx_BSKH.reshape(dx_BSKH.shape[0], 2 * C, -1, *dx_BSKH.shape[2:])
+        dx_BSKH = parts[:, zigzag(np.arange(2 * C), C)].reshape(dx_BSKH.shape)
+    return reduce_scatter(dx_BSKH, 1, "context")
+
+
+def _held(n: int) -> jax.Array:
+    """On shards: the places in the sequence of the n equal parts held here, in zig-zag order."""
+    C = axis_size("context")
+    if C == 1:
+        return jnp.arange(n)
+    i, half = axis_index("context"), jnp.arange(n // 2)
+    return jnp.concatenate([i * (n // 2) + half, (2 * C - 1 - i) * (n // 2) + half])
+
+
 def _reference(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
+    k_BSKH, v_BSKH = _join(k_BSKH), _join(v_BSKH)
     scores_BKGTS = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
-    visible_TS = jnp.tri(T, dtype=bool)
+    visible_TS = _held(T)[:, None] >= jnp.arange(k_BSKH.shape[1])
     weights = jax.nn.softmax(jnp.where(visible_TS, scores_BKGTS / math.sqrt(H), _MASKED), axis=-1)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
 
@@ -44,10 +84,25 @@ def _blockwise(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.
     return _forward(q_BTKGH, k_BSKH, v_BSKH)[0]
 
 
+def _forward(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, Any]:
+    qkv = q_BTKGH, k_BSKH, v_BSKH
+    o_BTKGH, lse_rows = on_shards(_forward_here, (_Q, _KV, _KV), [_Q, _ROWS], *qkv)
+    return o_BTKGH, (*qkv, o_BTKGH, lse_rows)
+
+
+def _backward(residuals: Any, do_BTKGH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    axes = (_Q, _KV, _KV, _Q, _ROWS, _Q)
+    return on_shards(_backward_here, axes, [_Q, _KV, _KV], *residuals, do_BTKGH)
+
+
 def _block(T: int) -> int:
-    """Positions on a tile's side: small tiles skip more of the half above the diagonal, large
-    ones mean fewer turns of the loop."""
-    return min(T, 128 if T <= 1024 else 512)
+    """Positions on a tile's side, for T queries on this device: small tiles skip more of the half
+    above the diagonal, large ones mean fewer turns of the loop."""
+    C = axis_size("context")
+    block = min(T, 128 if T * C <= 1024 else 512)
+    if C > 1:  # a tile may not reach from one part of the sequence into another
+        block = next(b for b in range(min(block, T // 2), 0, -1) if T // 2 % b == 0)
+    return block
 
 
 def _rows(x_BTKG: jax.Array, block: int) -> jax.Array:
@@ -83,12 +138,14 @@ def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
     return jnp.where(visible | ~diagonal, product("bkqh,bkhs->bkqs", q, k_BKHS), _MASKED)
 
 
-def _forward(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, Any]:
+def _forward_here(
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Online softmax over the tiles of each row (Dao et al. 2022, algorithm 1)."""
     T, _, G, H = q_BTKGH.shape[1:]
     block = _block(T)
     q_rows = _rows(q_BTKGH * H**-0.5, block)
-    k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
+    k_tiles, v_tiles = _tiles(_join(k_BSKH), block), _tiles(_join(v_BSKH), block)
 
     def row(x: Any) -> tuple[jax.Array, jax.Array]:
         i, q = x
@@ -106,22 +163,27 @@ def _forward(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[
         top, total, o = lax.fori_loop(0, i + 1, tile, empty)
         return (o / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    o_rows, lse_rows = lax.map(row, (jnp.arange(len(q_rows)), q_rows))
-    o_BTKGH = _positions(o_rows, T, G, block)
-    return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_rows)
+    o_rows, lse_rows = lax.map(row, (_held(len(q_rows)), q_rows))
+    return _positions(o_rows, T, G, block), lse_rows
 
 
-def _backward(residuals: Any, do_BTKGH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward_here(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    o_BTKGH: jax.Array,
+    lse_rows: jax.Array,
+    do_BTKGH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Recomputes each tile's weights from the saved log-sum-exp (ibid., algorithm 4).
 
     The operand with H comes first and positions last, so that no product transposes a tile.
     """
-    q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_rows = residuals
-    (S, K, H), G, dtype = k_BSKH.shape[1:], q_BTKGH.shape[3], q_BTKGH.dtype
-    block = _block(S)
+    (_, T, K, G, H), dtype = q_BTKGH.shape, q_BTKGH.dtype
+    block, S = _block(T), T * axis_size("context")
     delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
     rows = *(_rows(x, block) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG)), lse_rows
-    k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
+    k_tiles, v_tiles = _tiles(_join(k_BSKH), block), _tiles(_join(v_BSKH), block)
 
     put = lax.dynamic_update_index_in_dim
 
@@ -143,13 +205,13 @@ def _backward(residuals: Any, do_BTKGH: jax.Array) -> tuple[jax.Array, jax.Array
         return tuple(carry), dq.astype(dtype)
 
     zero = jnp.zeros(k_tiles.shape, jnp.float32)
-    (dk, dv), dq_rows = lax.scan(row, (zero, zero), (jnp.arange(len(lse_rows)), rows))
+    (dk, dv), dq_rows = lax.scan(row, (zero, zero), (_held(len(lse_rows)), rows))
 
-    def joined(tiles: jax.Array) -> jax.Array:
+    def shared(tiles: jax.Array) -> jax.Array:
         x = tiles.transpose(1, 0, 4, 2, 3).reshape(-1, len(tiles) * block, K, H)
-        return x[:, :S].astype(dtype)
+        return _share(x[:, :S]).astype(dtype)
 
-    return _positions(dq_rows, S, G, block) * H**-0.5, joined(dk), joined(dv)
+    return _positions(dq_rows, T, G, block) * H**-0.5, shared(dk), shared(dv)
 
 
 _blockwise.defvjp(_forward, _backward)

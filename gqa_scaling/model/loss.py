@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from gqa_scaling.model.product import product
 from gqa_scaling.model.transformer import Transformer
+from gqa_scaling.parallel import all_gather, axis_index, on_shards, pmax, psum, reduce_scatter
 
 LOGIT_BYTES = 64 * 2**20  # of float32 logits at once, on each device
+_X, _TABLE, _TOKENS = ("batch", "time", None), ("vocab", "embed"), ("batch", "time")
 
 
 def next_token_loss(
@@ -24,13 +26,11 @@ def next_token_loss(
 ) -> jax.Array:
     """Mean cross-entropy, in nats, of `targets_BT` after `inputs_BT`: a float32 scalar.
 
-    `chunk` is how many positions' logits exist at once; None takes as many as fit into
+    `chunk` is how many tokens' logits exist at once on a device; None takes as many as fit into
     `LOGIT_BYTES`, all of them when they do. `remat` and `attention` go to the model.
     """
     hidden_BTD = model(inputs_BT, remat=remat, attention=attention)
-    table_VD = model.output_table()
-    chunk = chunk or _chunk(targets_BT, table_VD)
-    return _mean_nll(hidden_BTD, table_VD, targets_BT, chunk)
+    return _mean_nll(hidden_BTD, model.output_table(), targets_BT, chunk)
 
 
 def per_position_nll(
@@ -38,82 +38,107 @@ def per_position_nll(
 ) -> jax.Array:
     """Cross-entropy of each target, in nats: float32 (B, T). For evaluation."""
     hidden_BTD = model(inputs_BT, attention=attention)
-    table_VD = model.output_table()
-    return _nll(hidden_BTD, table_VD, targets_BT, _chunk(targets_BT, table_VD))
+    return _nll(hidden_BTD, model.output_table(), targets_BT, None)
 
 
-def _chunk(targets_BT: jax.Array, table_VD: jax.Array) -> int:
-    """Positions whose logits for the whole batch fit into the allowance of all devices."""
-    (B, T), V = targets_BT.shape, table_VD.shape[0]
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
-    return min(T, max(1, devices * LOGIT_BYTES // (4 * B * V)))
+def _over_chunks(
+    f: Callable, chunk: int | None, V: int, carry: Any, *xs_BT: jax.Array
+) -> tuple[Any, jax.Array]:
+    """`carry, y_N = f(carry, *xs_N)`, called on `chunk` of the B T tokens at a time; y as (B, T).
 
-
-def _over_chunks(f: Callable, chunk: int, carry: Any, *xs_BT: jax.Array) -> tuple[Any, jax.Array]:
-    """`carry, y_BT = f(carry, *xs_BT)`, called on slices of `chunk` positions, y joined again."""
+    By default as many tokens as V float32 logits for each fit into `LOGIT_BYTES`.
+    """
     B, T = xs_BT[0].shape[:2]
-    if chunk >= T:
-        return f(carry, *xs_BT)
-    whole = T // chunk * chunk
-    cut = [jnp.moveaxis(x[:, :whole].reshape(B, -1, chunk, *x.shape[2:]), 1, 0) for x in xs_BT]
-    carry, ys = jax.lax.scan(lambda carry, xs: f(carry, *xs), carry, cut)
-    y_BT = jnp.moveaxis(ys, 0, 1).reshape(B, whole, *ys.shape[3:])
-    if whole < T:
-        carry, last = f(carry, *(x[:, whole:] for x in xs_BT))
-        y_BT = jnp.concatenate([y_BT, last], axis=1)
-    return carry, y_BT
+    chunk = chunk or max(1, LOGIT_BYTES // (4 * V))
+    xs = [x.reshape(B * T, *x.shape[2:]) for x in xs_BT]
+    whole = B * T // chunk * chunk
+    if chunk >= B * T:
+        carry, y_N = f(carry, *xs)
+        return carry, y_N.reshape(B, T, *y_N.shape[1:])
+    cut = [x[:whole].reshape(-1, chunk, *x.shape[1:]) for x in xs]
+    carry, y = jax.lax.scan(lambda carry, xs: f(carry, *xs), carry, cut)
+    y_N = y.reshape(whole, *y.shape[2:])
+    if whole < B * T:
+        carry, last = f(carry, *(x[whole:] for x in xs))
+        y_N = jnp.concatenate([y_N, last])
+    return carry, y_N.reshape(B, T, *y_N.shape[1:])
 
 
 def _nll_and_softmax(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
+    hidden_ND: jax.Array, table_VD: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """(B, T) cross-entropy, and its gradient by the logits on demand."""
-    logits = product("BTD,VD->BTV", hidden_BTD, table_VD.astype(hidden_BTD.dtype))
-    top = logits.max(-1, keepdims=True)
+    """On shards: cross-entropy of N tokens, and on demand its gradient by the logits held here."""
+    logits = product("ND,VD->NV", hidden_ND, table_VD)
+    first = axis_index("tensor") * len(table_VD)
+    top = pmax(logits.max(-1, keepdims=True), "tensor")
     weights = jnp.exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    hit = targets_BT[..., None] == jnp.arange(logits.shape[-1])  # a gather would split badly
-    nll_BT = (top + jnp.log(total))[..., 0] - jnp.where(hit, logits, 0).sum(-1)
-    return nll_BT, lambda: weights / total - hit
+    total = psum(weights.sum(-1, keepdims=True), "tensor")
+    hit = targets_N[:, None] - first == jnp.arange(logits.shape[-1])  # a gather, without one
+    target_N = psum(jnp.where(hit, logits, 0).sum(-1), "tensor")
+    return (top + jnp.log(total))[:, 0] - target_N, lambda: weights / total - hit
+
+
+def _table_here(table_VD: jax.Array, dtype: Any) -> jax.Array:
+    """On shards: rows of the vocabulary held here, whole."""
+    return all_gather(table_VD.astype(dtype), 1, "fsdp", "context")
 
 
 def _nll(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None
 ) -> jax.Array:
-    def part(carry: None, hidden: jax.Array, targets: jax.Array) -> tuple[None, jax.Array]:
-        return carry, _nll_and_softmax(hidden, table_VD, targets)[0]
+    def here(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        table_VD = _table_here(table_VD, hidden_BTD.dtype)
 
-    return _over_chunks(part, chunk, None, hidden_BTD, targets_BT)[1]
+        def part(carry: None, hidden: jax.Array, targets: jax.Array) -> tuple[None, jax.Array]:
+            return carry, _nll_and_softmax(hidden, table_VD, targets)[0]
+
+        return _over_chunks(part, chunk, len(table_VD), None, hidden_BTD, targets_BT)[1]
+
+    return on_shards(here, (_X, _TABLE, _TOKENS), _TOKENS, hidden_BTD, table_VD, targets_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _mean_nll(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None
 ) -> jax.Array:
     return _nll(hidden_BTD, table_VD, targets_BT, chunk).mean()
 
 
 def _forward(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The mean and, while each chunk's logits are at hand, both gradients: nothing is recomputed."""
-    dtype = hidden_BTD.dtype
-    table = table_VD.astype(dtype)
+    count = targets_BT.size
 
-    def part(carry: Any, hidden: jax.Array, targets: jax.Array) -> tuple[Any, jax.Array]:
-        total, dtable_DV = carry
-        nll, gradient = _nll_and_softmax(hidden, table_VD, targets)
-        dlogits = (gradient() / targets_BT.size).astype(dtype)
-        dtable_DV += product("BTD,BTV->DV", hidden, dlogits)
-        return (total + nll.sum(), dtable_DV), jnp.einsum("BTV,VD->BTD", dlogits, table)
+    def here(
+        hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dtype = hidden_BTD.dtype
+        table_VD = _table_here(table_VD, dtype)
 
-    zero = jnp.zeros(()), jnp.zeros(table.shape[::-1])
-    (total, dtable_DV), dhidden = _over_chunks(part, chunk, zero, hidden_BTD, targets_BT)
-    return total / targets_BT.size, (dhidden, dtable_DV.T)
+        def part(carry: Any, hidden: jax.Array, targets: jax.Array) -> tuple[Any, jax.Array]:
+            total, dtable_DV = carry
+            nll, gradient = _nll_and_softmax(hidden, table_VD, targets)
+            dlogits = (gradient() / count).astype(dtype)
+            dtable_DV += product("ND,NV->DV", hidden, dlogits)
+            dhidden = psum(jnp.einsum("NV,VD->ND", dlogits, table_VD), "tensor")
+            return (total + nll.sum(), dtable_DV), dhidden
+
+        zero = jnp.zeros(()), jnp.zeros(table_VD.shape[::-1])
+        (total, dtable_DV), dhidden = _over_chunks(
+            part, chunk, len(table_VD), zero, hidden_BTD, targets_BT
+        )
+        dtable_DV = psum(reduce_scatter(dtable_DV, 0, "fsdp", "context"), "data")
+        return psum(total, "data", "fsdp", "context"), dhidden, dtable_DV.T
+
+    total, dhidden, dtable_VD = on_shards(
+        here, (_X, _TABLE, _TOKENS), [(), _X, _TABLE], hidden_BTD, table_VD, targets_BT
+    )
+    return total / count, (dhidden, dtable_VD)
 
 
 def _backward(
-    chunk: int, gradients: tuple[jax.Array, jax.Array], scale: jax.Array
+    chunk: int | None, gradients: tuple[jax.Array, jax.Array], scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     dhidden, dtable_VD = gradients
     return (dhidden * scale).astype(dhidden.dtype), dtable_VD * scale, None

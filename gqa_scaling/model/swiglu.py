@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from gqa_scaling.model.product import product
+from gqa_scaling.parallel import constrain, gathered
+
+_IN, _OUT = ("embed", "mlp"), ("mlp", "embed")
 
 
 @jax.custom_vjp
@@ -22,10 +25,11 @@ def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.
 def _forward(
     x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
 ) -> tuple[jax.Array, Any]:
-    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(x_BTD.dtype))
-    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(x_BTD.dtype))
+    dtype = x_BTD.dtype
+    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gathered(gate_DF, dtype, _IN))
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gathered(up_DF, dtype, _IN))
     hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-    y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD.astype(x_BTD.dtype))
+    y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, gathered(down_FD, dtype, _OUT))
     return y_BTD, (x_BTD, gate_BTF, up_BTF, gate_DF, up_DF, down_FD)
 
 
@@ -34,13 +38,15 @@ def _backward(residuals: Any, dy_BTD: jax.Array) -> tuple[jax.Array, ...]:
     dtype = x_BTD.dtype
     sigmoid = jax.nn.sigmoid(gate_BTF)
     silu = gate_BTF * sigmoid
-    dhidden = jnp.einsum("BTD,FD->BTF", dy_BTD, down_FD.astype(dtype))
+    dhidden = jnp.einsum("BTD,FD->BTF", dy_BTD, gathered(down_FD, dtype, _OUT))
     dgate = dhidden * up_BTF * (sigmoid + silu * (1 - sigmoid))
     dup = dhidden * silu
-    dx = jnp.einsum("BTF,DF->BTD", dgate, gate_DF.astype(dtype))
-    dx += jnp.einsum("BTF,DF->BTD", dup, up_DF.astype(dtype))
-    ddown_DF = product("BTD,BTF->DF", dy_BTD, silu * up_BTF)
-    return dx, product("BTD,BTF->DF", x_BTD, dgate), product("BTD,BTF->DF", x_BTD, dup), ddown_DF.T
+    dx = jnp.einsum("BTF,DF->BTD", dgate, gathered(gate_DF, dtype, _IN))
+    dx += jnp.einsum("BTF,DF->BTD", dup, gathered(up_DF, dtype, _IN))
+    dgate_DF = constrain(product("BTD,BTF->DF", x_BTD, dgate), *_IN)
+    dup_DF = constrain(product("BTD,BTF->DF", x_BTD, dup), *_IN)
+    ddown_DF = constrain(product("BTD,BTF->DF", dy_BTD, silu * up_BTF), *_IN)
+    return dx, dgate_DF, dup_DF, ddown_DF.T
 
 
 swiglu.defvjp(_forward, _backward)

@@ -15,10 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqa_scaling.config import ModelConfig
+from gqa_scaling.layout import zigzag
 from gqa_scaling.model.attention import attend
+from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.product import product
 from gqa_scaling.model.swiglu import swiglu
-from gqa_scaling.parallel import constrain
+from gqa_scaling.parallel import axis_size, constrain, gathered
+
+Q_AXES = ("embed", "kv_heads", "group", "head_dim")
+KV_AXES = ("embed", "kv_heads", "head_dim")
+O_AXES = ("kv_heads", "group", "head_dim", "embed")
 
 
 def create(config: ModelConfig, seed: int) -> "Transformer":
@@ -57,13 +63,12 @@ class Layers(nnx.Module):
         def into(rows_LRD: jax.Array, *shape: int) -> jax.Array:
             return inward * rows_LRD.swapaxes(1, 2).reshape(L, D, *shape)
 
-        kv_axes = ("layers", "embed", "kv_heads", "head_dim")
         self.attention_norm_D = _param(jnp.ones((L, D)), "layers", "embed")
-        self.q_DKGH = _param(into(q, K, G, H), "layers", "embed", "kv_heads", "group", "head_dim")
-        self.k_DKH = _param(into(k, K, H), *kv_axes)
-        self.v_DKH = _param(into(v, K, H), *kv_axes)
+        self.q_DKGH = _param(into(q, K, G, H), "layers", *Q_AXES)
+        self.k_DKH = _param(into(k, K, H), "layers", *KV_AXES)
+        self.v_DKH = _param(into(v, K, H), "layers", *KV_AXES)
         o_KGHD = residual * (K * G * H) ** -0.5 * o.reshape(L, K, G, H, D)
-        self.o_KGHD = _param(o_KGHD, "layers", "kv_heads", "group", "head_dim", "embed")
+        self.o_KGHD = _param(o_KGHD, "layers", *O_AXES)
         self.ffn_norm_D = _param(jnp.ones((L, D)), "layers", "embed")
         self.gate_DF = _param(into(gate, F), "layers", "embed", "mlp")
         self.up_DF = _param(into(up, F), "layers", "embed", "mlp")
@@ -85,18 +90,24 @@ class Layers(nnx.Module):
     def qkv(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q_BTKGH, k_BSKH and v_BSKH of normalised inputs, q and k turned by `rope`."""
+        """q_BTKGH, k_BSKH and v_BSKH of normalised inputs, q and k turned by `rope`.
+
+        On a mesh whose `tensor` axis is larger than K, q has that many KV heads, each serving a
+        part of a group.
+        """
         dtype = x_BTD.dtype
-        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, self.q_DKGH.astype(dtype))
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.k_DKH.astype(dtype))
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.v_DKH.astype(dtype))
+        q_DKGH = _repeat_groups(gathered(self.q_DKGH[...], dtype, Q_AXES), Q_AXES)
+        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, q_DKGH)
+        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, gathered(self.k_DKH[...], dtype, KV_AXES))
+        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, gathered(self.v_DKH[...], dtype, KV_AXES))
         if self.q_norm_H is not None:
             q_BTKGH = rms_norm(q_BTKGH, self.q_norm_H, self.eps)
             k_BSKH = rms_norm(k_BSKH, self.k_norm_H, self.eps)
         return rotate(q_BTKGH, *rope), rotate(k_BSKH, *rope), v_BSKH
 
     def out(self, o_BTKGH: jax.Array) -> jax.Array:
-        return jnp.einsum("BTKGH,KGHD->BTD", o_BTKGH, self.o_KGHD.astype(o_BTKGH.dtype))
+        o_KGHD = gathered(self.o_KGHD[...], o_BTKGH.dtype, O_AXES)
+        return jnp.einsum("BTKGH,KGHD->BTD", o_BTKGH, _repeat_groups(o_KGHD, O_AXES))
 
     def ffn(self, x_BTD: jax.Array) -> jax.Array:
         return swiglu(x_BTD, self.gate_DF[...], self.up_DF[...], self.down_FD[...])
@@ -121,14 +132,15 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Hidden states after the final norm, (B, T, D), in the compute dtype.
 
+        On a mesh positions are in zig-zag order over `context` (`layout.zigzag`).
+
         `remat` says what the backward pass recomputes (see `ParallelConfig`), `attention` is
         the implementation that `attend` takes.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        # Looking up rows of a table split along D makes the partitioner replicate the result.
-        table_VD = constrain(self.embedding_VD.astype(dtype), "vocab", None)
-        x_BTD = constrain(table_VD[tokens_BT], "batch", "time", None)
-        rope = rope_tables(jnp.arange(tokens_BT.shape[1]), config.head_dim, config.rope_theta)
+        x_BTD = embed(self.embedding_VD[...], tokens_BT, dtype)
+        positions_T = zigzag(jnp.arange(tokens_BT.shape[1]), axis_size("context"))
+        rope = rope_tables(constrain(positions_T, "time"), config.head_dim, config.rope_theta)
         graphdef, stack = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
@@ -145,6 +157,17 @@ class Transformer(nnx.Module):
         """Logits of hidden states, (B, T, V), in float32."""
         table_VD = self.output_table().astype(hidden_BTD.dtype)
         return product("BTD,VD->BTV", hidden_BTD, table_VD)
+
+
+def _repeat_groups(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """On a `tensor` axis larger than K: each group cut into parts that count as KV heads."""
+    k = axes.index("kv_heads")
+    K, G = weight.shape[k : k + 2]
+    repeats = -(-axis_size("tensor") // K)
+    if repeats == 1:
+        return weight
+    weight = weight.reshape(*weight.shape[:k], K * repeats, G // repeats, *weight.shape[k + 2 :])
+    return constrain(weight, *("kv_heads" if i == k else None for i in range(weight.ndim)))
 
 
 def _rematerialised(layer: Callable, remat: str) -> Callable:

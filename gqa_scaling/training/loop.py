@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,34 +70,36 @@ def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
 
 
 def train_step(graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted step: (state, tokens [B, T+1]) -> (state, loss, gradient norm).
+    """The jitted step: (state, inputs [B, T], targets [B, T]) -> (state, loss, gradient norm).
 
     With accumulation the batch is cut into equal microbatches whose gradients are averaged.
     """
     settings = {"remat": run.parallel.remat, "attention": run.parallel.attention}
 
-    def loss_of(parameters: Any, tokens: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, parameters)
-        return next_token_loss(model, tokens[:, :-1], tokens[:, 1:], **settings)
+    def loss_of(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return next_token_loss(nnx.merge(graph, parameters), inputs_BT, targets_BT, **settings)
 
-    def gradients(parameters: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    def gradients(parameters: Any, *batch: jax.Array) -> tuple[jax.Array, Any]:
         micro = run.parallel.accumulation
         if micro == 1:
-            return jax.value_and_grad(loss_of)(parameters, tokens)
+            return jax.value_and_grad(loss_of)(parameters, *batch)
 
-        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss_of)(parameters, part)
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            new = jax.value_and_grad(loss_of)(parameters, *part)
             return jax.tree.map(jnp.add, total, new), None
 
         # every device keeps a share of each microbatch: rows are dealt out, not cut in runs
-        parts = tokens.reshape(-1, micro, tokens.shape[-1]).swapaxes(0, 1)
+        parts = [x.reshape(-1, micro, x.shape[-1]).swapaxes(0, 1) for x in batch]
+        parts = tuple(parallel.constrain(x, None, "batch", "time") for x in parts)
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
         total, _ = jax.lax.scan(add, zero, parts)
         return jax.tree.map(lambda x: x / micro, total)
 
-    def step(state: State, tokens: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+    def step(
+        state: State, inputs_BT: jax.Array, targets_BT: jax.Array
+    ) -> tuple[State, jax.Array, jax.Array]:
         parameters, moments = state
-        loss, grads = gradients(parameters, tokens)
+        loss, grads = gradients(parameters, inputs_BT, targets_BT)
         updates, moments = optimizer.update(grads, moments, parameters)
         return (optax.apply_updates(parameters, updates), moments), loss, optax.tree.norm(grads)
 
@@ -111,7 +113,7 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> dict[st
     data and directory do not go together, NonFiniteLoss when training diverges.
     """
     began = time.time()
-    data, mesh = check_data(run, store), _mesh(run)
+    data, mesh = check_data(run, store), parallel.make_mesh(run)
     directory.begin(run, store.describe())
     layout = {
         "mesh": dict(mesh.shape),
@@ -157,9 +159,35 @@ def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
     return {**timing, "finished": time.time()}
 
 
-def _mesh(run: RunConfig) -> jax.sharding.Mesh:
-    microbatch = run.batch_size // run.parallel.accumulation
-    return parallel.make_mesh(run.parallel, microbatch, run.model)
+def abstract_step(
+    run: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[Any, tuple[State, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], jax.sharding.Mesh]:
+    """The very step that `train` calls, its abstract arguments and mesh; nothing is allocated.
+
+    Inside `jax.set_mesh(mesh)`, `step.lower(*arguments)` can be compiled for devices that are not
+    there (`jax.experimental.topologies`).
+    """
+    mesh = parallel.make_mesh(run, devices)
+    graph, _ = _abstract_parameters(run, mesh)
+    optimizer = make_optimizer(run.optimizer, costs.training_steps(run))
+    tokens = jax.ShapeDtypeStruct(
+        (run.batch_size, run.context_length), jnp.int32, sharding=parallel.batch_sharding(mesh)
+    )
+    state = abstract_state(run, optimizer, mesh)
+    return train_step(graph, run, optimizer), (state, tokens, tokens), mesh
+
+
+def abstract_state(
+    run: RunConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> State:
+    """Shapes and shardings of parameters and moments; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: _initial_state(run, optimizer))
+    return placed(shapes, parallel.shardings(shapes, mesh))
+
+
+def _initial_state(run: RunConfig, optimizer: optax.GradientTransformation) -> State:
+    parameters = nnx.state(create(run.model, run.seed))
+    return parameters, optimizer.init(parameters)
 
 
 def _abstract_parameters(run: RunConfig, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, Any]:
@@ -182,15 +210,9 @@ class _Loop:
 
     def initial_state(self, optimizer: optax.GradientTransformation, first: int) -> State:
         """A fresh state, or that of checkpoint `first`; either is allocated once, sharded."""
-
-        def build() -> State:
-            parameters = nnx.state(create(self.run.model, self.run.seed))
-            return parameters, optimizer.init(parameters)
-
         if not first:
-            return parallel.create_sharded(build, self.mesh)
-        shapes = jax.eval_shape(build)
-        like = placed(shapes, parallel.shardings(shapes, self.mesh))
+            return parallel.create_sharded(lambda: _initial_state(self.run, optimizer), self.mesh)
+        like = abstract_state(self.run, optimizer, self.mesh)
         state, position = self.checkpoints.restore(first, like)
         digest, path = position["digest"], self.directory.checkpoints
         require(digest == self.run.digest, f"{path} holds digest {digest}, not {self.run.digest}")
@@ -235,9 +257,10 @@ class _Loop:
                     telemetry.log(step, {**scalars, **meter.scalars()})
 
             pending = None
-            batches = self.data.iterate(first)
+            layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
+            batches = self.data.iterate(first, layout.pieces)
             for step in range(first + 1, steps + 1):
-                state, loss, norm = step_fn(state, parallel.shard_batch(next(batches), self.mesh))
+                state, loss, norm = step_fn(state, *layout.place(next(batches)))
                 settle(pending)
                 pending = (step, loss, norm)
                 if step % run.checkpoint.every_steps == 0 and step < steps:
@@ -290,7 +313,7 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     if whole is None:
         raise UserError(f"{directory.path} has no result yet; run it first")
     directory.require_same_data(whole["result"]["data"], store.describe())
-    mesh = _mesh(run)
+    mesh = parallel.make_mesh(run)
     graph, like = _abstract_parameters(run, mesh)
     with jax.set_mesh(mesh):
         parameters = load_parameters(directory.parameters, like)

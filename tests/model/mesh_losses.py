@@ -1,72 +1,93 @@
-"""Run by test_parallel.py with 8 virtual devices: trains two steps on several meshes, prints JSON."""
+"""Run by test_parallel.py with 8 virtual devices: trains on several meshes and prints JSON.
+
+python mesh_losses.py STEPS CONTEXT_LENGTH N_KV_HEADS...
+"""
 
 import hashlib
 import json
+import sys
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
-from gqa_scaling.config import ModelConfig, ParallelConfig
-from gqa_scaling.model.loss import next_token_loss
+from gqa_scaling import parallel
+from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from gqa_scaling.model.transformer import create
-from gqa_scaling.parallel import create_sharded, make_mesh, shard_batch
+from gqa_scaling.training.loop import train_step
+from gqa_scaling.training.optimizer import make_optimizer
 
-CONFIG = ModelConfig(
-    2, 32, 4, 2, head_dim=8, d_ff=64, vocab_size=48, dtype="float32", tie_embeddings=False
-)
-MESHES = {
-    "data 8": ParallelConfig(),
-    "fsdp 8": ParallelConfig(fsdp=8),
-    "data 2, fsdp 2, tensor 2": ParallelConfig(fsdp=2, tensor=2),
-}
-tokens = np.random.default_rng(0).integers(48, size=(8, 17))
-tx = optax.adamw(1e-2)
-graphdef = nnx.graphdef(create(CONFIG, 0))
+MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8))
+VOCABULARY = 64
 
 
-def init():
-    params = nnx.state(create(CONFIG, 0))
-    return params, tx.init(params)
-
-
-@jax.jit
-def step(state, x, y):
-    params, moments = state
-    loss, gradient = jax.value_and_grad(lambda p: next_token_loss(nnx.merge(graphdef, p), x, y))(
-        params
+def run_config(n_kv_heads: int, context_length: int, mesh: tuple[int, ...]) -> RunConfig:
+    long = context_length > 1024
+    rows = 2 if long else 16
+    return RunConfig(
+        name="mesh",
+        model=ModelConfig(
+            2, 32, 8, n_kv_heads, head_dim=8, d_ff=64, vocab_size=VOCABULARY, dtype="float32"
+        ),
+        context_length=context_length,
+        batch_tokens=rows * context_length,
+        tokens=100 * rows * context_length,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.0),
+        parallel=ParallelConfig(*mesh, accumulation=2, remat="full" if long else "none"),
     )
-    updates, moments = tx.update(gradient, moments, params)
-    return (optax.apply_updates(params, updates), moments), loss
 
 
-def run(state, x, y):
-    bits = hashlib.sha256()
-    for leaf in jax.tree.leaves(state[0]):
-        bits.update(np.asarray(leaf).tobytes())
-    shard = max(leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state))
-    gate = state[0]["layers"]["gate_DF"][...]
-    moment = state[1][0].mu["layers"]["gate_DF"][...]
-    losses = []
-    for _ in range(2):
-        state, loss = step(state, x, y)
-        losses.append(float(loss))
-    kept = state[0]["layers"]["gate_DF"][...].sharding.is_equivalent_to(gate.sharding, gate.ndim)
-    return {
-        "bits": bits.hexdigest(),
-        "losses": losses,
-        "gate": gate.addressable_shards[0].data.size / gate.size,
-        "moment": moment.addressable_shards[0].data.size / moment.size,
-        "largest": shard,
-        "kept": kept,
-    }
+def train(run: RunConfig, steps: int) -> dict:
+    sizes = run.parallel
+    devices = sizes.data * sizes.fsdp * sizes.context * sizes.tensor
+    mesh = parallel.make_mesh(run, jax.devices()[:devices])
+    optimizer = make_optimizer(run.optimizer, 100)
+    graph = nnx.graphdef(create(run.model, 0))
 
+    def init():
+        parameters = nnx.state(create(run.model, 0))
+        return parameters, optimizer.init(parameters)
 
-out = {"one device": run(jax.jit(init)(), tokens[:, :-1], tokens[:, 1:])}
-for name, parallel in MESHES.items():
-    mesh = make_mesh(parallel, 8, CONFIG)
+    layout = parallel.BatchLayout(mesh, run.batch_size, run.context_length)
+    tokens = np.random.default_rng(0).integers(
+        VOCABULARY, size=(4, run.batch_size, run.context_length + 1), dtype=np.int32
+    )
     with jax.set_mesh(mesh):
-        x, y = shard_batch((tokens[:, :-1], tokens[:, 1:]), mesh)
-        out[name] = run(create_sharded(init, mesh), x, y)
-print(json.dumps(out))
+        state = parallel.create_sharded(init, mesh)
+        bits = hashlib.sha256()
+        for leaf in jax.tree.leaves(state[0]):
+            bits.update(np.asarray(leaf).tobytes())
+        step = train_step(graph, run, optimizer)
+        gate = state[0]["layers"]["gate_DF"][...]
+        moment = state[1][1][0].mu["layers"]["gate_DF"][...]
+        out = {
+            "bits": bits.hexdigest(),
+            "gate": gate.addressable_shards[0].data.size / gate.size,
+            "moment": moment.addressable_shards[0].data.size / moment.size,
+            "losses": [],
+        }
+        for i in range(steps):
+            pieces = [
+                tokens[i % 4, rows.start : rows.stop, time.start : time.stop + 1]
+                for rows, time in layout.pieces
+            ]
+            state, loss, _ = step(state, *layout.place(pieces))
+            out["losses"].append(float(loss))
+        new = state[0]["layers"]["gate_DF"][...]
+        out["kept"] = new.sharding.is_equivalent_to(gate.sharding, gate.ndim)
+    return out
+
+
+steps, context_length, *kv_heads = map(int, sys.argv[1:])
+meshes = MESHES if context_length <= 1024 else (MESHES[0], MESHES[4])
+print(
+    json.dumps(
+        {
+            f"{n_kv}": {
+                "x".join(map(str, mesh)): train(run_config(n_kv, context_length, mesh), steps)
+                for mesh in meshes
+            }
+            for n_kv in kv_heads
+        }
+    )
+)

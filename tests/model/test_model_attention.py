@@ -1,4 +1,9 @@
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +91,28 @@ def test_unknown_implementation():
     q, k, v, _ = operands((1, 4, 1, 1, 8))
     with pytest.raises(ValueError, match="auto, reference or blockwise"):
         attention.attend(q, k, v, implementation="flash")
+
+
+@pytest.fixture(scope="module")
+def over_context():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    script = [sys.executable, "-W", "error", str(Path(__file__).with_name("mesh_attention.py"))]
+    done = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", ["reference", "n_kv 1", "n_kv 2", "odd parts", "small tiles"])
+def test_a_context_axis_changes_neither_output_nor_gradients(over_context, case):
+    assert over_context[case] < 2e-5
+
+
+def test_a_context_axis_in_bfloat16(over_context):
+    assert over_context["bfloat16"] < 0.05
+
+
+def test_zigzag_shards_walk_over_as_many_tiles(over_context):
+    """64 rows of tiles, walked up to the diagonal forward and backward."""
+    blocks = np.array(over_context["blocks"])
+    assert blocks.sum() == 2 * 64 * 65 / 2
+    assert blocks.max() / blocks.mean() <= 1.1
