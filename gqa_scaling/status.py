@@ -1,6 +1,8 @@
 """Where a grid stands, from the files on disk alone."""
 
 import contextlib
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gqa_scaling import costs
+from gqa_scaling.checksums import Kept, examine_run, few
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.grid import learning_rate_choices
-from gqa_scaling.runs import State, read_json, run_directory
+from gqa_scaling.runs import RunDirectory, State, read_json, run_directory
+from gqa_scaling.units import byte_size
 
 ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending")
 COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red", "pending": "dim"}
@@ -135,3 +139,95 @@ def learning_rate_table(experiment: Experiment) -> tuple[list[dict[str, Any]], T
     for layers, width in sorted(missing):
         table.add_row(str(layers), str(width), "", "", "", "no finished run")
     return rows, table
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """What is kept of one run, every file of it verified; the newest step first."""
+
+    name: str
+    path: str
+    state: State
+    kept: tuple[Kept, ...]
+
+    @property
+    def damaged(self) -> int:
+        """How many of them are not what was saved."""
+        return sum(kept.state == "damaged" for kept in self.kept)
+
+    @property
+    def resume(self) -> str:
+        """Where the next attempt would go on from."""
+        if self.state == "done":
+            return "nothing: finished"
+        parameters = [kept for kept in self.kept if kept.step is None]
+        steps = [kept for kept in self.kept if kept.step is not None and kept.state != "unfinished"]
+        if parameters:
+            whole = parameters[0].state == "whole"
+            return "parameters: evaluation is left" if whole else "refused: parameters are damaged"
+        if not steps:
+            return "the first step"
+        return next((k.name for k in steps if k.state == "whole"), "refused: none is whole")
+
+
+def read_checkpoints(directories: Sequence[RunDirectory]) -> list[RunCheckpoints]:
+    """Verify the checkpoints and trained parameters of runs that have begun.
+
+    Only reads, all of the files, and may be called while the runs are being trained.
+    """
+    out = []
+    for directory in directories:
+        if not directory.path.exists():
+            continue
+        kept = examine_run(directory.checkpoints, directory.parameters)
+        state = directory.state()
+        if state == "done":  # its checkpoints are dropped then, perhaps just now
+            kept = [each for each in kept if each.step is None]
+            if not kept:
+                kept = [Kept(None, "damaged", (f"{directory.parameters} is missing",), 0, None)]
+        out.append(RunCheckpoints(directory.path.name, str(directory.path), state, tuple(kept)))
+    return out
+
+
+def checkpoints_table(runs: Sequence[RunCheckpoints]) -> Table:
+    """The checkpoints as people read them."""
+    counts = [
+        f"{n} {state}"
+        for state in ("whole", "damaged", "unfinished")
+        if (n := sum(kept.state == state for run in runs for kept in run.kept))
+    ]
+    table = Table(title=f"checkpoints of {len(runs)} runs: {', '.join(counts) or 'none'}")
+    for column in ("run", "kept", "size", "saved", "state", "a resume uses"):
+        right = column == "size"
+        table.add_column(column, justify="right" if right else "left", no_wrap=column == "kept")
+    colours = {"whole": "green", "damaged": "red", "unfinished": "dim"}
+    for run in runs:
+        first = (run.name, run.resume)
+        for kept in run.kept:
+            when = "" if kept.saved is None else time.strftime("%F %T", time.localtime(kept.saved))
+            words = f"{kept.state}: {few(kept.damage)}" if kept.damage else kept.state
+            state = Text(words, style=colours[kept.state])
+            size = byte_size(kept.bytes)
+            table.add_row(Text(first[0]), kept.name, size, when, state, first[1])
+            first = ("", "")
+        if not run.kept:
+            table.add_row(Text(run.name), "none", "", "", "", run.resume)
+    return table
+
+
+def checkpoints_dict(runs: Sequence[RunCheckpoints]) -> dict[str, Any]:
+    """The checkpoints for programs; bytes, and seconds since 1970."""
+    rows = [
+        {
+            "name": run.name,
+            "path": run.path,
+            "state": run.state,
+            "resume": run.resume,
+            "kept": [{"name": kept.name, **asdict(kept)} for kept in run.kept],
+        }
+        for run in runs
+    ]
+    return {"damaged": sum(run.damaged for run in runs), "runs": rows}
