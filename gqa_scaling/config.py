@@ -235,6 +235,8 @@ class OptimizerConfig(_Json):
     `warmup` and `decay` are fractions of all steps; the decay is a cosine from `learning_rate`
     to `final_fraction` of it. With schedule "cosine" the decay begins where the warmup ends.
     Weight decay acts on matrices only.
+    `spike_factor` > 0 skips steps whose gradient norm exceeds that many times its running mean: off
+    by default, as it changes what is learned.
     """
 
     learning_rate: float = 1e-3
@@ -247,6 +249,7 @@ class OptimizerConfig(_Json):
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,6 +264,10 @@ class OptimizerConfig(_Json):
         require(
             0 <= self.weight_decay < math.inf,
             f"weight_decay={self.weight_decay} must be finite and not negative",
+        )
+        require(
+            self.spike_factor == 0 or 1 < self.spike_factor < math.inf,
+            f"spike_factor={self.spike_factor} must be 0 (off) or greater than 1",
         )
         require(
             self.warmup + self.decay <= 1,
@@ -334,6 +341,9 @@ class RunConfig(_Json):
     `tokens_per_param` counts the run's own non-embedding parameters.
 
     `name` and `note` are for people: neither is part of the digest and neither is ever parsed.
+    A step whose loss or gradient is not finite is skipped, and `max_nonfinite_steps` of them in a
+    row stop the run, 0 and 1 at the first; a run that ends does so with any higher limit too, so
+    it may change when a run is resumed.
     """
 
     name: str
@@ -348,6 +358,7 @@ class RunConfig(_Json):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    max_nonfinite_steps: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -358,7 +369,9 @@ class RunConfig(_Json):
             f"name={self.name!r} may hold letters, digits and -_.+ and begins with a letter or digit",
         )
         _positive(self, "context_length", "batch_tokens")
-        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        for name in ("seed", "max_nonfinite_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value} must not be negative")
         require(
             (self.tokens is None) != (self.tokens_per_param is None),
             "give exactly one of tokens and tokens_per_param",
@@ -409,6 +422,7 @@ class RunConfig(_Json):
                     "evaluation",
                     "parallel",
                     "checkpoint",
+                    "max_nonfinite_steps",
                 ),
             ),
             "model": _non_default(self.model),
@@ -433,7 +447,7 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     a, b = _flat(old.to_dict()), _flat(new.to_dict())
     for flat, run in ((a, old), (b, new)):  # a corpus may move, as in the digest
         flat |= {f"data.{k}": _base(getattr(run.data, k)) for k in ("corpus", "tokenizer")}
-    free = {"data.store", "data.allow_repeats", "name", "note"}
+    free = {"data.store", "data.allow_repeats", "name", "note", "max_nonfinite_steps"}
     skip = ("evaluation.", "parallel.", "checkpoint.")
     return [
         f"{key}: {a.get(key)} -> {b.get(key)}"

@@ -190,6 +190,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "time")))
 
 
+def pieces_of(part: tuple[slice, slice], rows: int, time: int, context: int) -> list[Piece]:
+    """A device's part of a (rows, time) batch in zig-zag order, as contiguous natural pieces."""
+    mine, positions = range(rows)[part[0]], range(time)[part[1]]
+    if context == 1:
+        return [(mine, positions)]
+    size = time // (2 * context)
+    held = zigzag(np.arange(2 * context), context)[positions.start // size : positions.stop // size]
+    return [(mine, range(int(p) * size, int(p + 1) * size)) for p in held]
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """Which tokens of a batch of `rows` sequences of `time` positions lie on which device.
@@ -206,18 +216,10 @@ class BatchLayout:
     def pieces(self) -> tuple[Piece, ...]:
         """The (sequences, positions) that this process's devices hold, in natural order, once."""
         indices = batch_sharding(self.mesh).addressable_devices_indices_map((self.rows, self.time))
-        return tuple(dict.fromkeys(p for index in indices.values() for p in self._pieces(index)))
+        return tuple(dict.fromkeys(p for part in indices.values() for p in self._pieces(part)))
 
-    def _pieces(self, index: tuple[slice, slice]) -> list[Piece]:
-        """Zig-zag coordinates of a device's part as one or two contiguous pieces."""
-        rows = range(self.rows)[index[0]]
-        positions, context = range(self.time)[index[1]], self.mesh.shape["context"]
-        if context == 1:
-            return [(rows, positions)]
-        part = self.time // (2 * context)
-        parts = zigzag(np.arange(2 * context), context)
-        held = parts[positions.start // part : positions.stop // part]
-        return [(rows, range(int(p) * part, int(p + 1) * part)) for p in held]
+    def _pieces(self, part: tuple[slice, slice]) -> list[Piece]:
+        return pieces_of(part, self.rows, self.time, self.mesh.shape["context"])
 
     def place(self, tokens: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
         """Global inputs and targets, (rows, time), of the `pieces`, each with one token more."""
@@ -225,10 +227,10 @@ class BatchLayout:
         sharding, shape = batch_sharding(self.mesh), (self.rows, self.time)
 
         def of(shift: slice) -> jax.Array:
-            def part(index: tuple[slice, slice]) -> np.ndarray:
-                return np.concatenate([held[p][:, shift] for p in self._pieces(index)], axis=1)
+            def tokens_of(part: tuple[slice, slice]) -> np.ndarray:
+                return np.concatenate([held[p][:, shift] for p in self._pieces(part)], axis=1)
 
-            return jax.make_array_from_callback(shape, sharding, part)
+            return jax.make_array_from_callback(shape, sharding, tokens_of)
 
         return of(slice(None, -1)), of(slice(1, None))
 

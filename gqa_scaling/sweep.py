@@ -3,13 +3,14 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from gqa_scaling.runs import RunDirectory, claim, run_directory
 from gqa_scaling.status import RunStatus, read_status
 from gqa_scaling.units import byte_size, duration, quantity
 
+FAILED, TRAINING, EVALUATION, CLEANING = range(4)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -80,9 +82,11 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     """Train every run that is not done; those that another process is at are waited for.
 
     A run that fails is recorded with its traceback and the next one starts; it is not tried again
-    until `forget_failures`. Raises UserError for what the user can mend, OSError for a full or
-    read-only disk: no later run could do better then.
+    until `forget_failures`. In a job of several processes all of them call this and a failure is
+    raised, as the others cannot go on. Raises UserError for what the user can mend, OSError for a
+    full or read-only disk, when no later run could do better, and Preempted once all is saved.
     """
+    from gqa_scaling import processes
     from gqa_scaling.training.loop import keep_compiled
 
     stores = check(experiment, root)
@@ -91,9 +95,11 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     while left:
         elsewhere = []
         for run in left:
+            if processes.preempted():
+                raise processes.Preempted(f"stopped before {run.name}")
             directory = run_directory(root, experiment.name, run)
-            with claim(directory) as mine:
-                if not mine:
+            with claim(directory) if processes.is_leader() else nullcontext(False) as mine:
+                if not processes.leaders(mine):
                     elsewhere.append(run)
                 elif _bring_to_end(run, directory, stores[run.data.store_path]):
                     done += 1
@@ -107,27 +113,39 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
 
 def _bring_to_end(run: RunConfig, directory: RunDirectory, store: TokenStore) -> bool:
     """Train or judge one run as far as it is not; whether it then has its result."""
+    from gqa_scaling import processes
     from gqa_scaling.training.loop import reevaluate, train
 
-    if directory.failure_file.exists():
+    left = processes.leaders(_left_to_do(run, directory))
+    if left == FAILED:
         return False
     try:
-        whole = directory.result()
-        if whole is None:
+        if left == TRAINING:
             train(run, directory, store)
-        elif run.evaluation_digest not in whole["result"]["evaluations"]:
+        elif left == EVALUATION:
             reevaluate(run, directory, store)
-        else:
+        elif processes.is_leader():
             directory.clean()
-    except UserError:
+    except (UserError, processes.Preempted):
         raise
     except Exception as error:
         disk = _disk_error(error)
         if disk is not None:
             raise disk from error
         directory.fail(traceback.format_exc(), type(error).__name__)
+        if processes.several():
+            raise
         return False
     return True
+
+
+def _left_to_do(run: RunConfig, directory: RunDirectory) -> int:
+    if directory.failure_file.exists():
+        return FAILED
+    whole = directory.result()
+    if whole is None:
+        return TRAINING
+    return CLEANING if run.evaluation_digest in whole["result"]["evaluations"] else EVALUATION
 
 
 def forget_failures(experiment: Experiment, root: Path) -> None:
@@ -164,12 +182,19 @@ def run_workers(command: list[str], workers: int, runs: int) -> int:
 
     Each gets its share of the CPU's cores, the same whatever is left to do: small models run
     faster side by side on one core each than one after another on all. Returns the largest exit
-    code, 1 for a process ended by a signal. An interruption ends all of them.
+    code, 1 for a process ended by a signal. An interruption ends all of them; SIGTERM has them
+    save and stop.
     """
     all_cores = cores()
     shares = [all_cores[i::workers] or all_cores for i in range(min(workers, runs))]
     mine = ["--parent", str(os.getpid()), "--cores"]
     processes = [subprocess.Popen([*command, *mine, ",".join(map(str, share))]) for share in shares]
+
+    def pass_on(*_: object) -> None:
+        for p in processes:
+            p.terminate()
+
+    signal.signal(signal.SIGTERM, pass_on)
     try:
         return max(1 if code < 0 else code for code in [p.wait() for p in processes])
     finally:

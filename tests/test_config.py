@@ -165,6 +165,7 @@ def test_golden_digest():
 
 
 FREE = {
+    "max_nonfinite_steps": 5,
     "name": "renamed",
     "note": "said aloud",
     "data.store": "/elsewhere",
@@ -213,6 +214,7 @@ DEFINING = {
     "optimizer.epsilon": 1e-7,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_norm": 2.0,
+    "optimizer.spike_factor": 20.0,
 }
 
 

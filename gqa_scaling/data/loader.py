@@ -57,6 +57,10 @@ class TrainingData:
         chunks = grain.MapDataset.range(self.chunks_per_epoch)
         return chunks.shuffle(seed).repeat().batch(self.batch_size)
 
+    def chunks(self, step: int) -> list[int]:
+        """Which chunks of the training split batch `step` holds."""
+        return self._order[step].tolist()
+
     def batch(self, step: int, rows: range | None = None, time: range | None = None) -> np.ndarray:
         """The tokens of batch `step`, int32 [rows, time + 1].
 

@@ -5,26 +5,27 @@ initial weights one of the seed, so the step alone says where data and randomnes
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import zstandard
 from flax import nnx
 
-from gqa_scaling import __version__, costs, parallel
+from gqa_scaling import __version__, costs, parallel, processes
 from gqa_scaling.checkpoint import (
     Checkpoints,
+    Restored,
     load_parameters,
     open_checkpoints,
-    placed,
     save_parameters,
 )
 from gqa_scaling.config import RunConfig, UserError, require
@@ -32,17 +33,20 @@ from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.evaluation.loss import Evaluation, evaluator
 from gqa_scaling.hardware import cores, detected
-from gqa_scaling.model.loss import next_token_loss
-from gqa_scaling.model.transformer import create
 from gqa_scaling.runs import RunDirectory
 from gqa_scaling.training.optimizer import learning_rate_schedule, make_optimizer
+from gqa_scaling.training.step import (
+    StepMetrics,
+    abstract_parameters,
+    abstract_state,
+    initial_state,
+    train_step,
+)
 from gqa_scaling.training.telemetry import Telemetry, is_logged, write_hparams
-
-State = tuple[Any, optax.OptState]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or gradient norm became NaN or infinite; the message names the step."""
+    """Loss or gradient norm were NaN or infinite; the message names the step and its data."""
 
 
 def keep_compiled(folder: Path) -> None:
@@ -69,84 +73,63 @@ def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
     return TrainingData(store, run.context_length, run.batch_size, run.seed)
 
 
-def train_step(graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted step: (state, inputs [B, T], targets [B, T]) -> (state, loss, gradient norm).
-
-    With accumulation the batch is cut into equal microbatches whose gradients are averaged.
-    """
-    settings = {"remat": run.parallel.remat, "attention": run.parallel.attention}
-
-    def loss_of(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return next_token_loss(nnx.merge(graph, parameters), inputs_BT, targets_BT, **settings)
-
-    def gradients(parameters: Any, *batch: jax.Array) -> tuple[jax.Array, Any]:
-        micro = run.parallel.accumulation
-        if micro == 1:
-            return jax.value_and_grad(loss_of)(parameters, *batch)
-
-        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss_of)(parameters, *part)
-            return jax.tree.map(jnp.add, total, new), None
-
-        # every device keeps a share of each microbatch: rows are dealt out, not cut in runs
-        parts = [x.reshape(-1, micro, x.shape[-1]).swapaxes(0, 1) for x in batch]
-        parts = tuple(parallel.constrain(x, None, "batch", "time") for x in parts)
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
-        total, _ = jax.lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / micro, total)
-
-    def step(
-        state: State, inputs_BT: jax.Array, targets_BT: jax.Array
-    ) -> tuple[State, jax.Array, jax.Array]:
-        parameters, moments = state
-        loss, grads = gradients(parameters, inputs_BT, targets_BT)
-        updates, moments = optimizer.update(grads, moments, parameters)
-        return (optax.apply_updates(parameters, updates), moments), loss, optax.tree.norm(grads)
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> dict[str, Any]:
+def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
     """Train and evaluate the run in its directory, from its last checkpoint if there is one.
 
-    Returns the `result` part of result.json, which is then on disk. Raises UserError when run,
-    data and directory do not go together, NonFiniteLoss when training diverges.
+    Its result.json is then on disk. Called by every process of a job; the first one writes. Raises
+    UserError when run, data and directory do not go together, NonFiniteLoss when training diverges,
+    Preempted once the state is saved.
     """
-    began = time.time()
+    began, leader = time.time(), processes.is_leader()
     data, mesh = check_data(run, store), parallel.make_mesh(run)
-    directory.begin(run, store.describe())
+    if leader:
+        directory.begin(run, store.describe())
+    processes.wait_for_all("run directory")
+    require(
+        directory.config_file.exists(),
+        f"{directory.path} is not seen by process {jax.process_index()}: all processes must share "
+        "one file system; set GQA_SCALING_RUNS to a folder there",
+    )
     layout = {
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
         "device": jax.devices()[0].device_kind,
         "cores": len(cores()),
     }
-    graph, like = _abstract_parameters(run, mesh)
+    graph, like = abstract_parameters(run, mesh)
+    trained = processes.leaders(directory.parameters.exists())
     with jax.set_mesh(mesh):
         evaluate = evaluator(run, graph, store, mesh)
-        if directory.parameters.exists():  # trained, and interrupted in its evaluation
+        if trained:  # and interrupted in its evaluation
             parameters = load_parameters(directory.parameters, like)
         else:
             with open_checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
-                first = checkpoints.latest_step() or 0
-                execution = {
-                    "parallel": run.parallel.to_dict(),
-                    "checkpoint": run.checkpoint.to_dict(),
-                }
-                directory.add_attempt(
-                    {"began": began, "first_step": first, "layout": layout, "versions": versions()}
-                    | execution
-                )
                 loop = _Loop(run, directory, data, checkpoints, graph, mesh, evaluate)
-                parameters = loop.take_steps(first)
+                start = loop.begin()
+                if leader:
+                    directory.add_attempt(
+                        {
+                            "began": began,
+                            "first_step": start.step,
+                            "damaged_checkpoints": start.damaged,
+                            "layout": layout,
+                            "versions": versions(),
+                            "parallel": run.parallel.to_dict(),
+                            "checkpoint": run.checkpoint.to_dict(),
+                        }
+                    )
+                parameters = loop.take_steps(start)
                 checkpoints.wait()
             save_parameters(directory.parameters, parameters)
-        result = _result(run, directory, store, evaluate(parameters), layout)
-    value = result["evaluations"][run.evaluation_digest]
-    metrics = {f"evaluation/{name}": value[name] for name in ("loss", "bits_per_byte")}
-    write_hparams(directory, run, metrics)
-    directory.finish(result, _timing(run, directory))
-    return result
+        value = evaluate(parameters)
+    if not math.isfinite(value.loss):
+        raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
+    if leader:
+        metrics = {f"evaluation/{k}": getattr(value, k) for k in ("loss", "bits_per_byte")}
+        write_hparams(directory, run, metrics)
+        result = _result(run, directory, store, value, layout)
+        directory.finish(result, _timing(run, directory))
+    processes.wait_for_all("result")
 
 
 def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
@@ -157,43 +140,6 @@ def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
         steps = costs.training_steps(run)
         timing["training_seconds"] = steps * last["perf/step_time_seconds"]
     return {**timing, "finished": time.time()}
-
-
-def abstract_step(
-    run: RunConfig, devices: Sequence[jax.Device] | None = None
-) -> tuple[Any, tuple[State, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], jax.sharding.Mesh]:
-    """The very step that `train` calls, its abstract arguments and mesh; nothing is allocated.
-
-    Inside `jax.set_mesh(mesh)`, `step.lower(*arguments)` can be compiled for devices that are not
-    there (`jax.experimental.topologies`).
-    """
-    mesh = parallel.make_mesh(run, devices)
-    graph, _ = _abstract_parameters(run, mesh)
-    optimizer = make_optimizer(run.optimizer, costs.training_steps(run))
-    tokens = jax.ShapeDtypeStruct(
-        (run.batch_size, run.context_length), jnp.int32, sharding=parallel.batch_sharding(mesh)
-    )
-    state = abstract_state(run, optimizer, mesh)
-    return train_step(graph, run, optimizer), (state, tokens, tokens), mesh
-
-
-def abstract_state(
-    run: RunConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> State:
-    """Shapes and shardings of parameters and moments; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: _initial_state(run, optimizer))
-    return placed(shapes, parallel.shardings(shapes, mesh))
-
-
-def _initial_state(run: RunConfig, optimizer: optax.GradientTransformation) -> State:
-    parameters = nnx.state(create(run.model, run.seed))
-    return parameters, optimizer.init(parameters)
-
-
-def _abstract_parameters(run: RunConfig, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, Any]:
-    """The model's graph, and shapes and shardings of its parameters; nothing is allocated."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
-    return graph, placed(shapes, parallel.shardings(shapes, mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,72 +154,112 @@ class _Loop:
     mesh: jax.sharding.Mesh
     evaluate: Callable[[Any], Evaluation]
 
-    def initial_state(self, optimizer: optax.GradientTransformation, first: int) -> State:
-        """A fresh state, or that of checkpoint `first`; either is allocated once, sharded."""
-        if not first:
-            return parallel.create_sharded(lambda: _initial_state(self.run, optimizer), self.mesh)
-        like = abstract_state(self.run, optimizer, self.mesh)
-        state, position = self.checkpoints.restore(first, like)
-        digest, path = position["digest"], self.directory.checkpoints
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.run.optimizer, costs.training_steps(self.run))
+
+    def begin(self) -> Restored:
+        """The newest whole checkpoint or a fresh state, allocated once, sharded."""
+        like = abstract_state(self.run, self.optimizer, self.mesh)
+        restored = self.checkpoints.restore_latest(like)
+        if restored is None:
+            build = functools.partial(initial_state, self.run, self.optimizer)
+            return Restored(0, parallel.create_sharded(build, self.mesh), {}, ())
+        digest, path = restored.position["digest"], self.directory.checkpoints
         require(digest == self.run.digest, f"{path} holds digest {digest}, not {self.run.digest}")
-        return state
+        return restored
 
-    def take_steps(self, first: int) -> Any:
-        """Take every step after `first` and return the trained parameters.
+    def take_steps(self, start: Restored) -> Any:
+        """Take the steps that are left and return the trained parameters.
 
-        Metrics are read one step late, so the device never waits.
+        Metrics are read one step late, so the device never waits. Raises NonFiniteLoss, and
+        Preempted once the state is saved.
         """
+        state, first = start.state, start.step
         run, steps = self.run, costs.training_steps(self.run)
-        optimizer = make_optimizer(run.optimizer, steps)
-        state = self.initial_state(optimizer, first)
-        step_fn = train_step(self.graph, run, optimizer)
-        schedule = learning_rate_schedule(run.optimizer, steps)
-        meter, last_good = _Meter(run), first
-
-        with Telemetry(self.directory, first) as telemetry:
-
-            def settle(pending: tuple[int, jax.Array, jax.Array] | None) -> None:
-                """Read a step's metrics, refuse what is not finite, log."""
-                if pending is None:
-                    return
-                step, loss, norm = pending[0], float(pending[1]), float(pending[2])
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise NonFiniteLoss(
-                        f"loss {loss} and gradient norm {norm} at step {step}; "
-                        + (
-                            f"the last good checkpoint is step {last_good} in "
-                            f"{self.directory.checkpoints}"
-                            if last_good
-                            else "there is no checkpoint before it"
-                        )
-                    )
-                meter.tick(step)
-                if is_logged(step, steps):
-                    scalars = {
-                        "learning/loss": loss,
-                        "learning/grad_norm": norm,
-                        "learning/current_learning_rate": float(schedule(step - 1)),
-                    }
-                    telemetry.log(step, {**scalars, **meter.scalars()})
-
-            pending = None
-            layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
-            batches = self.data.iterate(first, layout.pieces)
+        step_fn = train_step(self.graph, run, self.optimizer)
+        layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
+        batches = self.data.iterate(first, layout.pieces)
+        with Telemetry(self.directory, first, processes.is_leader()) as telemetry:
+            watch = _Watch(run, self.directory, self.data, telemetry)
+            watch.last_saved, watch.in_a_row = first, start.position.get("nonfinite_in_a_row", 0)
             for step in range(first + 1, steps + 1):
-                state, loss, norm = step_fn(state, *layout.place(next(batches)))
-                settle(pending)
-                pending = (step, loss, norm)
-                if step % run.checkpoint.every_steps == 0 and step < steps:
-                    settle(pending)  # only a state whose loss was finite is saved
-                    pending = None
+                state, metrics = step_fn(state, *layout.place(next(batches)))
+                watch.read()
+                watch.pending = step, metrics
+                stop = processes.preempted() and step < steps
+                if stop or (step % run.checkpoint.every_steps == 0 and step < steps):
+                    watch.read()  # what is saved has been judged
                     position = {"step": step, "seed": run.seed, "digest": run.digest}
+                    position["nonfinite_in_a_row"] = watch.in_a_row
                     self.checkpoints.save(step, state, position)
-                    last_good = step
+                    watch.last_saved = step
+                if stop:
+                    self.checkpoints.wait()
+                    raise processes.Preempted(f"{run.name}: saved step {step} of {steps}")
                 every = run.evaluation.every_steps
                 if every and step % every == 0 and step < steps:
                     telemetry.log(step, {"evaluation/loss": self.evaluate(state[0]).loss})
-            settle(pending)
+            watch.read()
         return state[0]
+
+
+class _Watch:
+    """Reads the metrics of each step once it is done, logs them, and refuses to go on in vain."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        directory: RunDirectory,
+        data: TrainingData,
+        telemetry: Telemetry,
+    ) -> None:
+        self.pending: tuple[int, StepMetrics] | None = None
+        self.last_saved = 0
+        self.in_a_row = 0  # steps without a finite loss and gradient
+        self._run, self._directory, self._data = run, directory, data
+        self._telemetry, self._meter = telemetry, _Meter(run)
+        self._steps = costs.training_steps(run)
+        self._schedule = learning_rate_schedule(run.optimizer, self._steps)
+
+    def read(self) -> None:
+        """Wait for the pending step, if there is one."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+        if not metrics.taken:
+            self._skipped(step, loss, norm)
+        else:
+            self.in_a_row = 0
+        self._meter.tick(step)
+        if metrics.taken and is_logged(step, self._steps):
+            scalars = {
+                "learning/loss": loss,
+                "learning/grad_norm": norm,
+                "learning/current_learning_rate": float(self._schedule(step - 1)),
+            }
+            self._telemetry.log(step, {**scalars, **self._meter.scalars()})
+
+    def _skipped(self, step: int, loss: float, norm: float) -> None:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        chunks = self._data.chunks(step - 1)
+        what = f"loss {loss} and gradient norm {norm} at step {step}, chunks {chunks} of the data"
+        self._telemetry.note(step, skipped="spike" if finite else "not finite", chunks=chunks)
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if not finite and self.in_a_row >= max(1, self._run.max_nonfinite_steps):
+            raise NonFiniteLoss(
+                f"{what}; "
+                + (f"{self.in_a_row} such steps in a row; " if self.in_a_row > 1 else "")
+                + (
+                    f"the last good checkpoint is step {self.last_saved} in "
+                    f"{self._directory.checkpoints}"
+                    if self.last_saved
+                    else "there is no checkpoint before it"
+                )
+            )
+        if processes.is_leader():
+            print(f"{self._run.name}: {what}: step skipped", file=sys.stderr)
 
 
 def _result(
@@ -284,10 +270,9 @@ def _result(
     layout: dict[str, Any],
 ) -> dict[str, Any]:
     """What the run is worth; equal to the byte however often it was interrupted."""
-    if not math.isfinite(value.loss):
-        raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
     steps = costs.training_steps(run)
-    losses = [m["learning/loss"] for m in directory.metrics() if "learning/loss" in m]
+    metrics = directory.metrics()
+    losses = [m["learning/loss"] for m in metrics if "learning/loss" in m]
     tail = losses[-max(1, len(losses) // 20) :]
     return {
         "name": run.name,
@@ -300,6 +285,7 @@ def _result(
         "training_flops": costs.training_flops(run),
         "epochs": costs.training_tokens(run) / store.train_tokens,
         "train_loss": sum(tail) / len(tail),
+        "skipped_steps": sum("skipped" in m for m in metrics),
         "data": store.describe(),
         "evaluations": {run.evaluation_digest: dataclasses.asdict(value)},
         "versions": versions(),
@@ -314,12 +300,14 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
         raise UserError(f"{directory.path} has no result yet; run it first")
     directory.require_same_data(whole["result"]["data"], store.describe())
     mesh = parallel.make_mesh(run)
-    graph, like = _abstract_parameters(run, mesh)
+    graph, like = abstract_parameters(run, mesh)
     with jax.set_mesh(mesh):
         parameters = load_parameters(directory.parameters, like)
         value = evaluator(run, graph, store, mesh)(parameters)
-    whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
-    directory.finish(whole["result"], whole["timing"])
+    if processes.is_leader():
+        whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
+        directory.finish(whole["result"], whole["timing"])
+    processes.wait_for_all("result")
 
 
 class _Meter:

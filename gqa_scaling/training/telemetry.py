@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -60,18 +60,29 @@ class TensorBoard:
 
 
 class Telemetry:
-    """Appends one line per logged step, and the same scalars for TensorBoard."""
+    """Appends one line per logged step, and the same scalars for TensorBoard.
 
-    def __init__(self, directory: RunDirectory, start_step: int) -> None:
-        directory.truncate_metrics(start_step)
-        self._file = open(directory.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
-        self._board = TensorBoard(directory, start_step + 1 if start_step else None)
+    Of several processes only the one that `writes` does.
+    """
+
+    def __init__(self, directory: RunDirectory, start_step: int, writes: bool = True) -> None:
+        self._writes = writes
+        if writes:
+            directory.truncate_metrics(start_step)
+            self._file = open(directory.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
+            self._board = TensorBoard(directory, start_step + 1 if start_step else None)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of one step under their TensorBoard tags."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-        self._board.scalars(step, scalars)
+        self.note(step, **scalars)
+        if self._writes:
+            self._board.scalars(step, scalars)
+
+    def note(self, step: int, **values: Any) -> None:
+        """Write what is no number, or none to plot, as JSON only."""
+        if self._writes:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -82,8 +93,9 @@ class Telemetry:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str, float]) -> None:

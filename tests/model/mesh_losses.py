@@ -14,7 +14,7 @@ from flax import nnx
 from gqa_scaling import parallel
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from gqa_scaling.model.transformer import create
-from gqa_scaling.training.loop import train_step
+from gqa_scaling.training.step import train_step
 from gqa_scaling.training.optimizer import make_optimizer
 
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8))
@@ -71,8 +71,8 @@ def train(run: RunConfig, steps: int) -> dict:
                 tokens[i % 4, rows.start : rows.stop, time.start : time.stop + 1]
                 for rows, time in layout.pieces
             ]
-            state, loss, _ = step(state, *layout.place(pieces))
-            out["losses"].append(float(loss))
+            state, metrics = step(state, *layout.place(pieces))
+            out["losses"].append(float(metrics.loss))
         new = state[0]["layers"]["gate_DF"][...]
         out["kept"] = new.sharding.is_equivalent_to(gate.sharding, gate.ndim)
     return out

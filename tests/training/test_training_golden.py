@@ -8,8 +8,8 @@ from flax import nnx
 from training_kit import tiny_run
 
 from gqa_scaling.model.transformer import create
-from gqa_scaling.training.loop import train_step
 from gqa_scaling.training.optimizer import make_optimizer
+from gqa_scaling.training.step import train_step
 
 LOSSES = [6.239962577819824, 6.033593654632568, 6.095376491546631]
 NORM = 26.099485397338867
@@ -28,8 +28,8 @@ def test_golden_steps() -> None:
     state, losses = (parameters, optimizer.init(parameters)), []
     tokens = np.random.default_rng(0).integers(0, 257, (3, 4, 33), np.int32)
     for batch in tokens:
-        state, loss, _ = step(state, batch)
-        losses.append(float(loss))
+        state, metrics = step(state, batch[:, :-1], batch[:, 1:])
+        losses.append(float(metrics.loss))
     norm = float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(state[0]))))
     found = f"LOSSES = {losses}\nNORM = {norm}"
     assert losses == pytest.approx(LOSSES, rel=2e-6), WHY + found

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zstandard
@@ -20,8 +23,9 @@ from gqa_scaling.data import TokenStore, open_store, prepare
 from gqa_scaling.data.loader import heldout_chunks
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.model.transformer import create
+from gqa_scaling.parallel import make_mesh
 from gqa_scaling.runs import RunDirectory, run_directory
-from gqa_scaling.training import loop
+from gqa_scaling.training import loop, step
 
 
 def experiment(*runs: RunConfig) -> Experiment:
@@ -54,7 +58,7 @@ def store() -> TokenStore:
 
 
 def trained_model(run: RunConfig) -> nnx.Module:
-    graph, like = loop._abstract_parameters(run, loop._mesh(run))
+    graph, like = loop.abstract_parameters(run, make_mesh(run))
     return nnx.merge(graph, load_parameters(finished().parameters, like))
 
 
@@ -181,29 +185,81 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
     assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
 
 
-def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(
+def spoil(monkeypatch: pytest.MonkeyPatch, run: RunConfig, bad: Collection[int], by: float) -> None:
+    """Multiply the loss of these steps' batches, and with it the gradient."""
+    data = loop.check_data(run, store())
+    first = jnp.array([data.batch(step - 1)[:, :-1].ravel() for step in bad])
+    real = step.next_token_loss
+
+    def loss(model: nnx.Module, inputs: jax.Array, targets: jax.Array, **more: object) -> jax.Array:
+        hit = (first == inputs.ravel()).all(axis=1).any()
+        return real(model, inputs, targets, **more) * jnp.where(hit, by, 1.0)
+
+    monkeypatch.setattr(step, "next_token_loss", loss)
+
+
+def test_the_first_step_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_fn = loop.train_step
-
-    def poisoned(*args: object) -> object:
-        real, calls = step_fn(*args), []
-
-        def step(state: object, tokens: object) -> object:
-            calls.append(1)
-            state, loss, norm = real(state, tokens)
-            return state, loss * (np.nan if len(calls) == 13 else 1.0), norm
-
-        return step
-
-    monkeypatch.setattr(loop, "train_step", poisoned)
     run = tiny_run()
-    directory = run_directory(tmp_path, "tiny", run)
-    message = "loss nan .* at step 13; the last good checkpoint is step 10 "
-    with pytest.raises(loop.NonFiniteLoss, match=message):
+    spoil(monkeypatch, run, {13}, np.nan)
+    directory = RunDirectory(tmp_path / "run")
+    chunks = loop.check_data(run, store()).chunks(12)
+    message = f"loss nan and gradient norm nan at step 13, chunks {chunks} of the data; the last"
+    with pytest.raises(
+        loop.NonFiniteLoss, match=re.escape(message) + " good checkpoint is step 10"
+    ):
         loop.train(run, directory, store())
-    assert directory.metrics()[-1]["step"] == 12
-    assert directory.result() is None
+    assert [m["step"] for m in directory.metrics() if "skipped" in m] == [13]
+
+
+def test_a_batch_that_is_not_finite_leaves_every_bit_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tiny_run()
+    spoil(monkeypatch, run, {2}, np.inf)
+    graph = nnx.graphdef(create(run.model, 0))
+    optimizer = step.make_optimizer(run.optimizer, 24)
+    step_fn, data = step.train_step(graph, run, optimizer), loop.check_data(run, store())
+    state = step.initial_state(run, optimizer)
+    for number in (1, 2, 3):
+        before = [np.asarray(x).copy() for x in jax.tree.leaves(state)]
+        tokens = data.batch(number - 1)
+        state, metrics = step_fn(state, tokens[:, :-1], tokens[:, 1:])
+        same = [
+            np.asarray(x).tobytes() == y.tobytes()
+            for x, y in zip(jax.tree.leaves(state), before, strict=True)
+            if y.dtype == np.float32
+        ]
+        assert all(same) == (number == 2)
+        assert bool(metrics.taken) == (number != 2)
+
+
+def test_as_many_in_a_row_as_allowed_stop_the_run_also_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(max_nonfinite_steps=5)
+    spoil(monkeypatch, run, {3, *range(13, 25)}, np.nan)
+    directory = RunDirectory(tmp_path / "run")
+    message = r"at step 17, .*; 5 such steps in a row; the last good checkpoint is step 15 "
+    for _ in range(2):  # the second time from step 15, where there had been three
+        with pytest.raises(loop.NonFiniteLoss, match=message):
+            loop.train(run, directory, store())
+    assert [m["step"] for m in directory.metrics() if "skipped" in m] == [3, 13, 14, 15, 16, 17]
+
+
+def test_skipped_steps_are_counted_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "NORMS_REMEMBERED", 5)
+    run = tiny_run(optimizer=dataclasses.replace(tiny_run().optimizer, spike_factor=20.0))
+    spoil(monkeypatch, run, {13}, 1e4)
+    directory = RunDirectory(tmp_path / "run")
+    loop.train(run, directory, store())
+    skipped = {m["step"]: m["skipped"] for m in directory.metrics() if "skipped" in m}
+    assert skipped == {13: "spike"}
+    assert directory.result()["result"]["skipped_steps"] == 1
+    assert "at step 13, chunks [" in capsys.readouterr().err
 
 
 def test_resume_under_another_definition_or_data_is_refused(tmp_path: Path) -> None:
@@ -255,5 +311,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     for each in (run, micro):
         graph, parameters = nnx.split(create(run.model, 0))
         state = (parameters, optimizer.init(parameters))
-        out.append(loop.train_step(graph, each, optimizer)(state, tokens)[1:])
+        _, metrics = step.train_step(graph, each, optimizer)(state, tokens[:, :-1], tokens[:, 1:])
+        out.append(metrics[:2])
     np.testing.assert_allclose(out[0], out[1], rtol=1e-5)

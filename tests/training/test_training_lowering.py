@@ -10,8 +10,8 @@ from training_kit import tiny_run
 
 from gqa_scaling.config import ModelConfig, ParallelConfig
 from gqa_scaling.model.transformer import create
-from gqa_scaling.training.loop import train_step
 from gqa_scaling.training.optimizer import make_optimizer
+from gqa_scaling.training.step import train_step
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -26,10 +26,9 @@ def test_train_step_lowers(platform: str, dtype: str) -> None:
     graph, parameters = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
     optimizer = make_optimizer(run.optimizer, 10)
     state = (parameters, jax.eval_shape(optimizer.init, parameters))
-    tokens = jax.ShapeDtypeStruct((2, 2049), jnp.int32)
-    lowered = (
-        train_step(graph, run, optimizer).trace(state, tokens).lower(lowering_platforms=(platform,))
-    )
+    tokens = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+    traced = train_step(graph, run, optimizer).trace(state, tokens, tokens)
+    lowered = traced.lower(lowering_platforms=(platform,))
     text = lowered.as_text()
     assert ("bf16" in text) == (dtype == "bfloat16")
     assert "dot_general" in text

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from gqa_scaling.config import (
@@ -58,13 +59,13 @@ def arrange(moment: str) -> None:
     from gqa_scaling.training import loop
 
     if moment == "compilation":
-        shard = loop.parallel.shard_batch
+        place = loop.parallel.BatchLayout.place
 
         def first_batch(*args: object) -> object:
             threading.Timer(0.3, die).start()  # compiling the step takes longer than that
-            return shard(*args)
+            return place(*args)
 
-        loop.parallel.shard_batch = first_batch
+        loop.parallel.BatchLayout.place = first_batch
     elif moment == "save":
         save = checkpoint.Checkpoints.save
 
@@ -88,6 +89,28 @@ def arrange(moment: str) -> None:
         loop._Meter.tick = tick_or_die
     else:
         raise ValueError(moment)
+
+
+def disturb(process: str, what: str) -> None:
+    """In one process of a job, as "1:TERM:7" asks: a signal or an error at a step.
+
+    After a SIGTERM steps are slow, so that some are left when all have agreed to stop.
+    """
+    from gqa_scaling.training import loop
+
+    which, act, at = what.split(":")
+    tick = loop._Meter.tick
+
+    def disturbed(self: object, step: int) -> None:
+        tick(self, step)
+        if process == which and step == int(at):
+            if act == "ERROR":
+                raise RuntimeError(f"process {process} fails at step {step}")
+            os.kill(os.getpid(), signal.Signals[f"SIG{act}"])
+        if act == "TERM" and step >= int(at):
+            time.sleep(0.05)
+
+    loop._Meter.tick = disturbed
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""The processes of one job: joining them, agreeing, stopping together when preempted.
+
+Exit codes that a launcher can act on: 0 done; 75 preempted, saved, start again; 1 a bug, do not
+start again; 2 the user can mend it; 134, 137 and 143 a peer died, start again.
+"""
+
+import itertools
+import os
+import socket
+import sys
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gqa_scaling.config import require
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>
+HEARTBEAT_SECONDS = 30  # a process not heard from for so long is taken for dead, and all end
+
+_calls = itertools.count()
+_told_to_stop = False
+
+
+class Preempted(Exception):
+    """The job was told to stop and its state is saved; the same command continues."""
+
+
+def join(alone: bool = False) -> None:
+    """Join the processes of this job, before jax touches a device; `alone` looks for no others.
+
+    They are told of by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by Cloud
+    TPU, SLURM or GKE. A job of one process joins itself: only then does SIGTERM lead to a saved
+    step. Raises UserError when the three variables are incomplete.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    if any(given) and not alone:
+        missing = [name for name, value in zip(names, given, strict=True) if not value]
+        require(
+            not missing, f"{', '.join(missing)} must be set, as others of {', '.join(names)} are"
+        )
+        address, processes, process = given
+        for name, value in zip(names[1:], given[1:], strict=True):
+            require(str(value).isdecimal(), f"{name}={value!r} must be a whole number")
+        require(
+            int(str(process)) < int(str(processes)),
+            f"JAX_PROCESS_ID={process} must be less than JAX_NUM_PROCESSES={processes}",
+        )
+        _initialize(address, int(str(processes)), int(str(process)))
+        return
+    if not alone:
+        try:
+            return _initialize()
+        except ValueError as error:  # no cluster that jax knows describes itself here
+            if "coordinator_address" not in str(error):
+                raise
+    _initialize(f"127.0.0.1:{free_port()}", 1, 0, cluster_detection_method="deactivate")
+
+
+def _initialize(*place: object, **settings: object) -> None:
+    jax.distributed.initialize(*place, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **settings)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def several() -> bool:
+    """Whether this job has other processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_leader() -> bool:
+    """Whether this process writes the run's files."""
+    return jax.process_index() == 0
+
+
+def leaders(value: int) -> int:
+    """The leader's number on every process; all must ask."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def preempted() -> bool:
+    """Whether to save and stop, since SIGTERM reached one of the processes.
+
+    All must ask equally often; the answer turns true at the same call on each, and stays so.
+    """
+    global _told_to_stop
+    _told_to_stop |= multihost_utils.reached_preemption_sync_point(next(_calls))
+    return _told_to_stop
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: at exit it would wait minutes for peers that wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,137 @@
+"""One optimizer step as a pure function of the state, and the state it begins with.
+
+The state is (parameters, optimizer moments); with spike skipping also what is known of gradient
+norms. A step whose loss or gradient is not finite changes neither.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from gqa_scaling import costs, parallel
+from gqa_scaling.checkpoint import placed
+from gqa_scaling.config import RunConfig
+from gqa_scaling.model.loss import next_token_loss
+from gqa_scaling.model.transformer import create
+from gqa_scaling.training.optimizer import make_optimizer
+
+State = tuple[Any, Any]
+NORMS_REMEMBERED = 100  # steps over which a usual gradient norm is averaged
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step; when not `taken`, the state is as it was."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    taken: jax.Array
+
+
+class Norms(NamedTuple):
+    """Running mean of the gradient norms of the steps taken, and how many, as float32."""
+
+    mean: jax.Array
+    count: jax.Array
+
+
+def train_step(graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTransformation) -> Any:
+    """The jitted step: (state, inputs [B, T], targets [B, T]) -> (state, StepMetrics).
+
+    With accumulation the batch is cut into equal microbatches whose gradients are averaged.
+    """
+    settings = {"remat": run.parallel.remat, "attention": run.parallel.attention}
+
+    def loss_of(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return next_token_loss(nnx.merge(graph, parameters), inputs_BT, targets_BT, **settings)
+
+    def gradients(parameters: Any, *batch: jax.Array) -> tuple[jax.Array, Any]:
+        micro = run.parallel.accumulation
+        if micro == 1:
+            return jax.value_and_grad(loss_of)(parameters, *batch)
+
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            new = jax.value_and_grad(loss_of)(parameters, *part)
+            return jax.tree.map(jnp.add, total, new), None
+
+        # every device keeps a share of each microbatch: rows are dealt out, not cut in runs
+        parts = [x.reshape(-1, micro, x.shape[-1]).swapaxes(0, 1) for x in batch]
+        parts = tuple(parallel.constrain(x, None, "batch", "time") for x in parts)
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / micro, total)
+
+    def step(
+        state: State, inputs_BT: jax.Array, targets_BT: jax.Array
+    ) -> tuple[State, StepMetrics]:
+        parameters, moments = state
+        loss, grads = gradients(parameters, inputs_BT, targets_BT)
+        norm = optax.tree.norm(grads)
+        taken = jnp.isfinite(loss) & jnp.isfinite(norm)
+        factor = run.optimizer.spike_factor
+        if factor:
+            moments, norms = moments
+            usual = (norms.count < NORMS_REMEMBERED) | (norm <= factor * norms.mean)
+            taken &= usual
+        updates, new_moments = optimizer.update(grads, moments, parameters)
+        new = optax.apply_updates(parameters, updates), new_moments
+        old = parameters, moments
+        if factor:
+            count = jnp.minimum(norms.count + 1, NORMS_REMEMBERED)
+            new_norms = Norms(norms.mean + (norm - norms.mean) / count, count)
+            new, old = (new[0], (new[1], new_norms)), (old[0], (old[1], norms))
+
+        def unless_skipped(new: jax.Array, old: jax.Array) -> jax.Array:
+            # counters go on: the learning rate is that of the step's number
+            return jnp.where(taken, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+        return jax.tree.map(unless_skipped, new, old), StepMetrics(loss, norm, taken)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def initial_state(run: RunConfig, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step, a function of the seed."""
+    parameters = nnx.state(create(run.model, run.seed))
+    moments = optimizer.init(parameters)
+    if run.optimizer.spike_factor:
+        moments = moments, Norms(jnp.zeros(()), jnp.zeros(()))
+    return parameters, moments
+
+
+def abstract_parameters(run: RunConfig, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, Any]:
+    """The model's graph, and shapes and shardings of its parameters; nothing is allocated."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
+    return graph, placed(shapes, parallel.shardings(shapes, mesh))
+
+
+def abstract_state(
+    run: RunConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> State:
+    """Shapes and shardings of parameters and moments; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: initial_state(run, optimizer))
+    return placed(shapes, parallel.shardings(shapes, mesh))
+
+
+def abstract_step(
+    run: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[Any, tuple[State, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], jax.sharding.Mesh]:
+    """The very step that a run takes, its abstract arguments and mesh; nothing is allocated.
+
+    Inside `jax.set_mesh(mesh)`, `step.lower(*arguments)` can be compiled for devices that are not
+    there (`jax.experimental.topologies`).
+    """
+    mesh = parallel.make_mesh(run, devices)
+    graph, _ = abstract_parameters(run, mesh)
+    optimizer = make_optimizer(run.optimizer, costs.training_steps(run))
+    tokens = jax.ShapeDtypeStruct(
+        (run.batch_size, run.context_length), jnp.int32, sharding=parallel.batch_sharding(mesh)
+    )
+    return (
+        train_step(graph, run, optimizer),
+        (abstract_state(run, optimizer, mesh), tokens, tokens),
+        mesh,
+    )

@@ -1,0 +1,130 @@
+"""Real processes on this machine, each with its own devices: one job, as on a pod.
+
+python -m launch local --processes 2 --devices-per-process 4 experiments.smoke --parallel.fsdp 2
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import IO
+
+from gqa_scaling.config import require
+
+ABOUT = "one job of several processes on this machine, as on a pod"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The target's arguments; those it does not know go to `gqa-scaling run`."""
+    parser.add_argument("--processes", type=int, default=2, help="how many (default: 2)")
+    parser.add_argument(
+        "--devices-per-process",
+        type=int,
+        default=1,
+        help="CPU devices, or GPUs of this machine, that each sees (default: 1)",
+    )
+    parser.add_argument(
+        "run",
+        nargs=argparse.REMAINDER,
+        metavar="EXPERIMENT ...",
+        help="what gqa-scaling run takes: an experiment, its selection and overrides",
+    )
+    parser.set_defaults(launch=launch)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Run the job and return its exit code: 75 when preempted and saved, else the first failure's."""
+    n, devices = args.processes, args.devices_per_process
+    require(n > 0, f"--processes {n} must be greater than 0")
+    require(devices > 0, f"--devices-per-process {devices} must be greater than 0")
+    require(bool(args.run), "name an experiment, such as experiments.smoke")
+    from gqa_scaling.processes import free_port
+
+    port, command = free_port(), [sys.executable, "-m", "gqa_scaling", "run", *args.run]
+    return supervise(command, [_environment(i, n, devices, port) for i in range(n)])
+
+
+def _environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    first = process * devices
+    mine = [gpus[i] if i < len(gpus) and gpus[i] else str(i) for i in range(first, first + devices)]
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(process),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "CUDA_VISIBLE_DEVICES": ",".join(mine),
+    }
+
+
+def supervise(command: list[str], environments: list[dict[str, str]]) -> int:
+    """Run `command` once in each environment; the first to fail takes the others down at once.
+
+    SIGTERM is passed on, for the job to save and stop. What the processes write is shown, marked
+    by process but for the first. Returns 75 when any was preempted and none failed, the code of
+    the first that failed, or 128 + N where signal N ended it.
+    """
+    children = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=None if i == 0 else subprocess.PIPE,
+            stderr=None if i == 0 else subprocess.PIPE,
+        )
+        for i, environment in enumerate(environments)
+    ]
+
+    def pass_on(*_: object) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    failures: list[int] = []
+    ended = threading.Condition()
+    codes: dict[int, int] = {}
+
+    def watch(i: int) -> None:
+        code = children[i].wait()
+        with ended:
+            codes[i] = code
+            ended.notify()
+
+    threads = [threading.Thread(target=watch, args=(i,), daemon=True) for i in range(len(children))]
+    for i, child in enumerate(children):
+        if i > 0:
+            assert child.stdout is not None
+            assert child.stderr is not None
+            threads.append(_mark(i, child.stdout, sys.stdout))
+            threads.append(_mark(i, child.stderr, sys.stderr))
+    for thread in threads:
+        thread.start()
+    try:
+        with ended:
+            while len(codes) < len(children) and not failures:
+                ended.wait(0.2)  # a signal is handled between waits
+                failures = [code for code in codes.values() if code not in (0, 75)]
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGTERM, before)
+    if failures:
+        first = next(i for i, code in codes.items() if code not in (0, 75))
+        code = 128 - codes[first] if codes[first] < 0 else codes[first]
+        print(f"launch: process {first} ended with {code}; the job was ended", file=sys.stderr)
+        return code
+    return max(codes.values())
+
+
+def _mark(process: int, pipe: IO[bytes], to: IO[str]) -> threading.Thread:
+    def copy() -> None:
+        for line in pipe:
+            to.write(f"[{process}] {line.decode(errors='replace')}")
+            to.flush()
+
+    return threading.Thread(target=copy, daemon=True)
