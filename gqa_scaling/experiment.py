@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +58,9 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
     declared = module.runs()
     proper = isinstance(declared, list) and all(isinstance(run, RunConfig) for run in declared)
     require(proper and bool(declared), f"{spec}: runs() must return a list of RunConfig, not empty")
-    runs = unique(apply_overrides(run, changes) for run in declared)
+    changed = [apply_overrides(run, changes) for run in declared]
+    # overrides may leave one run of a grid, as those of `overrides_to` do
+    runs = unique(dict.fromkeys(changed) if changes else changed)
     question = getattr(module, "QUESTION", Question())
     about = (module.__doc__ or "").strip().split("\n")[0]
     return Experiment(module.__name__.rpartition(".")[2], tuple(runs), question, about)
@@ -154,6 +157,17 @@ def _parse_value(flag: str, hint: Any, value: str) -> Any:
             raise UserError(f"{flag}={value!r} must be one of {choices}") from None
         name = getattr(hint, "__name__", str(hint))
         raise UserError(f"{flag}={value!r} must be of type {name}") from None
+
+
+def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:
+    """The arguments that turn every one of these runs into `target`, for `parse_overrides`."""
+    out = []
+    for name in _field_types(RunConfig):
+        value = attrgetter(name)(target)
+        other_budget = name in ("tokens", "tokens_per_param") and value is None
+        if not other_budget and any(attrgetter(name)(run) != value for run in runs):
+            out += [f"--{name.replace('_', '-')}", str(value)]
+    return out
 
 
 def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:

@@ -1,12 +1,15 @@
 """Grids of runs: sizes x heads x contexts x seeds, as plain lists of `RunConfig`."""
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gqa_scaling.config import RunConfig, require
-from gqa_scaling.runs import run_directory, runs_root
+from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
+from gqa_scaling.costs import n_exact, n_formula
+from gqa_scaling.runs import RunDirectory, run_directory, runs_root
 
 
 def head_candidates(max_heads: int) -> list[tuple[int, int]]:
@@ -31,6 +34,63 @@ def unique(runs: Iterable[RunConfig]) -> list[RunConfig]:
             other = seen.setdefault(key(run), run)
             require(other is run, f"runs {other.name} and {run.name} share one {what}")
     return runs
+
+
+# ------------------------------------------------------------------- one more model of a grid
+
+
+def run_of(runs: Sequence[RunConfig], model: ModelConfig, tokens: int | None = None) -> RunConfig:
+    """The run that trains `model` as the grid's runs were trained.
+
+    Data, batch, context length, evaluation and learning rate are those of the run nearest in size,
+    counted at the model's heads; of several, those with its heads and the least seed come first.
+    Without `tokens`, one budget for all stays as it is and budgets that grow with the model keep
+    their tokens per parameter. The name says what it is, the note whose learning rate it has.
+    """
+
+    def size(m: ModelConfig) -> float:
+        heads = model.n_heads, model.n_kv_heads, model.head_dim
+        return math.log(n_formula(m.n_layers, m.d_model, *heads))
+
+    def distance(run: RunConfig) -> tuple[float, bool, int]:
+        m = run.model
+        other = (m.n_heads, m.n_kv_heads) != (model.n_heads, model.n_kv_heads)
+        return abs(size(m) - size(model)), other, run.seed
+
+    near = min(runs, key=distance)
+    ratio = None if tokens else near.tokens_per_param
+    if not tokens and near.tokens is not None:
+        if len({run.tokens for run in runs}) == 1:
+            tokens = near.tokens
+        else:
+            ratio = near.tokens / n_exact(near.model)
+    return replace(
+        near,
+        name=f"built-L{model.n_layers}-d{model.d_model}-h{model.n_heads}-kv{model.n_kv_heads}",
+        model=model,
+        tokens=tokens,
+        tokens_per_param=ratio,
+        note=f"learning rate {near.optimizer.learning_rate:g} of {near.name}",
+    )
+
+
+def beside(root: Path, experiment: str, runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The runs in the experiment's folder that are none of these but were trained as they were.
+
+    They are what `run_of` gives for their model: a study's predictions can be checked by them.
+    """
+    own, out = {run.digest for run in runs}, []
+    for file in sorted((root / experiment).glob("*/config.json")):
+        with contextlib.suppress(UserError):  # what another version declared is none of ours
+            run = RunDirectory(file.parent).config()
+            alike = [r for r in runs if r.context_length == run.context_length]
+            if run.digest in own or not alike:
+                continue
+            swept = len({(r.model, r.seed) for r in alike}) < len(alike)  # over token budgets
+            made = run_of(alike, run.model, run.tokens if swept else None)
+            if made.digest == run.digest:
+                out.append(replace(made, name=run.name))
+    return out
 
 
 # ------------------------------------------------------------------- learning rate by size

@@ -1,13 +1,18 @@
+import html
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 
 import pytest
 
 from gqa_scaling import cli
+from gqa_scaling.config import ModelConfig
+from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment import load_experiment
 from gqa_scaling.runs import RunDirectory, claim, run_directory
 
@@ -18,8 +23,10 @@ V5E = ("--hardware", "v5e")
 
 
 @pytest.fixture
-def call(workplace, capsys):
+def call(workplace, capsys, monkeypatch):
     """main([...]) in the empty working directory: (exit code, stdout, stderr)."""
+    # this process has used jax before, and is no job of its own
+    monkeypatch.setattr("gqa_scaling.processes.join", lambda alone: None)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         try:
@@ -81,6 +88,7 @@ print("loaded:", *sorted({"jax", "flax", "grain", "scipy", "matplotlib"} & set(s
         *((verb, "--help") for verb in ("plan", "run", "fit")),
         ("plan", TINY, *V5E),
         ("status", TINY),
+        ("checkpoints", TINY),
         ("learning-rates", TINY),
         ("plan", "experiments.tinny"),
     ],
@@ -103,7 +111,17 @@ def test_a_finished_experiment_is_seen_to_be_finished_without_jax(workplace):
 def test_help_lists_every_verb_and_each_verb_has_help(call):
     code, out, _ = call("--help")
     assert code == 0
-    for verb in ("prepare", "plan", "run", "status", "learning-rates", "fit", "frontier", "report"):
+    for verb in (
+        "prepare",
+        "plan",
+        "run",
+        "status",
+        "checkpoints",
+        "learning-rates",
+        "fit",
+        "frontier",
+        "report",
+    ):
         assert f"\n    {verb}" in out
         code, about, err = call(verb, "--help")
         assert (code, err) == (0, "")
@@ -139,6 +157,13 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
         ("plan experiments.tiny --hardware v5e --devices two", "invalid int value: 'two'"),
         ("plan experiments.tiny --hardware v5e --mfu 2", "mfu=2.0"),
         ("plan experiments.tiny --hardware v5e --price -1", "price=-1.0"),
+        ("plan experiments.tiny --compile v5e", "topology 'v5e' must be KIND:SHAPE"),
+        ("plan experiments.tiny --compile v5e:3x5", "no v5e slice is 3x5: it may be 1x1, 2x2"),
+        (
+            "plan experiments.tiny --compile v5e:2x2 --devices 4",
+            "leave out --hardware and --devices",
+        ),
+        ("plan experiments.tiny --compile v5e:4x4", "must divide the 4 sequences"),
         ("plan experiments.tiny --root", "expected one argument"),
         ("run experiments.tiny --workers 0", "--workers 0 must be greater than 0"),
         ("status experiments.tiny extra", "unexpected argument 'extra'"),
@@ -307,3 +332,150 @@ def test_learning_rates_for_programs(call):
     ]
     _, table, _ = call("learning-rates", TINY)
     assert "the lowest rate tried: widen the sweep" in table
+
+
+# --------------------------------------------------------------------- from an answer to its model
+
+SMALL = """
+from gqa_scaling.config import ModelConfig, OptimizerConfig, Question, RunConfig
+
+QUESTION = Question(contexts=(4096,), losses=(2.0,))
+
+
+def runs():
+    return [
+        RunConfig(
+            name=f"L{layers}-d{width}-h{heads}-kv{kv}" + (f"-seed{seed}" if seed else ""),
+            model=ModelConfig(layers, width, heads, kv, head_dim=8, vocab_size=264),
+            context_length=32,
+            batch_tokens=128,
+            tokens_per_param=20.0,
+            seed=seed,
+            optimizer=OptimizerConfig(rate),
+            note=f"rate of L{layers}",
+        )
+        for layers, width, rate in ((2, 32, 3e-3), (2, 64, 2e-3), (4, 96, 1e-3), (5, 160, 5e-4))
+        for heads, kv in ((4, 4), (4, 1))
+        for seed in (0, 1)
+    ]
+"""
+
+
+def loss_of(run) -> float:
+    wobble = 0.002 * ((n_exact(run.model) + 7 * run.seed) % 5 - 2)
+    return 1.2 + (2e4 / n_exact(run.model)) ** 0.25 + 0.01 / run.model.n_kv_heads + wobble
+
+
+def finish_all(runs, loss=loss_of) -> None:
+    for run in runs:
+        directory = run_directory("runs", "small", run)
+        directory.begin(run, {})
+        judged = {run.evaluation_digest: {"loss": loss(run), "hash": "e"}}
+        result = {"n_exact": n_exact(run.model), "tokens": training_tokens(run), "data": {}}
+        directory.finish(result | {"evaluations": judged}, {})
+
+
+@pytest.fixture
+def small(workplace, call):
+    """The experiment above, finished."""
+    (workplace / "experiments/small.py").write_text(SMALL)
+    finish_all(load_experiment("experiments.small").runs)
+    return call
+
+
+ASKED = ("experiments.small", "--refits", "100")
+
+
+def printed(out: str) -> list[str]:
+    """The arguments of the command in what was printed, as a shell takes them."""
+    text = out[out.index("gqa-scaling run") :].split("\n\n")[0]
+    assert max(map(len, text.splitlines())) <= 80
+    return shlex.split(text.replace("\\\n", " "))
+
+
+def test_the_printed_command_trains_exactly_the_model_that_was_answered(small):
+    code, out, err = small("frontier", *ASKED)
+    assert (code, err) == (0, "")
+    assert "Train the model to build for 2 nats at 4,096 tokens" in out
+    _, text, _ = small("frontier", *ASKED, "--json")
+    model = json.loads(text)["answers"][0]["model"]
+    name, verb, spec, *overrides = printed(out)
+    assert (name, verb, spec) == ("gqa-scaling", "run", "experiments.small")
+    assert shlex.split(model["command"].replace("\\\n", " "))[3:] == overrides
+    grid = load_experiment(spec).runs
+    (run,) = load_experiment(spec, overrides).runs
+    near = next(r for r in grid if r.name == "L2-d32-h4-kv1")
+    assert run == replace(
+        near,
+        name=f"built-L{model['n_layers']}-d{model['d_model']}-h4-kv1",
+        model=ModelConfig(**model["config"]),
+        note="learning rate 0.003 of L2-d32-h4-kv1",
+    )
+    assert run.digest not in {r.digest for r in grid}
+    assert model["trained"] == ""
+
+
+def test_overrides_and_the_root_of_the_study_are_in_the_command(small, workplace):
+    finish_all(load_experiment("experiments.small", ["--tokens", "2560"]).runs)
+    (workplace / "runs").rename(workplace / "else where")
+    _, out, _ = small("frontier", *ASKED, "--tokens", "2560", "--root", "else where")
+    overrides = printed(out)[3:]
+    assert overrides[-2:] == ["--root", "else where"]
+    (run,) = load_experiment("experiments.small", overrides[:-2]).runs
+    assert (run.tokens, run.tokens_per_param) == (2560, None)
+
+
+def test_what_the_command_trained_is_measured_and_never_fitted(small):
+    _, before, _ = small("frontier", *ASKED, "--json")
+    _, out, _ = small("frontier", *ASKED)
+    (run,) = load_experiment("experiments.small", printed(out)[3:]).runs
+    finish_all([run], loss=lambda run: 2.05)
+    _, text, _ = small("frontier", *ASKED, "--json")
+    after = json.loads(text)
+    (check,) = after.pop("checks")
+    assert (check["name"], check["measured"]) == (run.name, 2.05)
+    assert check["difference"] == 2.05 - check["predicted"]
+    assert check["run_interval"][0] < check["predicted"] < check["run_interval"][1]
+    assert after | {"checks": []} == json.loads(before)
+    assert check["predicted"] == after["answers"][0]["model"]["loss"]
+    _, out, _ = small("frontier", *ASKED)
+    assert "Trained since and not in the fit" in out
+    assert f"{1e3 * check['difference']:+.1f}" in out
+    _, out, _ = small("status", "experiments.small", "--json")
+    status = json.loads(out)
+    assert status["counts"]["done"] == 16
+    assert [(r["name"], r["state"]) for r in status["beside"]] == [(run.name, "done")]
+    _, out, _ = small("status", "experiments.small")
+    assert "small, beside its grid: 1 runs, 1 done" in out
+
+
+def test_a_model_that_the_study_has_trained_is_named(small):
+    run = next(r for r in load_experiment("experiments.small").runs if r.name == "L4-d96-h4-kv1")
+    _, out, _ = small("frontier", *ASKED, "--losses", f"{loss_of(run):.3f}")
+    assert "is a run of this study: L4-d96-h4-kv1." in out
+    assert "gqa-scaling run" not in out
+
+
+def test_the_report_holds_every_command_and_its_pictures(small, workplace):
+    losses = ("--losses", "1.8", "2")
+    code, out, _ = small("report", *ASKED, *losses, "--json")
+    assert code == 0
+    answers = json.loads(out)["frontier"]["answers"]
+    text = html.unescape((workplace / "runs/small/report.html").read_text())
+    for answer in answers:
+        assert answer["model"]["command"] in text
+    assert len(list((workplace / "runs/small/study").iterdir())) == 1
+    _, out, _ = small("report", *ASKED, *losses)  # writes again, into the same folder
+    assert "The commands of the other models are in the report" in out
+    assert len(list((workplace / "runs/small/study").iterdir())) == 1
+    _, out, _ = small("status", "experiments.small", "--json")
+    assert json.loads(out)["beside"] == []
+
+
+def test_runs_without_a_corpus_say_what_the_model_is(call):
+    asked = ("--losses", "2.8", "--contexts", "131072", "--refits", "100")
+    code, out, _ = call("frontier", "chen2025", *asked)
+    assert code == 0
+    (line,) = [x for x in out.splitlines() if x.startswith("To build for 2.8 nats")]
+    assert "ModelConfig(n_layers=24, d_model=1536, n_heads=8, n_kv_heads=1, head_dim=64" in line
+    assert "declare an experiment" in line

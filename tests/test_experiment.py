@@ -8,6 +8,7 @@ from gqa_scaling.experiment import (
     Experiment,
     apply_overrides,
     load_experiment,
+    overrides_to,
     parse_overrides,
 )
 
@@ -233,6 +234,25 @@ def test_one_token_budget_clears_the_other():
     assert back == run()
     with pytest.raises(UserError, match="exactly one"):
         apply_overrides(run(), {"tokens": 2560, "tokens_per_param": 20.0})
+
+
+def test_overrides_to_one_run_leave_one_run(workplace):
+    grid = load_experiment("experiments.tiny").runs
+    target = dataclasses.replace(
+        grid[0],
+        name="built",
+        model=dataclasses.replace(grid[0].model, d_model=48, n_heads=4, n_kv_heads=2),
+        tokens=None,
+        tokens_per_param=12.5,
+        optimizer=dataclasses.replace(grid[0].optimizer, learning_rate=1.7e-05),
+        note="learning rate 1.7e-05 of 'L1-h1'",
+    )
+    arguments = overrides_to(grid, target)
+    assert {"--model.d-model", "--name", "--tokens-per-param"} <= set(arguments)
+    assert not {"--tokens", "--seed", "--context-length"} & set(arguments)
+    assert [apply_overrides(run, parse_overrides(arguments)) for run in grid] == [target] * 6
+    assert load_experiment("experiments.tiny", arguments).runs == (target,)
+    assert overrides_to([target], target) == []
 
 
 def test_an_override_that_does_not_fit_the_run_is_refused():

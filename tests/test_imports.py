@@ -13,15 +13,15 @@ PACKAGE = CHECKOUT / "gqa_scaling"
 # From the top down. A room may import the rooms below it; beside it only what BESIDE allows.
 FLOORS = (
     ("cli",),
-    ("plan", "sweep", "status"),
+    ("plan", "sweep", "status", "pods", "compile"),
     ("training",),
     ("evaluation",),
     ("model", "data"),
-    ("checkpoint", "parallel"),
+    ("checkpoint", "parallel", "processes"),
     ("experiment",),
     ("grid",),
     ("runs",),
-    ("hardware", "ladder", "costs", "layout"),
+    ("hardware", "ladder", "costs", "layout", "checksums", "hlo"),
     ("config", "units"),
 )
 BESIDE = {("sweep", "plan"), ("sweep", "status"), ("ladder", "costs")}
@@ -176,8 +176,8 @@ def brought_in(watched: set[str], modules: list[str]) -> list[str]:
 
 
 def test_declaring_planning_and_studying_load_no_jax():
-    rooms = ["cli", "plan", "sweep", "status", "data", "experiment", "grid", "runs"]
-    rooms += ["hardware", "ladder", "costs", "config"]
+    rooms = ["cli", "plan", "pods", "sweep", "status", "data", "experiment", "grid", "runs"]
+    rooms += ["hardware", "ladder", "costs", "hlo", "config"]
     rooms += [f"study.{p.stem}" for p in sorted((PACKAGE / "study").glob("*.py"))]
     modules = [f"gqa_scaling.{room}".removesuffix(".__init__") for room in rooms]
     assert brought_in(ARRAYS_ON_DEVICES, modules) == []

@@ -9,12 +9,13 @@ configuration is the cheapest and what choosing it would cost on average.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
+from scipy.special import ndtri
 
 from gqa_scaling.config import ModelConfig, Question, require, round_up
 from gqa_scaling.costs import (
@@ -28,7 +29,9 @@ from gqa_scaling.costs import (
 )
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.ladder import nearest_buildable
+from gqa_scaling.study import laws
 from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
+from gqa_scaling.study.models import Curves
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.shapes import shapes
 
@@ -42,6 +45,8 @@ OBJECTIVES: dict[Objective, str] = {
     "dollars": "dollars per million tokens",
 }
 MISSED = 0.05  # a larger share of refits that never reach the loss is said so
+Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
+REACH = (1e-4, 1e6)  # sizes looked at for an equal cost, times the least and the largest trained
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,11 @@ class Costs:
 class Model:
     """A model that can be built, nearest to a real-valued N*.
 
-    `n` is counted as the fit counts, `loss` is the fitted curve there, in nats, with its
-    interval (of the curve, not of one run); `parameters` is the whole built model. Memory is in
+    `n` is counted as the fit counts, `loss` is the fitted curve there, in nats, with the intervals
+    of the curve and of one run around it; `parameters` is the whole built model. Memory is in
     values; bytes are of the weights (embeddings included) and the whole batch's KV caches, at the
-    bytes a value that `Serving` says.
+    bytes a value that `Serving` says. `command` trains it, "" where the runs come without a
+    corpus; `trained` names the run of the study that it is, "" for a new one.
     """
 
     n_layers: int
@@ -120,11 +126,34 @@ class Model:
     parameters: int
     loss: float
     loss_interval: Interval
+    run_interval: Interval
     memory: float
     flops: float
     z: float
     weight_bytes: float
     cache_bytes: float
+    config: ModelConfig
+    command: str = ""
+    trained: str = ""
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """What a configuration reaches for what the baseline costs at the target loss.
+
+    `n` is the largest size that costs no more, by the objective, and holds what must hold, `loss`
+    the curve there, in nats. `gain` is the baseline's loss minus `loss`, the baseline too at its
+    largest size of that cost: its N*, except where a ladder that turns wider at once makes a
+    larger model no dearer. In each refit the cost is that of its own N*, as for the savings. NaN
+    where the baseline has none, or where no size is as cheap.
+    """
+
+    n: float
+    n_interval: Interval
+    loss: float
+    gain: float
+    gain_interval: Interval
+    extrapolated: bool
 
 
 @dataclass(frozen=True)
@@ -158,6 +187,7 @@ class Choice:
     bytes: float
     saving: dict[str, float]
     saving_interval: dict[str, Interval]
+    equal_cost: EqualCost
 
     @property
     def reached(self) -> bool:
@@ -186,8 +216,36 @@ class Answer:
     def best(self) -> Choice:
         return self.choices[0]
 
+    @property
+    def lowest(self) -> Choice | None:
+        """The configuration of least loss at the baseline's cost; None where there is none."""
+        known = [c for c in self.choices if math.isfinite(c.equal_cost.gain)]
+        return max(known, key=lambda c: c.equal_cost.gain, default=None)
+
     def choice(self, heads: Heads) -> Choice:
         return next(c for c in self.choices if c.heads == heads)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A run that the fit has not seen: its loss in nats, and what the curve had predicted.
+
+    `run_interval` is where the loss of one run is expected, at 90%.
+    """
+
+    name: str
+    heads: Heads
+    n_layers: int
+    d_model: int
+    n: float
+    predicted: float
+    run_interval: Interval
+    measured: float
+
+    @property
+    def difference(self) -> float:
+        """Measured minus predicted, in nats."""
+        return self.measured - self.predicted
 
 
 @dataclass(frozen=True)
@@ -195,6 +253,7 @@ class Frontier:
     """The answers to a question, losses in the order given, contexts within each.
 
     `doubt` says in a few words why the fit behind them cannot carry an answer; "" when it can.
+    `checks` are runs trained as the study's own but left out of its fit.
     """
 
     source: str
@@ -208,6 +267,7 @@ class Frontier:
     intervals: str
     flags: tuple[str, ...]
     doubt: str
+    checks: tuple[Check, ...] = ()
 
     def at(self, loss: float, context: int) -> Answer:
         return next(a for a in self.answers if a.loss == loss and a.context == context)
@@ -217,6 +277,9 @@ class Frontier:
         out["units"] = units(self.question, self.serving)
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
+            answer["lowest"] = whole.lowest and whole.lowest.heads
+        for row, check in zip(out["checks"], self.checks, strict=True):
+            row["difference"] = check.difference
         return plain(out)
 
 
@@ -240,6 +303,7 @@ def units(question: Question, serving: Serving | None = None) -> dict[str, str]:
         "seconds": "per decoded token",
         "dollars": "per million decoded tokens",
         "saving": "1 - cost / baseline's cost",
+        "gain": "nats: baseline's loss minus the configuration's, at the largest sizes of that cost",
     }
 
 
@@ -271,6 +335,16 @@ class Scale:
         """The fit's own count of a model whose `n_formula` is n."""
         log_n, formula = self.ratios.get(heads, self.ratios[None])
         return n / np.interp(np.log(n), log_n + np.log(formula), formula)
+
+    def search(self, heads: Heads, low: float, high: float) -> np.ndarray:
+        """Sizes far below `low` to far above `high`, the ladder's own among them, ascending.
+
+        Between two of the ladder's sizes costs may fall with N, where models turn wider at once:
+        their least values lie at those sizes.
+        """
+        nodes = [n_formula(L, d, *heads, self.head_dim) for L, d in self.ladder]
+        grid = np.geomspace(REACH[0] * low, REACH[1] * high, 2000)
+        return np.union1d(grid, self.from_formula(np.array(nodes, float), heads))
 
     def model(self, layers: int, width: int, heads: Heads) -> ModelConfig:
         """The model of this shape, built as the runs were; an FFN of their own keeps its ratio."""
@@ -452,6 +526,23 @@ def _answer(
     probability, regret = decide(draws)
     least = cost.min()
     base = fit.index(baseline)
+    budgets = np.r_[getattr(point[base], objective), getattr(draw[base], objective)]
+
+    def afforded(k: int, free: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Largest sizes and their losses, the point estimate's first; `free` of what must hold."""
+        heads = fit.heads[k]
+        may = free or heads[1] % serving.kv_multiple == 0
+        limit = math.inf if free else serving.limit_bytes
+
+        def load(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            costs = costs_at(n, heads, context, q, scale, serving)[0]
+            held = costs.bytes / limit if may else np.full_like(n, math.inf)
+            return getattr(costs, objective), held
+
+        n = largest(load, scale.search(heads, *fit.points.range_n(k)), budgets)
+        return n, np.r_[_losses(fit.curves, k, n[:1]), _losses(fit.draws, k, n[1:])]
+
+    _, least_of_baseline = afforded(base, free=True)
     choices = []
     for k, heads in enumerate(fit.heads):
         low, high = fit.points.range_n(k)
@@ -479,6 +570,7 @@ def _answer(
                 bytes=float(point[k].bytes),
                 saving={m: float(v) for m, v in saving.items()},
                 saving_interval={m: _finite_interval(v) for m, v in over.items()},
+                equal_cost=_equal_cost(*afforded(k), least_of_baseline, (low, high)),
             )
         )
     choices.sort(key=lambda c: (c.cost, -c.probability, c.heads))
@@ -501,6 +593,56 @@ def _saving(cost: Any, baseline: Any) -> Any:
     """1 - cost / baseline; NaN where the baseline never reaches the loss."""
     with np.errstate(invalid="ignore"):
         return np.where(np.isinf(baseline), math.nan, 1 - np.divide(cost, baseline))
+
+
+def _equal_cost(
+    sizes: np.ndarray, losses: np.ndarray, baseline: np.ndarray, trained: Interval
+) -> EqualCost:
+    """From sizes, their losses and the baseline's, the point estimate's first in each."""
+    gains = baseline - losses
+    return EqualCost(
+        n=float(sizes[0]),
+        n_interval=_finite_interval(sizes[1:]),
+        loss=float(losses[0]),
+        gain=float(gains[0]),
+        gain_interval=_finite_interval(gains[1:]),
+        extrapolated=not trained[0] <= sizes[0] <= trained[1],
+    )
+
+
+def _losses(curves: Curves, k: int, n: np.ndarray) -> np.ndarray:
+    """Loss in nats of configuration k, each draw at its own N; n has the draws' shape."""
+    if curves.backbone:
+        n = curves.backbone.to_backbone(k, n)
+    return laws.centred(n, curves.u[..., k], curves.b[..., k], curves.floor, curves.centre[k])
+
+
+def largest(load: Load, grid: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """For each budget the largest N that costs no more and holds what must hold.
+
+    `load` gives, for an array of N, the costs and what is held as a share of what may be. Costs
+    need not rise everywhere, but their least values lie on the ascending `grid`. NaN where no size
+    is as cheap, or the budget is no finite number; the grid's end is the largest size there is.
+    """
+    cost, held = load(grid)
+    cheapest_from = np.minimum.accumulate(np.where(held <= 1, cost, math.inf)[::-1])[::-1]
+    last = np.searchsorted(cheapest_from, budgets, side="right") - 1
+    none = (last < 0) | ~np.isfinite(budgets)
+    i = np.clip(last, 0, len(grid) - 2)
+
+    def over(cost: np.ndarray, held: np.ndarray) -> np.ndarray:
+        """At most 0 where a size is within what it may cost and hold."""
+        return np.log(np.maximum(cost / budgets, held))
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        x0, x1 = np.log([grid[i], grid[i + 1]])
+        y0, y1 = over(cost[i], held[i]), over(cost[i + 1], held[i + 1])
+        for _ in range(4):  # false position: the grid is so fine that costs are all but straight
+            x = x0 - y0 * (x1 - x0) / (y1 - y0)
+            y = over(*load(np.exp(x)))
+            x0, y0 = np.where(y <= 0, x, x0), np.where(y <= 0, y, y0)
+            x1, y1 = np.where(y <= 0, x1, x), np.where(y <= 0, y1, y)
+    return np.where(none, math.nan, np.where(last == len(grid) - 1, grid[-1], np.exp(x0)))
 
 
 def _finite_interval(draws: np.ndarray) -> Interval:
@@ -571,12 +713,36 @@ def build(
         parameters=parameters(config).total,
         loss=float(fit.curves.loss(k, n)),
         loss_interval=interval(fit.draws.loss(k, n)),
+        run_interval=run_interval(fit, k, n),
         memory=memory,
         flops=flops,
         z=float(HardwareCost(q.weight, q.memory_power, q.compute_power)(memory, flops)),
         weight_bytes=serving.weight_bytes * parameters(config).total,
         cache_bytes=serving.cache_bytes * serving.batch * cache,
+        config=config,
     )
+
+
+def run_interval(fit: Fit, k: int, n: float) -> Interval:
+    """Where the loss of one run of configuration k at N is expected, in nats, at 90%.
+
+    The curve's draws, each with one run's noise around it; a new seed of that size would err so.
+    """
+    normal = ndtri((np.arange(99) + 0.5) / 99)
+    return interval((fit.draws.loss(k, n)[:, None] + fit.sigma * normal).ravel())
+
+
+def check_runs(fit: Fit, runs: Results) -> tuple[Check, ...]:
+    """Runs that the fit has not seen against its curves; those of unknown heads are left out."""
+    out = []
+    for i, heads in enumerate(runs.heads):
+        if heads in fit.heads:
+            k, n = fit.index(heads), float(runs.n_params[i])
+            shape = (int(runs.n_layers[i]), int(runs.d_model[i]))
+            predicted, where = float(fit.curves.loss(k, n)), run_interval(fit, k, n)
+            name, loss = str(runs.name[i]), float(runs.loss[i])
+            out.append(Check(name, heads, *shape, n, predicted, where, loss))
+    return tuple(out)
 
 
 def _goal(answer: Answer) -> str:

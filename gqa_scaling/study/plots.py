@@ -174,9 +174,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
     low = min(min(e.min() for e in ends), *answers.losses)
     high = max(max(e.max() for e in ends), *answers.losses)
     losses = np.linspace(low, high, 7)
-    first, last = min(answers.question.contexts), max(answers.question.contexts)
-    halvings = min(max(4, round(math.log2(last / first))), 7)
-    contexts = [max(1, last >> k) for k in range(halvings, -1, -1)]
+    contexts = spread(min(answers.question.contexts), max(answers.question.contexts))
     wide = replace(
         answers.question,
         losses=tuple(float(v) for v in losses),
@@ -193,8 +191,10 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axis = _figure(8.6, 4.4)
         shown = np.ma.masked_invalid(100 * saved)
-        top = max(10.0, 10 * math.ceil(float(shown.max()) / 10)) if shown.count() else 100.0
-        image = axis.imshow(shown, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=top)
+        bottom, top = _rounded(shown.compressed())
+        image = axis.imshow(
+            shown, aspect="auto", origin="lower", cmap="cividis", vmin=bottom, vmax=top
+        )
         for i, loss in enumerate(losses):
             for j, context in enumerate(contexts):
                 answer = whole.at(float(loss), context)
@@ -206,7 +206,8 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
                 text += f"\n{percent(answer.best.probability, 0)}" + (
                     f", tied {others}" if others else ""
                 )
-                ink = "black" if np.nan_to_num(100 * saved[i, j], nan=top) > 0.5 * top else "white"
+                bright = np.nan_to_num(100 * saved[i, j], nan=top) > (bottom + top) / 2
+                ink = "black" if bright else "white"
                 axis.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
         axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
         axis.set_yticks(range(len(losses)), [f"{v:.3f}" for v in losses])
@@ -221,6 +222,66 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         bar = figure.colorbar(image, ax=axis, pad=0.01)
         bar.set_label(f"{name} saved against {pair(answers.baseline)} (%)")
         bar.outline.set_visible(False)
+    return figure
+
+
+def spread(first: int, last: int, most: int = 9) -> list[int]:
+    """Contexts from `first` to `last`, both included, in equal numbers of doublings.
+
+    From five to `most` of them: a short range is continued below `first`.
+    """
+    doublings = max(4, math.ceil(math.log2(last / first)))
+    stride = math.ceil(doublings / (most - 1))
+    steps = [max(1, last >> k) for k in range(0, doublings + stride, stride)]
+    if last / first > 16:
+        steps = [t for t in steps if t > 1.4 * first] + [first]
+    return sorted(set(steps))
+
+
+def _rounded(percentages: np.ndarray) -> tuple[float, float]:
+    """A colour scale over the data in tens, so that no small difference looks like a large one."""
+    if not len(percentages):
+        return 0.0, 100.0
+    bottom = 10 * math.floor(percentages.min() / 10)
+    return bottom, max(bottom + 10, 10 * math.ceil(percentages.max() / 10))
+
+
+def gains(answers: Frontier) -> Figure:
+    """What each configuration gains in loss at the baseline's cost, against the context."""
+    look = looks([c.heads for c in answers.answers[0].choices])
+    middle = headline(answers).loss
+    shown = sorted((a for a in answers.answers if a.loss == middle), key=lambda a: a.context)
+    with matplotlib.rc_context(STYLE):
+        figure, axis = _figure(7.4, 3.9)
+        axis.axhline(0, color="#888888", linewidth=1)
+        for i, heads in enumerate(sorted(look)):
+            if heads == answers.baseline:
+                continue
+            found = [(a.context, a.choice(heads).equal_cost) for a in shown]
+            found = [(t, e) for t, e in found if math.isfinite(e.gain)]
+            if not found:
+                continue
+            y = 1e3 * np.array([e.gain for _, e in found])
+            low, high = 1e3 * np.array([e.gain_interval for _, e in found]).T
+            beside = 1.025 ** (i - (len(look) - 1) / 2)  # so that bars do not hide each other
+            x = np.array([t for t, _ in found]) * beside
+            bars = np.maximum([y - low, high - y], 0)
+            axis.errorbar(x, y, bars, label=pair(heads), capsize=2, **look[heads])
+            far = np.array([e.extrapolated for _, e in found])
+            axis.plot(x[far], y[far], "o", markersize=11, color="none", markeredgecolor="#888888")
+        contexts = [a.context for a in shown]
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [f"{t:,}" for t in contexts])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(contexts[0] / 1.5, contexts[-1] * 1.5)
+        axis.set_xlabel("inference context (tokens)")
+        axis.set_ylabel("loss lower by (millinats)")
+        kind = OBJECTIVES[answers.objective]
+        axis.set_title(
+            f"Gained over {pair(answers.baseline)} at equal {kind}, its loss {middle:g} nats\n"
+            f"{LEVEL:.0%} intervals; ringed: a size outside the fitted ones"
+        )
+        figure.legend(loc="outside right upper", title="heads, KV", handlelength=3)
     return figure
 
 
@@ -391,6 +452,10 @@ def all_figures(fit: Fit, results: Results, answers: Frontier) -> dict[str, tupl
         "savings": (
             savings(answers),
             "Where the costs come from, all configurations at the same loss.",
+        ),
+        "gains": (
+            gains(answers),
+            f"The loss each configuration reaches for the {name} that the baseline costs.",
         ),
         "probabilities": (
             probabilities(answers),

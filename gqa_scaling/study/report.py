@@ -16,39 +16,55 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from gqa_scaling import __version__
+from gqa_scaling.config import UserError
 from gqa_scaling.runs import write_atomic, write_json
 from gqa_scaling.study import tables
+from gqa_scaling.study.board import write_images
 from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier, units
 from gqa_scaling.study.models import FORMULAS
 from gqa_scaling.study.plots import STYLE, all_figures
 from gqa_scaling.study.results import COLUMNS, Results
+from gqa_scaling.study.sheets import Sheet, html_sheet
+from gqa_scaling.study.tokens import spans_budgets
 
-_DECISION = ("heat_map", "savings", "probabilities", "loss_against_costs")
+_DECISION = ("heat_map", "savings", "gains", "probabilities", "loss_against_costs")
 
 
 def write_report(
-    path: Path | str, results: Results, fit: Fit, frontier: Frontier, command: str = ""
+    path: Path | str,
+    results: Results,
+    fit: Fit,
+    frontier: Frontier,
+    command: str = "",
+    sheets: Sequence[Sheet] = (),
+    beside: dict[str, Any] | None = None,
 ) -> Path:
     """Write the page to `path` and its data beside it; every file is renamed into place.
 
-    `command` is what reproduces the study and is printed on the page. Returns the page's path.
+    The figures are also written to study/ as TensorBoard images.
+
+    `command` is what reproduces the study and is printed on the page. `sheets` are further tables
+    for it, and `beside` is further data, each key a JSON file. Returns the page's path.
     """
     path = Path(path)
     folder = path.parent
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    pictures = {}
+    pictures, images = {}, {}
     for name, (figure, caption) in all_figures(fit, results, frontier).items():
-        svg = _render(figure, "svg")
+        svg, png = _render(figure, "svg"), _render(figure, "png")
         _write_bytes(folder / "figures" / f"{name}.svg", svg)
-        _write_bytes(folder / "figures" / f"{name}.png", _render(figure, "png"))
-        pictures[name] = _picture(svg, caption)
+        _write_bytes(folder / "figures" / f"{name}.png", png)
+        pictures[name], images[name] = _picture(svg, caption), png
+    write_images(folder / "study", images)
     write_atomic(folder / "results.csv", results_csv(results))
     write_atomic(folder / "frontier.csv", frontier_csv(frontier))
     write_json(folder / "fit.json", fit.to_dict())
     write_json(folder / "frontier.json", frontier.to_dict())
-    write_atomic(path, page(results, fit, frontier, pictures, command))
+    for name, data in (beside or {}).items():
+        write_json(folder / f"{name}.json", data)
+    write_atomic(path, page(results, fit, frontier, pictures, command, sheets))
     return path
 
 
@@ -83,7 +99,12 @@ def _picture(svg: bytes, caption: str) -> str:
 
 
 def page(
-    results: Results, fit: Fit, frontier: Frontier, pictures: dict[str, str], command: str
+    results: Results,
+    fit: Fit,
+    frontier: Frontier,
+    pictures: dict[str, str],
+    command: str,
+    sheets: Sequence[Sheet] = (),
 ) -> str:
     """The HTML text; `pictures` are whole <figure> elements by name."""
     template = resources.files("gqa_scaling.study") / "report.html"
@@ -118,7 +139,17 @@ def page(
         saving_note=html.escape(
             f"Saved: {u['saving']}, the baseline {tables.pair(frontier.baseline)} at the same loss."
         ),
+        gains=_gain_table(frontier),
+        gain_note=html.escape(
+            f"For the {OBJECTIVES[frontier.objective]} that the baseline "
+            f"{tables.pair(frontier.baseline)} costs at the target loss: its loss minus that of each "
+            "configuration, all at the largest size of that cost. ~ marks one outside the fitted "
+            "sizes; 90% intervals."
+        ),
+        serving=html.escape(f"weights and KV cache for {frontier.serving.sizes()}"),
         models=_model_table(frontier),
+        training=_training(frontier),
+        checks=_check_table(frontier),
         figures_decision="".join(pictures[name] for name in _DECISION if name in pictures),
         law=html.escape(
             f"Law {fit.law}: L = {FORMULAS[fit.law]}. E = {fit.floor:.4f} nats, "
@@ -126,7 +157,10 @@ def page(
             f"{len(fit.points.n)} points; one run's noise {1e3 * fit.sigma:.2f} millinats."
         ),
         curves=_curve_table(fit),
-        laws=_law_table(compare(results, fit.context_length)),
+        sheets="<h2>Context and training tokens</h2>" + "".join(map(html_sheet, sheets))
+        if sheets
+        else "",
+        laws=_laws(results, fit),
         fit_note=html.escape(
             f"Intervals: {fit.how}. {fit.refits_failed} refits failed. Least squares "
             f"{'converged' if fit.converged else 'did not converge'}; Jacobian rank {fit.rank} of "
@@ -200,6 +234,63 @@ def _saving_table(frontier: Frontier) -> str:
     return _html(header, rows)
 
 
+def _gain_table(frontier: Frontier) -> str:
+    header = ["context (tokens)", "target (nats)"]
+    heads = [c.heads for c in frontier.answers[0].choices]
+    kept = sorted(h for h in heads if h != frontier.baseline)
+    header += [f"{tables.pair(heads)} lower by (millinats)" for heads in kept]
+    rows = []
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        row = [f"{answer.context:,}", f"{answer.loss:g}"]
+        for heads in kept:
+            e = answer.choice(heads).equal_cost
+            ends = " to ".join(tables.millinats(v) for v in e.gain_interval)
+            far = "~" if e.extrapolated else ""
+            known = e.gain == e.gain
+            row.append(f"{tables.millinats(e.gain)}{far} ({ends})" if known else "-")
+        rows.append(row)
+    return _html(header, rows)
+
+
+def _training(frontier: Frontier) -> str:
+    """How to train each different model, as HTML."""
+    models = {a.model.config: a.model for a in frontier.answers if a.model}.values()
+    commands = [m.command for m in models if m.command and not m.trained]
+    out = ""
+    if any(not m.command for m in models):
+        out += (
+            "<p>To train one, declare an experiment: these runs come without their corpus.</p><pre>"
+            + html.escape("\n".join(map(tables.model_text, models)))
+            + "</pre>"
+        )
+    if commands:
+        text = html.escape("\n\n".join(commands))
+        out += f"<p>Each of these commands trains one of them as the study's runs were:</p><pre>{text}</pre>"
+    return out
+
+
+def _check_table(frontier: Frontier) -> str:
+    if not frontier.checks:
+        return ""
+    header = ["run", "heads, KV", "L x d", "N without embeddings", "predicted (nats)"]
+    header += ["90% of a run", "measured (nats)", "minus predicted (millinats)"]
+    rows = [
+        [
+            c.name,
+            tables.pair(c.heads),
+            f"{c.n_layers} x {c.d_model}",
+            f"{c.n:,.0f}",
+            f"{c.predicted:.4f}",
+            tables.span(c.run_interval, ".4f"),
+            f"{c.measured:.4f}",
+            f"{1e3 * c.difference:+.1f}",
+        ]
+        for c in frontier.checks
+    ]
+    about = "<p>Trained since and not in the fit, against what its curves predicted:</p>"
+    return f'{about}<div class="scroll">{_html(header, rows)}</div>'
+
+
 def _kinds(frontier: Frontier) -> tuple[str, ...]:
     """What savings are shown of: memory, FLOPs, Z, and the objective where it is another."""
     return tuple(dict.fromkeys(("memory", "flops", "z", frontier.objective)))
@@ -217,9 +308,14 @@ def _goal(answer: Answer) -> list[str]:
 
 def _model_table(frontier: Frontier) -> str:
     header = ["context (tokens)", "target (nats)", "heads, KV", "L x d"]
-    header += ["N without embeddings", "all parameters", "loss of the curve (nats)"]
-    header += ["90% interval of the curve", f"FLOPs ({frontier.question.convention})", "weights"]
-    header += [f"KV cache, {frontier.serving.sizes()}"]
+    header += ["N without embeddings", "all parameters", "loss predicted (nats)"]
+    header += [
+        "90% interval of the curve",
+        "90% interval of a run",
+        f"FLOPs ({frontier.question.convention})",
+        "weights",
+    ]
+    header += ["KV cache", "in this study"]
     rows = []
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         m = answer.model
@@ -235,9 +331,11 @@ def _model_table(frontier: Frontier) -> str:
                 f"{m.parameters:,}",
                 f"{m.loss:.4f}",
                 tables.span(m.loss_interval, ".4f"),
+                tables.span(m.run_interval, ".4f"),
                 tables.quantity(m.flops),
                 tables.byte_size(m.weight_bytes),
                 tables.byte_size(m.cache_bytes),
+                m.trained or "no",
             ]
         )
     return _html(header, rows)
@@ -261,7 +359,7 @@ def _curve_table(fit: Fit) -> str:
         rows.append(
             [
                 tables.pair(heads),
-                str(int((fit.points.curve == k).sum())),
+                str(len(set(fit.points.n[fit.points.curve == k]))),
                 tables.quantity(first),
                 tables.quantity(last),
                 tables.quantity(float(fit.scale[k])),
@@ -271,6 +369,20 @@ def _curve_table(fit: Fit) -> str:
             ]
         )
     return _html(header, rows)
+
+
+def _laws(results: Results, fit: Fit) -> str:
+    """The laws compared; nothing where a size has several token budgets, which they cannot take."""
+    if spans_budgets(results):
+        return ""
+    about = "How well each law predicts runs it was not shown, as root mean square errors"
+    at = fit.context_length
+    where = f", T = {at:,} tokens" if at and len(set(results.context_length.tolist())) > 1 else ""
+    try:
+        scores = _law_table(compare(results, at))
+    except UserError as error:  # the runs of this length alone may be too few
+        return f'<p class="quiet">Laws are not compared: {html.escape(str(error))}</p>'
+    return f'<p>{about}{where}:</p>\n<div class="scroll">{scores}</div>'
 
 
 def _law_table(scores: Sequence[Score]) -> str:
@@ -386,6 +498,10 @@ def frontier_csv(frontier: Frontier) -> str:
             for kind in _kinds(frontier):
                 row[f"{kind}_saving"] = c.saving[kind]
                 row[f"{kind}_saving_low"], row[f"{kind}_saving_high"] = c.saving_interval[kind]
+            e = c.equal_cost
+            row |= {"equal_cost_n": e.n, "equal_cost_loss_nats": e.loss, "gain_nats": e.gain}
+            row["gain_low"], row["gain_high"] = e.gain_interval
+            row["equal_cost_extrapolated"] = int(e.extrapolated)
             rows.append(row)
     return _csv(list(rows[0]), rows)
 

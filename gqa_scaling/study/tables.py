@@ -1,10 +1,13 @@
-"""The answers as tables for people: `rich` renderables no wider than 100 columns."""
+"""The answers as tables for people: `rich` renderables no wider than 100 columns, better than 80."""
 
+import copy
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Column, Table
 from rich.text import Text
 
 from gqa_scaling.study.compare import Score
@@ -47,17 +50,52 @@ def shape(layers: float, width: float) -> str:
     return f"{layers:.1f} x {width:.0f}" if math.isfinite(layers) else "-"
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
-    table = Table(
+class _Fitted(Table):
+    """A table that on a narrow terminal leaves out `spare` columns, and says which."""
+
+    spare: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown, out = copy.copy(self), []
+        for name in self.spare:
+            if _least_width(shown.columns) <= options.max_width:
+                break
+            kept = [c for c in shown.columns if c.header != name]
+            shown.columns = [dataclasses.replace(c, _index=i) for i, c in enumerate(kept)]
+            out.append(name.split("\n")[0])
+            shown.caption = f"left out for want of width: {', '.join(out)}"
+        yield from Table.__rich_console__(shown, console, options)
+
+
+def _least_width(columns: Sequence[Column]) -> int:
+    """Characters that the columns need, two between them; those that wrap need their words."""
+
+    def parts(c: Column) -> Iterator[str]:
+        for text in (str(c.header), *map(str, c.cells)):
+            yield from text.splitlines() if c.no_wrap else text.split()
+
+    return sum(max(map(cell_len, parts(c)), default=0) for c in columns) + 2 * len(columns) - 2
+
+
+def _table(title: str, *columns: str, spare: Sequence[str] = ()) -> Table:
+    table = _Fitted(
         title=title,
         title_justify="left",
         title_style="bold",
+        caption_justify="left",
         box=None,
         padding=(0, 1),
         pad_edge=False,
     )
+    table.spare = spare
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0)
+        wraps = name in ("run", "tied with")  # lists and names may fold, numbers never
+        table.add_column(
+            name,
+            justify="right" if i else "left",
+            no_wrap=not wraps,
+            overflow="fold" if wraps else "ellipsis",
+        )
     return table
 
 
@@ -82,7 +120,7 @@ def fit_table(fit: Fit) -> RenderableType:
         first, last = fit.points.range_n(k)
         table.add_row(
             pair(heads),
-            str(int((fit.points.curve == k).sum())),
+            str(len(set(fit.points.n[fit.points.curve == k]))),
             f"{quantity(first)} - {quantity(last)}",
             quantity(float(fit.scale[k])),
             f"{fit.curves.b[k]:.4f}",
@@ -95,6 +133,11 @@ def fit_table(fit: Fit) -> RenderableType:
         if noise is not None
         else ""
     )
+    shared = (
+        f"; shared by a size: {1e3 * fit.shared.shared:.2f} (p = {fit.shared.p_value:.2f})"
+        if fit.shared.shared is not None
+        else ""
+    )
     lines = [
         f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings",
         f"E = {fit.floor:.4f} nats, {LEVEL:.0%} interval {span(fit.floor_interval)}",
@@ -105,8 +148,7 @@ def fit_table(fit: Fit) -> RenderableType:
         ),
         f"R² = {fit.r2:.5f} over all points; {'converged' if fit.converged else 'NOT converged'}, "
         f"Jacobian rank {fit.rank} of {fit.n_parameters}",
-        f"Noise: {1e3 * fit.sigma:.2f} millinats around the curves{seeds}; shared by a size: "
-        f"{1e3 * fit.shared.shared:.2f} (p = {fit.shared.p_value:.2f})",
+        f"Noise: {1e3 * fit.sigma:.2f} millinats around the curves{seeds}{shared}",
         f"Intervals: {fit.how}",
     ]
     return Group(table, "", *lines, *_flags(fit.flags))
@@ -199,8 +241,8 @@ def frontier_table(frontier: Frontier) -> RenderableType:
         "P(best)",
         "regret",
         "tied with",
+        spare=("L x d", "FLOPs", "regret", "memory\n(values)"),
     )
-    table.columns[-1].no_wrap = False
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         best = answer.best
         if not best.reached:
@@ -245,6 +287,7 @@ def saving_table(frontier: Frontier) -> RenderableType:
         "90% interval",
         "runner-up",
         "dearer by",
+        spare=("runner-up", "dearer by"),
     )
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         best = answer.best
@@ -265,18 +308,107 @@ def saving_table(frontier: Frontier) -> RenderableType:
     return table
 
 
+def gain_table(frontier: Frontier) -> RenderableType:
+    """What is gained for the baseline's cost at the target loss: the configuration of least loss."""
+    base, kind = pair(frontier.baseline), _objective(frontier)
+    table = _table(
+        f"Gained over {base} at equal {kind}, {LEVEL:.0%} intervals",
+        "context\n(tokens)",
+        "target\n(nats)",
+        "heads, KV",
+        "N",
+        "loss\n(nats)",
+        f"loss of {base}\n(nats)",
+        "lower by\n(millinats)",
+        "90% interval",
+        spare=("N",),
+    )
+    for answer in sorted(frontier.answers, key=lambda a: a.context):
+        row, choice = (f"{answer.context:,}", f"{answer.loss:g}"), answer.lowest
+        if choice is None:
+            table.add_row(*row, "none", *["-"] * 5)
+            continue
+        e = choice.equal_cost
+        table.add_row(
+            *row,
+            pair(choice.heads) + ("~" if e.extrapolated else ""),
+            quantity(e.n),
+            f"{e.loss:.4f}",
+            f"{e.loss + e.gain:.4f}",
+            millinats(e.gain),
+            " to ".join(millinats(v) for v in e.gain_interval),
+        )
+    return table
+
+
+def millinats(value: float) -> str:
+    """Nats as millinats with one digit; a dash when there is none."""
+    return f"{round(1e3 * value, 1) + 0:.1f}" if math.isfinite(value) else "-"
+
+
+def check_table(frontier: Frontier) -> RenderableType:
+    """Runs that the fit has not seen, against what its curves said of them."""
+    table = _table(
+        "Trained since and not in the fit: losses in nats",
+        "run",
+        "N",
+        "predicted",
+        "90% of a run",
+        "measured",
+        "minus predicted\n(millinats)",
+        spare=("N",),
+    )
+    for c in frontier.checks:
+        table.add_row(
+            c.name,
+            quantity(c.n),
+            f"{c.predicted:.4f}",
+            span(c.run_interval, ".4f"),
+            f"{c.measured:.4f}",
+            f"{1e3 * c.difference:+.1f}",
+        )
+    return table
+
+
+def training(frontier: Frontier) -> str:
+    """How to train the model of the sentence; plain text, for its command must not be folded."""
+    answer = headline(frontier)
+    m = answer.model
+    if m is None:
+        return ""
+    goal = f"{answer.loss:g} nats at {answer.context:,} tokens"
+    if m.trained:
+        return f"The model to build for {goal} is a run of this study: {m.trained}."
+    if not m.command:
+        return (
+            f"To build for {goal}: {model_text(m)}. To train it, declare an experiment "
+            "(docs/using.md): these runs come without their corpus."
+        )
+    others = {a.model.command for a in frontier.answers if a.model} - {m.command, ""}
+    more = "\nThe commands of the other models are in the report and in --json." if others else ""
+    return f"Train the model to build for {goal}:\n\n{m.command}\n{more}"
+
+
+def model_text(model: Model) -> str:
+    """The model's architecture as it is declared."""
+    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
+    known = {k: getattr(model.config, k) for k in names}
+    return f"ModelConfig({', '.join(f'{k}={v}' for k, v in known.items() if v is not None)})"
+
+
 def model_table(frontier: Frontier) -> RenderableType:
-    """The models one can build, their predicted loss and exact costs."""
+    """The models one can build, the loss expected of one run, and exact costs."""
     table = _table(
         f"Models to build (FLOPs {frontier.question.convention}; {frontier.serving.sizes()})",
         "context\n(tokens)",
         "heads, KV",
         "L x d",
         "N",
-        "loss of the curve\n(nats, its 90%)",
+        "predicted loss\n(nats, 90% of a run)",
         "FLOPs",
         "weights",
         "KV cache",
+        spare=("FLOPs", "weights"),
     )
     for answer in sorted(frontier.answers, key=lambda a: a.context):
         m: Model | None = answer.model
@@ -287,7 +419,7 @@ def model_table(frontier: Frontier) -> RenderableType:
             pair((m.n_heads, m.n_kv_heads)),
             f"{m.n_layers} x {m.d_model}",
             quantity(m.n_exact),
-            f"{m.loss:.4f} ({span(m.loss_interval)})",
+            f"{m.loss:.4f} ({span(m.run_interval)})",
             quantity(m.flops),
             byte_size(m.weight_bytes),
             byte_size(m.cache_bytes),
@@ -308,6 +440,8 @@ def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
         "dearer by",
         "P(best)",
         "regret",
+        "loss lower by\nat equal cost\n(millinats)",
+        spare=("FLOPs", "memory\n(values)"),
     )
     for c in answer.choices:
         table.add_row(
@@ -319,6 +453,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
             percent(c.excess, 2),
             percent(c.probability, 0),
             percent(c.regret, 2),
+            millinats(c.equal_cost.gain),
         )
     return table
 
@@ -348,7 +483,7 @@ def suggest_table(suggestions: Sequence[Suggestion]) -> RenderableType:
 
 
 def frontier_tables(frontier: Frontier) -> RenderableType:
-    """Everything `frontier` prints: the answer in a sentence, then its three tables."""
+    """Everything `frontier` prints but `training`: the answer in a sentence, then its tables."""
     return Group(
         Text(sentence(frontier), style="bold"),
         "",
@@ -356,7 +491,10 @@ def frontier_tables(frontier: Frontier) -> RenderableType:
         "",
         saving_table(frontier),
         "",
+        gain_table(frontier),
+        "",
         model_table(frontier),
+        *(["", check_table(frontier)] if frontier.checks else []),
         *_flags(frontier.flags),
     )
 
@@ -373,6 +511,19 @@ def _units(frontier: Frontier) -> str:
 
 def _less(saving: float) -> str:
     return f"{percent(abs(saving))} {'less' if saving >= 0 else 'more'}"
+
+
+def _gained(choice: Choice, kind: str) -> str:
+    """What the choice gains in loss at the baseline's cost, as the end of a sentence."""
+    e = choice.equal_cost
+    if not math.isfinite(e.gain):
+        return ""
+    low, high = sorted(e.gain_interval if e.gain >= 0 else (-v for v in e.gain_interval))
+    far = ", outside the fitted sizes" if e.extrapolated else ""
+    return (
+        f"; or {abs(e.gain):.3f} nats {'less' if e.gain >= 0 else 'more'} at the same {kind} "
+        f"({low:.3f} to {high:.3f}{far})"
+    )
 
 
 def headline(frontier: Frontier) -> Answer:
@@ -403,6 +554,7 @@ def sentence(frontier: Frontier) -> str:
             f"{_less(saved)} {kind} than {pair(frontier.baseline)} at the same loss ({LEVEL:.0%} "
             f"interval {percent(low, 1)} to {percent(high, 1)}), with "
             + " and ".join(f"{_less(best.saving[k])} {names[k]}" for k in rest)
+            + _gained(best, kind)
         )
     else:
         saving = f"{pair(frontier.baseline)} never reaches that loss"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy.optimize import brentq
 
 from gqa_scaling import ladder
 from gqa_scaling.config import ModelConfig, Question, UserError
@@ -17,14 +18,18 @@ from gqa_scaling.costs import n_formula
 from gqa_scaling.hardware import hardware
 from gqa_scaling.ladder import FIGURE_2_LADDER, PUBLISHED_LADDER
 from gqa_scaling.study import tables
-from gqa_scaling.study.fit import Fit, fit
+from gqa_scaling.study.fit import Fit, fit, interval
 from gqa_scaling.study.frontier import (
+    OBJECTIVES,
     Serving,
     _saving,
+    check_runs,
     costs_at,
     decide,
     default_baseline,
     frontier,
+    largest,
+    run_interval,
     scale_of,
     shapes,
     target_losses,
@@ -46,10 +51,10 @@ def table_4(chen):
     return frontier(chen, published(), TABLE_4)
 
 
-def noisy(seed=0, noise=0.01, floor=0.9):
+def noisy(seed=0, noise=0.01, floor=0.9, sizes=((1, 32), (2, 48), (3, 64), (4, 96))):
     """4 sizes x 4 configurations of tiny models, as the smoke study has them."""
     rng, rows = np.random.default_rng(seed), []
-    for layers, width in ((1, 32), (2, 48), (3, 64), (4, 96)):
+    for layers, width in sizes:
         for h, kv in ((1, 1), (2, 1), (4, 1), (4, 4)):
             n = 1.08 * 8 * layers * width**2 + 2 * layers * width * 16 * (h + kv)
             loss = floor + (3e4 * (1 - 0.05 * math.log2(h)) / n) ** 0.12
@@ -85,6 +90,26 @@ def test_published_axes_of_figure_2(heads, layers, memory, flops, z):
     assert float(costs.memory) == pytest.approx(memory, rel=1e-5)
     assert float(costs.flops) == pytest.approx(flops, rel=1e-5)
     assert float(costs.z) == pytest.approx(z, rel=1e-5)
+
+
+def test_costs_of_all_forty_published_points_by_hand():
+    """Each point's own L and d, and M, C and Z of Chen et al. 2025, eqs. 3 and 4, as Figure 2 plots."""
+    r, context = published(), 131072
+    scale = scale_of(r)
+    assert len(r) == 40
+    for i, (h, kv) in enumerate(r.heads):
+        layers = int(r.n_layers[i])
+        n = 8 * layers * (64 * layers) ** 2 + 2 * layers * 64 * layers * 64 * (h + kv)
+        assert r.n_params[i] == n
+        memory = n + 2 * context * layers * 64 * kv
+        flops = context * (n + 2 * context * layers * 64 * h)
+        costs, real_layers, width = costs_at(r.n_params[i], (h, kv), context, TABLE_4, scale)
+        assert float(real_layers) == pytest.approx(layers, rel=1e-12)
+        assert float(width) == pytest.approx(64 * layers, rel=1e-12)
+        assert float(costs.memory) == pytest.approx(memory, rel=1e-12)
+        assert float(costs.flops) == pytest.approx(flops, rel=1e-12)
+        z = 0.9 * memory ** (1 / 2) + 0.1 * flops ** (1 / 3)
+        assert float(costs.z) == pytest.approx(z, rel=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -170,6 +195,195 @@ def test_objectives_rank_by_what_they_name(chen):
     assert [c.heads for c in frontier(chen, published(), pure).answers[0].choices] == [
         c.heads for c in by_memory.choices
     ]
+
+
+# ------------------------------------------------------------------------- loss at equal cost
+
+
+def by_hand(objective, n, heads, context, s):
+    """The cost of N on the published ladder d = 64 L, written out from the equations."""
+    h, kv = heads
+    roots = np.roots([8 * 64**2, 2 * 64 * 64 * (h + kv), 0, -n])
+    layers = float(roots[np.abs(roots.imag) < 1e-9].real.max())
+    cache = 2 * context * layers * 64 * kv
+    per_token = 2 * n + 4 * context * layers * 64 * h
+    held = s.weight_bytes * n + s.cache_bytes * s.batch * cache
+    seconds = (
+        max(
+            held / s.hardware.bandwidth,
+            s.batch * per_token / (s.hardware.peak_flops * s.hardware.mfu),
+        )
+        / s.batch
+    )
+    return {
+        "memory": n + cache,
+        "flops": per_token,
+        "z": 0.9 * math.sqrt(n + cache) + 0.1 * per_token ** (1 / 3),
+        "bytes": held + s.weight_bytes * 50304 * 64 * layers,
+        "seconds": seconds,
+        "dollars": seconds * s.hardware.price / 3600 * 1e6,
+    }[objective]
+
+
+def equal_by_hand(objective, target, heads, base, context, s, curves, floor):
+    """N and loss of `heads` for the cost of `base` at the target loss; curves are (a, b) by heads."""
+
+    def cost(n, heads):
+        return by_hand(objective, n, heads, context, s)
+
+    a, b = curves[base]
+    budget = cost(a / (target - floor) ** (1 / b), base)
+    log_n = brentq(lambda x: cost(math.exp(x), heads) - budget, math.log(1e4), math.log(1e14))
+    a, b = curves[heads]
+    return math.exp(log_n), (a / math.exp(log_n)) ** b + floor
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_at_equal_cost_by_brute_force(chen, objective):
+    s = Serving(batch=4, weight_bytes=1, hardware=hardware("h100"))
+    q = Question(losses=(2.8, 2.95), contexts=(8192, 131072))
+    found = frontier(chen, published(), q, objective, s)
+    curves = {h: (chen.scale[k], chen.curves.b[k]) for k, h in enumerate(chen.heads)}
+    for answer in found.answers:
+        for choice in answer.choices:
+            e, where = choice.equal_cost, (objective, answer.loss, choice.heads, (8, 8))
+            n, loss = equal_by_hand(*where, answer.context, s, curves, chen.floor)
+            assert e.n == pytest.approx(n, rel=1e-7)
+            assert e.loss == pytest.approx(loss, abs=1e-8)
+            assert e.gain == pytest.approx(answer.loss - loss, abs=1e-8)
+            low, high = chen.points.range_n(chen.index(choice.heads))
+            assert e.extrapolated == (not low <= n <= high)
+        own = answer.choice((8, 8)).equal_cost
+        assert own.gain == pytest.approx(0, abs=1e-9)
+        assert own.n == pytest.approx(answer.choice((8, 8)).n, rel=1e-8)
+        assert answer.lowest.equal_cost.gain == max(c.equal_cost.gain for c in answer.choices)
+
+
+def test_the_interval_of_a_gain_is_that_of_the_refits_one_by_one():
+    r = published()
+    f = fit(r, refits=100)
+    q = Question(losses=(2.8,), contexts=(32768,))
+    e = frontier(f, r, q).answers[0].choice((8, 1)).equal_cost
+    s, gains, sizes = Serving(hardware=hardware("h100")), [], []
+    for i in range(len(f.draws.floor)):
+        a = np.exp(f.draws.centre + f.draws.u[i] / f.draws.b[i])
+        curves = {h: (a[k], f.draws.b[i, k]) for k, h in enumerate(f.heads)}
+        floor = float(f.draws.floor[i])
+        n, loss = equal_by_hand("z", 2.8, (8, 1), (8, 8), 32768, s, curves, floor)
+        gains.append(2.8 - loss)
+        sizes.append(n)
+    assert e.gain_interval == pytest.approx(interval(np.array(gains)), abs=1e-8)
+    assert e.n_interval == pytest.approx(interval(np.array(sizes)), rel=1e-7)
+    assert e.gain_interval[0] < e.gain < e.gain_interval[1]
+
+
+def test_the_largest_size_is_found_where_costs_fall_again():
+    """The published ladder turns wider at once in places, so that its caches shrink with N."""
+    scale = dataclasses.replace(scale_of(published()), ladder=PUBLISHED_LADDER)
+
+    def load(n):
+        costs = costs_at(n, (32, 32), 2**20, Question(), scale)[0]
+        return costs.memory, costs.bytes / np.inf
+
+    grid = scale.search((32, 32), 1e7, 1e9)
+    assert (grid[0], grid[-1]) == (1e3, 1e15)
+    n = np.geomspace(5e7, 5e8, 400001)
+    cost = load(n)[0]
+    assert (np.diff(cost) < 0).any()
+    budgets = np.quantile(cost, np.linspace(0.1, 0.9, 9))
+    scanned = [n[np.flatnonzero(cost <= b)[-1]] for b in budgets]
+    assert largest(load, grid, budgets) == pytest.approx(scanned, rel=2e-5)
+    beyond = largest(load, grid, np.array([load(grid)[0].min() / 2, 1e30, np.inf, np.nan]))
+    assert np.isnan(beyond).tolist() == [True, False, True, True]
+    assert beyond[1] == 1e15
+
+
+def test_a_baseline_that_could_be_larger_at_no_cost_is_taken_so():
+    """Else part of what others gain would be owed to the ladder's aspect ratio, not to heads."""
+    r = noisy(noise=0.0, sizes=((2, 24), (2, 48), (3, 64), (4, 96)))
+    found = fit(r, refits=100)
+    k = found.index((4, 4))
+    gaps = []
+    for loss in np.linspace(1.85, 2.0, 16):
+        q = Question(losses=(float(loss),), contexts=(65536,))
+        answer = frontier(found, r, q).answers[0]
+        own = answer.choice((4, 4))
+        assert own.equal_cost.gain == 0
+        assert own.equal_cost.gain_interval == (0, 0)
+        reference = float(found.curves.loss(k, own.equal_cost.n))
+        gaps.append(loss - reference)
+        for choice in answer.choices:
+            e = choice.equal_cost
+            assert e.gain == pytest.approx(reference - e.loss, abs=1e-12)
+    assert min(gaps) > -1e-9
+    assert max(gaps) > 1e-3
+
+
+def test_what_must_hold_holds_at_equal_cost_too(chen):
+    q = Question(losses=(2.8,), contexts=(131072,))
+    free = frontier(chen, published(), q).answers[0]
+    limit = 6e9
+    s = Serving(kv_multiple=2, limit_bytes=limit)
+    tight = frontier(chen, published(), q, serving=s).answers[0]
+    assert math.isnan(tight.choice((8, 1)).equal_cost.gain)
+    assert tight.lowest.heads in ((8, 2), (8, 4))
+    for heads in ((8, 2), (8, 4)):
+        e = tight.choice(heads).equal_cost
+        held = costs_at(e.n, heads, 131072, q, scale_of(published()), s)[0]
+        base = free.choice((8, 8))
+        both = max(float(held.bytes) / limit, float(held.z) / base.z)
+        assert both == pytest.approx(1, abs=1e-9)
+        assert e.n <= free.choice(heads).equal_cost.n * (1 + 1e-9)
+
+
+def test_a_loss_the_baseline_never_reaches_gives_no_gain(chen):
+    found = frontier(chen, published(), Question(losses=(2.0,), contexts=(8192,)))
+    assert found.answers[0].lowest is None
+    assert math.isnan(found.answers[0].best.equal_cost.gain)
+    assert "none" in _text(found).split("Gained over")[1]
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_gains_are_told_at_a_glance(chen):
+    q = Question(losses=(2.8,), contexts=(32768,), convention="per_sequence")
+    found = frontier(chen, published(), q)
+    e = found.answers[0].best.equal_cost
+    low, high = e.gain_interval
+    said = f"; or {e.gain:.3f} nats less at the same Z ({low:.3f} to {high:.3f})."
+    assert said in tables.sentence(found)
+    row = _text(found).split("Gained over (8,8) at equal Z")[1].splitlines()[3].split()
+    assert row[:3] == ["32,768", "2.8", "(8,1)"]
+    assert row[5] == "2.8000"
+    assert row[6:] == [f"{1e3 * v:.1f}" for v in (e.gain, low)] + ["to", f"{1e3 * high:.1f}"]
+    worse = frontier(chen, published(), dataclasses.replace(q, baseline=(8, 1)))
+    choice = worse.answers[0].choice((1, 1))
+    assert "nats more at the same Z (0.0" in tables._gained(choice, "Z")
+    line = next(x for x in frontier_csv(found).splitlines()[1:] if ",8,1," in x)
+    assert f"{e.gain},{low},{high},0" in line
+
+
+# ------------------------------------------------------------------- predictions and their checks
+
+
+def test_a_run_is_expected_where_its_curve_and_its_noise_put_it(chen):
+    k = chen.index((8, 1))
+    rng = np.random.default_rng(1)
+    curve = rng.choice(chen.draws.loss(k, 3e8), 200_000)
+    runs = curve + chen.sigma * rng.standard_normal(len(curve))
+    assert run_interval(chen, k, 3e8) == pytest.approx(interval(runs), abs=1e-4)
+
+
+def test_left_out_runs_fall_where_they_were_predicted():
+    r = noisy(seed=3, noise=0.002)
+    out = (r.n_layers == 3) & (r.n_heads == 4)
+    checks = check_runs(fit(r.select(~out), refits=300), r.select(out))
+    assert [c.heads for c in checks] == [(4, 1), (4, 4)]
+    for c in checks:
+        assert (c.n_layers, c.d_model) == (3, 64)
+        assert c.run_interval[0] < c.measured < c.run_interval[1]
+        assert c.difference == c.measured - c.predicted
+    other = dataclasses.replace(r.select(out), n_kv_heads=np.array([2, 2]))
+    assert check_runs(fit(r, refits=100), other) == ()
 
 
 def test_bytes_seconds_and_dollars_by_hand(chen):
@@ -391,6 +605,18 @@ def test_tables_fit_100_columns_and_name_units(chen, table_4):
         assert word in text, word
     for a in table_4.answers:
         assert tables.quantity(a.best.n) in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables.frontier_tables(table_4))
+    console.print(tables.ranking_table(table_4.answers[0], table_4))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert text.count("131,072") >= 4 * len(table_4.answers)
+    assert ("left out for want of width: L x d" in text) == (width == 80)
 
 
 @pytest.mark.parametrize(

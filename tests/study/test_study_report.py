@@ -2,17 +2,23 @@
 
 import base64
 import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gqa_scaling.config import Question
 from gqa_scaling.grid import head_candidates
+from gqa_scaling.study.board import write_images
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
-from gqa_scaling.study.plots import looks
+from gqa_scaling.study.plots import _rounded, looks, spread
 from gqa_scaling.study.report import write_report
 from gqa_scaling.study.results import from_csv, published
 
@@ -54,7 +60,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     parser = _Balance()
     parser.feed(text)
     assert parser.open == []
-    assert len(parser.sources) == 7
+    assert len(parser.sources) == 8
     for source in parser.sources:
         kind, data = source.split(",", 1)
         assert kind == "data:image/svg+xml;base64"
@@ -102,6 +108,88 @@ def test_data_lies_beside_the_page(page, study):
 def test_the_same_study_gives_the_same_page(page, study, tmp_path):
     again = write_report(tmp_path / "report.html", *study, command="gqa-scaling report <x>")
     assert again.read_bytes() == page.read_bytes()
+
+
+def images(folder):
+    """Every picture of TensorBoard's images tab by tag: (step, declared size, decoded image)."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    out = {}
+    for tag in events.Tags()["images"]:
+        (event,) = events.Images(tag)
+        picture = Image.open(io.BytesIO(event.encoded_image_string))
+        picture.load()  # decodes the whole PNG
+        out[tag] = (event.step, (event.width, event.height), picture)
+    return out
+
+
+def test_tensorboard_shows_every_figure(page):
+    (file,) = (page.parent / "study").iterdir()
+    assert "tfevents" in file.name
+    found, pngs = images(page.parent / "study"), sorted((page.parent / "figures").glob("*.png"))
+    assert sorted(found) == [f"study/{p.stem}" for p in pngs]
+    for png in pngs:
+        step, size, picture = found[f"study/{png.stem}"]
+        assert (step, size) == (0, picture.size)
+        with Image.open(png) as drawn:
+            assert drawn.tobytes() == picture.tobytes()
+
+
+def test_a_new_report_replaces_the_pictures_of_the_old(tmp_path):
+    for size in ((3, 2), (4, 3)):
+        out = io.BytesIO()
+        Figure(figsize=size).savefig(out, format="png", dpi=10)
+        file = write_images(tmp_path / "study", {"a": out.getvalue()})
+        assert list((tmp_path / "study").iterdir()) == [file]
+    assert [size for _, size, _ in images(tmp_path / "study").values()] == [(40, 30)]
+
+
+def test_pictures_that_cannot_be_written_leave_the_old_ones(tmp_path):
+    out = io.BytesIO()
+    Figure(figsize=(1, 1)).savefig(out, format="png", dpi=10)
+    file = write_images(tmp_path, {"a": out.getvalue()})
+    with pytest.raises(TypeError):
+        write_images(tmp_path, {"a": out.getvalue(), "b": None})
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_page_says_how_to_build_and_what_is_gained(page, study):
+    text = page.read_text()
+    assert "these runs come without their corpus" in text
+    best = study[2].answers[1].model
+    assert f"ModelConfig(n_layers={best.n_layers}, d_model={best.d_model}, n_heads=8" in text
+    e = study[2].answers[1].choice((8, 4)).equal_cost
+    low, high = (f"{1e3 * v:.1f}" for v in e.gain_interval)
+    assert f"{1e3 * e.gain:.1f} ({low} to {high})" in text
+
+
+@pytest.mark.parametrize(
+    ("ends", "contexts"),
+    [
+        ((512, 8192), [512, 1024, 2048, 4096, 8192]),
+        ((512, 131072), [512 << k for k in range(9)]),
+        ((2048, 2048), [128, 256, 512, 1024, 2048]),
+        ((500, 8200), [500, 1025, 2050, 4100, 8200]),
+        ((3, 3), [1, 3]),
+    ],
+)
+def test_the_map_spans_what_was_asked(ends, contexts):
+    assert spread(*ends) == contexts
+
+
+def test_the_map_of_a_wide_question_has_both_ends_and_few_columns():
+    for first in (1, 128, 1000, 8191):
+        contexts = spread(first, 2**20)
+        assert (contexts[0], contexts[-1]) == (first, 2**20)
+        assert 5 <= len(contexts) <= 9
+
+
+def test_colours_span_the_data_in_tens():
+    assert _rounded(np.array([12.0, 47.0])) == (10, 50)
+    assert _rounded(np.array([41.0, 42.0])) == (40, 50)
+    assert _rounded(np.array([-13.0, 5.0])) == (-20, 10)
+    assert _rounded(np.array([40.0])) == (40, 50)
+    assert _rounded(np.array([])) == (0, 100)
 
 
 def test_every_configuration_looks_different():

@@ -1,0 +1,104 @@
+"""The estimate that finished runs allow: one curve each, the context law or the token law."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gqa_scaling.config import require
+from gqa_scaling.study.context import (
+    FLAT_FROM,
+    ContextLaw,
+    Flatness,
+    context_law,
+    flatness,
+    spans_contexts,
+)
+from gqa_scaling.study.fit import Bootstrap, Fit, fit
+from gqa_scaling.study.models import Law
+from gqa_scaling.study.results import Results
+from gqa_scaling.study.tokens import TokenLaw, spans_budgets, token_law
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """The curves as a `Fit`, and the law and test behind them where runs span more than size."""
+
+    fit: Fit
+    context: ContextLaw | None = None
+    tokens: TokenLaw | None = None
+    flatness: Flatness | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The laws beside the fit that apply, ready for JSON."""
+        parts = {
+            "context_law": self.context,
+            "token_law": self.tokens,
+            "flatness": self.flatness,
+        }
+        return {k: v.to_dict() for k, v in parts.items() if v is not None}
+
+
+def estimate(
+    results: Results,
+    *,
+    context_length: int | None = None,
+    law: Law = "separate",
+    bootstrap: Bootstrap = "shared",
+    robust: bool = False,
+    refits: int = 1000,
+    seed: int = 0,
+    flat_from: int = FLAT_FROM,
+    at_tokens: float | None = None,
+) -> Estimates:
+    """Fit what the runs allow, all of them or those of `context_length`.
+
+    Runs of one context length and one budget for each size give `fit`; several lengths give
+    `context_law`, several budgets for a size `token_law`, whose curves are shown at `at_tokens`.
+    Runs of several lengths are tested for `flatness` from `flat_from` tokens on, also when one is
+    named. Raises UserError as those do, and when a joint or robust fit is asked of the wide laws.
+    """
+    r = results
+    chosen = r if context_length is None else r.select(r.context_length == context_length)
+    wide = spans_contexts(chosen) or spans_budgets(chosen)
+    require(
+        not wide or law == "separate",
+        f"{r.source}: law={law!r} takes runs of one context length and one token budget for each "
+        "size; use law 'separate'" + _or_context(chosen),
+    )
+    require(
+        not wide or not robust,
+        f"{r.source}: a robust fit takes runs of one context length and one token budget for each "
+        "size; leave --robust out" + _or_context(chosen),
+    )
+    over_tokens = wide and not spans_contexts(chosen)
+    require(
+        at_tokens is None or over_tokens,
+        f"{r.source}: a budget to show the curves at needs runs with several token budgets for a "
+        "size and one context length; leave --at-tokens out",
+    )
+    tested = flatness(r, flat_from, seed=seed) if spans_contexts(r) else None
+    contexts = tokens = None
+    if over_tokens:
+        tokens = token_law(
+            chosen, at_tokens=at_tokens, bootstrap=bootstrap, refits=refits, seed=seed
+        )
+        found = tokens.fit
+    elif wide:
+        contexts = context_law(r, bootstrap=bootstrap, refits=refits, seed=seed)
+        found = contexts.fit
+    else:
+        found = fit(
+            r,
+            context_length=context_length,
+            law=law,
+            bootstrap=bootstrap,
+            robust=robust,
+            refits=refits,
+            seed=seed,
+        )
+    if tested and tested.verdict not in ("flat", "untested"):
+        found = replace(found, flags=(*found.flags, tested.sentence()))
+    return Estimates(found, contexts, tokens, tested)
+
+
+def _or_context(chosen: Results) -> str:
+    return ", or name one length with --context" if spans_contexts(chosen) else ""

@@ -1,0 +1,276 @@
+"""Loss over parameters and training tokens: L(N, D; H) = E + (a/N)^b + B D^-beta.
+
+a and b are each configuration's own, E, B and beta are shared: the additive form of Hoffmann et
+al. 2022 (their approach 3) with the curves of Chen et al. 2025, section 4.1. It needs token budgets
+that vary at a fixed size, and is what aligns configurations by training FLOPs (see `aligned`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gqa_scaling.config import require
+from gqa_scaling.study import laws
+from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated, labels, sizes
+from gqa_scaling.study.fit import Bootstrap, Fit, Interval, _flagged, interval, plain
+from gqa_scaling.study.results import Heads, Results, flags
+from gqa_scaling.units import quantity
+
+FORMULA = "(a/N)^b + E + B D^-beta; E, B and beta shared"
+MIN_BUDGETS = 3
+MIN_VARIATION = 0.1  # standard deviation of ln D around what N says of it
+MAX_CONDITION = 1e5
+_BETAS = np.r_[0.02, 0.06, np.linspace(0.1, 1.0, 10)]
+
+
+def spans_budgets(results: Results) -> bool:
+    """Whether some size of a configuration was trained on several token budgets."""
+    r = results
+    budgets: dict[tuple, float] = {}
+    keys = zip(r.heads, r.n_params, r.n_layers, r.d_model, r.context_length, strict=True)
+    for key, tokens in zip(keys, r.tokens.tolist(), strict=True):
+        if tokens == tokens and abs(budgets.setdefault(key, tokens) / tokens - 1) > 0.01:
+            return True
+    return False
+
+
+class OverTokens(Additive):
+    """Shared: E, v and beta of exp(v - beta (ln D - mean ln D))."""
+
+    shared = ("E", "v", "beta")
+    steps = np.array([np.inf, 2.0, 1.0])
+
+    def __init__(self, cells: Cells) -> None:
+        super().__init__(cells.points)
+        self.token_centre = float(np.log(cells.tokens).mean())
+        self.z = np.log(cells.tokens) - self.token_centre
+
+    def terms(self, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        floor, v, beta = (shared[:, i : i + 1] for i in range(3))
+        data = np.exp(np.clip(v - beta * self.z, -40, 10))
+        return floor + data, np.stack([np.ones_like(data), data, -self.z * data], -1)
+
+    def linear(self) -> Iterator[tuple[np.ndarray, Any]]:
+        for beta in _BETAS:
+            basis = np.stack([np.ones_like(self.z), np.exp(-beta * self.z)], 1)
+            yield (
+                basis,
+                lambda found, beta=beta: (found[0], np.log(max(found[1], 1e-4)), beta),
+            )
+
+
+@dataclass(frozen=True)
+class Surface:
+    """L(N, D; H) in nats for many sets of parameters at once, each a row: the best or the draws.
+
+    E + exp(v - beta (ln D - token_centre)) + exp(u - b (ln N - centre)); `floor`, `v` and `beta`
+    are (rows,), `u` and `b` (rows, heads), `centre` (heads,).
+    """
+
+    floor: np.ndarray
+    v: np.ndarray
+    beta: np.ndarray
+    u: np.ndarray
+    b: np.ndarray
+    centre: np.ndarray
+    token_centre: float
+
+    def data(self, tokens: np.ndarray | float) -> np.ndarray:
+        """B D^-beta in nats for tokens of shape (), (rows,) or (rows, more)."""
+        v, beta = self._like(tokens, self.v), self._like(tokens, self.beta)
+        return np.exp(v - beta * (np.log(tokens) - self.token_centre))
+
+    def loss(self, k: int, n: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
+        """Loss of configuration k; n and tokens of shape (), (rows,) or (rows, more), alike."""
+        floor, u, b = (self._like(tokens, p) for p in (self.floor, self.u[:, k], self.b[:, k]))
+        with np.errstate(over="ignore"):
+            return laws.centred(n, u, b, floor, self.centre[k]) + self.data(tokens)
+
+    def _like(self, value: np.ndarray | float, parameter: np.ndarray) -> np.ndarray:
+        return parameter[:, None] if np.ndim(value) == 2 else parameter
+
+    def first(self, other: "Surface") -> "Surface":
+        """The rows of this one, then those of the other."""
+        pairs = {
+            k: np.concatenate([getattr(self, k), getattr(other, k)])
+            for k in ("floor", "v", "beta", "u", "b")
+        }
+        return Surface(**pairs, centre=self.centre, token_centre=self.token_centre)
+
+
+@dataclass(frozen=True)
+class TokenLaw:
+    """The fitted surface, its draws, and the curves at one token budget.
+
+    `best` has one row, `draws` one for each refit. `fit` holds the curves at `at_tokens`, with
+    every run brought there by the law. `tokens` are the budgets of the points of `fit`;
+    `condition` is the condition number of the scaled Jacobian and `variation` the standard
+    deviation of ln D around what N says of it.
+    """
+
+    fit: Fit
+    best: Surface
+    draws: Surface
+    at_tokens: float
+    tokens: np.ndarray
+    condition: float
+    variation: float
+
+    @property
+    def heads(self) -> tuple[Heads, ...]:
+        return self.fit.heads
+
+    @property
+    def range_tokens(self) -> Interval:
+        """The least and the largest token budget of the runs."""
+        return float(self.tokens.min()), float(self.tokens.max())
+
+    @property
+    def floor(self) -> tuple[float, Interval]:
+        """E, the loss of endless parameters and tokens, in nats."""
+        return float(self.best.floor[0]), interval(self.draws.floor)
+
+    @property
+    def beta(self) -> tuple[float, Interval]:
+        return float(self.best.beta[0]), interval(self.draws.beta)
+
+    @property
+    def scale(self) -> float:
+        """B of B D^-beta, in nats times tokens^beta."""
+        b = self.best
+        with np.errstate(over="ignore"):
+            return float(np.exp(b.v[0] + b.beta[0] * b.token_centre))
+
+    def term(self, tokens: float) -> tuple[float, Interval]:
+        """B D^-beta at a budget, in nats, with its interval."""
+        return float(self.best.data(tokens)[0]), interval(self.draws.data(tokens))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; units in the names."""
+        low, high = self.range_tokens
+        ends = {f"{d:.6g}": dict(zip(("nats", "interval_nats"), self.term(d))) for d in (low, high)}  # noqa: B905
+        return plain(
+            {
+                "formula": FORMULA,
+                "E_nats": self.floor[0],
+                "E_interval_nats": self.floor[1],
+                "B_nats_tokens_to_beta": self.scale,
+                "beta": self.beta[0],
+                "beta_interval": self.beta[1],
+                "tokens_range": self.range_tokens,
+                "token_term_at": ends,
+                "curves_at_tokens": self.at_tokens,
+                "condition": self.condition,
+                "variation_of_ln_tokens": self.variation,
+                "intervals": self.fit.how,
+            }
+        )
+
+
+def token_law(
+    results: Results,
+    *,
+    at_tokens: float | None = None,
+    bootstrap: Bootstrap = "shared",
+    refits: int = 1000,
+    seed: int = 0,
+) -> TokenLaw:
+    """Fit L(N, D; H) to runs of one context length and bootstrap it.
+
+    `at_tokens` is the budget that `fit` shows the curves at, by default the geometric mean of the
+    runs' budgets, where they are known best. Raises UserError when runs differ in context length
+    or do not say their tokens, when fewer than three budgets are there, when D follows from N, or
+    when the runs do not determine every parameter.
+    """
+    r = results
+    lengths = sorted(set(r.context_length.tolist()))
+    require(
+        len(lengths) == 1,
+        f"{r.source}: runs at context lengths {', '.join(map(str, lengths))} cannot share a token "
+        "law; name one with --context",
+    )
+    unknown = r.name[~np.isfinite(r.tokens)]
+    require(
+        not len(unknown),
+        f"{r.source}: {unknown[0] if len(unknown) else ''} does not say its training tokens; fill in "
+        "column tokens or tokens_per_param",
+    )
+    found = cells(r, len(OverTokens.shared))
+    budgets = np.unique(np.round(np.log(found.tokens), 2))
+    require(
+        len(budgets) >= MIN_BUDGETS,
+        f"{r.source}: {len(budgets)} token budgets cannot tell the shape of a power of D; a token "
+        f"law needs {MIN_BUDGETS}",
+    )
+    variation = _variation(found)
+    require(
+        variation >= MIN_VARIATION,
+        f"{r.source}: training tokens follow from the size (ln D varies by {variation:.2g} around "
+        f"what N says of it, a token law needs {MIN_VARIATION:g}); train some sizes on two or more "
+        "token budgets",
+    )
+    p, model = found.points, OverTokens(found)
+    groups = (sizes(p), labels(sizes(p), _budget(found)))
+    best = estimated(model, p, groups, bootstrap, refits, seed)
+    jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(best.parameters)
+    condition = float(np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)))
+    require(
+        condition <= MAX_CONDITION,
+        f"{r.source}: these runs do not tell what size does from what data does (condition number "
+        f"{condition:.2g} of the scaled Jacobian, above {MAX_CONDITION:g}); train some sizes on "
+        "budgets further apart",
+    )
+    at = float(np.exp(model.token_centre)) if at_tokens is None else float(at_tokens)
+    require(np.isfinite(at) and at > 0, f"at_tokens={at} must be greater than 0")
+    one, many = (_surface(model, rows) for rows in (best.parameters[None], best.draws))
+    more = one.data(at), many.data(at)
+    offset = one.data(found.tokens[None])[0] - float(more[0][0])
+    fitted = as_fit(
+        r,
+        p,
+        model,
+        best,
+        context_length=lengths[0] or None,
+        offset=offset,
+        more=more,
+        bootstrap=bootstrap,
+        refits=refits,
+        seed=seed,
+    )
+    first, last = found.tokens.min(), found.tokens.max()
+    known = [
+        *flags(r),
+        f"the runs span {quantity(first)} to {quantity(last)} training tokens: curves and losses are "
+        f"those at D = {quantity(at)} tokens whatever N is, every run brought there by the law",
+    ]
+    if not first <= at <= last:
+        known.append(f"D = {quantity(at)} tokens lies outside the budgets that were trained")
+    if best.parameters[2] <= 0:
+        known.append("loss does not fall with training tokens")
+    return TokenLaw(
+        _flagged(fitted, known), one, many, at, found.tokens, condition, float(variation)
+    )
+
+
+def _surface(model: OverTokens, rows: np.ndarray) -> Surface:
+    shared, u, b = model._split(rows)
+    return Surface(*shared.T, u, b, model.centre, model.token_centre)
+
+
+def _budget(found: Cells) -> np.ndarray:
+    """The rank of each point's tokens among those of its size: budgets may follow N."""
+    size, rank = labels(found.points.curve, found.points.n), np.zeros(len(found.tokens), int)
+    for k in range(size.max() + 1):
+        rank[size == k] = np.unique(found.tokens[size == k], return_inverse=True)[1]
+    return rank
+
+
+def _variation(found: Cells) -> float:
+    """Standard deviation of ln D around a line in ln N, each configuration with a line of its own."""
+    z, p = np.log(found.tokens), found.points
+    x, group = np.log(p.n) - p.centre[p.curve], np.eye(len(p.heads))[p.curve]
+    columns = np.hstack([group, group * x[:, None]])
+    fitted, *_ = np.linalg.lstsq(columns, z)
+    return float(np.std(z - columns @ fitted))
