@@ -38,25 +38,25 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
     p = points(results, context_length)
     out = []
     for law in LAWS:
+        head_dim, everything = int(results.head_dim[0]), np.ones(len(p.n), bool)
         try:
-            model, ridge = make_model(law, p, int(results.head_dim[0]))
+            model, _ = make_model(law, p, head_dim)
         except UserError:  # too few configurations for this law, or shapes unknown
             continue
-        everything = np.ones(len(p.n), bool)
         largest = np.zeros(len(p.n), bool)
         for k in range(len(p.heads)):
             mine = np.flatnonzero(p.curve == k)
             largest[mine[-1]] = len(mine) > 3  # a curve must keep three sizes
         heads = [p.curve != k for k in range(len(p.heads))] if law != "separate" else []
-        unseen = np.concatenate([_error(p, model, ridge, keep) for keep in heads] or [[]])
+        unseen = np.concatenate([_error(p, law, head_dim, keep) for keep in heads] or [[]])
         last = (
-            _error(p, model, ridge, ~largest) / p.loss[largest] if largest.any() else np.array([])
+            _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else np.array([])
         )
         out.append(
             Score(
                 law=law,
                 parameters=len(model.names),
-                residual=_rms(_error(p, model, ridge, everything, inside=True)),
+                residual=_rms(_error(p, law, head_dim, everything, inside=True)),
                 unseen_heads=_rms(unseen) if len(unseen) and len(p.heads) > 3 else None,
                 largest_size=_rms(last) if len(last) else None,
             )
@@ -65,9 +65,10 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
 
 
 def _error(
-    p: Points, model: Any, ridge: np.ndarray, keep: np.ndarray, inside: bool = False
+    p: Points, law: Law, head_dim: int, keep: np.ndarray, inside: bool = False
 ) -> np.ndarray:
-    """Prediction minus loss for the points left out (or kept), fitted to those kept."""
+    """Prediction minus loss for the points left out (or kept), everything chosen on those kept."""
+    model, ridge = make_model(law, p, head_dim, keep)
     y = np.where(keep, p.loss, p.loss[keep].max())  # what is left out may not bound E
     found = solve_point(model, y, p.replicates * keep, ridge)
     error = model.predict(found.parameters[None])[0] - p.loss

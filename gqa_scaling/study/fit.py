@@ -35,6 +35,7 @@ BOOTSTRAPS: tuple[Bootstrap, ...] = ("shared", "residual", "pairs")
 LEVEL = 0.90  # of every interval that is printed
 MIN_SIZES = 3
 SUSPICIOUS = 0.05  # p-value below which errors are said to be shared
+MANY_FAILED = 0.05  # a larger share of failed refits is said to spoil the intervals
 _SPOILED = 0.05  # weight below which a robust fit takes a run for spoiled
 _BISQUARE, _CLIP, _CLIPPED_VARIANCE, _ROUNDS = 4.685, 2.0, 0.9205, 8
 Interval = tuple[float, float]
@@ -157,8 +158,8 @@ class Fit:
 
     Losses, residuals, E and `sigma` are in nats, N in parameters counted as `count` says.
     `influence` is the change of E, in nats, that leaving the point out would make (linearised).
-    `sigma` is the standard deviation of one run around its curve, replicates pooled in. Intervals are the central 90% of
-    `refits` bootstrap draws of the named kind.
+    `sigma` is the standard deviation of one run around its curve, replicates pooled in. Intervals
+    are the central 90% of the `refits` bootstrap draws of the named kind that converged.
     """
 
     source: str
@@ -332,8 +333,9 @@ def fit(
     `context_length` names the training length when the runs span several. bootstrap "shared"
     draws independent errors and errors common to all models of a size, each as large as the runs
     allow; "residual" redraws the residuals, scaled for the freedom the fit took; "pairs" redraws
-    the points of each curve. `robust` weighs runs far off their curve down (Tukey's biweight, scaled by
-    the median absolute residual). Raises UserError when the runs are too few or cannot be compared.
+    the points of each curve. `robust` weighs runs far off their curve down (Tukey's biweight,
+    scaled by the median absolute residual). Raises UserError when the runs are too few or cannot
+    be compared, or when most refits fail.
     """
     require(
         bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
@@ -344,7 +346,7 @@ def fit(
     weights = p.replicates.astype(float)
     model, ridge = make_model(law, p, results.head_dim[0])
     best, trust = solve_point(model, p.loss, weights, ridge), np.ones(len(p.n))
-    leverage, _, _ = _influence(best.jacobian, weights, p.loss, ridge)
+    leverage, _ = _influence(best.jacobian, weights, p.loss, ridge)
     lean = 1 / np.sqrt(np.maximum(1 - leverage, 0.05))  # a curve follows a run it rests on
     for _ in range(_ROUNDS if robust else 0):
         at = model.predict(best.parameters[None])
@@ -357,10 +359,17 @@ def fit(
     if robust:
         noise_residual = np.where(spoiled, 0, _clipped(residual, weights, len(model.names)))
     squares, pure = (weights * noise_residual**2).sum(), p.noise_dof * (p.noise or 0.0) ** 2
-    leverage, influence, rank = _influence(best.jacobian, weights * trust, residual, ridge)
+    floor = float(best.parameters[0])
+    (low,), (high,) = floor_limits(p.loss[None])
+    at_bound = "lower" if floor < low + 1e-6 * (high - low) else ""
+    at_bound = "upper" if floor > high - 1e-6 * (high - low) else at_bound
+    moving = best.jacobian.copy()
+    if at_bound:  # E took nothing from the residuals: what a free E would absorb is noise too
+        moving[:, 0] = 0.0
+    leverage, influence = _influence(moving, weights * trust, residual, ridge)
     noise_dof = max(len(p.n) - spoiled.sum() - leverage.sum(), 1.0) + p.noise_dof
     sigma = float(np.sqrt((squares + pure) / noise_dof))
-    common = estimate(noise_residual, best.jacobian, weights, _sizes(p), pure, p.noise_dof, seed)
+    common = estimate(noise_residual, moving, weights, _sizes(p), pure, p.noise_dof, seed)
     rng = np.random.default_rng(seed)
     if bootstrap == "pairs":
         y = np.broadcast_to(p.loss, (refits, len(p.loss)))
@@ -370,17 +379,19 @@ def fit(
             noise = common.draw(refits, rng)
         else:
             noise = _noise(noise_residual, weights, leverage, sigma, noise_dof, refits, rng)
-        y, w = predicted + noise, np.broadcast_to(weights, noise.shape)
+        y = np.maximum(predicted + noise, 1e-3 * predicted)  # no loss is below 0
+        w = np.broadcast_to(weights, noise.shape)
     limits = floor_limits(np.where(w > 0, y, y.max()))
     rows, _, done = model.solve(y, w, np.repeat(best.parameters[None], refits, 0), limits)
     for _ in range(_ROUNDS if robust else 0):
         trusted = w * _trust(lean * (y - model.predict(rows)), w)
         rows, _, done = model.solve(y, trusted, rows, limits)
-    floor = float(best.parameters[0])
-    (low,), (high,) = floor_limits(p.loss[None])
-    span = high - low
-    at_bound = "lower" if floor < low + 1e-6 * span else ""
-    at_bound = "upper" if floor > high - 1e-6 * span else at_bound
+    failed = int((~done).sum())
+    require(
+        2 * failed < refits,
+        f"{results.source}: {failed} of {refits} refits did not converge: these runs do not "
+        f"determine law {law!r}; add sizes, or fit a law with fewer parameters",
+    )
     fitted = Fit(
         source=results.source,
         count=results.count,
@@ -404,14 +415,14 @@ def fit(
             ]
         ),
         spoiled=tuple(p.name[spoiled].tolist()),
-        rank=rank,
+        rank=_rank(best.jacobian, weights * trust, ridge),
         converged=best.converged,
         at_bound=at_bound,
         shared=common,
         robust=robust,
         bootstrap=bootstrap,
         refits=refits,
-        refits_failed=int((~done).sum()),
+        refits_failed=failed,
         seed=seed,
     )
     return _flagged(fitted, (*flags(results), *_budget_flag(results)))
@@ -420,8 +431,13 @@ def fit(
 _STRENGTHS = tuple(np.geomspace(1e-3, 1e5, 25))
 
 
-def make_model(law: Law, p: Points, head_dim: int) -> tuple[Model, np.ndarray]:
-    """The model of a law for these points, and its ridge; UserError when shapes are needed."""
+def make_model(
+    law: Law, p: Points, head_dim: int, seen: np.ndarray | None = None
+) -> tuple[Model, np.ndarray]:
+    """The model of a law for these points, and its ridge; UserError when shapes are needed.
+
+    The strength of a ridge is chosen on the points that `seen` marks, on all without it.
+    """
     if law == "separate":
         model = Separate(p.curve, np.log(p.n) - p.centre[p.curve], p.centre)
         return model, np.zeros(len(model.names))
@@ -438,13 +454,14 @@ def make_model(law: Law, p: Points, head_dim: int) -> tuple[Model, np.ndarray]:
     backbone = _backbone(p, head_dim)
     model = Joint(law, p.heads, p.curve, log_backbone, backbone)
     if law == "pooled":  # the strength that predicts left-out runs best
-        w = p.replicates.astype(float)
+        keep = np.ones(len(p.n), bool) if seen is None else seen
+        w, y = p.replicates * keep.astype(float), np.where(keep, p.loss, p.loss[keep].max())
 
         def left_out(strength: float) -> float:
             trial = Joint(law, p.heads, p.curve, log_backbone, backbone, strength)
-            found = solve_point(trial, p.loss, w, trial.ridge)
-            residual = p.loss - trial.predict(found.parameters[None])[0]
-            leverage, _, _ = _influence(found.jacobian, w, residual, trial.ridge)
+            found = solve_point(trial, y, w, trial.ridge)
+            residual = y - trial.predict(found.parameters[None])[0]
+            leverage, _ = _influence(found.jacobian, w, residual, trial.ridge)
             return float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum())
 
         model = Joint(law, p.heads, p.curve, log_backbone, backbone, min(_STRENGTHS, key=left_out))
@@ -488,10 +505,17 @@ def _clipped(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray
 
 
 def _sizes(p: Points) -> np.ndarray:
-    """A label for each point's size: its (L, d), or its rank on its curve when shapes are unknown."""
+    """A label for each point's size: its (L, d), else its rank on its curve.
+
+    Without shapes and with curves of unlike length nothing says which points are of one size: each
+    is then its own.
+    """
     if p.n_layers.all():
         return np.unique(np.stack([p.n_layers, p.d_model]), axis=1, return_inverse=True)[1].ravel()
-    return np.concatenate([np.arange((p.curve == k).sum()) for k in range(len(p.heads))])
+    counts = np.bincount(p.curve)
+    if np.ptp(counts):
+        return np.arange(len(p.n))
+    return np.concatenate([np.arange(count) for count in counts])
 
 
 def _noise(
@@ -528,18 +552,27 @@ def _pairs(curve: np.ndarray, refits: int, rng: np.random.Generator) -> np.ndarr
     return counts
 
 
-def _influence(
-    jacobian: np.ndarray, w: np.ndarray, residual: np.ndarray, ridge: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Leverage of each point, the change of E without it (nats, linearised), the rank."""
-    n = len(w)
+def _scaled(jacobian: np.ndarray, w: np.ndarray, ridge: np.ndarray) -> tuple:
+    """The weighted Jacobian and the ridge's rows below it, columns of length 1; their lengths."""
     root = np.vstack([np.sqrt(w)[:, None] * jacobian, np.diag(np.sqrt(ridge))[ridge > 0]])
     norms = np.linalg.norm(root, axis=0)
-    whole = root / np.where(norms > 0, norms, 1)
-    inverse, scaled = np.linalg.pinv(whole)[:, :n], whole[:n]
-    leverage = np.clip((scaled * inverse.T).sum(1), 0, 1)
+    return root / np.where(norms > 0, norms, 1), norms
+
+
+def _rank(jacobian: np.ndarray, w: np.ndarray, ridge: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(_scaled(jacobian, w, ridge)[0]))
+
+
+def _influence(
+    jacobian: np.ndarray, w: np.ndarray, residual: np.ndarray, ridge: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leverage of each point, and the change of E without it (nats, linearised)."""
+    n = len(w)
+    whole, norms = _scaled(jacobian, w, ridge)
+    inverse = np.linalg.pinv(whole)[:, :n]
+    leverage = np.clip((whole[:n] * inverse.T).sum(1), 0, 1)
     change = -inverse[0] * np.sqrt(w) * residual / np.maximum(1 - leverage, 1e-9)
-    return leverage, change / max(norms[0], 1e-300), int(np.linalg.matrix_rank(whole))
+    return leverage, change / max(norms[0], 1e-300)
 
 
 def _r2(y: np.ndarray, predicted: np.ndarray, w: np.ndarray) -> float:
@@ -569,7 +602,10 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
         out.append("the fit did not converge: do not use it")
     if fitted.at_bound:
         bound = "0" if fitted.at_bound == "lower" else "the least loss"
-        out.append(f"E is at its bound ({bound}): not identified by these runs")
+        pairs = (
+            "; the pairs bootstrap cannot show how unsure" if fitted.bootstrap == "pairs" else ""
+        )
+        out.append(f"E is at its bound ({bound}): not identified by these runs{pairs}")
     if fitted.spoiled:
         out.append(f"left aside as spoiled by the robust fit: {', '.join(fitted.spoiled)}")
     if fitted.rank < fitted.n_parameters:
@@ -582,9 +618,18 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
     if rising:
         out.append(f"loss does not fall with N for {', '.join(rising)}")
     if fitted.refits_failed:
-        out.append(f"{fitted.refits_failed} of {fitted.refits} refits did not converge, left out")
+        many = fitted.refits_failed > MANY_FAILED * fitted.refits
+        out.append(
+            f"{fitted.refits_failed} of {fitted.refits} refits did not converge, left out"
+            + (": the intervals are too short" if many else "")
+        )
     p = fitted.points
-    if fitted.shared.p_value < SUSPICIOUS:
+    if fitted.shared.p_value is None and len(p.heads) > 1:
+        out.append(
+            "errors shared by a size cannot be told from others, intervals assume none: give "
+            "columns n_layers and d_model, and run the same sizes for every configuration"
+        )
+    if fitted.shared.p_value is not None and fitted.shared.p_value < SUSPICIOUS:
         remedy = "" if fitted.bootstrap == "shared" else '; use bootstrap "shared"'
         out.append(
             f"runs of one size err together by {1e3 * fitted.shared.shared:.1f} millinats "

@@ -22,7 +22,7 @@ FORMULAS: dict[Law, str] = {
     "sum": "E + exp(u - b ln(N_b/N_0)) (1 - c (1 - n_h^-g)/g - e (1 - n_kv^-g)/g), N_b = 8 L d^2",
     "pooled": "product, with an offset of u for each (n_h, n_kv) shrunk towards 0",
 }
-_ITERATIONS = 200
+_ITERATIONS = 5000  # most need ten; a few follow a long bent valley, and may not be left out
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 _RATIOS = np.r_[0.0, np.geomspace(0.02, 6.0, 60)]  # of the shared to the independent deviation
-_NOTHING_SHARED = 0.35  # probability of ratio 0 before any run; with it intervals cover as named
 
 
 @dataclass(frozen=True)
@@ -18,11 +17,13 @@ class Noise:
 
     `independent` and `shared` are the most likely standard deviations in nats of one run and of
     one size; `p_value` is that of a likelihood ratio as large as seen when nothing is shared.
+    `shared` and `p_value` are None where the runs cannot tell the two apart, as those of one
+    configuration cannot: only their sum is then known.
     """
 
     independent: float
-    shared: float
-    p_value: float
+    shared: float | None
+    p_value: float | None
     loading: np.ndarray  # (sizes, points): which points a size's error moves
     weight: np.ndarray
     dof: int
@@ -52,16 +53,19 @@ def estimate(
     `weight` counts the seeds behind each point, `size` labels the sizes, `replicate_squares` are
     the squared deviations between seeds, with their degrees of freedom.
     """
-    root = np.sqrt(weight)
     loading = (size == np.unique(size)[:, None]).astype(float)
-    norms = np.linalg.norm(root[:, None] * jacobian, axis=0)
-    q, _ = np.linalg.qr(root[:, None] * jacobian / np.where(norms > 0, norms, 1), mode="complete")
-    free = q[:, jacobian.shape[1] :].T
+    root = np.sqrt(weight)
+    whole = root[:, None] * jacobian
+    norms = np.linalg.norm(whole, axis=0)
+    absorbed, strength, _ = np.linalg.svd(whole / np.where(norms > 0, norms, 1))
+    free = absorbed[:, int((strength > 1e-10 * strength[0]).sum()) :].T
     known = free @ (root[:, None] * loading.T)
     values, vectors = np.linalg.eigh(known @ known.T)
     squares = (vectors.T @ (free @ (root * residual))) ** 2
     dof = len(values) + replicate_dof
     moved = values > 1e-9 * max(values.max(), 1e-9)  # the others know nothing of what is shared
+    # all contrasts moved alike: only the sum of the two variances shows
+    told = bool(np.ptp(np.r_[values, np.zeros(replicate_dof)]) > 1e-9 * max(values.max(), 1e-9))
     rest, values = squares[~moved].sum() + replicate_squares, values[moved]
     variance = 1 + _RATIOS[:, None] ** 2 * values  # (ratios, components), in units of sigma^2
 
@@ -73,16 +77,16 @@ def estimate(
     seen, scale = log_likelihood(squares[moved], rest)
     best = int(np.argmax(seen))
     rng = np.random.default_rng(seed)
+    others = dof - len(values)
     null, _ = log_likelihood(
-        rng.chisquare(1, (2000, len(values))),
-        rng.chisquare(max(dof - len(values), 1), 2000),
+        rng.chisquare(1, (2000, len(values))), rng.chisquare(others, 2000) if others else 0.0
     )
     ratio = null.max(1) - null[:, 0]
     weights = np.exp(seen - seen.max()) * _prior()
     return Noise(
         independent=float(np.sqrt(scale[best])),
-        shared=float(_RATIOS[best] * np.sqrt(scale[best])),
-        p_value=float(np.mean(ratio >= seen[best] - seen[0] - 1e-12)),
+        shared=float(_RATIOS[best] * np.sqrt(scale[best])) if told else None,
+        p_value=float(np.mean(ratio >= seen[best] - seen[0] - 1e-12)) if told else None,
         loading=loading,
         weight=weight,
         dof=dof,
@@ -92,7 +96,12 @@ def estimate(
 
 
 def _prior() -> np.ndarray:
-    """What is believed of the ratio before any run: nothing shared, or a half-Cauchy spread."""
+    """What is believed of the ratio before any run: 3 to 2 for none, else half-Cauchy of scale 2.
+
+    The half-Cauchy is Gelman's for a deviation between few groups (2006, Bayesian Analysis 1:515).
+    Odds and scale make 90% intervals of E cover 85% to 93%, whatever the ratio up to 2, for the
+    linearised curves of the published design; evener odds cover too much where nothing is shared.
+    """
     edges = np.r_[0.0, np.sqrt(_RATIOS[1:-1] * _RATIOS[2:]), _RATIOS[-1]]
-    spread = np.diff(np.arctan(edges))
-    return np.r_[_NOTHING_SHARED, (1 - _NOTHING_SHARED) * spread / spread.sum()]
+    spread = np.diff(np.arctan(edges / 2))
+    return np.r_[0.6, 0.4 * spread / spread.sum()]
