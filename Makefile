@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TPU    := $(abspath $(VENV))/tpu-compiler
 
 .PHONY: smoke test test-slow lint bench clean
 
@@ -13,8 +14,8 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 test: $(READY)  ## the tests, about two minutes
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(READY)  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+test-slow: $(READY) $(TPU)/.ready  ## the tests that take minutes each, with the TPU compiler
+	JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -28,6 +29,13 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+# The libtpu that this jax names, beside the environment: inside it, jax would look for a TPU.
+$(TPU)/.ready: $(READY)
+	rm -rf $(TPU)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TPU) \
+		"$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
 	touch $@
 
 clean:  ## remove the environment and caches; runs/ and data/ stay

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
+from gqa_scaling.config import ModelConfig, RunConfig, UserError, require, round_up
 
 Convention = Literal["per_token", "per_sequence"]
 CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")
@@ -120,6 +120,35 @@ def inference_flops(
     raise UserError(f"convention={convention!r} must be one of {', '.join(CONVENTIONS)}")
 
 
+def sharded_inference_memory(
+    n: Number, effective: Number, n_layers: Number, head_dim: Number, n_kv_heads: Number
+) -> Number:
+    """`inference_memory` where heads keep T_eff = `effective` tokens each, a mean over layers and KV
+    heads (`context_sharding.effective_context`): N + 2 T_eff L d_h n_kv."""
+    return inference_memory(n, effective, n_layers, head_dim, n_kv_heads)
+
+
+def sharded_inference_flops(
+    n: Number,
+    context: Number,
+    effective: Number,
+    n_layers: Number,
+    head_dim: Number,
+    n_heads: Number,
+    convention: Convention = "per_token",
+) -> Number:
+    """`inference_flops` at context T where heads read T_eff = `effective` keys each.
+
+    per_token: 2 N + 4 T_eff L d_h n_h; per_sequence: T / 2 times that.
+    """
+    per_token = inference_flops(n, effective, n_layers, head_dim, n_heads)
+    if convention == "per_token":
+        return per_token
+    # Where nothing is sparse the factor is 1, to the last digit.
+    whole = inference_flops(n, effective, n_layers, head_dim, n_heads, convention)
+    return whole * (context / effective)
+
+
 @dataclass(frozen=True)
 class HardwareCost:
     """Z = weight M^memory_power + (1 - weight) C^compute_power (Chen et al. 2025, section 4.2).
@@ -159,6 +188,22 @@ def training_flops_per_token(model: ModelConfig, context: int, causal: bool = Tr
     return round(6 * (p.attention + p.ffn) + 6 * model.d_model * model.vocab_size + attention)
 
 
+def training_flops_formula(
+    n: Number,
+    context: Number,
+    n_layers: Number,
+    head_dim: Number,
+    n_heads: Number,
+    causal: bool = True,
+) -> Number:
+    """FLOPs of forward and backward for one token as the paper counts: 6 N + 12 L Tbar d_h n_h.
+
+    Chen et al. 2025, eq. 10 with its table 2; Tbar is T/2 when causal, T otherwise. The output
+    matrix, which `training_flops_per_token` includes, is left out, and L may be real-valued.
+    """
+    return 6 * n + 12 * n_layers * (context / 2 if causal else context) * head_dim * n_heads
+
+
 def training_flops(run: RunConfig, causal: bool = True) -> int:
     """Model FLOPs of a whole run: `training_flops_per_token` times D."""
     return training_flops_per_token(run.model, run.context_length, causal) * training_tokens(run)
@@ -171,7 +216,8 @@ def hardware_flops_per_token(
 
     `full_attention` says that all T x T products are computed. remat "full" runs every layer's
     forward again but for its last product, which no gradient needs; "dots" keeps the matrix
-    products of parameters and repeats those of attention.
+    products of parameters and repeats those of attention. Blockwise attention, which computes the
+    causal half only, forms the scores a second time in its backward pass.
     """
     p = parameters(model)
     keys = context if full_attention else context / 2
@@ -180,7 +226,8 @@ def hardware_flops_per_token(
     head = 2 * model.d_model * model.vocab_size
     last = 2 * model.n_layers * model.d_model * model.ffn_dim
     again = {"none": 0, "dots": attention, "full": attention + linear - last}[remat]
-    return round(3 * (attention + linear + head) + again)
+    scores = 0 if full_attention else attention / 2
+    return round(3 * (attention + linear + head) + again + scores)
 
 
 def training_memory(n: Number, context: Number, d_model: Number, n_layers: Number) -> Number:
@@ -190,45 +237,72 @@ def training_memory(n: Number, context: Number, d_model: Number, n_layers: Numbe
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes that one device holds while training, an estimate from shapes alone."""
+    """Bytes that one device holds while training, predicted from shapes alone.
+
+    `state` is always there, `gradients` nearly always. `activations` are kept for the backward
+    pass, and on top of them lie `table`, the embedding table made whole and its gradient, and
+    either `layer`, what one layer's backward pass works with, or `logits`. At the end of a step
+    the activations are gone and the gradients of the tables are summed over devices: `sums`.
+    """
 
     state: int
     gradients: int
     activations: int
+    table: int
+    layer: int
     logits: int
+    sums: int
 
     @property
     def total(self) -> int:
-        return self.state + self.gradients + self.activations + self.logits
+        backward = self.activations + self.table + max(self.layer, self.logits)
+        held = self.gradients + max(backward, self.sums)
+        return self.state + round(held * (1 + HEAP_GAPS))
 
 
 LOGIT_BUDGET_BYTES = 64 * 2**20
+HEAP_GAPS = 0.12  # unused between buffers: 0 to 25% in programs compiled for TPUs (docs/pods.md)
+TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
 
 
 def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
-    """Predicted bytes on one of `devices`.
+    """Predicted bytes on one of `devices`, all terms those of the step that `run` takes.
 
-    fp32 parameters and two moments (12 bytes a parameter) and fp32 gradients (4, twice that when
-    accumulating), shared by the fsdp, context and tensor axes; activations kept for the backward
-    pass by the remat policy, shared by all devices; a chunk of fp32 logits with its gradient.
+    fp32 parameters and two moments (12 bytes a parameter) and gradients (4, twice that when
+    accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared by all axes
+    but tensor, which shares heads, FFN and vocabulary. One layer's weights are whole while it works;
+    attention reads the keys and values of whole sequences, and sums their gradients in fp32.
     """
     m, p, axes = run.model, parameters(run.model), run.parallel
     width = 2 if m.dtype == "bfloat16" else 4
-    shards = axes.fsdp * axes.context * axes.tensor
-    tokens = run.batch_tokens / axes.accumulation / devices
-    q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
-    products = q + 2 * kv + 2 * m.d_model + 2 * m.ffn_dim  # outputs of the layer's matrices
-    kept = {
-        "full": m.d_model,
-        "dots": m.d_model + products,
-        "none": 5 * m.d_model + products + 2 * (q + kv) + 2 * m.ffn_dim,
-    }[axes.remat]
-    layer_again = 0 if axes.remat == "none" else 5 * m.d_model + 2 * products
+    ways = axes.fsdp * axes.context
+    tokens = run.batch_tokens / axes.accumulation * axes.tensor / devices
+    D, L, F = m.d_model, m.n_layers, m.ffn_dim / axes.tensor
+    q = m.n_heads * m.head_dim / axes.tensor
+    kv = m.n_kv_heads * m.head_dim / min(axes.tensor, m.n_kv_heads)
+    layer_outputs = 4 * D + 2 * q + 2 * kv + 2 * F
+    kept = {"full": D, "dots": 2 * D + q + 2 * kv + 2 * F, "none": layer_outputs}[axes.remat]
+    activations = tokens * width * kept * L
+    if axes.remat == "none" and ways * axes.tensor > 1:
+        activations += width * L * 2 * D * (q + kv)  # attention's weights stay whole
+    weights = 3 * D * F * (width + 4) + 4 * tokens * width * F  # the FFN: weights, their gradients
+    again = 0 if axes.remat == "none" else tokens * width * layer_outputs
+    if axes.attention == "reference":
+        attention = 3 * 4 * tokens * run.context_length * q / m.head_dim
+    else:  # K and V as tiles; their gradients as tiles and as rows
+        attention = tokens * axes.context * 2 * kv * (width + 4 + 4)
+    tables = p.embedding / axes.tensor
+    logits = 3 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
+    shards, rows = ways * axes.tensor, D / ways
+    padded = round_up(rows, TILE_ROWS) / rows if ways > 1 else 1
     return TrainingBytes(
-        state=math.ceil(12 * p.total / shards),
-        gradients=math.ceil(4 * (2 if axes.accumulation > 1 else 1) * p.total / shards),
-        activations=math.ceil(tokens * width * (kept * m.n_layers + layer_again)),
-        logits=math.ceil(2 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size)),
+        state=math.ceil(12 * p.total / shards * padded),
+        gradients=math.ceil(4 * (2 if axes.accumulation > 1 else 1) * p.total / shards * padded),
+        activations=math.ceil(activations),
+        table=math.ceil((width + 4) * tables),
+        layer=math.ceil(weights + again + attention),
+        logits=math.ceil(logits),
+        sums=math.ceil(6 * 4 * tables if ways > 1 else 0),
     )
 
 

@@ -1,11 +1,14 @@
 """What accelerators can do and cost: named rows that `plan` and cost objectives read.
 
-Peaks are the vendors' dense bf16 figures for one chip (v5e, v5p, v6e) or one GPU. Prices are
-on-demand list prices in US dollars an hour, rounded, and differ by region and contract: give your
-own with `--price`. The `cpu` row stands for any CPU: its peak is measured when it is used.
+Peaks are the vendors' dense bf16 figures for one chip (v5e, v5p, v6e) or one GPU. The memory of a
+TPU chip is what its compiler lets a program use. Prices are on-demand list prices in US dollars an
+hour, rounded, and differ by region and contract: give your own with `--price`. The `cpu` row
+stands for any CPU: its peak is measured when it is used.
 """
 
+import math
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 
@@ -50,9 +53,9 @@ HARDWARE = {
     h.name: h
     for h in (
         Hardware("cpu", 2.0e11, 2.0e10, 16 * GIB, 0.1, 0.15, 0.003, 4.0),
-        Hardware("v5e", 1.97e14, 8.19e11, 16 * GIB, 1.2),
-        Hardware("v5p", 4.59e14, 2.765e12, 95 * GIB, 4.2),
-        Hardware("v6e", 9.18e14, 1.64e12, 32 * GIB, 2.7),
+        Hardware("v5e", 1.97e14, 8.19e11, int(15.75 * GIB), 1.2),
+        Hardware("v5p", 4.59e14, 2.765e12, int(95.74 * GIB), 4.2),
+        Hardware("v6e", 9.18e14, 1.64e12, int(31.25 * GIB), 2.7),
         Hardware("a100", 3.12e14, 2.039e12, 80 * GIB, 3.7),
         Hardware("h100", 9.89e14, 3.35e12, 80 * GIB, 7.0),
         Hardware("h200", 9.89e14, 4.8e12, 141 * GIB, 8.0),
@@ -65,6 +68,62 @@ def hardware(name: str) -> Hardware:
     known = ", ".join(HARDWARE)
     require(name in HARDWARE, f"unknown hardware {name!r}{nearest(name, HARDWARE)}; known: {known}")
     return HARDWARE[name]
+
+
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+TPU_SHAPES = {"v5e": FLAT, "v6e": FLAT, "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4")}
+LARGEST_V5P = (16, 16, 24)  # and from 4x4x4 on whatever has multiples of 4
+
+
+@dataclass(frozen=True)
+class Topology:
+    """TPU chips wired to each other: `slices` of one kind and shape, joined by a slower network."""
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def slice_name(self) -> str:
+        """One slice, as libtpu spells it: v5e:16x16."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.slices}x{self.slice_name}" if self.slices > 1 else self.slice_name
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+
+def topology(name: str) -> Topology:
+    """The topology of a name such as v5e:16x16, v5p:4x4x8 or, for two slices, 2xv5e:16x16.
+
+    Raises UserError for a kind or shape that no slice has, naming those there are.
+    """
+    found = re.fullmatch(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)+)", name)
+    example = "such as v5e:16x16, v5p:4x4x8 or, for two slices, 2xv5e:16x16"
+    require(found is not None, f"topology {name!r} must be KIND:SHAPE, {example}")
+    assert found is not None
+    slices, kind, shape = int(found[1] or 1), found[2], found[3]
+    known = ", ".join(TPU_SHAPES)
+    require(
+        kind in TPU_SHAPES,
+        f"unknown TPU {kind!r} in {name!r}{nearest(kind, TPU_SHAPES)}; known: {known}",
+    )
+    require(slices > 0, f"topology {name!r} must have at least one slice")
+    sides = tuple(int(side) for side in shape.split("x"))
+    cube = kind == "v5p" and len(sides) == 3 and list(sides) == sorted(sides)
+    cube = cube and all(
+        side % 4 == 0 and 0 < side <= most for side, most in zip(sides, LARGEST_V5P, strict=True)
+    )
+    shapes = ", ".join(TPU_SHAPES[kind])
+    more = ", or three multiples of 4 in rising order up to 16x16x24" if kind == "v5p" else ""
+    require(
+        cube or shape in TPU_SHAPES[kind], f"no {kind} slice is {shape}: it may be {shapes}{more}"
+    )
+    return Topology(kind, sides, slices)
 
 
 def changed(row: Hardware, mfu: float | None = None, price: float | None = None) -> Hardware:

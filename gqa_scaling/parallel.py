@@ -97,25 +97,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(weight: jax.Array, dtype: Any, axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight of one layer in `dtype`, whole along "embed", for use now; gradients are scattered.
+    """A weight of one layer in `dtype`, whole but for heads and FFN, for use now.
 
     Left alone, the partitioner may move the activations instead, which are larger.
     """
-    whole = (None if axis == "embed" else axis for axis in axes)
-    return constrain(weight.astype(dtype), *whole)
-
-
-def _gathered(weight: jax.Array, dtype: Any, axes: tuple[str | None, ...]) -> Any:
-    return gathered(weight, dtype, axes), None
-
-
-def _scattered(dtype: Any, axes: tuple[str | None, ...], _: None, g: jax.Array) -> Any:
-    return (constrain(g.astype("float32"), *axes),)
-
-
-gathered.defvjp(_gathered, _scattered)
+    return constrain(
+        weight.astype(dtype), *(None if axis in ("embed", "group") else axis for axis in axes)
+    )
 
 
 def on_shards(

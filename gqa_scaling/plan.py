@@ -121,9 +121,8 @@ def hardware_flops(run: RunConfig) -> int:
 
 def check_layout(run: RunConfig, devices: int) -> None:
     """Refuse a mesh that `devices` or the model's sizes cannot be divided over."""
-    microbatch = run.batch_size // run.parallel.accumulation
     try:
-        axis_sizes(run.parallel, microbatch, run.model, devices)
+        axis_sizes(run, devices)
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("experiment",),
     ("grid",),
     ("runs",),
-    ("hardware", "ladder", "costs", "layout", "checksums", "hlo"),
+    ("hardware", "ladder", "costs", "context_sharding", "layout", "checksums", "hlo"),
     ("config", "units"),
 )
 BESIDE = {("sweep", "plan"), ("sweep", "status"), ("ladder", "costs")}
@@ -184,7 +184,10 @@ def test_declaring_planning_and_studying_load_no_jax():
 
 
 def test_declaring_loads_no_arrays_at_all():
-    modules = [f"gqa_scaling.{m}" for m in ("cli", "experiment", "grid", "runs", "ladder", "costs")]
+    modules = [
+        f"gqa_scaling.{m}"
+        for m in ("cli", "experiment", "grid", "runs", "ladder", "costs", "context_sharding")
+    ]
     heavy = ARRAYS_ON_DEVICES | {"numpy", "scipy", "matplotlib", "rich", "tyro"}
     assert brought_in(heavy, modules) == []
 

@@ -105,6 +105,13 @@ def _block(T: int) -> int:
     return block
 
 
+def mean_tiles(T: int) -> float:
+    """Tiles that the T queries of a device visit for each tile of them, on average: zig-zag order
+    gives every device the mean of the whole sequence."""
+    block = _block(T)
+    return (-(-T * axis_size("context") // block) + 1) / 2
+
+
 def _rows(x_BTKG: jax.Array, block: int) -> jax.Array:
     """Blocks of queries, a group's positions side by side: (T/b, B, K, G b, ...), 0 past T."""
     B, T, K, G, *rest = x_BTKG.shape
@@ -181,7 +188,7 @@ def _backward_here(
     """
     (_, T, K, G, H), dtype = q_BTKGH.shape, q_BTKGH.dtype
     block, S = _block(T), T * axis_size("context")
-    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
+    delta_BTKG = product("BTKGH,BTKGH->BTKG", do_BTKGH, o_BTKGH)
     rows = *(_rows(x, block) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG)), lse_rows
     k_tiles, v_tiles = _tiles(_join(k_BSKH), block), _tiles(_join(v_BSKH), block)
 

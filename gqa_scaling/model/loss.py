@@ -129,6 +129,8 @@ def _forward(
             part, chunk, len(table_VD), zero, hidden_BTD, targets_BT
         )
         dtable_DV = psum(reduce_scatter(dtable_DV, 0, "fsdp", "context"), "data")
+        # summed now, or the whole gradient would lie in memory through the backward pass
+        dhidden, dtable_DV = jax.lax.optimization_barrier((dhidden, dtable_DV))
         return psum(total, "data", "fsdp", "context"), dhidden, dtable_DV.T
 
     total, dhidden, dtable_VD = on_shards(

@@ -19,8 +19,9 @@ from gqa_scaling.layout import zigzag
 from gqa_scaling.model.attention import attend
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.product import product
+from gqa_scaling.model.projection import project
 from gqa_scaling.model.swiglu import swiglu
-from gqa_scaling.parallel import axis_size, constrain, gathered
+from gqa_scaling.parallel import axis_size, constrain
 
 Q_AXES = ("embed", "kv_heads", "group", "head_dim")
 KV_AXES = ("embed", "kv_heads", "head_dim")
@@ -95,19 +96,16 @@ class Layers(nnx.Module):
         On a mesh whose `tensor` axis is larger than K, q has that many KV heads, each serving a
         part of a group.
         """
-        dtype = x_BTD.dtype
-        q_DKGH = _repeat_groups(gathered(self.q_DKGH[...], dtype, Q_AXES), Q_AXES)
-        q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, q_DKGH)
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, gathered(self.k_DKH[...], dtype, KV_AXES))
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, gathered(self.v_DKH[...], dtype, KV_AXES))
+        q_BTKGH = project(x_BTD, self.q_DKGH[...], "BTD,DKGH->BTKGH", Q_AXES)
+        k_BSKH = project(x_BTD, self.k_DKH[...], "BSD,DKH->BSKH", KV_AXES)
+        v_BSKH = project(x_BTD, self.v_DKH[...], "BSD,DKH->BSKH", KV_AXES)
         if self.q_norm_H is not None:
             q_BTKGH = rms_norm(q_BTKGH, self.q_norm_H, self.eps)
             k_BSKH = rms_norm(k_BSKH, self.k_norm_H, self.eps)
         return rotate(q_BTKGH, *rope), rotate(k_BSKH, *rope), v_BSKH
 
     def out(self, o_BTKGH: jax.Array) -> jax.Array:
-        o_KGHD = gathered(self.o_KGHD[...], o_BTKGH.dtype, O_AXES)
-        return jnp.einsum("BTKGH,KGHD->BTD", o_BTKGH, _repeat_groups(o_KGHD, O_AXES))
+        return project(o_BTKGH, self.o_KGHD[...], "BTKGH,KGHD->BTD", O_AXES)
 
     def ffn(self, x_BTD: jax.Array) -> jax.Array:
         return swiglu(x_BTD, self.gate_DF[...], self.up_DF[...], self.down_FD[...])
@@ -157,17 +155,6 @@ class Transformer(nnx.Module):
         """Logits of hidden states, (B, T, V), in float32."""
         table_VD = self.output_table().astype(hidden_BTD.dtype)
         return product("BTD,VD->BTV", hidden_BTD, table_VD)
-
-
-def _repeat_groups(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """On a `tensor` axis larger than K: each group cut into parts that count as KV heads."""
-    k = axes.index("kv_heads")
-    K, G = weight.shape[k : k + 2]
-    repeats = -(-axis_size("tensor") // K)
-    if repeats == 1:
-        return weight
-    weight = weight.reshape(*weight.shape[:k], K * repeats, G // repeats, *weight.shape[k + 2 :])
-    return constrain(weight, *("kv_heads" if i == k else None for i in range(weight.ndim)))
 
 
 def _rematerialised(layer: Callable, remat: str) -> Callable:

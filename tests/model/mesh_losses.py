@@ -14,8 +14,8 @@ from flax import nnx
 from gqa_scaling import parallel
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from gqa_scaling.model.transformer import create
-from gqa_scaling.training.step import train_step
 from gqa_scaling.training.optimizer import make_optimizer
+from gqa_scaling.training.step import train_step
 
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8))
 VOCABULARY = 64

@@ -1,0 +1,49 @@
+"""What a pod must hold: 1.2B at 8K, 32K and 128K tokens of context, and 1.8B at 128K.
+
+    gqa-scaling plan experiments.pods --compile v5e:16x16
+    gqa-scaling plan experiments.pods --compile v6e:16x16
+    gqa-scaling plan experiments.pods --compile v5p:4x8x8
+
+For 256 chips, batches of 512K tokens. docs/pods.md shows what the compilers said. The corpus is
+yours, as in head_ladder.
+"""
+
+from gqa_scaling.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Question,
+    RunConfig,
+)
+
+QUESTION = Question(contexts=(8192, 32768, 131072))
+BATCH = 2**19
+CHIPS = 256
+
+
+def run(name: str, model: ModelConfig, context: int) -> RunConfig:
+    """A batch has too few sequences for one on each chip: the rest of the chips share them."""
+    sequences = BATCH // context
+    return RunConfig(
+        name=name,
+        model=model,
+        data=DataConfig(corpus="data/slimpajama", tokenizer="data/gpt2/tokenizer.json"),
+        context_length=context,
+        batch_tokens=BATCH,
+        tokens_per_param=20.0,
+        optimizer=OptimizerConfig(learning_rate=2e-4),
+        evaluation=EvaluationConfig(tokens=2**22, longest_context=2**17),
+        parallel=ParallelConfig(fsdp=sequences, context=CHIPS // sequences),
+    )
+
+
+def runs() -> list[RunConfig]:
+    small, large = ModelConfig(36, 1536, 24, 8), ModelConfig(36, 2048, 8, 1)
+    return [
+        run("1.2B-8K", small, 2**13),
+        run("1.2B-32K", small, 2**15),
+        run("1.2B-128K", small, 2**17),
+        run("1.8B-128K", large, 2**17),
+    ]

@@ -1,0 +1,89 @@
+"""The step that `run` takes, compiled for 8 devices of this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gqa_scaling.hlo import Array, Collective
+from gqa_scaling.pods import INVOLUNTARY
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(Path(__file__).with_name("compiled_steps.py"))],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = json.loads(done.stdout)
+    return out, done.stderr, out.pop("whole stacks")
+
+
+def test_the_partitioner_replicates_nothing_against_its_will(compiled):
+    assert INVOLUNTARY.findall(compiled[1]) == []
+
+
+def test_the_whole_state_is_donated(compiled):
+    assert min(found["donated"] for found in compiled[0].values()) >= 0.99
+
+
+def test_parameters_are_joined_one_layer_at_a_time(compiled):
+    assert {
+        name: found["gathered"] for name, found in compiled[0].items() if found["gathered"]
+    } == {}
+
+
+def test_no_weight_is_kept_whole_in_all_layers_for_the_backward_pass(compiled):
+    assert compiled[2] == []
+
+
+def test_each_device_does_its_share_of_the_flops(compiled):
+    """Zig-zag order balances attention: a mesh does not change what all devices do together."""
+    flops = {name: found["flops"] for name, found in compiled[0].items()}
+    assert flops["data 8"] > 0
+    assert flops["all four"] > flops["data 8"]  # remat
+
+
+def test_a_parameter_joined_in_all_layers_is_told():
+    jax = pytest.importorskip("jax")
+    from gqa_scaling.compile import whole_parameters
+
+    class Program:
+        def __init__(self, kind: str, *dims: int) -> None:
+            arrays = (Array("f32", (3,)), Array("bf16", dims))
+            self.collectives = (Collective(kind, arrays, 8, 0.0, 1.0, True, "step"),)
+
+    mesh = jax.make_mesh((1,), ("fsdp",))
+
+    class Split(jax.sharding.NamedSharding):
+        is_fully_replicated = False
+
+    spec = jax.sharding.PartitionSpec(None, "fsdp")
+    state = [jax.ShapeDtypeStruct((3, 64, 192), "float32", sharding=Split(mesh, spec))]
+    assert whole_parameters(Program("all-gather", 3, 64, 192), state, 1)
+    assert whole_parameters(Program("all-gather", 3, 96, 64), state, 2)
+    assert not whole_parameters(Program("all-gather", 1, 64, 192), state, 1)
+    assert not whole_parameters(Program("reduce-scatter", 3, 64, 192), state, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("memory space hbm. Used 42.00G of 15.75G hbm. Exceeded", (42 * 2**30, 15.75 * 2**30)),
+        (
+            "the total memory required for HLO temporaries (29.5G) exceeds available HBM (15.75G).",
+            (29.5 * 2**30 + 7, 15.75 * 2**30),
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_how_much_is_short(said, found):
+    from gqa_scaling.compile import shortage
+
+    assert shortage(said, 7) == found

@@ -1,0 +1,341 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqa_scaling import context_sharding, costs
+from gqa_scaling.config import UserError
+from gqa_scaling.context_sharding import (
+    PHI3_SMALL,
+    BlockPattern,
+    ContextSharding,
+    HeadPattern,
+    coverage,
+    density,
+    effective_context,
+    kv_cache_values,
+    mean_keys,
+    require_decodable,
+    sliding_window,
+    streaming,
+    strided,
+)
+
+
+def sees(p: HeadPattern | None, t: int, u: int) -> bool:
+    """The definition, token by token: whether the query at t reads the key at u."""
+    if u > t:
+        return False
+    if p is None:
+        return True
+    i, j = t // p.block, u // p.block
+    stripe = p.stride is not None and (j + p.offset) % p.stride == 0
+    return i - j < p.local or j < p.sinks or stripe
+
+
+def reads(p: HeadPattern | None, t: int) -> int:
+    return sum(sees(p, t, u) for u in range(t + 1))
+
+
+@st.composite
+def head_patterns(draw):
+    stride = draw(st.none() | st.integers(1, 7))
+    return HeadPattern(
+        block=draw(st.integers(1, 4)),
+        local=draw(st.integers(1, 5)),
+        stride=stride,
+        offset=draw(st.integers(0, (stride or 1) - 1)),
+        sinks=draw(st.integers(0, 4)),
+    )
+
+
+# ------------------------------------------------------------------------------ what a head sees
+
+
+@given(head_patterns(), st.integers(1, 100))
+def test_keys_and_their_mean_count_what_the_definition_sees(p, context):
+    counts = [reads(p, t) for t in range(context)]
+    assert p.keys(context) == counts[-1]
+    assert p.mean_keys(context) == pytest.approx(np.mean(counts), rel=1e-12)
+
+
+@given(head_patterns(), st.integers(1, 30))
+def test_block_counts_and_lists_agree_with_visible(p, n_blocks):
+    i, j = np.arange(n_blocks)[:, None], np.arange(n_blocks)
+    visible = np.array([[sees(p, b * p.block, a * p.block) for a in j] for b in i[:, 0]])
+    assert (p.visible(i, j) == visible).all()
+    assert (p.live_blocks(i[:, 0]) == visible.sum(1)).all()
+    assert p.key_blocks(n_blocks - 1) == list(np.flatnonzero(visible[-1]))
+    distant = [int(j) for j in range(n_blocks) if p.distant(j)]
+    args = p.stride, p.offset, p.sinks
+    for n, block in enumerate(distant):
+        assert context_sharding.distant_block(n, *args) == block
+        assert context_sharding.distant_before(block, *args) == n
+
+
+@given(head_patterns())
+def test_arrays_and_integers_give_the_same(p):
+    contexts = np.arange(1, 60)
+    for f in (p.keys, p.slots, p.mean_keys):
+        assert f(contexts).tolist() == [f(int(T)) for T in contexts]
+
+
+@given(head_patterns(), st.integers(1, 200))
+def test_slots_hold_every_offset_and_at_most_a_block_more(p, context):
+    offsets = [dataclasses.replace(p, offset=o) for o in range(p.stride or 1)]
+    end = -(-context // p.block) * p.block
+    assert {q.slots(context) for q in offsets} == {p.slots(context)}
+    needed = max(q.keys(end) for q in offsets)
+    assert needed - p.block < p.slots(context) <= needed
+    if context % p.block == 0:
+        assert p.slots(context) == needed
+        assert p.slots(context) - p.block <= p.keys(context)
+
+
+@pytest.mark.parametrize(
+    ("context", "keys", "decoding", "training"),
+    [(8192, 1472, 5.6, 3.5), (32768, 3008, 10.9, 8.3), (131072, 9152, 14.3, 12.9)],
+)
+def test_a_window_of_1024_with_stride_16(context, keys, decoding, training):
+    """The sizes and gains of W = 1,024 and s = 16 in blocks of 64, whatever the offset."""
+    for offset in range(16):
+        p = HeadPattern(64, 16, 16, offset)
+        assert p.keys(context) == p.slots(context) == keys
+    assert round(context / keys, 1) == decoding
+    W, s = 1024, 16
+    formula = W * (1 - W / (2 * context)) + (context - W) ** 2 / (2 * context * s)
+    gain = context / 2 / formula
+    assert math.floor(10 * gain) / 10 == training
+    mean = np.mean([HeadPattern(64, 16, 16, offset).mean_keys(context) for offset in range(16)])
+    assert mean == pytest.approx(formula, rel=0.03)
+    assert math.floor(10 * context / 2 / mean) / 10 == pytest.approx(training, abs=0.11)
+
+
+def test_the_counts_of_very_long_contexts_need_no_loop():
+    p = HeadPattern(64, 16, 16, 3, 2)
+    assert p.keys(2**40) == pytest.approx(2**36, rel=1e-3)
+    assert p.mean_keys(2**40) == pytest.approx(2**35, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------- whole models
+
+
+@given(
+    n_kv=st.integers(1, 12),
+    dense=st.integers(0, 3),
+    stride=st.integers(1, 20),
+    dense_layers=st.sampled_from(["", "every 2", "first 1, last 2", "3", "every 3, 0"]),
+)
+@settings(max_examples=60)
+def test_heads_of_consecutive_sparse_layers_cover_the_context(n_kv, dense, stride, dense_layers):
+    sharding = ContextSharding(4, 1, stride, 0, dense, dense_layers)
+    layers = sharding.layers(48, n_kv + dense)
+    assert all(layer[n_kv:] == (None,) * dense for layer in layers)
+    sparse = [layer[:n_kv] for layer in layers if layer[0] is not None]
+    needed = -(-stride // n_kv)
+    assert len(sparse) >= needed
+    for start in range(len(sparse) - needed + 1):
+        stripes = {head.offset for layer in sparse[start : start + needed] for head in layer}
+        assert stripes == set(range(stride))
+    for layer in sparse:  # no stripe twice where there are enough for all
+        assert len({head.offset for head in layer}) == min(n_kv, stride)
+    n_blocks = 3 * stride + 2
+    assert coverage(sparse[:needed], n_blocks) == 1
+    brute = {j for head in sparse[0] for j in range(n_blocks) if head.visible(n_blocks - 1, j)}
+    assert coverage(sparse[:1], n_blocks) == len(brute) / n_blocks
+
+
+def test_offsets_are_a_whole_step_apart_and_turn_with_the_sparse_layers():
+    sharding = ContextSharding(64, 16, 16, dense_layers="every 3")
+    offsets = [
+        [None if head is None else head.offset for head in layer] for layer in sharding.layers(7, 2)
+    ]
+    assert offsets == [[0, 8], [1, 9], [None] * 2, [2, 10], [3, 11], [None] * 2, [4, 12]]
+    single = [layer[0].offset for layer in strided(1024, 4).layers(6, 1)]
+    assert single == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "dense"),
+    [
+        ("", []),
+        ("every 4", [3, 7]),
+        ("first 2", [0, 1]),
+        ("last 1", [9]),
+        ("0,5", [0, 5]),
+        (" first  1 ,last 2,4 ", [0, 4, 8, 9]),
+    ],
+)
+def test_dense_layers(text, dense):
+    sharding = ContextSharding(64, 16, 8, dense_layers=text)
+    layers = sharding.layers(10, 2)
+    assert [n for n, layer in enumerate(layers) if layer == (None, None)] == dense
+    assert [sharding.layer(n, 10, 2) for n in range(10)] == list(layers)
+
+
+def test_one_spelling_of_dense_layers():
+    a, b = (ContextSharding(64, 16, 8, dense_layers=text) for text in ("first 1,7", " first 1 , 7"))
+    assert a == b
+    assert a.dense_layers == "first 1, 7"
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [PHI3_SMALL, strided(), sliding_window(512), streaming(512, 128), strided(2048, 8, 128)],
+)
+def test_presets_survive_json(sharding):
+    assert ContextSharding.from_dict(json.loads(json.dumps(sharding.to_dict()))) == sharding
+    assert len({*sharding.layers(4, 2), *sharding.layers(4, 2)}) <= 4  # hashable
+
+
+def test_presets():
+    layers = PHI3_SMALL.layers(32, 8)
+    assert layers[1] == (None,) * 8
+    assert sorted(head.offset for head in layers[0]) == list(range(8))
+    assert layers[0][0] == HeadPattern(64, 16, 8)
+    assert coverage(layers[:1], 512) == 1
+    assert sliding_window(512).layer(0, 1, 1) == (HeadPattern(64, 8),)
+    assert streaming(512, 128).layer(0, 1, 1) == (HeadPattern(64, 8, sinks=2),)
+
+
+@given(head_patterns(), st.integers(1, 3), st.integers(1, 60))
+def test_means_over_a_model(p, n_dense, context):
+    layers = [(p, None), (None,) * n_dense]
+    heads = 2 + n_dense
+    keys = [reads(p, t) for t in range(context)]
+    dense = [t + 1 for t in range(context)]
+    expected = (keys[-1] + (1 + n_dense) * context) / heads
+    assert effective_context(layers, context) == pytest.approx(expected)
+    expected = (np.mean(keys) + (1 + n_dense) * np.mean(dense)) / heads
+    assert mean_keys(layers, context) == pytest.approx(expected)
+    assert density(layers, context) == pytest.approx(expected / np.mean(dense))
+    slots = p.slots(context) + (1 + n_dense) * context
+    assert kv_cache_values(layers, context, 8) == 2 * 8 * slots
+
+
+def test_costs_take_the_effective_context():
+    T, L, head_dim, n_heads, n_kv, n = 32768, 24, 64, 8, 2, 10**9
+    layers = strided().layers(L, n_kv)
+    effective = effective_context(layers, T)
+    assert effective == 3008
+    memory = costs.sharded_inference_memory(n, effective, L, head_dim, n_kv)
+    assert memory == n + kv_cache_values(layers, T, head_dim)
+    assert memory == n + 2 * 3008 * L * head_dim * n_kv
+    flops = costs.sharded_inference_flops(n, T, effective, L, head_dim, n_heads)
+    assert flops == 2 * n + 4 * 3008 * L * head_dim * n_heads
+    whole = costs.sharded_inference_flops(
+        n, T, effective, L, head_dim, n_heads, convention="per_sequence"
+    )
+    assert whole == pytest.approx(T / 2 * flops, rel=1e-12)
+
+
+@pytest.mark.parametrize("convention", costs.CONVENTIONS)
+def test_a_dense_model_costs_what_it_did(convention):
+    T, shape = 8192, (24, 64, 8)
+    effective = effective_context([(None, None)] * 24, T)
+    assert costs.sharded_inference_flops(
+        10**8, T, effective, *shape, convention=convention
+    ) == costs.inference_flops(10**8, T, *shape, convention=convention)
+    assert costs.sharded_inference_memory(10**8, effective, *shape) == costs.inference_memory(
+        10**8, T, *shape
+    )
+
+
+# -------------------------------------------------------------------------- any other pattern
+
+
+@given(head_patterns(), st.integers(1, 20), st.data())
+def test_a_head_pattern_as_lists_costs_the_same_and_is_decodable(p, n_blocks, data):
+    lists = BlockPattern(p.block, [p.key_blocks(i) for i in range(n_blocks)])
+    require_decodable(lists)
+    require_decodable(p)
+    context = data.draw(st.integers(1, n_blocks * p.block))
+    assert lists.keys(context) == p.keys(context)
+    assert lists.mean_keys(context) == pytest.approx(p.mean_keys(context))
+    assert lists.slots(context) >= lists.keys(context)
+    assert lists.key_blocks(n_blocks - 1) == p.key_blocks(n_blocks - 1)
+    assert effective_context([(lists, None)], context) == effective_context([(p, None)], context)
+
+
+@given(st.data(), st.integers(1, 8))
+def test_decodable_means_that_nothing_dropped_is_needed_again(data, n_blocks):
+    rows = [
+        data.draw(st.lists(st.integers(0, i), unique=True).map(lambda row, i=i: [*row, i]))
+        for i in range(n_blocks)
+    ]
+    pattern = BlockPattern(2, rows)
+    held, comes_back = set(), False
+    for i, row in enumerate(rows):
+        comes_back |= not set(row) <= held | {i}
+        held = (held | {i}) & set(row)
+    if comes_back:
+        with pytest.raises(UserError, match="a cache has dropped it by then"):
+            require_decodable(pattern)
+    else:
+        require_decodable(pattern)
+
+
+def test_relative_stripes_cannot_be_decoded():
+    rows = [[j for j in range(i + 1) if (i - j) % 4 == 0] for i in range(12)]
+    with pytest.raises(UserError) as error:
+        require_decodable(BlockPattern(64, rows))
+    assert "query block 4 needs key block 0 again, which query block 1 did not see" in str(
+        error.value
+    )
+
+
+# --------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: HeadPattern(0, 1), "block=0 must be an integer of at least 1"),
+        (lambda: HeadPattern(64, 0), "local=0 must be an integer of at least 1"),
+        (lambda: HeadPattern(64, 1.0), "local=1.0 must be an integer"),
+        (lambda: HeadPattern(64, 1, 0), "stride=0 must be an integer of at least 1"),
+        (lambda: HeadPattern(64, 1, 8, 8), "offset=8 must be less than stride=8"),
+        (lambda: HeadPattern(64, 1, 8, -1), "offset=-1 must be an integer of at least 0"),
+        (lambda: HeadPattern(64, 1, None, 1), "offset=1 must be 0 where stride is None"),
+        (lambda: HeadPattern(64, 1, sinks=-1), "sinks=-1 must be an integer of at least 0"),
+        (lambda: ContextSharding(64, 0, 8), "local=0 must be an integer of at least 1"),
+        (lambda: ContextSharding(64, 16, "8"), "stride='8' must be of type int"),
+        (lambda: ContextSharding(64, 16, 8, dense_kv_heads=-1), "dense_kv_heads=-1"),
+        (lambda: ContextSharding(64, 16, 8, dense_layers="all"), "'all' is none of them"),
+        (lambda: ContextSharding(64, 16, 8, dense_layers="every"), "'every' is none of them"),
+        (lambda: ContextSharding(64, 16, 8, dense_layers="-1"), "'-1' is none of them"),
+        (lambda: ContextSharding(64, 16, 8, dense_layers="every 1"), "number of at least 2"),
+        (lambda: ContextSharding(64, 16, 8, dense_layers="last 0"), "number of at least 1"),
+        (
+            lambda: ContextSharding(64, 16, 8, dense_layers="12").layer(0, 12, 2),
+            "names layer 12, but the 12 layers are 0 to 11",
+        ),
+        (
+            lambda: ContextSharding(64, 16, 8, dense_layers="first 12").layer(0, 12, 2),
+            "makes all 12 layers dense: name fewer, or leave out the pattern",
+        ),
+        (
+            lambda: ContextSharding(64, 16, 8, dense_kv_heads=2).layer(0, 12, 2),
+            "dense_kv_heads=2 must be less than n_kv_heads=2",
+        ),
+        (
+            lambda: ContextSharding.from_dict({"block": 64, "local": 1, "stripe": 8}),
+            r"unknown field stripe \(did you mean stride\?\)",
+        ),
+        (lambda: sliding_window(100), "window=100 must be a positive multiple of block=64"),
+        (lambda: streaming(64, 4), "sinks=4 must be a positive multiple of block=64"),
+        (lambda: BlockPattern(64, []), "at least one query block"),
+        (lambda: BlockPattern(64, [[0], [0, 1], [2, 3]]), "query block 2 lists key block 3"),
+        (lambda: BlockPattern(64, [[0], [-1, 1]]), "query block 1 lists key block -1"),
+        (lambda: BlockPattern(64, [[0], [0]]), "query block 1 must list key block 1"),
+        (lambda: BlockPattern(64, [[0]]).keys(65), "context=65 must lie between 1 and the 64"),
+    ],
+)
+def test_refusals_name_the_value_and_the_rule(make, words):
+    with pytest.raises(UserError, match=words) as error:
+        make()
+    assert "\n" not in str(error.value)
