@@ -1,0 +1,104 @@
+"""The verbs. Nothing heavy is imported until a verb needs it."""
+
+import argparse
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gqa_scaling.cli import experiment, study
+from gqa_scaling.cli.shared import Verb
+from gqa_scaling.config import UserError, nearest
+
+VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
+OVERRIDES = """\
+Any field of a run can be changed for the whole grid, after the other arguments:
+  --model.n-layers 4 --optimizer.learning-rate 3e-4 --tokens 1000000 --parallel.remat full
+The fields are those of RunConfig in gqa_scaling/config.py: model, data, optimizer, evaluation,
+parallel and checkpoint, each with its own, and context_length, batch_tokens, tokens,
+tokens_per_param, seed, max_nonfinite_steps.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument VERB: invalid choice"):
+            given = message.split("invalid choice: ")[1].split("'")[1]
+            message = f"unknown verb {given!r}{nearest(given, VERBS)}; see {self.prog} --help"
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gqa-scaling",
+        description="Find the grouped-query transformer that reaches a loss at a context length "
+        "for the least cost.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, (_, about, add) in VERBS.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        verb = verbs.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=OVERRIDES,
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        if name not in (*study.VERBS, "checkpoints"):
+            verb.add_argument("experiment", help="module or file, such as experiments.smoke")
+        add(verb)
+        verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 75 preempted
+    and saved, 130 interrupted."""
+    try:
+        code = _main(argv)
+    except Exception:
+        if not _one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code not in (0, 75) and _one_of_several():
+        from gqa_scaling.processes import leave
+
+        leave(code)
+    return code
+
+
+def _one_of_several() -> bool:
+    processes = sys.modules.get("gqa_scaling.processes")
+    return processes is not None and processes.several()
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        args.command = shlex.join(["gqa-scaling", *(sys.argv[1:] if argv is None else argv)])
+        if args.root is not None:
+            os.environ["GQA_SCALING_RUNS"] = args.root
+        return VERBS[args.verb][0](args, rest)
+    except UserError as error:
+        print(f"gqa-scaling: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+        if error.errno not in (*disk, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"gqa-scaling: cannot use the disk{where}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gqa-scaling: interrupted; the same command continues", file=sys.stderr)
+        return 130

@@ -1,0 +1,292 @@
+"""The verbs of an experiment: what it costs, carrying it out, where it stands."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
+from gqa_scaling.config import require
+
+if TYPE_CHECKING:
+    from gqa_scaling.experiment import Experiment
+    from gqa_scaling.hardware import Hardware
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    add_json(parser)
+    parser.add_argument(
+        "--hardware", help="cpu, v5e, v5p, v6e, a100, h100, h200 (default: detected)"
+    )
+    parser.add_argument(
+        "--devices", type=int, help="how many of them (default: those detected, or 1)"
+    )
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s that is reached")
+    parser.add_argument("--price", type=float, help="dollars a device-hour")
+    parser.add_argument(
+        "--compile",
+        metavar="TOPOLOGY",
+        help="compile each train step for v5e:16x16, v5p:4x4x8, 2xv6e:16x16, ... on this machine "
+        "(docs/pods.md)",
+    )
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    add_json(parser)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        help="only runs whose name holds this text or matches this glob",
+    )
+    parser.add_argument(
+        "--shard", metavar="i/n", help="only every n-th run, from the i-th (0/n is the first)"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    # said by --workers to its processes: their cores and the pid of their parent
+    parser.add_argument("--cores", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, help="processes that tokenise (default: all cores)")
+    parser.add_argument("--rebuild", action="store_true", help="replace a store that is there")
+
+
+def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
+    from gqa_scaling.experiment import load_experiment
+
+    experiment = load_experiment(args.experiment, rest)
+    return experiment.select(getattr(args, "only", None), getattr(args, "shard", None))
+
+
+def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.data import prepare
+
+    require(args.workers is None or args.workers > 0, f"--workers {args.workers} must be above 0")
+    experiment = _experiment(args, rest)
+    for data in {run.data.store_path: run.data for run in experiment.runs}.values():
+        store = prepare(data, workers=args.workers, rebuild=args.rebuild)
+        share = store.heldout_tokens / (store.heldout_tokens + store.train_tokens)
+        if share < data.heldout_fraction / 3:
+            print(
+                f"warning: {share:.2%} of the tokens are held out instead of "
+                f"{data.heldout_fraction:.2%}, for want of documents: split the text into more, or "
+                "prepare again with --data.heldout-fraction 0.2 --rebuild",
+                file=sys.stderr,
+            )
+        print(
+            f"{store.path}: {store.train_tokens:,} training and {store.heldout_tokens:,} held-out "
+            f"tokens, vocabulary {store.vocab_size:,}, hash {store.hash[:12]}"
+        )
+    return 0
+
+
+def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
+    from gqa_scaling import hardware
+
+    if args.hardware is not None:
+        found, devices = hardware.hardware(args.hardware), 1
+    else:
+        import jax
+
+        kind, devices = jax.devices()[0].device_kind, jax.device_count()
+        row = hardware.detected(kind, devices)
+        known = ", ".join(hardware.HARDWARE)
+        require(row is not None, f"unknown device {kind!r}; name one with --hardware ({known})")
+        assert row is not None
+        found = row
+    return hardware.changed(found, args.mfu, args.price), (
+        devices if args.devices is None else args.devices
+    )
+
+
+def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.data import open_store
+    from gqa_scaling.plan import make_plan, plan_summary, plan_table
+
+    experiment = _experiment(args, rest)
+    stores = {run.data.store_path: run.data for run in experiment.runs}
+    prepared = {p: open_store(d).train_tokens for p, d in stores.items() if Path(p).exists()}
+    if args.compile is not None:
+        return _compile(args, experiment, prepared)
+    plan = make_plan(experiment, *_detect(args), prepared)
+    if args.json:
+        print_json(plan.to_dict())
+    else:
+        print_table(plan_table(plan), *plan_summary(plan))
+    return 0
+
+
+def _compile(args: argparse.Namespace, experiment: "Experiment", prepared: dict[str, int]) -> int:
+    from gqa_scaling import hardware, pods
+    from gqa_scaling.plan import make_plan, plan_summary, plan_table
+
+    require(
+        args.hardware is None and args.devices is None,
+        f"--compile {args.compile} names the hardware and the devices: leave out --hardware and "
+        "--devices",
+    )
+    place = hardware.topology(args.compile)
+    pods.check(experiment, place)
+    row = hardware.changed(hardware.hardware(place.kind), args.mfu, args.price)
+    plan = make_plan(experiment, row, place.chips, prepared)
+    if not args.json:
+        print_table(plan_table(plan), *plan_summary(plan))
+        sys.stdout.flush()  # compiling takes minutes
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = pods.compile_experiment(experiment, place, say)
+    if args.json:
+        print_json({**plan.to_dict(), "compiled": [each.to_dict() for each in found]})
+        return 0
+    runs = {run.name: run for run in experiment.runs}
+    print_table(pods.compiled_table(found, place), *pods.compiled_summary(found, runs))
+    return 0
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from contextlib import nullcontext
+
+    from gqa_scaling import sweep
+    from gqa_scaling.runs import runs_root
+
+    require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
+    worker = args.cores is not None
+    if worker:
+        sweep.be_worker(args.cores, args.parent)
+    experiment, root = _experiment(args, rest), runs_root()
+    left = sweep.pending(experiment, root)
+    if not left:
+        print(
+            f"{experiment.name}: all {len(experiment.runs)} runs are finished in {root / experiment.name}"
+        )
+        return 0
+    if args.retry_failed:
+        sweep.forget_failures(experiment, root)
+    if args.workers > 1:
+        with nullcontext() if args.quiet else sweep.live_display(experiment, root):
+            sweep.check(experiment, root)
+            command = _worker_command(args, rest)
+            code = sweep.run_workers(command, args.workers, len(left))
+    else:
+        from gqa_scaling import processes
+
+        processes.join(alone=worker)
+        if worker:
+            sweep.check_worker()
+        shown = not args.quiet and processes.is_leader()
+        with sweep.live_display(experiment, root) if shown else nullcontext():
+            try:
+                code = sweep.run_sweep(experiment, root).exit_code
+            except processes.Preempted as stop:
+                print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
+                return processes.EXIT_PREEMPTED
+        if worker or not processes.is_leader():
+            return code
+    code = max(code, sweep.report_end(experiment, root))
+    if code == 0:
+        print(f"{experiment.name}: finished; next: gqa-scaling report {args.experiment}")
+    return code
+
+
+def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "gqa_scaling", "run", args.experiment, "--quiet"]
+    selection = {"only": args.only, "shard": args.shard}
+    command += [f"--{flag}={value}" for flag, value in selection.items() if value is not None]
+    return command + list(rest)
+
+
+def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.grid import beside
+    from gqa_scaling.runs import runs_root
+    from gqa_scaling.status import read_status, status_dict, status_table
+
+    experiment, root = _experiment(args, rest), runs_root()
+    rows = read_status(root, experiment)
+    selected = args.only is not None or args.shard is not None or len(experiment.runs) == 1
+    more = () if selected else tuple(beside(root, experiment.name, experiment.runs))
+    others = read_status(root, replace(experiment, runs=more))
+    if args.json:
+        whole = status_dict(experiment.name, rows)
+        print_json(whole | {"beside": status_dict(experiment.name, others)["runs"]})
+        return 0
+    print_table(status_table(experiment.name, rows))
+    if others:
+        print_table(status_table(f"{experiment.name}, beside its grid", others))
+    return 0
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", help="experiment, such as experiments.smoke, or the directory of a run or of runs"
+    )
+    _add_selection(parser)
+    add_json(parser)
+
+
+def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment import load_experiment
+    from gqa_scaling.runs import RunDirectory, run_directory, runs_root
+    from gqa_scaling.status import checkpoints_dict, checkpoints_table, read_checkpoints
+
+    path = Path(args.source)
+    if path.is_dir():
+        selected = rest or args.only or args.shard
+        require(not selected, f"{path} is a directory: --only, --shard and fields select of a grid")
+        found = [path] if (path / "config.json").exists() else path.glob("*/")
+        directories = [RunDirectory(p) for p in sorted(found) if (p / "config.json").exists()]
+        require(bool(directories), f"{path} is neither a run nor a folder of runs: no config.json")
+    else:
+        experiment = load_experiment(args.source, rest).select(args.only, args.shard)
+        directories = [run_directory(runs_root(), experiment.name, r) for r in experiment.runs]
+    runs = read_checkpoints(directories)
+    if args.json:
+        print_json(checkpoints_dict(runs))
+    else:
+        print_table(checkpoints_table(runs))
+    return 1 if any(run.damaged for run in runs) else 0
+
+
+def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.status import learning_rate_table
+
+    experiment = _experiment(args, rest)
+    choices, table = learning_rate_table(experiment)
+    if args.json:
+        print_json(choices)
+    else:
+        print_table(table)
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "prepare": (_prepare, "turn the experiment's corpus into tokens", _add_prepare),
+    "plan": (_plan, "say what the experiment will cost, before any spend", _add_plan),
+    "run": (_run, "train what is not finished yet", _add_run),
+    "status": (_status, "say where the experiment stands, from its files", _add_status),
+    "checkpoints": (
+        _checkpoints,
+        "verify what is kept of each run; exit code 1 when something is damaged",
+        _add_checkpoints,
+    ),
+    "learning-rates": (
+        _learning_rates,
+        "the best learning rate of each size in a sweep",
+        add_json,
+    ),
+}
