@@ -283,8 +283,6 @@ def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
     layer_outputs = 4 * D + 2 * q + 2 * kv + 2 * F
     kept = {"full": D, "dots": 2 * D + q + 2 * kv + 2 * F, "none": layer_outputs}[axes.remat]
     activations = tokens * width * kept * L
-    if axes.remat == "none" and ways * axes.tensor > 1:
-        activations += width * L * 2 * D * (q + kv)  # attention's weights stay whole
     weights = 3 * D * F * (width + 4) + 4 * tokens * width * F  # the FFN: weights, their gradients
     again = 0 if axes.remat == "none" else tokens * width * layer_outputs
     if axes.attention == "reference":
