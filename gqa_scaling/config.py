@@ -5,127 +5,44 @@
 so neither a different mesh nor a new evaluation ever retrains anything.
 """
 
-import dataclasses
-import difflib
 import functools
-import hashlib
-import json
 import math
-import types
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from gqa_scaling.fields import (
+    Json,
+    UserError,
+    digest_of,
+    nearest,
+    non_default,
+    one_of,
+    positive,
+    require,
+    round_up,
+)
+
+__all__ = [  # what others take from here
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Question",
+    "RunConfig",
+    "UserError",
+    "differing_fields",
+    "nearest",
+    "require",
+    "round_up",
+]
 SCHEMA_VERSION = 1
 
 
-class UserError(ValueError):
-    """Something the user can mend. The command line prints it as one line and exits with 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ' (did you mean n_heads?)', or '' when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def round_up(value: float, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `value`."""
-    return math.ceil(value / multiple) * multiple
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{name}={value} must be greater than 0")
-        require(value < math.inf, f"{name}={value} must be finite")
-
-
-def _one_of(config: Any, name: str, choices: Iterable[str]) -> None:
-    value, choices = getattr(config, name), tuple(choices)
-    require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
-
-
-class _Json:
-    """JSON round trip for the configs below; unknown or missing fields are refused by name.
-
-    Fields are checked for their type when built from Python too, and 20 becomes 20.0 where a
-    float belongs: a config and its round trip are one value with one digest.
-    """
-
-    def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            object.__setattr__(self, name, _value(hint, getattr(self, name), name))
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        return _build(cls, data, "")
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _build(cls: type, data: Any, where: str) -> Any:
-    at = f" in {where.rstrip('.')}" if where else ""
-    require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {data!r}")
-    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
-    for name in data:
-        require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")
-    values = {}
-    for name, f in fields.items():
-        if name in data:
-            values[name] = _value(hints[name], data[name], where + name)
-        else:
-            needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            require(not needed, f"missing field {where}{name}")
-    return cls(**values)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where + ".")
-    if typing.get_origin(hint) is types.UnionType:
-        if value is None:
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is Literal:  # the class itself checks the choices
-        return value
-    if hint is float and type(value) is int:
-        value = float(value)
-    require(type(value) is hint, f"{where}={value!r} must be of type {hint.__name__}")
-    return value
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _non_default(config: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields that differ from their default, so that a new field changes no old digest."""
-    out = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.name not in leave_out and (f.default is dataclasses.MISSING or value != f.default):
-            out[f.name] = value
-    return out
-
-
 @dataclass(frozen=True)
-class ModelConfig(_Json):
+class ModelConfig(Json):
     """A Llama-style GQA transformer (Chen et al. 2025, section 3).
 
     The head count is decoupled from the hidden size: `n_heads * head_dim` need not equal
@@ -147,9 +64,9 @@ class ModelConfig(_Json):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
-        _positive(self, "rope_theta", "norm_eps")
-        _one_of(self, "dtype", ("bfloat16", "float32"))
+        positive(self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+        positive(self, "rope_theta", "norm_eps")
+        one_of(self, "dtype", ("bfloat16", "float32"))
         require(
             self.n_heads % self.n_kv_heads == 0,
             f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}: each KV head serves "
@@ -157,7 +74,7 @@ class ModelConfig(_Json):
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         if self.d_ff is not None:
-            _positive(self, "d_ff")
+            positive(self, "d_ff")
             if self.d_ff == round_up(8 * self.d_model / 3, 32):  # one spelling, one digest
                 object.__setattr__(self, "d_ff", None)
 
@@ -173,7 +90,7 @@ class ModelConfig(_Json):
 
 
 @dataclass(frozen=True)
-class DataConfig(_Json):
+class DataConfig(Json):
     """Which text, cut into tokens how.
 
     `corpus` is "stdlib" (the source text of the running Python's standard library), a folder of
@@ -220,7 +137,7 @@ class DataConfig(_Json):
 
     def identity(self) -> dict[str, Any]:
         """What the digest sees: names without folders, so that a corpus may move."""
-        kept = _non_default(self, ("store", "allow_repeats"))
+        kept = non_default(self, ("store", "allow_repeats"))
         return {k: _base(v) if k in ("corpus", "tokenizer") else v for k, v in kept.items()}
 
 
@@ -229,7 +146,7 @@ def _base(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(_Json):
+class OptimizerConfig(Json):
     """AdamW with a warmup-stable-decay or cosine schedule (Chen et al. 2025, appendix).
 
     `warmup` and `decay` are fractions of all steps; the decay is a cosine from `learning_rate`
@@ -253,8 +170,8 @@ class OptimizerConfig(_Json):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "learning_rate", "epsilon", "clip_norm")
-        _one_of(self, "schedule", ("wsd", "cosine"))
+        positive(self, "learning_rate", "epsilon", "clip_norm")
+        one_of(self, "schedule", ("wsd", "cosine"))
         for name in ("warmup", "decay", "final_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
@@ -277,7 +194,7 @@ class OptimizerConfig(_Json):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(_Json):
+class EvaluationConfig(Json):
     """How a trained model is judged: mean next-token cross-entropy on held-out text.
 
     At most `tokens` targets are used, trimmed to a multiple of `longest_context`, the longest
@@ -292,14 +209,14 @@ class EvaluationConfig(_Json):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "tokens")
+        positive(self, "tokens")
         if self.longest_context is not None:
-            _positive(self, "longest_context")
+            positive(self, "longest_context")
         require(self.every_steps >= 0, f"every_steps={self.every_steps} must not be negative")
 
 
 @dataclass(frozen=True)
-class ParallelConfig(_Json):
+class ParallelConfig(Json):
     """How a run is spread over devices and memory. It may change when a run is resumed.
 
     `data` -1 takes every device the other axes leave over. `accumulation` splits a batch into
@@ -318,13 +235,13 @@ class ParallelConfig(_Json):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.data == -1 or self.data > 0, f"data={self.data} must be -1 or greater than 0")
-        _positive(self, "fsdp", "context", "tensor", "accumulation")
-        _one_of(self, "remat", ("none", "dots", "full"))
-        _one_of(self, "attention", ("auto", "reference", "blockwise"))
+        positive(self, "fsdp", "context", "tensor", "accumulation")
+        one_of(self, "remat", ("none", "dots", "full"))
+        one_of(self, "attention", ("auto", "reference", "blockwise"))
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(_Json):
+class CheckpointConfig(Json):
     """Save the whole training state every `every_steps` steps and keep the last `keep` of them."""
 
     every_steps: int = 500
@@ -332,11 +249,11 @@ class CheckpointConfig(_Json):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "every_steps", "keep")
+        positive(self, "every_steps", "keep")
 
 
 @dataclass(frozen=True)
-class RunConfig(_Json):
+class RunConfig(Json):
     """One training run. Exactly one of `tokens` and `tokens_per_param` sets its length;
     `tokens_per_param` counts the run's own non-embedding parameters.
 
@@ -368,7 +285,7 @@ class RunConfig(_Json):
             all(c.isalnum() or c in "-_.+" for c in self.name) and self.name[0].isalnum(),
             f"name={self.name!r} may hold letters, digits and -_.+ and begins with a letter or digit",
         )
-        _positive(self, "context_length", "batch_tokens")
+        positive(self, "context_length", "batch_tokens")
         for name in ("seed", "max_nonfinite_steps"):
             value = getattr(self, name)
             require(value >= 0, f"{name}={value} must not be negative")
@@ -376,7 +293,7 @@ class RunConfig(_Json):
             (self.tokens is None) != (self.tokens_per_param is None),
             "give exactly one of tokens and tokens_per_param",
         )
-        _positive(self, "tokens" if self.tokens is not None else "tokens_per_param")
+        positive(self, "tokens" if self.tokens is not None else "tokens_per_param")
         require(
             self.batch_tokens % self.context_length == 0,
             f"batch_tokens={self.batch_tokens} must be a multiple of "
@@ -411,7 +328,7 @@ class RunConfig(_Json):
     def definition(self) -> dict[str, Any]:
         """Just the fields that define the trained model, defaults left out."""
         return {
-            **_non_default(
+            **non_default(
                 self,
                 (
                     "name",
@@ -425,21 +342,21 @@ class RunConfig(_Json):
                     "max_nonfinite_steps",
                 ),
             ),
-            "model": _non_default(self.model),
+            "model": non_default(self.model),
             "data": self.data.identity(),
-            "optimizer": _non_default(self.optimizer),
+            "optimizer": non_default(self.optimizer),
         }
 
     @functools.cached_property
     def digest(self) -> str:
         """12 hex digits over `definition`: equal digests mean the same trained model."""
-        return _digest(self.definition())
+        return digest_of(self.definition())
 
     @functools.cached_property
     def evaluation_digest(self) -> str:
         """12 hex digits over how the loss is measured."""
         kept = {"tokens": self.evaluation.tokens, "multiple_of": self.evaluation_context}
-        return _digest(kept)
+        return digest_of(kept)
 
 
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
@@ -490,4 +407,4 @@ class Question:
             require(context > 0, f"context {context} must be greater than 0")
         for loss in self.losses or ():
             require(0 < loss < math.inf, f"target loss {loss} must be a number of nats above 0")
-        _one_of(self, "convention", ("per_token", "per_sequence"))
+        one_of(self, "convention", ("per_token", "per_sequence"))

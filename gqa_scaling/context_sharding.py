@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gqa_scaling.config import _Json, require
+from gqa_scaling.fields import Json, require
 
 Blocks: TypeAlias = Any  # an integer or an array of them
 
@@ -207,7 +207,7 @@ def require_decodable(pattern: Head) -> None:
 
 
 @dataclass(frozen=True)
-class ContextSharding(_Json):
+class ContextSharding(Json):
     """Which keys every head of a model sees.
 
     In a sparse layer the last `dense_kv_heads` KV heads are dense, and the others have the window,

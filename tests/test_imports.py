@@ -21,13 +21,15 @@ FLOORS = (
     ("experiment",),
     ("grid",),
     ("runs",),
-    ("hardware", "ladder", "costs", "context_sharding", "layout", "checksums", "hlo"),
-    ("config", "units"),
+    ("hardware", "ladder", "costs", "layout", "checksums", "hlo"),
+    ("config",),
+    ("context_sharding",),
+    ("fields", "units"),
 )
 BESIDE = {("sweep", "plan"), ("sweep", "status"), ("ladder", "costs")}
 STUDY = {"runs", "costs", "ladder", "hardware", "config", "units"}
 MAY_IMPORT_STUDY = {"cli"}
-EXPERIMENTS = {"grid", "config", "ladder"}
+EXPERIMENTS = {"grid", "config", "context_sharding", "ladder"}
 ARRAYS_ON_DEVICES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 
 LEVEL = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}

@@ -122,6 +122,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     rows, missing, devices, seconds = [], [], [], 0.0
     versions: dict[str, list[str]] = {}
     models: dict[str, ModelConfig] = {}
+    skipped: dict[str, int] = {}
     for run in runs:
         directory = run_directory(root, experiment, run)
         whole = directory.result()
@@ -132,6 +133,8 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
             missing.append(run.name)
             continue
         model = models[run.name] = run.model
+        if result.get("skipped_steps"):
+            skipped[run.name] = result["skipped_steps"]
         data = result.get("data", {})
         rows.append(
             {
@@ -172,6 +175,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         "versions": {k: " and ".join(v) for k, v in versions.items()},
         "devices": devices,
         "training_seconds": seconds,
+        "skipped_steps": skipped,
     }
     table = _table(
         rows,
@@ -406,6 +410,12 @@ def flags(results: Results) -> tuple[str, ...]:
         out.append(
             f"{len(repeated)} runs saw their corpus more than {MAX_EPOCHS:g} times "
             f"({_list(repeated.tolist(), 3)}): repeated text teaches less"
+        )
+    skipped = results.provenance.get("skipped_steps", {})
+    if skipped:
+        out.append(
+            f"{len(skipped)} runs skipped {sum(skipped.values())} training steps "
+            f"({_list(list(skipped), 3)}): their losses may not follow the others'"
         )
     if results.missing:
         out.append(f"{len(results.missing)} runs are not finished: {_list(results.missing)}")

@@ -149,7 +149,7 @@ def test_what_cannot_be_compared_is_refused_by_name(column, word):
 def test_our_runs_are_read_and_the_missing_are_listed(tmp_path):
     runs = [_run("a"), _run("b", layers=3), _run("c", layers=4)]
     _finish(tmp_path, runs[0], loss=2.5)
-    _finish(tmp_path, runs[1], loss=2.25, epochs=5.5)
+    _finish(tmp_path, runs[1], loss=2.25, epochs=5.5, skipped_steps=3)
     r = from_runs(tmp_path, "smoke", runs)
     assert r.count == "n_exact"
     assert r.missing == ("c",)
@@ -160,6 +160,7 @@ def test_our_runs_are_read_and_the_missing_are_listed(tmp_path):
     told = " ".join(flags(r))
     assert "1 runs saw their corpus more than 4 times (b)" in told
     assert "not finished: c" in told
+    assert "1 runs skipped 3 training steps (b)" in told
 
 
 def test_a_run_judged_only_by_another_evaluation_is_missing(tmp_path):
