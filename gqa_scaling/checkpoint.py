@@ -262,7 +262,12 @@ def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
     manager = ocp.CheckpointManager(path.absolute(), options=options)
     try:
         yield Checkpoints(manager, sealer)
-    finally:
+    except Exception:
+        if jax.process_count() > 1:  # peers wait for this process to end, and a save for them
+            raise
+        manager.close()
+        raise
+    else:
         manager.close()
 
 

@@ -8,13 +8,14 @@ import itertools
 import os
 import socket
 import sys
-from typing import NoReturn
+import time
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gqa_scaling.config import require
+from gqa_scaling.config import UserError, require
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>
 HEARTBEAT_SECONDS = 30  # a process not heard from for so long is taken for dead, and all end
@@ -32,7 +33,8 @@ def join(alone: bool = False) -> None:
 
     They are told of by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by Cloud
     TPU, SLURM or GKE. A job of one process joins itself: only then does SIGTERM lead to a saved
-    step. Raises UserError when the three variables are incomplete.
+    step. Raises UserError when the three variables are incomplete, or a cluster is there that
+    does not tell enough.
     """
     if jax.distributed.is_initialized():
         return
@@ -43,26 +45,60 @@ def join(alone: bool = False) -> None:
         require(
             not missing, f"{', '.join(missing)} must be set, as others of {', '.join(names)} are"
         )
-        address, processes, process = given
         for name, value in zip(names[1:], given[1:], strict=True):
             require(str(value).isdecimal(), f"{name}={value!r} must be a whole number")
+        address, processes, process = str(given[0]), int(str(given[1])), int(str(given[2]))
         require(
-            int(str(process)) < int(str(processes)),
+            process < processes,
             f"JAX_PROCESS_ID={process} must be less than JAX_NUM_PROCESSES={processes}",
         )
-        _initialize(address, int(str(processes)), int(str(process)))
+        _past_proxies(address.rpartition(":")[0])
+        _initialize(address, processes, process, cluster_detection_method="deactivate")
         return
-    if not alone:
+    tasks = os.environ.get("SLURM_NTASKS")
+    if not alone and tasks != "1":
+        # jax would show each task one device, also where it has a node to itself
+        whole_nodes = tasks is not None and tasks == os.environ.get("SLURM_STEP_NUM_NODES")
         try:
-            return _initialize()
-        except ValueError as error:  # no cluster that jax knows describes itself here
-            if "coordinator_address" not in str(error):
-                raise
-    _initialize(f"127.0.0.1:{free_port()}", 1, 0, cluster_detection_method="deactivate")
+            return _initialize(local_device_ids=[] if whole_nodes else None)
+        except Exception as error:
+            if "coordinator_address should be defined" not in str(error):  # that is: no cluster
+                raise UserError(
+                    f"the processes of this job cannot be told ({error}); set {names[0]}=host:port, "
+                    f"{names[1]} and {names[2]}, for one alone localhost:1234, 1 and 0"
+                ) from error
+    address = f"127.0.0.1:{free_port()}"
+    _past_proxies("127.0.0.1")
+    _initialize(
+        address,
+        1,
+        0,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=address,
+        heartbeat_timeout_seconds=10**6,  # it may be suspended, and has no peer to lose
+    )
 
 
-def _initialize(*place: object, **settings: object) -> None:
-    jax.distributed.initialize(*place, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **settings)
+def _initialize(*place: object, **settings: Any) -> None:
+    jax.distributed.initialize(
+        *place, **{"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, **settings}
+    )
+
+
+def _past_proxies(host: str) -> None:
+    """Have gRPC reach the coordinator directly where http_proxy is set, of which jax would warn."""
+    jax.config.update("jax_check_proxy_envs", False)
+    name = "no_grpc_proxy"  # gRPC's own spelling
+    others = os.environ.get(name)
+    os.environ[name] = f"{others},{host}" if others else host
+
+
+def wait_to_end() -> None:
+    """After a failed collective: a peer may be lost, and then jax ends this process with 134.
+
+    Returns when none was.
+    """
+    time.sleep(HEARTBEAT_SECONDS + 3)
 
 
 def free_port() -> int:

@@ -132,11 +132,21 @@ def _bring_to_end(run: RunConfig, directory: RunDirectory, store: TokenStore) ->
         disk = _disk_error(error)
         if disk is not None:
             raise disk from error
+        if processes.several() and _may_be_a_peers(error):
+            processes.wait_to_end()
         directory.fail(traceback.format_exc(), type(error).__name__)
         if processes.several():
             raise
         return False
     return True
+
+
+def _may_be_a_peers(error: Exception) -> bool:
+    """Whether a collective failed, as it does when another process is gone."""
+    import jax
+
+    own = "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and not own
 
 
 def _left_to_do(run: RunConfig, directory: RunDirectory) -> int:
@@ -182,7 +192,7 @@ def run_workers(command: list[str], workers: int, runs: int) -> int:
 
     Each gets its share of the CPU's cores, the same whatever is left to do: small models run
     faster side by side on one core each than one after another on all. Returns the largest exit
-    code, 1 for a process ended by a signal. An interruption ends all of them; SIGTERM has them
+    code, 128 + N for a process ended by signal N. An interruption ends all of them; SIGTERM has them
     save and stop.
     """
     all_cores = cores()
@@ -196,7 +206,7 @@ def run_workers(command: list[str], workers: int, runs: int) -> int:
 
     signal.signal(signal.SIGTERM, pass_on)
     try:
-        return max(1 if code < 0 else code for code in [p.wait() for p in processes])
+        return max(128 - code if code < 0 else code for code in [p.wait() for p in processes])
     finally:
         for p in processes:
             p.terminate()

@@ -4,6 +4,7 @@ python -m launch local --processes 2 --devices-per-process 4 experiments.smoke -
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import subprocess
@@ -52,6 +53,7 @@ def _environment(process: int, processes: int, devices: int, port: int) -> dict[
     mine = [gpus[i] if i < len(gpus) and gpus[i] else str(i) for i in range(first, first + devices)]
     return {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(process),
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -72,6 +74,7 @@ def supervise(command: list[str], environments: list[dict[str, str]]) -> int:
             env={**os.environ, **environment},
             stdout=None if i == 0 else subprocess.PIPE,
             stderr=None if i == 0 else subprocess.PIPE,
+            preexec_fn=_stop_with_parent,
         )
         for i, environment in enumerate(environments)
     ]
@@ -119,6 +122,14 @@ def supervise(command: list[str], environments: list[dict[str, str]]) -> int:
         print(f"launch: process {first} ended with {code}; the job was ended", file=sys.stderr)
         return code
     return max(codes.values())
+
+
+def _stop_with_parent() -> None:
+    """On Linux: SIGTERM to this process, which then saves and stops, when its parent is gone."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        set_death_signal = 1  # <sys/prctl.h>
+        prctl(set_death_signal, signal.SIGTERM)
 
 
 def _mark(process: int, pipe: IO[bytes], to: IO[str]) -> threading.Thread:

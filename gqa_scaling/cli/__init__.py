@@ -90,6 +90,8 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"gqa-scaling: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
+        if _one_of_several():  # a supervisor is gone in the middle of a job
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

@@ -1,6 +1,7 @@
 """The verbs of an experiment: what it costs, carrying it out, where it stands."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -167,37 +168,45 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
     worker = args.cores is not None
+    job = os.environ.get("JAX_NUM_PROCESSES", "1")
+    require(
+        args.workers == 1 or job == "1",
+        f"--workers {args.workers} makes independent processes, but JAX_NUM_PROCESSES={job} asks for "
+        "one job of several: choose one of the two",
+    )
     if worker:
         sweep.be_worker(args.cores, args.parent)
     experiment, root = _experiment(args, rest), runs_root()
-    left = sweep.pending(experiment, root)
-    if not left:
-        print(
-            f"{experiment.name}: all {len(experiment.runs)} runs are finished in {root / experiment.name}"
-        )
-        return 0
-    if args.retry_failed:
-        sweep.forget_failures(experiment, root)
-    if args.workers > 1:
-        with nullcontext() if args.quiet else sweep.live_display(experiment, root):
-            sweep.check(experiment, root)
-            command = _worker_command(args, rest)
-            code = sweep.run_workers(command, args.workers, len(left))
-    else:
+    left, leads = len(sweep.pending(experiment, root)), True
+    if left and args.workers == 1:
         from gqa_scaling import processes
 
         processes.join(alone=worker)
         if worker:
             sweep.check_worker()
-        shown = not args.quiet and processes.is_leader()
-        with sweep.live_display(experiment, root) if shown else nullcontext():
+        left, leads = processes.leaders(left), processes.is_leader()
+    if not left:
+        if leads:
+            print(
+                f"{experiment.name}: all {len(experiment.runs)} runs are finished in "
+                f"{root / experiment.name}"
+            )
+        return 0
+    if args.retry_failed and leads:
+        sweep.forget_failures(experiment, root)
+    shown = leads and not args.quiet
+    with sweep.live_display(experiment, root) if shown else nullcontext():
+        if args.workers > 1:
+            sweep.check(experiment, root)
+            code = sweep.run_workers(_worker_command(args, rest), args.workers, left)
+        else:
             try:
                 code = sweep.run_sweep(experiment, root).exit_code
             except processes.Preempted as stop:
                 print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
                 return processes.EXIT_PREEMPTED
-        if worker or not processes.is_leader():
-            return code
+    if worker or not leads:
+        return code
     code = max(code, sweep.report_end(experiment, root))
     if code == 0:
         print(f"{experiment.name}: finished; next: gqa-scaling report {args.experiment}")

@@ -122,14 +122,19 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
                 checkpoints.wait()
             save_parameters(directory.parameters, parameters)
         value = evaluate(parameters)
-    if not math.isfinite(value.loss):
-        raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
+    require_finite(value)
     if leader:
         metrics = {f"evaluation/{k}": getattr(value, k) for k in ("loss", "bits_per_byte")}
         write_hparams(directory, run, metrics)
         result = _result(run, directory, store, value, layout)
         directory.finish(result, _timing(run, directory))
     processes.wait_for_all("result")
+
+
+def require_finite(value: Evaluation) -> None:
+    """Raise NonFiniteLoss for an evaluation that is no number; results are JSON."""
+    if not math.isfinite(value.loss):
+        raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
 
 
 def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
@@ -181,13 +186,16 @@ class _Loop:
         layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
         batches = self.data.iterate(first, layout.pieces)
         with Telemetry(self.directory, first, processes.is_leader()) as telemetry:
-            watch = _Watch(run, self.directory, self.data, telemetry)
+            watch = _Watch(run, self.checkpoints, self.data, telemetry)
             watch.last_saved, watch.in_a_row = first, start.position.get("nonfinite_in_a_row", 0)
             for step in range(first + 1, steps + 1):
                 state, metrics = step_fn(state, *layout.place(next(batches)))
                 watch.read()
                 watch.pending = step, metrics
                 stop = processes.preempted() and step < steps
+                every = run.evaluation.every_steps
+                if every and step % every == 0 and step < steps:
+                    telemetry.log(step, {"evaluation/loss": self.evaluate(state[0]).loss})
                 if stop or (step % run.checkpoint.every_steps == 0 and step < steps):
                     watch.read()  # what is saved has been judged
                     position = {"step": step, "seed": run.seed, "digest": run.digest}
@@ -197,9 +205,6 @@ class _Loop:
                 if stop:
                     self.checkpoints.wait()
                     raise processes.Preempted(f"{run.name}: saved step {step} of {steps}")
-                every = run.evaluation.every_steps
-                if every and step % every == 0 and step < steps:
-                    telemetry.log(step, {"evaluation/loss": self.evaluate(state[0]).loss})
             watch.read()
         return state[0]
 
@@ -210,14 +215,14 @@ class _Watch:
     def __init__(
         self,
         run: RunConfig,
-        directory: RunDirectory,
+        checkpoints: Checkpoints,
         data: TrainingData,
         telemetry: Telemetry,
     ) -> None:
         self.pending: tuple[int, StepMetrics] | None = None
         self.last_saved = 0
         self.in_a_row = 0  # steps without a finite loss and gradient
-        self._run, self._directory, self._data = run, directory, data
+        self._run, self._checkpoints, self._data = run, checkpoints, data
         self._telemetry, self._meter = telemetry, _Meter(run)
         self._steps = costs.training_steps(run)
         self._schedule = learning_rate_schedule(run.optimizer, self._steps)
@@ -248,12 +253,13 @@ class _Watch:
         self._telemetry.note(step, skipped="spike" if finite else "not finite", chunks=chunks)
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if not finite and self.in_a_row >= max(1, self._run.max_nonfinite_steps):
+            self._checkpoints.wait()  # the one that is named may still be on its way
             raise NonFiniteLoss(
                 f"{what}; "
                 + (f"{self.in_a_row} such steps in a row; " if self.in_a_row > 1 else "")
                 + (
                     f"the last good checkpoint is step {self.last_saved} in "
-                    f"{self._directory.checkpoints}"
+                    f"{self._checkpoints.path}"
                     if self.last_saved
                     else "there is no checkpoint before it"
                 )
@@ -304,6 +310,7 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     with jax.set_mesh(mesh):
         parameters = load_parameters(directory.parameters, like)
         value = evaluator(run, graph, store, mesh)(parameters)
+    require_finite(value)
     if processes.is_leader():
         whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
         directory.finish(whole["result"], whole["timing"])

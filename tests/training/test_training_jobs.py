@@ -142,8 +142,20 @@ def test_without_a_supervisor_a_lost_peer_ends_the_others(
     lost, other = peers[int(process)], peers[1 - int(process)]
     assert lost.wait() == (1 if what == "ERROR" else -signal.SIGKILL)
     began = time.monotonic()
-    assert other.wait() not in (0, 75)
+    assert other.wait() == -signal.SIGABRT  # a shell says 134: start again
     print(f"ended {time.monotonic() - began:.1f} s later, heartbeat {HEARTBEAT_SECONDS} s")
+    failure = directory("runs").failure_file
+    assert failure.exists() == (what == "ERROR")  # a lost peer is nobody's failure
+    if what == "ERROR":
+        assert "fails at step 7" in json.loads(failure.read_text())["traceback"]
+
+
+@pytest.mark.slow
+def test_a_proxy_does_not_keep_a_process_from_itself(folder: Path) -> None:
+    command = [sys.executable, "-m", "gqa_scaling", "run", "grid.py", "--quiet"]
+    proxies = {name: "http://192.0.2.1:3128" for name in ("http_proxy", "https_proxy")}
+    done = subprocess.run(command, env=environment(**proxies), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
