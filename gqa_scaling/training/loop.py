@@ -9,7 +9,6 @@ import functools
 import importlib.metadata
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,21 +31,17 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.evaluation.loss import Evaluation, evaluator
-from gqa_scaling.hardware import cores, detected
+from gqa_scaling.hardware import cores
 from gqa_scaling.runs import RunDirectory
-from gqa_scaling.training.optimizer import learning_rate_schedule, make_optimizer
+from gqa_scaling.training.optimizer import make_optimizer
 from gqa_scaling.training.step import (
-    StepMetrics,
     abstract_parameters,
     abstract_state,
     initial_state,
     train_step,
 )
-from gqa_scaling.training.telemetry import Telemetry, is_logged, write_hparams
-
-
-class NonFiniteLoss(RuntimeError):
-    """Loss or gradient norm were NaN or infinite; the message names the step and its data."""
+from gqa_scaling.training.telemetry import Telemetry, write_hparams
+from gqa_scaling.training.watch import NonFiniteLoss, Watch
 
 
 def keep_compiled(folder: Path) -> None:
@@ -186,7 +181,7 @@ class _Loop:
         layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
         batches = self.data.iterate(first, layout.pieces)
         with Telemetry(self.directory, first, processes.is_leader()) as telemetry:
-            watch = _Watch(run, self.checkpoints, self.data, telemetry)
+            watch = Watch(run, self.checkpoints, self.data, telemetry)
             watch.last_saved, watch.in_a_row = first, start.position.get("nonfinite_in_a_row", 0)
             for step in range(first + 1, steps + 1):
                 state, metrics = step_fn(state, *layout.place(next(batches)))
@@ -207,65 +202,6 @@ class _Loop:
                     raise processes.Preempted(f"{run.name}: saved step {step} of {steps}")
             watch.read()
         return state[0]
-
-
-class _Watch:
-    """Reads the metrics of each step once it is done, logs them, and refuses to go on in vain."""
-
-    def __init__(
-        self,
-        run: RunConfig,
-        checkpoints: Checkpoints,
-        data: TrainingData,
-        telemetry: Telemetry,
-    ) -> None:
-        self.pending: tuple[int, StepMetrics] | None = None
-        self.last_saved = 0
-        self.in_a_row = 0  # steps without a finite loss and gradient
-        self._run, self._checkpoints, self._data = run, checkpoints, data
-        self._telemetry, self._meter = telemetry, _Meter(run)
-        self._steps = costs.training_steps(run)
-        self._schedule = learning_rate_schedule(run.optimizer, self._steps)
-
-    def read(self) -> None:
-        """Wait for the pending step, if there is one."""
-        if self.pending is None:
-            return
-        (step, metrics), self.pending = self.pending, None
-        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-        if not metrics.taken:
-            self._skipped(step, loss, norm)
-        else:
-            self.in_a_row = 0
-        self._meter.tick(step)
-        if metrics.taken and is_logged(step, self._steps):
-            scalars = {
-                "learning/loss": loss,
-                "learning/grad_norm": norm,
-                "learning/current_learning_rate": float(self._schedule(step - 1)),
-            }
-            self._telemetry.log(step, {**scalars, **self._meter.scalars()})
-
-    def _skipped(self, step: int, loss: float, norm: float) -> None:
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        chunks = self._data.chunks(step - 1)
-        what = f"loss {loss} and gradient norm {norm} at step {step}, chunks {chunks} of the data"
-        self._telemetry.note(step, skipped="spike" if finite else "not finite", chunks=chunks)
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if not finite and self.in_a_row >= max(1, self._run.max_nonfinite_steps):
-            self._checkpoints.wait()  # the one that is named may still be on its way
-            raise NonFiniteLoss(
-                f"{what}; "
-                + (f"{self.in_a_row} such steps in a row; " if self.in_a_row > 1 else "")
-                + (
-                    f"the last good checkpoint is step {self.last_saved} in "
-                    f"{self._checkpoints.path}"
-                    if self.last_saved
-                    else "there is no checkpoint before it"
-                )
-            )
-        if processes.is_leader():
-            print(f"{self._run.name}: {what}: step skipped", file=sys.stderr)
 
 
 def _result(
@@ -315,39 +251,6 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
         whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
         directory.finish(whole["result"], whole["timing"])
     processes.wait_for_all("result")
-
-
-class _Meter:
-    """Speed over the steps of this attempt, the first two (compilation) left out."""
-
-    def __init__(self, run: RunConfig) -> None:
-        self._run, self._start, self._now = run, (0, 0.0), (0, 0.0)
-        self._ticks = 0
-        self._devices = jax.device_count()
-        self._flops = costs.training_flops_per_token(run.model, run.context_length)
-        found = detected(jax.devices()[0].device_kind, self._devices)
-        self._peak = found.peak_flops if found else None
-
-    def tick(self, step: int) -> None:
-        self._ticks += 1
-        self._now = (step, time.perf_counter())
-        if self._ticks <= 2:
-            self._start = self._now
-
-    def scalars(self) -> dict[str, float]:
-        steps = self._now[0] - self._start[0]
-        if steps == 0:
-            return {}
-        seconds = (self._now[1] - self._start[1]) / steps
-        rate = self._run.batch_tokens / seconds / self._devices
-        out = {
-            "perf/step_time_seconds": seconds,
-            "perf/per_device_tokens_per_sec": rate,
-            "perf/per_device_tflops_per_sec": rate * self._flops / 1e12,
-        }
-        if self._peak is not None:
-            out["perf/mfu"] = rate * self._flops / self._peak
-        return out
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.runs import RunDirectory, claim, run_directory
 from gqa_scaling.status import read_checkpoints
-from gqa_scaling.training import loop
+from gqa_scaling.training import loop, watch
 
 KIT = Path(kit.__file__)
 LIKE = kit.abstract(kit.small_state())
@@ -405,7 +405,7 @@ def test_training_goes_on_from_the_step_before_to_the_same_result(
     write_corpus(Path("corpus"))
     run = tiny_run()
     prepare(run.data, show=False)
-    store, tick = open_store(run.data), loop._Meter.tick
+    store, tick = open_store(run.data), watch.Meter.tick
     straight = RunDirectory(Path("straight"))
     loop.train(run, straight, store)
 
@@ -416,7 +416,7 @@ def test_training_goes_on_from_the_step_before_to_the_same_result(
 
     directory = RunDirectory(Path("damaged"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Meter, "tick", stop)
+        patch.setattr(watch.Meter, "tick", stop)
         with pytest.raises(KeyboardInterrupt):
             loop.train(run, directory, store)
     damaged = directory.checkpoints / "15"

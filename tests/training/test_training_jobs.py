@@ -153,7 +153,7 @@ def test_without_a_supervisor_a_lost_peer_ends_the_others(
 @pytest.mark.slow
 def test_a_proxy_does_not_keep_a_process_from_itself(folder: Path) -> None:
     command = [sys.executable, "-m", "gqa_scaling", "run", "grid.py", "--quiet"]
-    proxies = {name: "http://192.0.2.1:3128" for name in ("http_proxy", "https_proxy")}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://192.0.2.1:3128")
     done = subprocess.run(command, env=environment(**proxies), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -56,7 +56,7 @@ def die() -> None:
 def arrange(moment: str) -> None:
     """Have this process killed at a moment of its run: compilation, save, evaluation or step N."""
     from gqa_scaling import checkpoint
-    from gqa_scaling.training import loop
+    from gqa_scaling.training import loop, watch
 
     if moment == "compilation":
         place = loop.parallel.BatchLayout.place
@@ -79,14 +79,14 @@ def arrange(moment: str) -> None:
         make = loop.evaluator
         loop.evaluator = lambda *args: (make(*args), lambda parameters: die())[1]
     elif moment.startswith("step"):
-        tick = loop._Meter.tick
+        tick = watch.Meter.tick
 
         def tick_or_die(self: object, step: int) -> None:
             if step == int(moment.removeprefix("step")):
                 die()
             tick(self, step)
 
-        loop._Meter.tick = tick_or_die
+        watch.Meter.tick = tick_or_die
     else:
         raise ValueError(moment)
 
@@ -96,10 +96,10 @@ def disturb(process: str, what: str) -> None:
 
     After a SIGTERM steps are slow, so that some are left when all have agreed to stop.
     """
-    from gqa_scaling.training import loop
+    from gqa_scaling.training import watch
 
     which, act, at = what.split(":")
-    tick = loop._Meter.tick
+    tick = watch.Meter.tick
 
     def disturbed(self: object, step: int) -> None:
         tick(self, step)
@@ -110,7 +110,7 @@ def disturb(process: str, what: str) -> None:
         if act == "TERM" and step >= int(at):
             time.sleep(0.05)
 
-    loop._Meter.tick = disturbed
+    watch.Meter.tick = disturbed
 
 
 if __name__ == "__main__":
