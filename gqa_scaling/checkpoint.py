@@ -260,15 +260,15 @@ def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
         async_options=ocp.options.AsyncOptions(post_finalization_callback=sealer),
     )
     manager = ocp.CheckpointManager(path.absolute(), options=options)
+    abandoned = False
     try:
         yield Checkpoints(manager, sealer)
     except Exception:
-        if jax.process_count() > 1:  # peers wait for this process to end, and a save for them
-            raise
-        manager.close()
+        abandoned = jax.process_count() > 1  # its peers wait for this process to end
         raise
-    else:
-        manager.close()
+    finally:
+        if not abandoned:
+            manager.close()  # when every save is complete
 
 
 # -------------------------------------------------------------------------------- parameters
