@@ -1,21 +1,29 @@
-"""Attention forward and backward, side by side: reference, blockwise and jax.nn's own.
+"""Attention side by side: reference, blockwise, jax.nn's own, and sparse at several strides.
 
     python benchmarks/attention.py
+    python benchmarks/attention.py --contexts 2048 8192 16384 --heads 2x4 1x8 --plot attention.png
 
-Times are the least of several runs, for one layer of a scanned stack of four, float32 on a CPU
-and bfloat16 elsewhere. On a busy machine trust the processor time, which counts all cores.
+For each context and head configuration (KV heads x query heads of each): milliseconds of the
+forward pass and of forward and backward, temporary memory, seconds to compile, and how much faster
+than blockwise dense attention that is, beside the ideal 1/density. Times are medians of runs that
+take turns, so that a busy machine slows all alike; their ratios are what to trust. What would build
+all T x T scores stops at T = 2,048. float32 on a CPU, bfloat16 elsewhere.
 """
 
+import argparse
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gqa_scaling.context_sharding import density, strided
 from gqa_scaling.model.attention import attend
+from gqa_scaling.model.sparse_attention import sparse_attend
 from gqa_scaling.parallel import keep_host_memory
 
-SHAPES = [(16, 128, 2, 2, 16), (8, 256, 2, 2, 16), (8, 512, 1, 4, 64), (2, 2048, 1, 4, 64)]
-LAYERS, REPEATS = 4, 8
+QUADRATIC_UP_TO = 2048
+BASE = "blockwise"
 
 
 def jax_nn(q, k, v):
@@ -25,42 +33,136 @@ def jax_nn(q, k, v):
     )
 
 
-IMPLEMENTATIONS = {
-    "reference": lambda q, k, v: attend(q, k, v, implementation="reference"),
-    "blockwise": lambda q, k, v: attend(q, k, v, implementation="blockwise"),
-    "jax.nn": jax_nn,
+def implementations(T, n_kv, args):
+    """{name: (attention, density)}"""
+    out = {BASE: (lambda q, k, v: attend(q, k, v, implementation="blockwise"), 1.0)}
+    if T <= QUADRATIC_UP_TO:
+        out["reference"] = lambda q, k, v: attend(q, k, v, implementation="reference"), 1.0
+        out["jax.nn"] = jax_nn, 1.0
+    for stride in args.strides if args.window < T else ():
+        pattern = strided(args.window, stride, args.block).layer(0, 1, n_kv)
+        sparse = lambda q, k, v, pattern=pattern: sparse_attend(q, k, v, pattern)  # noqa: E731
+        out[f"stride {stride}"] = sparse, density([pattern], T)
+    return out
+
+
+def compiled(attention, operands):
+    """The forward pass, forward and backward, MiB of temporaries and seconds to compile those."""
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v).astype(jnp.float32) ** 2)
+
+    forward = jax.jit(attention).lower(*operands).compile()
+    start = time.perf_counter()
+    both = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*operands).compile()
+    seconds = time.perf_counter() - start
+    return forward, both, both.memory_analysis().temp_size_in_bytes / 2**20, seconds
+
+
+def measure(T, n_kv, group, args):
+    """One dictionary for each implementation."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    shapes = [(args.batch, T, n_kv, group, args.head_dim)] + [
+        (args.batch, T, n_kv, args.head_dim)
+    ] * 2
+    keys = jax.random.split(jax.random.key(0), 3)
+    operands = [jax.random.normal(*x, dtype) for x in zip(keys, shapes, strict=True)]
+    todo = implementations(T, n_kv, args)
+    steps = {name: compiled(attention, operands) for name, (attention, _) in todo.items()}
+    times = {(name, i): [] for name in steps for i in range(2)}
+    for turn in range(args.repeats + 1):
+        for name, i in times:
+            start = time.perf_counter()
+            jax.block_until_ready(steps[name][i](*operands))
+            if turn:  # the first finds cold caches
+                times[name, i].append((time.perf_counter() - start) * 1e3)
+    ms = {key: float(np.median(x)) for key, x in times.items()}
+    return [
+        {
+            "T": T,
+            "heads": f"{n_kv}x{group}",
+            "name": name,
+            "forward": ms[name, 0],
+            "both": ms[name, 1],
+            "MiB": steps[name][2],
+            "compile": steps[name][3],
+            "forward faster": ms[BASE, 0] / ms[name, 0],
+            "faster": ms[BASE, 1] / ms[name, 1],
+            "ideal": 1 / todo[name][1],
+        }
+        for name in steps
+    ]
+
+
+COLUMNS = {
+    "T": ">7,",
+    "heads": ">6",
+    "name": ">10",
+    "forward": ">9.1f",
+    "both": ">9.1f",
+    "MiB": ">7.0f",
+    "compile": ">8.1f",
+    "forward faster": ">15.2f",
+    "faster": ">7.2f",
+    "ideal": ">6.2f",
 }
 
 
-def measure(attention, shape):
-    """Seconds to compile; milliseconds a layer on the clock and on all cores."""
-    B, T, K, _, H = shape
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], shape, dtype)
-    k, v = (jax.random.normal(key, (B, T, K, H), dtype) for key in keys[1:])
+def plot(rows, path):
+    """How much faster than dense against T, one panel for each head configuration."""
+    import matplotlib
 
-    def loss(q, k, v):
-        layer = lambda x, _: (attention(x, k, v), None)  # noqa: E731
-        return jnp.sum(jax.lax.scan(layer, q, None, length=LAYERS)[0].astype(jnp.float32) ** 2)
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-    start = time.perf_counter()
-    step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
-    compiled = time.perf_counter() - start
-    clock, cores = [], []
-    for _ in range(REPEATS):
-        start, start_cores = time.perf_counter(), time.process_time()
-        jax.block_until_ready(step(q, k, v))
-        clock.append(time.perf_counter() - start)
-        cores.append(time.process_time() - start_cores)
-    return compiled, min(clock) / LAYERS * 1e3, min(cores) / LAYERS * 1e3
+    configurations = list(dict.fromkeys(row["heads"] for row in rows))
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != BASE]
+    n = len(configurations)
+    figure, panels = plt.subplots(1, n, figsize=(1 + 4 * n, 4), squeeze=False, sharey=True)
+    for axes, heads in zip(panels[0], configurations, strict=True):
+        for i, name in enumerate(names):
+            mine = [row for row in rows if (row["heads"], row["name"]) == (heads, name)]
+            T = [row["T"] for row in mine]
+            axes.plot(T, [row["faster"] for row in mine], f"C{i}o-", label=name)
+            if any(row["ideal"] > 1 for row in mine):
+                axes.plot(T, [row["ideal"] for row in mine], f"C{i}:", label="1/density")
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", xlabel="context length T", title=f"KV x group {heads}")
+    panels[0][0].set_ylabel("times as fast as blockwise, forward + backward")
+    panels[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--heads", nargs="+", default=["2x4"], help="KV heads x group, e.g. 2x4")
+    parser.add_argument("--strides", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--window", type=int, default=512, help="tokens of the local window")
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plot", metavar="FILE", help="also draw the ratios, as PNG")
+    args = parser.parse_args()
+    if jax.default_backend() == "cpu":
+        keep_host_memory()
+    print(" ".join(f"{name:{form.split('.')[0].rstrip(',')}}" for name, form in COLUMNS.items()))
+    rows = []
+    for heads in args.heads:
+        n_kv, group = map(int, heads.split("x"))
+        for T in args.contexts:
+            rows += measure(T, n_kv, group, args)
+            for row in rows[-len(implementations(T, n_kv, args)) :]:
+                line = " ".join(f"{row[name]:{form}}" for name, form in COLUMNS.items())
+                print(line, flush=True)
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":
-    if jax.default_backend() == "cpu":
-        keep_host_memory()
-    print(f"{'B,T,K,G,H':>18} {'':10} {'compile s':>10} {'ms':>8} {'core ms':>8}")
-    for shape in SHAPES:
-        for name, attention in IMPLEMENTATIONS.items():
-            row = "{:10.2f} {:8.1f} {:8.1f}".format(*measure(attention, shape))
-            print(f"{','.join(map(str, shape)):>18} {name:10} {row}", flush=True)
+    main()
