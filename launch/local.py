@@ -134,8 +134,9 @@ def _stop_with_parent() -> None:
 
 def _mark(process: int, pipe: IO[bytes], to: IO[str]) -> threading.Thread:
     def copy() -> None:
-        for line in pipe:
-            to.write(f"[{process}] {line.decode(errors='replace')}")
-            to.flush()
+        with pipe:
+            for line in pipe:
+                to.write(f"[{process}] {line.decode(errors='replace')}")
+                to.flush()
 
     return threading.Thread(target=copy, daemon=True)
