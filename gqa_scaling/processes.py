@@ -4,8 +4,10 @@ Exit codes that a launcher can act on: 0 done; 75 preempted, saved, start again;
 start again; 2 the user can mend it; 134, 137 and 143 a peer died, start again.
 """
 
+import ctypes
 import itertools
 import os
+import signal
 import socket
 import sys
 import time
@@ -38,6 +40,7 @@ def join(alone: bool = False) -> None:
     """
     if jax.distributed.is_initialized():
         return
+    _stop_with_supervisor()
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
     if any(given) and not alone:
@@ -83,6 +86,18 @@ def _initialize(*place: object, **settings: Any) -> None:
     jax.distributed.initialize(
         *place, **{"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, **settings}
     )
+
+
+def _stop_with_supervisor() -> None:
+    """On Linux: SIGTERM to this process, which then saves and stops, when its supervisor is gone."""
+    supervisor = os.environ.get("GQA_SCALING_SUPERVISOR")
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if supervisor is None or prctl is None:
+        return
+    set_death_signal = 1  # <sys/prctl.h>
+    prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != int(supervisor):  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _past_proxies(host: str) -> None:

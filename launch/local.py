@@ -4,7 +4,6 @@ python -m launch local --processes 2 --devices-per-process 4 experiments.smoke -
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import subprocess
@@ -55,6 +54,7 @@ def _environment(process: int, processes: int, devices: int, port: int) -> dict[
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
+        "GQA_SCALING_SUPERVISOR": str(os.getpid()),
         "JAX_PROCESS_ID": str(process),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "CUDA_VISIBLE_DEVICES": ",".join(mine),
@@ -74,7 +74,6 @@ def supervise(command: list[str], environments: list[dict[str, str]]) -> int:
             env={**os.environ, **environment},
             stdout=None if i == 0 else subprocess.PIPE,
             stderr=None if i == 0 else subprocess.PIPE,
-            preexec_fn=_stop_with_parent,
         )
         for i, environment in enumerate(environments)
     ]
@@ -122,14 +121,6 @@ def supervise(command: list[str], environments: list[dict[str, str]]) -> int:
         print(f"launch: process {first} ended with {code}; the job was ended", file=sys.stderr)
         return code
     return max(codes.values())
-
-
-def _stop_with_parent() -> None:
-    """On Linux: SIGTERM to this process, which then saves and stops, when its parent is gone."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        set_death_signal = 1  # <sys/prctl.h>
-        prctl(set_death_signal, signal.SIGTERM)
 
 
 def _mark(process: int, pipe: IO[bytes], to: IO[str]) -> threading.Thread:

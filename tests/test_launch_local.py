@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -56,30 +55,6 @@ def test_sigterm_is_passed_on_and_75_comes_back(tmp_path: Path) -> None:
 
     threading.Thread(target=stop_when_all_listen, daemon=True).start()
     assert supervise(command(body), RANKS) == 75
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
-def test_processes_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
-    body = (
-        f"open({str(tmp_path)!r} + '/' + rank, 'w').write(str(os.getpid()))\n"
-        "try: time.sleep(600)\nfinally: pass"
-    )
-    script = f"from launch.local import supervise\nsupervise({command(body)!r}, {RANKS!r})"
-    root = str(Path(__file__).parents[1])
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root}
-    )
-    wait = threading.Event().wait
-    while len([p for p in tmp_path.iterdir() if p.read_text()]) < 3:
-        wait(0.02)
-    parent.kill()
-    parent.wait()
-    for path in tmp_path.iterdir():
-        while (
-            Path(f"/proc/{path.read_text()}/cmdline").exists()
-            and b"rank" in Path(f"/proc/{path.read_text()}/cmdline").read_bytes()
-        ):
-            wait(0.02)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,21 @@ def test_a_process_that_fails_takes_the_others_down_and_shows_why(folder: Path) 
 
 
 @pytest.mark.slow
+def test_a_job_whose_supervisor_is_killed_saves_and_stops(folder: Path) -> None:
+    command = [sys.executable, "-m", "launch", "local", "grid.py", "--quiet"]
+    slow = environment(DISTURB="0:SLOW:1")
+    supervisor = subprocess.Popen(command, env=slow, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("runs/grid/job-*/metrics.jsonl")):
+        time.sleep(0.1)
+    supervisor.kill()
+    supervisor.wait()
+    while directory("runs").state() == "running":
+        time.sleep(0.1)
+    assert saved_steps("runs")
+    assert directory("runs").result() is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["0", "1"])
 @pytest.mark.parametrize("what", ["KILL", "ERROR"])
 def test_without_a_supervisor_a_lost_peer_ends_the_others(

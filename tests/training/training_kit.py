@@ -94,7 +94,7 @@ def arrange(moment: str) -> None:
 def disturb(process: str, what: str) -> None:
     """In one process of a job, as "1:TERM:7" asks: a signal or an error at a step.
 
-    After a SIGTERM steps are slow, so that some are left when all have agreed to stop.
+    After a SIGTERM, or from "SLOW" on, steps are slow, so that some are left when all stop.
     """
     from gqa_scaling.training import watch
 
@@ -103,11 +103,11 @@ def disturb(process: str, what: str) -> None:
 
     def disturbed(self: object, step: int) -> None:
         tick(self, step)
-        if process == which and step == int(at):
+        if process == which and step == int(at) and act != "SLOW":
             if act == "ERROR":
                 raise RuntimeError(f"process {process} fails at step {step}")
             os.kill(os.getpid(), signal.Signals[f"SIG{act}"])
-        if act == "TERM" and step >= int(at):
+        if act in ("TERM", "SLOW") and step >= int(at):
             time.sleep(0.05)
 
     watch.Meter.tick = disturbed
