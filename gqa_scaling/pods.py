@@ -26,7 +26,7 @@ from gqa_scaling.hardware import Topology, hardware
 from gqa_scaling.layout import AXES, axis_sizes
 from gqa_scaling.units import byte_size, quantity
 
-INSTALL = 'pip install "gqa-scaling[tpu]"'
+INSTALL = "pip install -e '.[tpu]'"
 INVOLUNTARY = re.compile(r"(?i)involuntary full rematerialization.*")
 POLICIES = ("none", "dots", "full")  # remat, by what is computed again
 TRIES = 3  # changes that are compiled before giving up

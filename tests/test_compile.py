@@ -51,7 +51,8 @@ def test_each_device_does_its_share_of_the_flops(compiled):
 
 
 def test_a_parameter_joined_in_all_layers_is_told():
-    jax = pytest.importorskip("jax")
+    import jax
+
     from gqa_scaling.compile import whole_parameters
 
     class Program:

@@ -209,7 +209,7 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_is_compiled(compiler
 
 def test_a_compiler_that_is_not_there_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(pods.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Refused, match=r'pip install "gqa-scaling\[tpu\]"'):
+    with pytest.raises(Refused, match=r"pip install -e '\.\[tpu\]'"):
         pods.compile_experiment(experiment(RUN), V5E, lambda _: None)
 
 
