@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from gqa_scaling.context_sharding import ContextSharding, LayerPattern
 from gqa_scaling.fields import (
     Json,
     UserError,
@@ -46,7 +47,8 @@ class ModelConfig(Json):
     """A Llama-style GQA transformer (Chen et al. 2025, section 3).
 
     The head count is decoupled from the hidden size: `n_heads * head_dim` need not equal
-    `d_model`. `d_ff` defaults to 8/3 `d_model` rounded up to a multiple of 32.
+    `d_model`. `d_ff` defaults to 8/3 `d_model` rounded up to a multiple of 32. `pattern` says which
+    keys each KV head of each layer sees; None: all before it, in every layer.
     """
 
     n_layers: int
@@ -61,6 +63,7 @@ class ModelConfig(Json):
     norm_eps: float = 1e-6
     qk_norm: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    pattern: ContextSharding | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +80,15 @@ class ModelConfig(Json):
             positive(self, "d_ff")
             if self.d_ff == round_up(8 * self.d_model / 3, 32):  # one spelling, one digest
                 object.__setattr__(self, "d_ff", None)
+        if self.pattern is not None:
+            self.pattern.layers(self.n_layers, self.n_kv_heads)  # refuses what does not fit
+
+    @property
+    def layer_patterns(self) -> tuple[LayerPattern, ...]:
+        """What each KV head of each layer sees, None for all before it."""
+        if self.pattern is None:
+            return ((None,) * self.n_kv_heads,) * self.n_layers
+        return self.pattern.layers(self.n_layers, self.n_kv_heads)
 
     @property
     def ffn_dim(self) -> int:

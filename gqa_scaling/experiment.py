@@ -9,10 +9,9 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from gqa_scaling.config import Question, RunConfig, UserError, nearest, require
 from gqa_scaling.grid import unique
@@ -111,13 +110,27 @@ def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     hints, out = typing.get_type_hints(cls), {}
     for f in fields(cls):
         hint = hints[f.name]
-        inner = is_dataclass(hint)
-        out |= _field_types(hint, f"{prefix}{f.name}.") if inner else {prefix + f.name: hint}
+        inner = next((h for h in (hint, *typing.get_args(hint)) if is_dataclass(h)), None)
+        if inner is not None:
+            out |= _field_types(inner, f"{prefix}{f.name}.")
+        if inner is not hint:  # a table that may be left out is cleared by "none"
+            out[prefix + f.name] = Literal["none"] if inner else hint
     return out
 
 
+def _value_of(run: RunConfig, name: str) -> Any:
+    """The value of a dotted field; None inside a table that is None, as a dense model's pattern."""
+    value: Any = run
+    for part in name.split(".") if name else ():
+        value = None if value is None else getattr(value, part)
+    return value
+
+
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """{"model.n_layers": 4} from ["--model.n-layers", "4"]; values are read by tyro."""
+    """{"model.n_layers": 4} from ["--model.n-layers", "4"]; values are read by tyro.
+
+    A table that may be left out is cleared by "none": --model.pattern none.
+    """
     known, out = _field_types(RunConfig), {}
     rest = list(arguments)
     while rest:
@@ -163,10 +176,15 @@ def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:
     """The arguments that turn every one of these runs into `target`, for `parse_overrides`."""
     out = []
     for name in _field_types(RunConfig):
-        value = attrgetter(name)(target)
-        other_budget = name in ("tokens", "tokens_per_param") and value is None
-        if not other_budget and any(attrgetter(name)(run) != value for run in runs):
-            out += [f"--{name.replace('_', '-')}", str(value)]
+        value, table = _value_of(target, name), _value_of(target, name.rpartition(".")[0])
+        if all(_value_of(run, name) == value for run in runs):
+            continue
+        if is_dataclass(value) or table is None:
+            continue  # said field by field; cleared as a whole
+        if value is None and name in ("tokens", "tokens_per_param"):
+            continue  # the other budget is set
+        text = "none" if name == "model.pattern" else str(value)
+        out += [f"--{name.replace('_', '-')}", text]
     return out
 
 
@@ -181,6 +199,8 @@ def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
         *parents, leaf = name.split(".")
         table = data
         for parent in parents:
+            if table[parent] is None:
+                table[parent] = {}
             table = table[parent]
-        table[leaf] = value
+        table[leaf] = None if name == "model.pattern" else value
     return RunConfig.from_dict(data) if changes else run

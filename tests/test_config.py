@@ -20,6 +20,7 @@ from gqa_scaling.config import (
     differing_fields,
     round_up,
 )
+from gqa_scaling.context_sharding import ContextSharding
 
 GROUPS = {
     "model": ModelConfig,
@@ -76,8 +77,9 @@ tokenizers = st.sampled_from(["bytes", "tokenizer.json", "/somewhere/t.json", "b
 @st.composite
 def models(draw):
     n_kv_heads = draw(st.integers(1, 64))
+    pattern = draw(st.none() | patterns())
     return ModelConfig(
-        n_layers=draw(counts),
+        n_layers=draw(counts if pattern is None else st.integers(2, 64)),
         d_model=draw(counts),
         n_heads=n_kv_heads * draw(st.integers(1, 64)),
         n_kv_heads=n_kv_heads,
@@ -89,6 +91,18 @@ def models(draw):
         norm_eps=draw(positive),
         qk_norm=draw(st.booleans()),
         dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        pattern=pattern,
+    )
+
+
+@st.composite
+def patterns(draw):
+    return ContextSharding(
+        block=draw(st.integers(1, 128)),
+        local=draw(st.integers(1, 64)),
+        stride=draw(st.none() | st.integers(1, 64)),
+        sinks=draw(st.integers(0, 4)),
+        dense_layers=draw(st.sampled_from(["", "first 1", "every 2", "1"])),
     )
 
 
@@ -200,6 +214,7 @@ DEFINING = {
     "model.norm_eps": 1e-5,
     "model.qk_norm": True,
     "model.dtype": "float32",
+    "model.pattern": ContextSharding(64, 4, stride=8, dense_layers="every 2"),
     "data.corpus": "texts",
     "data.tokenizer": "bytes",
     "data.text_field": "content",
@@ -238,7 +253,9 @@ def test_digest_ignores_what_does_not_define_the_result(path):
 def test_digest_sees_what_defines_the_result(path):
     other = changed(run(), path, DEFINING[path])
     assert other.digest != run().digest
-    assert [line.split(":")[0] for line in differing_fields(run(), other)] == [path]
+    named = {line.split(":")[0] for line in differing_fields(run(), other)}
+    assert named
+    assert all(name == path or name.startswith(f"{path}.") for name in named)
 
 
 def test_the_two_token_budgets_are_different_runs():

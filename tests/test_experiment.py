@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling.config import DataConfig, ModelConfig, Question, RunConfig, UserError
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment import (
     Experiment,
     apply_overrides,
@@ -253,6 +254,27 @@ def test_overrides_to_one_run_leave_one_run(workplace):
     assert [apply_overrides(run, parse_overrides(arguments)) for run in grid] == [target] * 6
     assert load_experiment("experiments.tiny", arguments).runs == (target,)
     assert overrides_to([target], target) == []
+
+
+def test_overrides_to_and_from_a_pattern(workplace):
+    grid = load_experiment("experiments.tiny").runs
+    dense = grid[0]
+    sharded = dataclasses.replace(
+        dense,
+        model=dataclasses.replace(
+            dense.model,
+            n_layers=2,
+            pattern=ContextSharding(16, 2, stride=4, dense_layers="every 2"),
+        ),
+    )
+    for start, target in ((dense, sharded), (sharded, dense)):
+        arguments = overrides_to([start], target)
+        assert apply_overrides(start, parse_overrides(arguments)) == target
+    assert arguments[-2:] == ["--model.pattern", "none"]
+    with pytest.raises(UserError, match=r"missing field model\.pattern\.local"):
+        apply_overrides(dense, parse_overrides(["--model.pattern.block", "16"]))
+    with pytest.raises(UserError, match="dense_layers='9' names layer 9"):
+        apply_overrides(sharded, parse_overrides(["--model.pattern.dense-layers", "9"]))
 
 
 def test_an_override_that_does_not_fit_the_run_is_refused():
