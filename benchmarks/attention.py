@@ -19,7 +19,6 @@ import numpy as np
 
 from gqa_scaling.context_sharding import density, strided
 from gqa_scaling.model.attention import attend
-from gqa_scaling.model.sparse_attention import sparse_attend
 from gqa_scaling.parallel import keep_host_memory
 
 QUADRATIC_UP_TO = 2048
@@ -41,7 +40,7 @@ def implementations(T, n_kv, args):
         out["jax.nn"] = jax_nn, 1.0
     for stride in args.strides if args.window < T else ():
         pattern = strided(args.window, stride, args.block).layer(0, 1, n_kv)
-        sparse = lambda q, k, v, pattern=pattern: sparse_attend(q, k, v, pattern)  # noqa: E731
+        sparse = lambda q, k, v, pattern=pattern: attend(q, k, v, (pattern,))  # noqa: E731
         out[f"stride {stride}"] = sparse, density([pattern], T)
     return out
 

@@ -29,10 +29,10 @@ CONFIGS = {  # name: (model, batch, context)
 VARIANTS = {  # name: (attention, autodiff only, keep host memory, remat)
     "plain": ("reference", True, False, "none"),
     "+ memory kept": ("reference", True, True, "none"),
-    "+ blockwise": ("auto", True, True, "none"),
-    "+ backward": ("auto", False, True, "none"),
-    "remat dots": ("auto", False, True, "dots"),
-    "remat full": ("auto", False, True, "full"),
+    "+ blockwise": ("blockwise", True, True, "none"),
+    "+ backward": ("blockwise", False, True, "none"),
+    "remat dots": ("blockwise", False, True, "dots"),
+    "remat full": ("blockwise", False, True, "full"),
 }
 STEPS = 8
 

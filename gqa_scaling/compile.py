@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.hardware import Topology, topology
 from gqa_scaling.hlo import Array, Collective, Program
-from gqa_scaling.model.attention import mean_tiles
+from gqa_scaling.model.blockwise import mean_tiles
 from gqa_scaling.parallel import axis_size
 from gqa_scaling.training.step import abstract_step
 

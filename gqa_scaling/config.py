@@ -7,6 +7,7 @@ so neither a different mesh nor a new evaluation ever retrains anything.
 
 import functools
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -28,6 +29,7 @@ __all__ = [  # what others take from here
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "Implementation",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -40,6 +42,7 @@ __all__ = [  # what others take from here
     "round_up",
 ]
 SCHEMA_VERSION = 1
+Implementation = Literal["reference", "blockwise", "splash", "triton", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,8 @@ class ParallelConfig(Json):
 
     `data` -1 takes every device the other axes leave over. `accumulation` splits a batch into
     that many microbatches. `remat` says what the backward pass recomputes: nothing, everything
-    but the matrix products ("dots"), or whole layers ("full").
+    but the matrix products ("dots"), or whole layers ("full"). `attention` is the implementation,
+    "auto" that of the platform (`layout.attention_implementation`).
     """
 
     data: int = -1
@@ -242,14 +246,14 @@ class ParallelConfig(Json):
     tensor: int = 1
     accumulation: int = 1
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    attention: Literal["auto", Implementation] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.data == -1 or self.data > 0, f"data={self.data} must be -1 or greater than 0")
         positive(self, "fsdp", "context", "tensor", "accumulation")
         one_of(self, "remat", ("none", "dots", "full"))
-        one_of(self, "attention", ("auto", "reference", "blockwise"))
+        one_of(self, "attention", ("auto", *typing.get_args(Implementation)))
 
 
 @dataclass(frozen=True)

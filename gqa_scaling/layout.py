@@ -1,4 +1,4 @@
-"""Which mesh a run gets on a number of devices, and which positions each device holds; no jax.
+"""Which mesh and which attention a run gets on its devices, and which positions each holds; no jax.
 
 Told without any device, so that a plan can refuse what would fail on a pod.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import RunConfig, require
+from gqa_scaling.config import Implementation, RunConfig, require
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -19,7 +19,8 @@ def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
     Raises `UserError`, naming the sizes that would do, when something cannot be divided: the
     sequences of a microbatch over `data` x `fsdp`, positions over twice `context` (zig-zag halves),
     d_model over `fsdp` x `context`, and query heads, FFN and vocabulary over `tensor`. KV heads
-    fewer than `tensor` are repeated.
+    fewer than `tensor` are repeated. The blocks of a pattern must not be cut by `context`, nor its
+    sparse heads, where some are dense, by `tensor`.
     """
     p, m = run.parallel, run.model
     fsdp, context, tensor = p.fsdp, p.context, p.tensor
@@ -37,6 +38,19 @@ def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
             T % (2 * context) == 0,
             f"context={context} must divide half of context_length={T}, as each device holds two "
             f"parts of a sequence: it may be {_among(_divisors(T // 2) if T % 2 == 0 else [1])}",
+        )
+        block = m.pattern.block if m.pattern else 1
+        require(
+            T // (2 * context) % block == 0,
+            f"context={context} cuts {T} positions into parts of {T // (2 * context)}, which must be "
+            f"a multiple of pattern.block={block}",
+        )
+    if m.pattern and m.pattern.dense_kv_heads:
+        dense = m.pattern.dense_kv_heads
+        require(
+            dense % tensor == 0 and (m.n_kv_heads - dense) % tensor == 0,
+            f"tensor={tensor} must divide the {dense} dense KV heads of the pattern and its "
+            f"{m.n_kv_heads - dense} sparse ones: a device computes heads of one kind together",
         )
     _divides(
         f"fsdp={fsdp} x context={context} = {fsdp * context}",
@@ -64,6 +78,50 @@ def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
         f"microbatch: it may be {_among(_divisors(rows))}; more devices go to context or tensor",
     )
     return data, fsdp, context, tensor
+
+
+def attention_implementation(run: RunConfig, platform: str) -> Implementation:
+    """The attention that a run gets on devices of a platform: "cpu", "gpu" or "tpu".
+
+    "auto" is blockwise on a CPU, splash on a TPU and, on a GPU, cudnn for dense models in bfloat16
+    and triton for others; where such a kernel cannot take the model, blockwise, which can do all.
+    Raises `UserError` where the run asks for one that the platform or the model rules out.
+    """
+    wanted = run.parallel.attention
+    if wanted in ("reference", "blockwise"):
+        return wanted
+    if wanted != "auto":
+        reason = _unfit(wanted, run, platform)
+        require(
+            not reason, f"attention={wanted} {reason}: take auto, or blockwise, which runs anywhere"
+        )
+        return wanted
+    by_platform = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
+    fit = (name for name in by_platform.get(platform, ()) if not _unfit(name, run, platform))
+    return next(fit, "blockwise")
+
+
+def _unfit(name: str, run: RunConfig, platform: str) -> str:
+    """Why a kernel cannot serve this run; "" where it can."""
+    m, context = run.model, run.parallel.context
+    needed = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}[name]
+    if platform != needed:
+        return f"needs a {needed.upper()}, and this is a {platform.upper()}"
+    if name == "cudnn":
+        if m.pattern is not None:
+            return "is dense only, and the model has a pattern"
+        if m.dtype != "bfloat16":
+            return f"needs dtype=bfloat16, not {m.dtype}"
+        if m.head_dim % 8 or m.head_dim > 128:
+            return f"needs a head_dim that is a multiple of 8 up to 128, not {m.head_dim}"
+        if context > 1:
+            return f"needs context=1, not {context}"
+    if name == "triton":
+        if m.head_dim not in (16, 32, 64, 128):
+            return f"needs a head_dim of 16, 32, 64 or 128, not {m.head_dim}"
+        if m.pattern is not None and m.pattern.block % 16:
+            return f"needs a pattern.block that is a multiple of 16, not {m.pattern.block}"
+    return ""
 
 
 def zigzag(positions_T: Any, context: int) -> Any:

@@ -64,6 +64,11 @@ def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(grid, AXES)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """"cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def axis_size(*axes: str) -> int:
     """How many devices lie along mesh axes, together; 1 when no mesh is set."""
     shape = jax.sharding.get_abstract_mesh().shape

@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gqa_scaling.config import RunConfig
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
+from gqa_scaling.layout import attention_implementation
 from gqa_scaling.model.loss import per_position_nll
-from gqa_scaling.parallel import BatchLayout
+from gqa_scaling.parallel import BatchLayout, platform_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ def evaluator(
     targets = len(chunks) * run.context_length
 
     layout = BatchLayout(mesh, rows, run.context_length)
+    attention = attention_implementation(run, platform_of(mesh))
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def nll(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         model = nnx.merge(graph, parameters)
-        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=run.parallel.attention)
+        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=attention)
         return nll_BT.sum(1)
 
     def evaluate(parameters: Any) -> Evaluation:

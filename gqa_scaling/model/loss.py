@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gqa_scaling.config import Implementation
 from gqa_scaling.model.product import product
 from gqa_scaling.model.transformer import Transformer
 from gqa_scaling.parallel import all_gather, axis_index, on_shards, pmax, psum, reduce_scatter
@@ -22,7 +23,7 @@ def next_token_loss(
     *,
     chunk: int | None = None,
     remat: str = "none",
-    attention: str = "auto",
+    attention: Implementation = "blockwise",
 ) -> jax.Array:
     """Mean cross-entropy, in nats, of `targets_BT` after `inputs_BT`: a float32 scalar.
 
@@ -34,7 +35,11 @@ def next_token_loss(
 
 
 def per_position_nll(
-    model: Transformer, inputs_BT: jax.Array, targets_BT: jax.Array, *, attention: str = "auto"
+    model: Transformer,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    attention: Implementation = "blockwise",
 ) -> jax.Array:
     """Cross-entropy of each target, in nats: float32 (B, T). For evaluation."""
     hidden_BTD = model(inputs_BT, attention=attention)

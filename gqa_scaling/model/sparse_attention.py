@@ -8,7 +8,6 @@ by side, then walks over tiles of distant keys as far as it sees any, in one sof
 counts for queries whose window it has left, so none counts twice.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,75 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gqa_scaling.context_sharding import HeadPattern, LayerPattern, distant_before, distant_block
-from gqa_scaling.model.attention import (
-    _KV,
-    _MASKED,
-    _Q,
-    _ROWS,
-    _blockwise,
-    _held,
-    _join,
-    _share,
-)
+from gqa_scaling.context_sharding import HeadPattern, distant_before, distant_block
 from gqa_scaling.model.product import product
-from gqa_scaling.parallel import axis_index, axis_size, on_shards
+from gqa_scaling.parallel import axis_size
 
+_MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
 _NEVER = 2**30  # a position after every query
 _SCORES = 512 * 512 * 8  # computed at once: enough for all cores, little memory
 _SCORE, _SUM = "...qh,...sh->...qs", "...qs,...sh->...qh"
-
-
-def sparse_attend(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, pattern: LayerPattern
-) -> jax.Array:
-    """Causal attention after a pattern for each KV head. Returns o_BTKGH in q's dtype.
-
-    `pattern` (static) has one entry for each KV head of k, None for a dense one; all query heads
-    of a KV head share it. Softmax in float32, scores scaled by 1/sqrt(H). Memory is O(T), forward
-    and backward. On a mesh as `attention.attend`; heads whose patterns differ in more than the
-    offset are computed apart, and over a `tensor` axis each kind must be a multiple of its size.
-    Raises `ValueError` where the pattern does not fit the heads or the mesh.
-    """
-    T, K = q_BTKGH.shape[1:3]
-    if len(pattern) != k_BSKH.shape[2]:
-        raise ValueError(f"a pattern of {len(pattern)} heads for {k_BSKH.shape[2]} KV heads")
-    repeats = K // len(pattern)
-    if repeats > 1:  # for a `tensor` axis larger than n_kv
-        k_BSKH, v_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
-        pattern = tuple(head for head in pattern for _ in range(repeats))
-
-    kinds: dict[Any, list[int]] = {}
-    for h, head in enumerate(pattern):
-        kinds.setdefault(_kind(head, T), []).append(h)
-    if len(kinds) > 1 and any(len(heads) % axis_size("tensor") for heads in kinds.values()):
-        counts = [len(heads) for heads in kinds.values()]
-        raise ValueError(
-            f"tensor={axis_size('tensor')} must divide the heads of each kind, here {counts}"
-        )
-    outputs, order = [], []
-    for kind, heads in kinds.items():
-        qkv = [_heads(x, heads) for x in (q_BTKGH, k_BSKH, v_BSKH)]
-        if kind is None:
-            outputs.append(_blockwise(*qkv))
-        else:
-            outputs.append(_sparse(*qkv, tuple(pattern[h] for h in heads)))
-        order += heads
-    return _heads(jnp.concatenate(outputs, axis=2), np.argsort(order).tolist())
-
-
-def _kind(head: HeadPattern | None, T: int) -> Any:
-    """What heads must have in common to be computed together; None for dense ones."""
-    if head is None or head.local * head.block >= T or head.stride == 1:
-        return None
-    return head.block, head.local, head.stride, head.sinks
-
-
-def _heads(x_BTK: jax.Array, heads: list[int]) -> jax.Array:
-    """Some KV heads, in any order, without a gather."""
-    if heads == list(range(x_BTK.shape[2])):
-        return x_BTK
-    return jnp.concatenate([x_BTK[:, :, h : h + 1] for h in heads], axis=2)
 
 
 class _Tiling(NamedTuple):
@@ -123,10 +61,9 @@ def _fitting(T: int, unit: int, most: int) -> int:
     return n * unit
 
 
-def _offsets(heads: tuple[HeadPattern, ...], K: int) -> jax.Array:
-    """On shards: the offsets of the K heads held here."""
-    offsets = jnp.array([head.offset for head in heads])
-    return lax.dynamic_slice_in_dim(offsets, axis_index("tensor") * K, K)
+def _places(starts: jax.Array, n: int, row: int) -> jax.Array:
+    """Where in the sequence the n rows of queries held here begin."""
+    return (starts[:, None] + row * jnp.arange(n // len(starts))).reshape(-1)
 
 
 def _rows(x_BTKG: jax.Array, t: _Tiling) -> jax.Array:
@@ -229,42 +166,26 @@ def _cut(x: jax.Array, n: jax.Array, t: _Tiling, axis: int = 2) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, n * t.side, t.side, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sparse(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, heads: tuple[HeadPattern, ...]
-) -> jax.Array:
-    return _forward(q_BTKGH, k_BSKH, v_BSKH, heads)[0]
-
-
-def _forward(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, heads: tuple[HeadPattern, ...]
-) -> tuple[jax.Array, Any]:
-    qkv, here = (q_BTKGH, k_BSKH, v_BSKH), functools.partial(_forward_here, heads)
-    o_BTKGH, lse_rows = on_shards(here, (_Q, _KV, _KV), [_Q, _ROWS], *qkv)
-    return o_BTKGH, (*qkv, o_BTKGH, lse_rows)
-
-
-def _backward(
-    heads: tuple[HeadPattern, ...], residuals: Any, do_BTKGH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    axes, here = (_Q, _KV, _KV, _Q, _ROWS, _Q), functools.partial(_backward_here, heads)
-    return on_shards(here, axes, [_Q, _KV, _KV], *residuals, do_BTKGH)
-
-
-def _forward_here(
-    heads: tuple[HeadPattern, ...], q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+def forward(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    head: HeadPattern,
+    offset_K: jax.Array,
+    starts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax over the window, then online over the tiles of distant keys."""
+    """o_BTKGH and the log-sum-exp of the scores, lse_BTKG (see `attention._Kernels.forward`).
+
+    Softmax over the window, then online over the tiles of distant keys.
+    """
     T, K, G, H = q_BTKGH.shape[1:]
-    head, t, offset_K = heads[0], _tiling(q_BTKGH, heads[0]), _offsets(heads, K)
-    (k_far, k_near), (v_far, v_near) = (
-        _laid(_join(x), offset_K, head, t) for x in (k_BSKH, v_BSKH)
-    )
+    t = _tiling(q_BTKGH, head)
+    (k_far, k_near), (v_far, v_near) = (_laid(x, offset_K, head, t) for x in (k_BSKH, v_BSKH))
     since, dtype = _since(offset_K, head, t), q_BTKGH.dtype
     q_rows = _rows(q_BTKGH * H**-0.5, t)
 
     def row(x: Any) -> tuple[jax.Array, jax.Array]:
-        start, q = x[0] * t.row, x[1]
+        start, q = x
         k, v = _windows(k_near, start, t), _windows(v_near, start, t)
         s = jnp.where(_near_visible(start, G, head, t), product(_SCORE, q, k), _MASKED)
         top = s.max(-1)
@@ -288,28 +209,36 @@ def _forward_here(
         top, total, o = carry
         return (o / total[..., None]).astype(dtype), top + jnp.log(total)
 
-    o_rows, lse_rows = lax.map(row, (_held(len(q_rows)), q_rows))
-    return _positions(o_rows.reshape(q_rows.shape), T, G, t), lse_rows
+    o_rows, lse_rows = lax.map(row, (_places(starts, len(q_rows), t.row), q_rows))
+    o_rows, lse_rows = o_rows.reshape(q_rows.shape), lse_rows.reshape(q_rows.shape[:-1])
+    return _positions(o_rows, T, G, t), _positions(lse_rows, T, G, t)
 
 
-def _backward_here(
-    heads: tuple[HeadPattern, ...],
+def backward(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     o_BTKGH: jax.Array,
-    lse_rows: jax.Array,
+    lse_BTKG: jax.Array,
     do_BTKGH: jax.Array,
+    head: HeadPattern,
+    offset_K: jax.Array,
+    starts: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of windows and of distant keys apart; the latter find home at the end, once."""
-    (T, K, G, H), dtype = q_BTKGH.shape[1:], q_BTKGH.dtype
-    head, t, offset_K = heads[0], _tiling(q_BTKGH, heads[0]), _offsets(heads, K)
-    laid = functools.partial(_laid, offset_K=offset_K, head=head, t=t)
-    (k_far, k_near), (v_far, v_near) = laid(_join(k_BSKH)), laid(_join(v_BSKH))
+    """dq_BTKGH, dk_BSKH and dv_BSKH, the latter in float32 (see `attention._Kernels.backward`).
+
+    Gradients of windows and of distant keys are apart; the latter find home at the end, once.
+    """
+    (T, _, G, H), dtype = q_BTKGH.shape[1:], q_BTKGH.dtype
+    t = _tiling(q_BTKGH, head)
+
+    def laid(x_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _laid(x_BSKH, offset_K, head, t)
+
+    (k_far, k_near), (v_far, v_near) = laid(k_BSKH), laid(v_BSKH)
     since = _since(offset_K, head, t)
     delta_BTKG = product("BTKGH,BTKGH->BTKG", do_BTKGH, o_BTKGH)
-    rows = tuple(_rows(x, t) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG))
-    rows = *rows, lse_rows.reshape(rows[2].shape)
+    rows = tuple(_rows(x, t) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG, lse_BTKG))
 
     def step(x: Any, k: jax.Array, v: jax.Array, visible: jax.Array) -> Any:
         q, do, delta, lse = x
@@ -325,8 +254,7 @@ def _backward_here(
         return lax.dynamic_update_slice_in_dim(x, dx, start, axis=2)
 
     def row(carry: Any, x: Any) -> tuple[Any, jax.Array]:
-        (dk_near, dv_near, dk_far, dv_far), (i, x) = carry, x
-        start = i * t.row
+        (dk_near, dv_near, dk_far, dv_far), (start, x) = carry, x
         k, v = _windows(k_near, start, t), _windows(v_near, start, t)
         dq, dk, dv = step(x, k, v, _near_visible(start, G, head, t))
         dk_near = add(dk_near, _overlaid(dk, t), start)
@@ -348,14 +276,9 @@ def _backward_here(
         return (dk_near, dv_near, dk_far, dv_far), dq.astype(dtype)
 
     zeros = (jnp.zeros_like(x, jnp.float32) for x in (k_near, v_near, k_far, v_far))
-    carry, dq_rows = lax.scan(row, tuple(zeros), (_held(len(lse_rows)), rows))
+    starting = _places(starts, len(rows[0]), t.row)
+    carry, dq_rows = lax.scan(row, tuple(zeros), (starting, rows))
     dk_near, dv_near, dk_far, dv_far = carry
-    S = T * axis_size("context")
-    home = jax.linear_transpose(laid, jax.ShapeDtypeStruct((len(k_far), S, K, H), jnp.float32))
-    dk_BSKH, dv_BSKH = (
-        _share(*home(dx)).astype(dtype) for dx in ((dk_far, dk_near), (dv_far, dv_near))
-    )
+    home = jax.linear_transpose(laid, jax.ShapeDtypeStruct(k_BSKH.shape, jnp.float32))
+    dk_BSKH, dv_BSKH = (*home((dk_far, dk_near)), *home((dv_far, dv_near)))
     return _positions(dq_rows, T, G, t) * H**-0.5, dk_BSKH, dv_BSKH
-
-
-_sparse.defvjp(_forward, _backward)

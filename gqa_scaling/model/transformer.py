@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqa_scaling.config import ModelConfig
+from gqa_scaling.config import Implementation, ModelConfig
 from gqa_scaling.layout import zigzag
 from gqa_scaling.model.attention import attend
 from gqa_scaling.model.embedding import embed
@@ -80,11 +80,14 @@ class Layers(nnx.Module):
         self.eps = config.norm_eps
 
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attention: str
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attention: Callable
     ) -> jax.Array:
-        """One layer on the residual stream; the layer axis L must have been sliced away."""
+        """One layer on the residual stream; the layer axis L must have been sliced away.
+
+        `attention` takes q_BTKGH, k_BSKH and v_BSKH to o_BTKGH.
+        """
         q, k, v = self.qkv(rms_norm(x_BTD, self.attention_norm_D, self.eps), rope)
-        x_BTD += self.out(attend(q, k, v, implementation=attention))
+        x_BTD += self.out(attention(q, k, v))
         x_BTD += self.ffn(rms_norm(x_BTD, self.ffn_norm_D, self.eps))
         return constrain(x_BTD, "batch", "time", None)
 
@@ -126,7 +129,11 @@ class Transformer(nnx.Module):
         self.output_VD = None if config.tie_embeddings else _param(output_VD, "vocab", "embed")
 
     def __call__(
-        self, tokens_BT: jax.Array, *, remat: str = "none", attention: str = "auto"
+        self,
+        tokens_BT: jax.Array,
+        *,
+        remat: str = "none",
+        attention: Implementation = "blockwise",
     ) -> jax.Array:
         """Hidden states after the final norm, (B, T, D), in the compute dtype.
 
@@ -140,11 +147,18 @@ class Transformer(nnx.Module):
         positions_T = zigzag(jnp.arange(tokens_BT.shape[1]), axis_size("context"))
         rope = rope_tables(constrain(positions_T, "time"), config.head_dim, config.rope_theta)
         graphdef, stack = nnx.split(self.layers)
+        patterns = None if config.pattern is None else config.layer_patterns
 
-        def layer(x_BTD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, params)(x_BTD, rope, attention), None
+        def layer(x_BTD: jax.Array, xs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+            params, index = xs
 
-        x_BTD, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTD, stack)
+            def attention_of_layer(*qkv: jax.Array) -> jax.Array:
+                return attend(*qkv, patterns, index, implementation=attention)
+
+            return nnx.merge(graphdef, params)(x_BTD, rope, attention_of_layer), None
+
+        xs = stack, jnp.arange(config.n_layers)
+        x_BTD, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTD, xs)
         return rms_norm(x_BTD, self.final_norm_D, config.norm_eps)
 
     def output_table(self) -> jax.Array:

@@ -27,11 +27,13 @@ from gqa_scaling.checkpoint import (
     open_checkpoints,
     save_parameters,
 )
+from gqa_scaling.checksums import is_saved
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.evaluation.loss import Evaluation, evaluator
 from gqa_scaling.hardware import cores
+from gqa_scaling.layout import attention_implementation
 from gqa_scaling.runs import RunDirectory
 from gqa_scaling.training.optimizer import make_optimizer
 from gqa_scaling.training.step import (
@@ -90,9 +92,10 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
         "processes": jax.process_count(),
         "device": jax.devices()[0].device_kind,
         "cores": len(cores()),
+        "attention": attention_implementation(run, parallel.platform_of(mesh)),
     }
     graph, like = abstract_parameters(run, mesh)
-    trained = processes.leaders(directory.parameters.exists())
+    trained = processes.leaders(is_saved(directory.parameters))
     with jax.set_mesh(mesh):
         evaluate = evaluator(run, graph, store, mesh)
         if trained:  # and interrupted in its evaluation
@@ -177,7 +180,8 @@ class _Loop:
         """
         state, first = start.state, start.step
         run, steps = self.run, costs.training_steps(self.run)
-        step_fn = train_step(self.graph, run, self.optimizer)
+        devices = parallel.platform_of(self.mesh)
+        step_fn = train_step(self.graph, run, self.optimizer, devices)
         layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
         batches = self.data.iterate(first, layout.pieces)
         with Telemetry(self.directory, first, processes.is_leader()) as telemetry:
@@ -195,6 +199,7 @@ class _Loop:
                     watch.read()  # what is saved has been judged
                     position = {"step": step, "seed": run.seed, "digest": run.digest}
                     position["nonfinite_in_a_row"] = watch.in_a_row
+                    telemetry.flush()
                     self.checkpoints.save(step, state, position)
                     watch.last_saved = step
                 if stop:

@@ -15,6 +15,7 @@ from flax import nnx
 from gqa_scaling import costs, parallel
 from gqa_scaling.checkpoint import placed
 from gqa_scaling.config import RunConfig
+from gqa_scaling.layout import attention_implementation
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.optimizer import make_optimizer
@@ -38,12 +39,16 @@ class Norms(NamedTuple):
     count: jax.Array
 
 
-def train_step(graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted step: (state, inputs [B, T], targets [B, T]) -> (state, StepMetrics).
+def train_step(
+    graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTransformation, platform: str
+) -> Any:
+    """The jitted step on devices of a platform: (state, inputs [B, T], targets [B, T]) -> (state,
+    StepMetrics).
 
     With accumulation the batch is cut into equal microbatches whose gradients are averaged.
     """
-    settings = {"remat": run.parallel.remat, "attention": run.parallel.attention}
+    attention = attention_implementation(run, platform)
+    settings = {"remat": run.parallel.remat, "attention": attention}
 
     def loss_of(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         return next_token_loss(nnx.merge(graph, parameters), inputs_BT, targets_BT, **settings)
@@ -131,7 +136,7 @@ def abstract_step(
         (run.batch_size, run.context_length), jnp.int32, sharding=parallel.batch_sharding(mesh)
     )
     return (
-        train_step(graph, run, optimizer),
+        train_step(graph, run, optimizer, parallel.platform_of(mesh)),
         (abstract_state(run, optimizer, mesh), tokens, tokens),
         mesh,
     )

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gqa_scaling.layout import AXES, zigzag
-from gqa_scaling.model import attention
+from gqa_scaling.model import attention, blockwise
 
 blocks: Counter[int] = Counter()
 
@@ -56,9 +56,9 @@ out = {
     "odd parts": error(2, 1, 52, 1, "blockwise"),
     "bfloat16": error(8, 1, 64, 1, "blockwise", jnp.bfloat16),
 }
-attention._block = lambda T: 8
+blockwise._block = lambda T: 8
 out["small tiles"] = error(4, 2, 128, 2, "blockwise")
-attention.lax = SimpleNamespace(**{**vars(jax.lax), "fori_loop": counted})
+blockwise.lax = SimpleNamespace(**{**vars(jax.lax), "fori_loop": counted})
 error(8, 1, 512, 1, "blockwise")
 jax.effects_barrier()
 out["blocks"] = [blocks[i] for i in range(8)]

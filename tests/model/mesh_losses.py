@@ -1,6 +1,6 @@
 """Run by test_parallel.py with 8 virtual devices: trains on several meshes and prints JSON.
 
-python mesh_losses.py STEPS CONTEXT_LENGTH N_KV_HEADS...
+python mesh_losses.py STEPS CONTEXT_LENGTH N_KV_HEADS [hybrid]
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from flax import nnx
 
 from gqa_scaling import parallel
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.optimizer import make_optimizer
 from gqa_scaling.training.step import train_step
@@ -21,13 +22,25 @@ MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 8, 1), 
 VOCABULARY = 64
 
 
-def run_config(n_kv_heads: int, context_length: int, mesh: tuple[int, ...]) -> RunConfig:
+def run_config(
+    n_kv_heads: int, context_length: int, mesh: tuple[int, ...], hybrid: bool
+) -> RunConfig:
+    block = 2 if context_length <= 1024 else 64
+    pattern = ContextSharding(block, 2, stride=4, dense_layers="0") if hybrid else None
     long = context_length > 1024
     rows = 2 if long else 16
     return RunConfig(
         name="mesh",
         model=ModelConfig(
-            2, 32, 8, n_kv_heads, head_dim=8, d_ff=64, vocab_size=VOCABULARY, dtype="float32"
+            2 + hybrid,
+            32,
+            8,
+            n_kv_heads,
+            head_dim=8,
+            d_ff=64,
+            vocab_size=VOCABULARY,
+            dtype="float32",
+            pattern=pattern,
         ),
         context_length=context_length,
         batch_tokens=rows * context_length,
@@ -57,7 +70,7 @@ def train(run: RunConfig, steps: int) -> dict:
         bits = hashlib.sha256()
         for leaf in jax.tree.leaves(state[0]):
             bits.update(np.asarray(leaf).tobytes())
-        step = train_step(graph, run, optimizer)
+        step = train_step(graph, run, optimizer, "cpu")
         gate = state[0]["layers"]["gate_DF"][...]
         moment = state[1][1][0].mu["layers"]["gate_DF"][...]
         out = {
@@ -78,16 +91,8 @@ def train(run: RunConfig, steps: int) -> dict:
     return out
 
 
-steps, context_length, *kv_heads = map(int, sys.argv[1:])
+steps, context_length, n_kv = map(int, sys.argv[1:4])
+hybrid = sys.argv[4:] == ["hybrid"]
 meshes = MESHES if context_length <= 1024 else (MESHES[0], MESHES[4])
-print(
-    json.dumps(
-        {
-            f"{n_kv}": {
-                "x".join(map(str, mesh)): train(run_config(n_kv, context_length, mesh), steps)
-                for mesh in meshes
-            }
-            for n_kv in kv_heads
-        }
-    )
-)
+runs = {mesh: run_config(n_kv, context_length, mesh, hybrid) for mesh in meshes}
+print(json.dumps({"x".join(map(str, mesh)): train(run, steps) for mesh, run in runs.items()}))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.layout import AXES, zigzag
-from gqa_scaling.model.sparse_attention import sparse_attend
+from gqa_scaling.model.attention import attend
 
 
 def error(context: int, tensor: int, T: int, pattern: tuple, q_heads: int | None = None) -> float:
@@ -23,7 +23,7 @@ def error(context: int, tensor: int, T: int, pattern: tuple, q_heads: int | None
     xs = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
 
     def both(q, k, v, weight):
-        o, pull_back = jax.vjp(lambda *x: sparse_attend(*x, pattern), q, k, v)
+        o, pull_back = jax.vjp(lambda *x: attend(*x, (pattern,)), q, k, v)
         return o, *pull_back(weight)
 
     want = jax.jit(both)(*xs)

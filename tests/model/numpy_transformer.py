@@ -18,7 +18,18 @@ def _rope(x_TH, theta):
     return out
 
 
-def _attention(x_TD, p, config):
+def _visible(T, head):
+    """(T, T): which keys a head sees, of the words of arXiv 2407.17678; None is a dense head."""
+    out = np.tri(T, dtype=bool)
+    for t in range(T) if head else ():
+        for s in range(t + 1):
+            i, j = t // head.block, s // head.block
+            striped = head.stride is not None and (j + head.offset) % head.stride == 0
+            out[t, s] = i - j < head.local or j < head.sinks or striped
+    return out
+
+
+def _attention(x_TD, p, config, heads):
     K, H = config.n_kv_heads, config.head_dim
     T, out = len(x_TD), 0.0
     for head in range(config.n_heads):
@@ -28,7 +39,7 @@ def _attention(x_TD, p, config):
             q = _norm(q, p["q_norm_H"], config.norm_eps)
             k = _norm(k, p["k_norm_H"], config.norm_eps)
         q, k = _rope(q, config.rope_theta), _rope(k, config.rope_theta)
-        scores = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(H), -np.inf)
+        scores = np.where(_visible(T, heads[kv]), q @ k.T / np.sqrt(H), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         out = out + weights @ (x_TD @ p["v_DKH"][:, kv]) @ p["o_KGHD"][kv, g]
@@ -43,12 +54,14 @@ def _ffn(x_TD, p):
 
 def logits(params, config, tokens_BT):
     """(B, T, V) logits from a nested dict of arrays named as in the model."""
-    out = []
+    out, heads = [], config.layer_patterns
     for tokens_T in tokens_BT:
         x = params["embedding_VD"][tokens_T]
         for i in range(config.n_layers):
             p = {name: stack[i] for name, stack in params["layers"].items()}
-            x = x + _attention(_norm(x, p["attention_norm_D"], config.norm_eps), p, config)
+            x = x + _attention(
+                _norm(x, p["attention_norm_D"], config.norm_eps), p, config, heads[i]
+            )
             x = x + _ffn(_norm(x, p["ffn_norm_D"], config.norm_eps), p)
         x = _norm(x, params["final_norm_D"], config.norm_eps)
         out.append(x @ params["embedding_VD" if config.tie_embeddings else "output_VD"].T)

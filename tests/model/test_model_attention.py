@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqa_scaling.model import attention
+from gqa_scaling.model import attention, blockwise
 
 
 def operands(shape, dtype=jnp.float32, seed=0):
@@ -46,18 +46,18 @@ SHAPES = st.tuples(
 @given(shape=SHAPES, seed=st.integers(0, 2**31))
 def test_blockwise_equals_reference(shape, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_block", lambda T: min(T, 16))
+        patch.setattr(blockwise, "_block", lambda T: min(T, 16))
         assert_blockwise_equals_reference(shape, seed)
 
 
 @pytest.mark.parametrize("T", [16, 33], ids="T={}".format)
 def test_blockwise_at_the_edges_of_its_blocks(T, monkeypatch):
-    monkeypatch.setattr(attention, "_block", lambda T: min(T, 16))
+    monkeypatch.setattr(blockwise, "_block", lambda T: min(T, 16))
     assert_blockwise_equals_reference((2, T, 2, 2, 16), 0)
 
 
 def test_blockwise_with_its_own_block_size():
-    assert_blockwise_equals_reference((1, attention._block(999) + 5, 1, 2, 16), 1)
+    assert_blockwise_equals_reference((1, blockwise._block(999) + 5, 1, 2, 16), 1)
 
 
 attend = jax.jit(attention.attend, static_argnames="implementation")
@@ -89,7 +89,9 @@ def test_bfloat16_stays_close():
 
 def test_unknown_implementation():
     q, k, v, _ = operands((1, 4, 1, 1, 8))
-    with pytest.raises(ValueError, match="auto, reference or blockwise"):
+    with pytest.raises(
+        ValueError, match="must be one of reference, blockwise, splash, triton, cudnn"
+    ):
         attention.attend(q, k, v, implementation="flash")
 
 

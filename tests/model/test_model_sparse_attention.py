@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.model import sparse_attention
 from gqa_scaling.model.attention import attend
-from gqa_scaling.model.sparse_attention import sparse_attend
 
 
 def visible(pattern, T):
@@ -30,10 +29,9 @@ def visible(pattern, T):
     return out
 
 
-def reference(q, k, v, pattern):
+def reference(q, k, v, visible_KTS):
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / math.sqrt(q.shape[-1])
-    seen = visible(pattern, q.shape[1])[None, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible_KTS[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
 
 
@@ -44,18 +42,28 @@ def operands(shape, seed=0):
     return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
 
 
-def assert_equals_reference(shape, pattern, seed=0):
-    def both(q, k, v, weight):
-        def run(f):
-            o, pull_back = jax.vjp(lambda *x: f(*x, pattern), q, k, v)
-            return o, pull_back(weight)
+def assert_equals_reference(shape, *patterns, seed=0):
+    """Each of the layers' patterns, of which a traced number says the one that holds."""
 
-        return run(reference), run(sparse_attend)
+    def run(f, weight, *qkv):
+        o, pull_back = jax.vjp(f, *qkv)
+        return o, *pull_back(weight)
 
-    (o, gradients), (o2, gradients2) = jax.jit(both)(*operands(shape, seed))
-    np.testing.assert_allclose(o2, o, rtol=0, atol=2e-6)
-    for g2, g in zip(gradients2, gradients, strict=True):
-        np.testing.assert_allclose(g2, g, rtol=0, atol=2e-5)
+    @jax.jit
+    def wanted(pattern_KTT, weight, *qkv):
+        return run(lambda *x: reference(*x, pattern_KTT), weight, *qkv)
+
+    @jax.jit
+    def found(layer, weight, *qkv):
+        return run(lambda *x: attend(*x, patterns, layer), weight, *qkv)
+
+    *qkv, weight = operands(shape, seed)
+    for layer, pattern in enumerate(patterns):
+        want = wanted(visible(pattern, shape[1]), weight, *qkv)
+        got = found(layer, weight, *qkv)
+        np.testing.assert_allclose(got[0], want[0], rtol=0, atol=2e-6)
+        for g2, g in zip(got[1:], want[1:], strict=True):
+            np.testing.assert_allclose(g2, g, rtol=0, atol=2e-5)
 
 
 @st.composite
@@ -69,18 +77,22 @@ def heads(draw, block):
 
 @st.composite
 def cases(draw):
-    """Any mixture of heads, or what a layer has: heads that differ in their offsets."""
+    """Layers of any mixtures of heads, or what a model has: dense layers and such whose heads differ
+    in their offsets."""
     K, G = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (4, 1)]))
     block = draw(st.sampled_from([1, 2, 3, 4, 8]))
     T = draw(st.integers(1, 60))
-    if draw(st.booleans()):
-        pattern = tuple(draw(heads(block)) for _ in range(K))
-    else:
-        stride, sinks = draw(st.integers(2, 6)), draw(st.integers(0, 2))
-        offsets = draw(st.lists(st.integers(0, stride - 1), min_size=K, max_size=K))
-        local = draw(st.integers(1, 3))
-        pattern = tuple(HeadPattern(block, local, stride, o, sinks) for o in offsets)
-    return (draw(st.integers(1, 2)), T, K, G, 8), pattern
+    stride, sinks, local = draw(st.integers(2, 6)), draw(st.integers(0, 2)), draw(st.integers(1, 3))
+    mixed, patterns = draw(st.booleans()), []
+    for _ in range(draw(st.integers(1, 3))):
+        if mixed:
+            patterns.append(tuple(draw(heads(block)) for _ in range(K)))
+        elif draw(st.integers(0, 3)) == 0:
+            patterns.append((None,) * K)
+        else:
+            offsets = draw(st.lists(st.integers(0, stride - 1), min_size=K, max_size=K))
+            patterns.append(tuple(HeadPattern(block, local, stride, o, sinks) for o in offsets))
+    return ((draw(st.integers(1, 2)), T, K, G, 8), *patterns)
 
 
 @pytest.fixture(params=[16, 64], ids="row of {}".format)
@@ -109,14 +121,14 @@ def mixtures(examples):
 @mixtures(4)
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_any_mixture_equals_the_masked_reference(small_rows, case, seed):
-    assert_equals_reference(*case, seed)
+    assert_equals_reference(*case, seed=seed)
 
 
 @pytest.mark.slow
 @mixtures(100)
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_many_mixtures_equal_the_masked_reference(small_rows, case, seed):
-    assert_equals_reference(*case, seed)
+    assert_equals_reference(*case, seed=seed)
 
 
 def test_with_its_own_tiling_and_a_ragged_end():
@@ -134,13 +146,13 @@ def test_sinks_alone_that_fill_no_whole_tile():
 
 def test_dense_heads_are_the_dense_attention():
     q, k, v, _ = operands((1, 40, 2, 2, 8))
-    np.testing.assert_array_equal(sparse_attend(q, k, v, (None, None)), attend(q, k, v))
+    np.testing.assert_array_equal(attend(q, k, v, ((None, None),)), attend(q, k, v))
 
 
 def test_large_scores_stay_finite():
     q, k, v, _ = operands((1, 64, 1, 2, 8))
     pattern = (HeadPattern(4, 2, 4, 1),)
-    f = lambda q, k, v: sparse_attend(100 * q, 100 * k, v, pattern).sum()  # noqa: E731
+    f = lambda q, k, v: attend(100 * q, 100 * k, v, (pattern,)).sum()  # noqa: E731
     assert all(jnp.isfinite(g).all() for g in jax.grad(f, (0, 1, 2))(q, k, v))
 
 
@@ -149,7 +161,7 @@ def test_bfloat16_stays_close():
     pattern = (HeadPattern(8, 2, 3, 0), HeadPattern(8, 2, 3, 1))
 
     def both(dtype):
-        o, back = jax.vjp(lambda *x: sparse_attend(*x, pattern), *(x.astype(dtype) for x in qkv))
+        o, back = jax.vjp(lambda *x: attend(*x, (pattern,)), *(x.astype(dtype) for x in qkv))
         return o, *back(weight.astype(dtype))
 
     qkv = q, k, v
@@ -164,7 +176,7 @@ def test_memory_grows_with_the_context_not_its_square():
 
     def temporaries(T):
         q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in [(1, T, 1, 2, 16), (1, T, 1, 16)])
-        f = jax.grad(lambda *x: sparse_attend(*x, pattern).sum(), (0, 1, 2))
+        f = jax.grad(lambda *x: attend(*x, (pattern,)).sum(), (0, 1, 2))
         return jax.jit(f).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(2**14), temporaries(2**16)
@@ -174,7 +186,15 @@ def test_memory_grows_with_the_context_not_its_square():
 def test_what_does_not_fit():
     q, k, v, _ = operands((1, 8, 2, 1, 8))
     with pytest.raises(ValueError, match="1 heads for 2 KV heads"):
-        sparse_attend(q, k, v, (None,))
+        attend(q, k, v, ((None,),))
+
+
+def test_the_reference_implementation_knows_patterns():
+    q, k, v, _ = operands((1, 41, 2, 2, 8))
+    layers = (None, None), (HeadPattern(4, 2, 3, 1, 1), None), (None, HeadPattern(4, 1))
+    for layer, pattern in enumerate(layers):
+        got = attend(q, k, v, layers, layer, implementation="reference")
+        np.testing.assert_allclose(got, reference(q, k, v, visible(pattern, 41)), atol=2e-6)
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,25 @@ from flax import nnx
 from jaxpr_flops import count_dot_flops
 
 from gqa_scaling.config import ModelConfig
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.model.loss import next_token_loss, per_position_nll
 from gqa_scaling.model.transformer import create
 from gqa_scaling.parallel import RULES
 
 TINY = ModelConfig(2, 24, 4, 2, head_dim=8, vocab_size=40, dtype="float32")
+STRIPES = ContextSharding(2, 1, stride=3, dense_layers="every 3")
+HYBRID = replace(TINY, n_layers=4, pattern=STRIPES)  # layers: stripes, shifted, dense, shifted
 VARIANTS = {
     "mha": replace(TINY, n_kv_heads=4),
     "gqa": TINY,
     "mqa": replace(TINY, n_kv_heads=1),
     "qk_norm": replace(TINY, qk_norm=True),
     "untied": replace(TINY, tie_embeddings=False, d_ff=40),
+    "hybrid": HYBRID,
+    "dense heads": replace(
+        TINY, pattern=ContextSharding(2, 2, stride=4, sinks=1, dense_kv_heads=1)
+    ),
+    "window": replace(TINY, n_kv_heads=1, pattern=ContextSharding(3, 1)),
 }
 
 
@@ -45,7 +53,7 @@ def batch(config, shape=(2, 11), seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def loss_and_gradient(graphdef, params, x, y, remat="none", attention="auto"):
+def loss_and_gradient(graphdef, params, x, y, remat="none", attention="blockwise"):
     def loss(params):
         return next_token_loss(nnx.merge(graphdef, params), x, y, remat=remat, attention=attention)
 
@@ -65,7 +73,7 @@ def test_equals_the_equations_in_numpy(config):
     np.testing.assert_allclose(got_loss, nll.mean(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qk_norm", "untied"])
+@pytest.mark.parametrize("name", ["qk_norm", "untied", "hybrid"])
 def test_gradient_equals_finite_differences_of_the_equations(name):
     config = VARIANTS[name]
     x, y = batch(config)
@@ -110,10 +118,22 @@ def test_no_position_sees_a_later_one(attention):
         assert (rows[t + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_a_pattern_that_hides_nothing_is_the_dense_model():
     x, y = batch(TINY)
-    graphdef, params = nnx.split(create(TINY, 0))
+    params = nnx.state(create(TINY, 0))
+    answers = []
+    for pattern in (None, ContextSharding(4, 3), ContextSharding(2, 1, stride=1)):
+        graphdef = nnx.graphdef(create(replace(TINY, pattern=pattern), 0))
+        answers.append(loss_and_gradient(graphdef, params, x, y))
+    for other in answers[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, answers[0])
+
+
+@pytest.mark.parametrize("config", [TINY, HYBRID], ids=["dense", "hybrid"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat, config):
+    x, y = batch(config)
+    graphdef, params = nnx.split(create(config, 0))
     loss, want = loss_and_gradient(graphdef, params, x, y)
     loss2, got = loss_and_gradient(graphdef, params, x, y, remat)
     assert float(loss2) == pytest.approx(float(loss), abs=1e-6)

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
-from gqa_scaling.layout import axis_sizes, zigzag
+from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.layout import attention_implementation, axis_sizes, zigzag
 from gqa_scaling.parallel import BatchLayout, constrain, make_mesh
 
 MODEL = ModelConfig(2, 32, 8, 4, head_dim=8, d_ff=64, vocab_size=64)
+SHARDED = replace(MODEL, pattern=ContextSharding(16, 1, stride=4, dense_kv_heads=1))
 MESHES = ("1x1x1x1", "8x1x1x1", "2x2x2x1", "1x2x2x2", "1x1x8x1", "1x1x1x8")
 
 
@@ -50,24 +53,25 @@ def check(meshes: dict[str, dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def gqa():
-    return on_eight_devices(6, 32, 2)["2"]
+def hybrid():
+    return on_eight_devices(6, 32, 2, "hybrid")
 
 
-def test_every_mesh_trains_alike(gqa):
-    assert tuple(gqa) == MESHES
-    check(gqa)
+def test_every_mesh_trains_alike(hybrid):
+    assert tuple(hybrid) == MESHES
+    check(hybrid)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_kv_heads", [8, 2, 1])
 def test_twenty_steps_agree_on_every_mesh(n_kv_heads):
-    check(on_eight_devices(20, 32, n_kv_heads)[str(n_kv_heads)])
+    check(on_eight_devices(20, 32, n_kv_heads))
 
 
 @pytest.mark.slow
-def test_a_long_context_over_eight_devices():
-    check(on_eight_devices(3, 8192, 1)["1"])
+@pytest.mark.parametrize("kind", [(), ("hybrid",)], ids=["dense", "hybrid"])
+def test_a_long_context_over_eight_devices(kind):
+    check(on_eight_devices(3, 8192, 1, *kind))
 
 
 def run(parallel: ParallelConfig, batch_size: int, model=MODEL, context_length=64) -> RunConfig:
@@ -105,12 +109,39 @@ SIX = ModelConfig(2, 32, 12, 6, head_dim=8, d_ff=64, vocab_size=64)
         (run(ParallelConfig(fsdp=4), 8), 6, "must divide the 6 devices"),
         (run(ParallelConfig(data=3), 8), 8, "= 3 devices, but there are 8"),
         (run(ParallelConfig(), 6), 4, "6 sequences of a microbatch: it may be 1, 2, 3, 6"),
+        (run(ParallelConfig(context=4), 8, SHARDED), 4, "parts of 8, which must be a multiple of"),
+        (run(ParallelConfig(tensor=2), 8, SHARDED), 2, "the 1 dense KV heads of the pattern and"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(run, devices, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         axis_sizes(run, devices)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "platform", "asked", "got"),
+    [
+        (MODEL, "cpu", "auto", "blockwise"),
+        (MODEL, "tpu", "auto", "splash"),
+        (replace(MODEL, head_dim=64), "gpu", "auto", "cudnn"),
+        (replace(MODEL, head_dim=64, dtype="float32"), "gpu", "auto", "triton"),
+        (replace(SHARDED, head_dim=64), "gpu", "auto", "triton"),
+        (replace(MODEL, head_dim=80, dtype="float32"), "gpu", "auto", "blockwise"),
+        (MODEL, "tpu", "blockwise", "blockwise"),
+        (MODEL, "cpu", "splash", "splash needs a TPU, and this is a CPU"),
+        (MODEL, "tpu", "cudnn", "cudnn needs a GPU, and this is a TPU"),
+        (SHARDED, "gpu", "cudnn", "is dense only, and the model has a pattern"),
+        (replace(MODEL, head_dim=24), "gpu", "triton", "needs a head_dim of 16, 32, 64 or 128"),
+    ],
+)
+def test_the_attention_of_a_platform(model, platform, asked, got):
+    config = run(ParallelConfig(attention=asked), 8, model)
+    if "needs" in got or "only" in got:
+        with pytest.raises(UserError, match=got):
+            attention_implementation(config, platform)
+    else:
+        assert attention_implementation(config, platform) == got
 
 
 @given(context=st.integers(1, 16), part=st.integers(1, 5))

@@ -24,7 +24,7 @@ def test_golden_steps() -> None:
     run = tiny_run()
     graph, parameters = nnx.split(create(run.model, run.seed))
     optimizer = make_optimizer(run.optimizer, 10)
-    step = train_step(graph, run, optimizer)
+    step = train_step(graph, run, optimizer, "cpu")
     state, losses = (parameters, optimizer.init(parameters)), []
     tokens = np.random.default_rng(0).integers(0, 257, (3, 4, 33), np.int32)
     for batch in tokens:

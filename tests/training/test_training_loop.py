@@ -220,7 +220,7 @@ def test_a_batch_that_is_not_finite_leaves_every_bit_as_it_was(
     spoil(monkeypatch, run, {2}, np.inf)
     graph = nnx.graphdef(create(run.model, 0))
     optimizer = step.make_optimizer(run.optimizer, 24)
-    step_fn, data = step.train_step(graph, run, optimizer), loop.check_data(run, store())
+    step_fn, data = step.train_step(graph, run, optimizer, "cpu"), loop.check_data(run, store())
     state = step.initial_state(run, optimizer)
     for number in (1, 2, 3):
         before = [np.asarray(x).copy() for x in jax.tree.leaves(state)]
@@ -311,6 +311,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     for each in (run, micro):
         graph, parameters = nnx.split(create(run.model, 0))
         state = (parameters, optimizer.init(parameters))
-        _, metrics = step.train_step(graph, each, optimizer)(state, tokens[:, :-1], tokens[:, 1:])
+        _, metrics = step.train_step(graph, each, optimizer, "cpu")(state, tokens[:, :-1], tokens[:, 1:])
         out.append(metrics[:2])
     np.testing.assert_allclose(out[0], out[1], rtol=1e-5)

@@ -27,7 +27,7 @@ def test_train_step_lowers(platform: str, dtype: str) -> None:
     optimizer = make_optimizer(run.optimizer, 10)
     state = (parameters, jax.eval_shape(optimizer.init, parameters))
     tokens = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    traced = train_step(graph, run, optimizer).trace(state, tokens, tokens)
+    traced = train_step(graph, run, optimizer, "cpu").trace(state, tokens, tokens)
     lowered = traced.lower(lowering_platforms=(platform,))
     text = lowered.as_text()
     assert ("bf16" in text) == (dtype == "bfloat16")
