@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,20 +15,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gqa_scaling.config import RunConfig
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
-from gqa_scaling.layout import attention_implementation
+from gqa_scaling.layout import attention_implementation, zigzag
 from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.parallel import BatchLayout, platform_of
 
 
+POSITION_PARTS = 32  # of the context, for which losses are told apart
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss on the evaluation stream, whose hash tells which targets these were."""
+    """Loss on the evaluation stream, whose hash tells which targets these were.
+
+    `loss_by_position` are means over equal parts of the context, first positions first.
+    """
 
     loss: float
     bits_per_byte: float
     targets: int
     hash: str
     context_length: int
+    loss_by_position: tuple[float, ...] = ()
 
 
 def evaluator(
@@ -46,25 +54,34 @@ def evaluator(
 
     layout = BatchLayout(mesh, rows, run.context_length)
     attention = attention_implementation(run, platform_of(mesh))
+    order = zigzag(np.arange(run.context_length), mesh.shape["context"])
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def nll(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    def nll(
+        parameters: Any, rows_left: int, inputs_BT: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Summed over positions, (B,), and over the rows that count, (T,)."""
         model = nnx.merge(graph, parameters)
         nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=attention)
-        return nll_BT.sum(1)
+        counted = jnp.arange(rows)[:, None] < rows_left
+        return nll_BT.sum(1), jnp.where(counted, nll_BT, 0).sum(0)
 
     def evaluate(parameters: Any) -> Evaluation:
-        total = 0.0
+        total, by_position = 0.0, np.zeros(run.context_length)
         for start in range(0, len(chunks), rows):
             index = np.arange(start, start + rows).clip(max=len(chunks) - 1)
             tokens = [
                 chunks[index[of.start : of.stop], time.start : time.stop + 1]
                 for of, time in layout.pieces
             ]
-            sums = np.asarray(nll(parameters, *layout.place(tokens)), np.float64)
-            total += float(sums[: len(chunks) - start].sum())
+            left = len(chunks) - start
+            sums, column_sums = jax.device_get(nll(parameters, left, *layout.place(tokens)))
+            total += float(sums[:left].sum(dtype=np.float64))
+            by_position[order] += column_sums
         loss = total / targets
         bits = loss / math.log(2) / store.heldout_bytes_per_token
-        return Evaluation(loss, bits, targets, stream, run.context_length)
+        parts = np.array_split(by_position / len(chunks), min(POSITION_PARTS, run.context_length))
+        means = tuple(float(part.mean()) for part in parts)
+        return Evaluation(loss, bits, targets, stream, run.context_length, means)
 
     return evaluate

@@ -89,6 +89,7 @@ def test_loss_is_the_mean_over_every_held_out_target() -> None:
     nll = -np.take_along_axis(logp, chunks[:, 1:, None], -1)
     assert value["loss"] == pytest.approx(nll.mean(), rel=1e-5)
     assert value["targets"] == nll.size == 1024
+    assert value["loss_by_position"] == pytest.approx(nll[..., 0].mean(0), rel=1e-5)
     bits = value["loss"] / math.log(2) / store().heldout_bytes_per_token
     assert value["bits_per_byte"] == pytest.approx(bits)
 
