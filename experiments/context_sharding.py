@@ -55,7 +55,7 @@ def runs() -> list[RunConfig]:
             tokens=800 * 2048,
             seed=seed,
             optimizer=OptimizerConfig(learning_rate=learning_rate),
-            evaluation=EvaluationConfig(tokens=2**18),
+            evaluation=EvaluationConfig(tokens=2**17),
             checkpoint=CheckpointConfig(every_steps=200),
         )
         for (L, d, learning_rate), name, seed in cells
