@@ -52,11 +52,11 @@ def runs() -> list[RunConfig]:
             data=DataConfig(corpus="stdlib", tokenizer="bpe-1024"),
             context_length=1024,
             batch_tokens=2048,
-            tokens=800 * 2048,
+            tokens=1600 * 2048,
             seed=seed,
             optimizer=OptimizerConfig(learning_rate=learning_rate),
             evaluation=EvaluationConfig(tokens=2**17),
-            checkpoint=CheckpointConfig(every_steps=200),
+            checkpoint=CheckpointConfig(every_steps=400),
         )
         for (L, d, learning_rate), name, seed in cells
     ]
