@@ -65,7 +65,7 @@ def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def platform_of(mesh: Mesh) -> str:
-    """"cpu", "gpu" or "tpu"."""
+    """What kind of devices the mesh has: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 

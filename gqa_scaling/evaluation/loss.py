@@ -19,7 +19,6 @@ from gqa_scaling.layout import attention_implementation, zigzag
 from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.parallel import BatchLayout, platform_of
 
-
 POSITION_PARTS = 32  # of the context, for which losses are told apart
 
 
