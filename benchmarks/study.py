@@ -1,6 +1,7 @@
 """How good the study's estimates and decisions are, on synthetic data with a known truth.
 
-    python benchmarks/study.py recovery|speed|laws|robust|choice|coverage|suggest [--sets 1000]
+    python benchmarks/study.py recovery|speed|laws|robust|choice|coverage|suggest|sparsity
+        [--sets 1000]
 
 Truths are the curves fitted to the 40 published points of Chen et al. 2025 unless said otherwise;
 every number printed is reproducible: data set i uses seed (--seed, i). Nothing was tuned on the
@@ -9,12 +10,16 @@ data sets of the default seed; those of seed 17 were looked at while the methods
 
 import argparse
 import dataclasses
+import itertools
 import time
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from gqa_scaling.config import ModelConfig, Question, RunConfig
+from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula, training_flops
 from gqa_scaling.grid import head_candidates
 from gqa_scaling.ladder import FIGURE_2_LADDER
@@ -185,6 +190,102 @@ def speed(sets: int, seed: int) -> None:
         print(f"fit and 1,000 refits, {name}, {len(r)} runs: {np.median(times):.2f} s")
 
 
+SPARSE_AT = 4096  # tokens of training
+PATTERNS = (
+    None,
+    ContextSharding(64, 4, 8),
+    ContextSharding(64, 4, 8, dense_layers="every 2"),
+    ContextSharding(64, 4),
+    ContextSharding(64, 16, 4),
+    ContextSharding(64, 16, 16),
+    ContextSharding(64, 4, 16, dense_kv_heads=1),
+    ContextSharding(64, 8, 8, dense_layers="first 1, last 1"),
+)
+
+
+def sparsity(sets: int, seed: int) -> None:
+    """Patterns left out, predicted by several forms of what sparsity costs, under several truths.
+
+    Seven patterns and dense, (8,8) and (8,2), five sizes, 0.1% noise; each pattern in turn is left
+    out with both. rho is the mean density over layers and heads, rho_h that of one head. Then, for
+    the form that the joint laws have, how often r's interval holds it.
+    """
+    shapes = [(h, p, L) for h in ((8, 8), (8, 2)) for p in PATTERNS for L in (4, 6, 8, 12, 16)]
+    whose = np.array([PATTERNS.index(p) for _, p, _ in shapes])
+    x = np.log([n_formula(L, 64 * L, 0, 0) / 3e7 for _, _, L in shapes])
+    q = np.log2([h[1] for h, _, _ in shapes])
+    mean, each = (
+        np.zeros(len(shapes)),
+        np.zeros(len(shapes)),
+    )  # halvings of rho; of rho_h on average
+    for i, ((_, kv), p, L) in enumerate(shapes):
+        layers = p.layers(L, kv) if p else [(None,)]
+        heads = [density([(head,)], SPARSE_AT) for layer in layers for head in layer]
+        mean[i], each[i] = -np.log2(np.mean(heads)), -np.mean(np.log2(heads))
+    dense = np.exp(-0.1 - 0.2 * x - 0.015 * q)
+    truths = {
+        "excess * rho^-r": dense * np.exp(0.025 * mean),
+        "excess * mean of rho_h^-r": dense * np.exp(0.025 * each),
+        "excess + c log 1/rho": dense + 0.025 * mean,
+        "excess * (1 + c (1/rho - 1)^1/2)": dense * (1 + 0.03 * np.sqrt(2**mean - 1)),
+        "excess * (1 + c log(1/rho)^3/2)": dense * (1 + 0.015 * mean**1.5),
+    }
+    forms = {  # of the logarithm of the excess, and what is added to it
+        "none": lambda t: (0.0, 0.0),
+        "rho^-r": lambda t: (t[4] * mean, 0.0),
+        "rho_h^-r": lambda t: (t[4] * each, 0.0),
+        "+ c log 1/rho": lambda t: (0.0, t[4] * mean),
+        "exp(r log^g)": lambda t: (t[4] * mean ** np.clip(t[5], 0.2, 4), 0.0),
+        "exp(r/rho)": lambda t: (t[4] * (2**mean - 1), 0.0),
+    }
+    print(f"patterns left out, root mean square error in millinats{'':12}" + _row(forms, "{:>14}"))
+    for name, excess in truths.items():
+        errors = {form: [] for form in forms}
+        for i in range(max(2, sets // 250)):
+            rng = np.random.default_rng((seed, i))
+            y = (1.9 + excess) * (1 + 0.001 * rng.standard_normal(len(x)))
+            for form, out in itertools.product(forms, range(1, len(PATTERNS))):
+
+                def loss(t: np.ndarray, form: str = form) -> np.ndarray:
+                    rise, more = forms[form](t)
+                    return t[0] + np.exp(t[1] - t[2] * x - t[3] * q + rise) + more
+
+                keep = whose != out
+                start = [1.8, 0.0, 0.2, 0.01, 0.02, 1.0]
+                found = least_squares(lambda t: (loss(t) - y)[keep], start)  # noqa: B023
+                errors[form] += ((loss(found.x) - 1.9 - excess)[~keep] ** 2).tolist()
+        rms = [1e3 * np.sqrt(np.mean(e)) for e in errors.values()]
+        print(f"{name:<67}" + _row(rms, "{:>14.1f}"))
+    n = [float(n_formula(L, 64 * L, *h)) for h, _, L in shapes]
+    columns = {
+        "n_heads": [h for (h, _), _, _ in shapes],
+        "n_kv_heads": [k for (_, k), _, _ in shapes],
+    }
+    columns |= {"n_layers": [L for *_, L in shapes], "d_model": [64 * L for *_, L in shapes]}
+    columns = {k: np.array(v) for k, v in columns.items()} | {"n_params": np.array(n)}
+    columns |= {"tokens": 20 * np.array(n), "context_length": np.full(len(n), SPARSE_AT)}
+    columns |= {"pattern": np.array([p for _, p, _ in shapes], object)}
+    columns |= {"name": np.array([f"r{i}" for i in range(len(n))], object)}
+    blank = dataclasses.replace(PUBLISHED.select(np.zeros(len(n), int)), **columns)
+    for own, shared in ((0.001, 0.0), (0.002, 0.001)):
+        held, widths = [], []
+        for i in range(max(20, sets // 5)):
+            rng = np.random.default_rng((seed, i))
+            error = own * rng.standard_normal(len(x)) + np.tile(shared * rng.standard_normal(5), 16)
+            r = dataclasses.replace(blank, loss=(1.9 + truths["excess * rho^-r"]) * (1 + error))
+            low, high = fit(r, law="product", refits=400, seed=i).constants["r"][1]
+            held.append(low <= 0.025 <= high)
+            widths.append(high - low)
+        print(
+            f"r = 0.025, noise {own:.1%} of a run and {shared:.1%} of a size: 90% interval holds it "
+            f"in {np.mean(held):.0%} of {len(held)}, median width {np.median(widths):.4f}"
+        )
+
+
+def _row(values: Iterable[object], form: str) -> str:
+    return "".join(form.format(value) for value in values)
+
+
 HEADS = head_candidates(32)
 
 
@@ -304,7 +405,9 @@ def suggest(sets: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    every = {f.__name__: f for f in (recovery, speed, laws, robust, choice, coverage, suggest)}
+    every = {
+        f.__name__: f for f in (recovery, speed, laws, robust, choice, coverage, suggest, sparsity)
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", metavar="|".join(every))
     parser.add_argument("--sets", type=int, default=200, help="synthetic data sets (default: 200)")

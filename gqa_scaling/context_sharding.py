@@ -11,8 +11,10 @@ Symbols: T context length in tokens, b block size in tokens, w local blocks, W =
 blocks, i query block, j key block. Layers and heads count from 0.
 """
 
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from gqa_scaling.fields import Json, require
@@ -235,6 +237,28 @@ class ContextSharding(Json):
             self._term(term)
         object.__setattr__(self, "dense_layers", ", ".join(terms))  # one spelling, one digest
 
+    @property
+    def label(self) -> str:
+        """One line for people, such as b64 w16 s8 +dense every 2; two patterns never share one.
+
+        Blocks of b tokens, w of them local, a stripe each s blocks, k sinks, then what is dense.
+        """
+        parts = [f"b{self.block} w{self.local}"]
+        parts += [f"s{self.stride}"] if self.stride is not None else []
+        parts += [f"k{self.sinks}"] if self.sinks else []
+        parts += [f"+{self.dense_kv_heads} dense KV"] if self.dense_kv_heads else []
+        parts += [f"+dense {self.dense_layers}"] if self.dense_layers else []
+        return " ".join(parts)
+
+    def __lt__(self, other: "ContextSharding") -> bool:
+        """An order for tables: by blocks, window, stride (none first) and the rest."""
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple:
+        sparse = (self.block, self.local, self.stride or 0, self.sinks)
+        return (*sparse, self.dense_kv_heads, self.dense_layers)
+
     def layer(self, layer: int, n_layers: int, n_kv_heads: int) -> LayerPattern:
         """The patterns of one layer's KV heads; all None in a dense layer.
 
@@ -277,23 +301,30 @@ class ContextSharding(Json):
         return tuple(out)
 
     def _dense(self, n_layers: int) -> set[int]:
-        dense: set[int] = set()
+        named, last = self._named(n_layers)
+        beyond = min((k for k in named if k >= n_layers), default=None)
+        require(
+            beyond is None,
+            f"dense_layers={self.dense_layers!r} names layer {beyond}, but the {n_layers} layers "
+            f"are 0 to {n_layers - 1}",
+        )
+        return named | set(range(max(0, n_layers - last), n_layers))
+
+    def _named(self, n_layers: int) -> tuple[set[int], int]:
+        """The dense layers counted from the first on, listed ones all, and how many last ones."""
+        named: set[int] = set()
+        last = 0
         for term in self.dense_layers.split(", ") if self.dense_layers else []:
             word, k = self._term(term)
             if word == "every":
-                dense.update(range(k - 1, n_layers, k))
+                named.update(range(k - 1, n_layers, k))
             elif word == "first":
-                dense.update(range(min(k, n_layers)))
+                named.update(range(min(k, n_layers)))
             elif word == "last":
-                dense.update(range(max(0, n_layers - k), n_layers))
+                last = max(last, k)
             else:
-                require(
-                    k < n_layers,
-                    f"dense_layers={self.dense_layers!r} names layer {k}, but the {n_layers} layers "
-                    f"are 0 to {n_layers - 1}",
-                )
-                dense.add(k)
-        return dense
+                named.add(k)
+        return named, last
 
     def _term(self, term: str) -> tuple[str, int]:
         """("first" | "last" | "every" | "", number) of one part of `dense_layers`."""
@@ -319,7 +350,7 @@ def effective_context(layers: Iterable[Sequence[Head]], context: int) -> float:
     """T_eff: keys read for the token at position T - 1, a mean over layers and KV heads.
 
     A dense head reads T. All query heads of a KV head read the same keys, so that the mean serves
-    FLOPs and memory alike (`costs.sharded_inference_flops`, `costs.sharded_inference_memory`).
+    FLOPs and memory alike. A cache holds `slots`, at most a block a head more.
     """
     return _mean(context if head is None else head.keys(context) for head in _heads(layers))
 
@@ -353,6 +384,27 @@ def coverage(layers: Iterable[Sequence[Head]], n_blocks: int) -> float:
             return 1.0
         seen.update(head.key_blocks(n_blocks - 1))
     return len(seen) / n_blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def keys_by_depth(
+    pattern: ContextSharding, n_kv_heads: int, context: int, most: int, training: bool = False
+) -> tuple[float, ...]:
+    """L T_eff of models with L = 0 .. `most` layers: keys over all layers, a mean over KV heads.
+
+    With `training` L times `mean_keys` instead. For curves over size, which pass through every
+    depth: a model too shallow for all dense layers that are named has those that it has room for.
+    """
+    sparse = replace(pattern, dense_layers="")
+    turns = -(-(pattern.stride or 1) // (n_kv_heads - pattern.dense_kv_heads))
+    mean = mean_keys if training else effective_context
+    turn = [mean([layer], context) for layer in sparse.layers(turns, n_kv_heads)]
+    sums = list(itertools.accumulate(itertools.islice(itertools.cycle(turn), most), initial=0.0))
+    dense = mean([(None,)], context)
+    named, last = pattern._named(most)
+    before = list(itertools.accumulate((k in named for k in range(most)), initial=0))
+    counts = [before[max(0, L - last)] + min(last, L) for L in range(most + 1)]
+    return tuple(n * dense + sums[L - n] for L, n in enumerate(counts))
 
 
 def _heads(layers: Iterable[Sequence[Head]]) -> list[Head]:

@@ -7,6 +7,10 @@ d_h head size, n_h query heads, n_kv KV heads, V vocabulary, T context length, N
 without embeddings, D training tokens. One multiply-add counts as two FLOPs. Memory is counted in
 *values* where the paper does so and in *bytes* where a name ends in `_bytes`; the two never mix.
 
+Where heads read part of the context (`context_sharding`), T_eff stands for T in what attention
+computes and keeps, Tbar for T/2 in training: means over layers and KV heads of the keys that a
+head reads for the last token of T, and for one token of a training sequence.
+
 Conventions, always named in what is printed:
 - `per_token`: the paper's written equations 3 and 4, the cost of one new token at context T.
 - `per_sequence`: what its Figure 2 plots, T (N + 2 T L d_h n_h), for a whole sequence.
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gqa_scaling.config import ModelConfig, RunConfig, UserError, require, round_up
+from gqa_scaling.context_sharding import HeadPattern, mean_keys
 
 Convention = Literal["per_token", "per_sequence"]
 CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")
@@ -88,14 +93,21 @@ def training_steps(run: RunConfig) -> int:
 def inference_memory(
     n: Number, context: Number, n_layers: Number, head_dim: Number, n_kv_heads: Number
 ) -> Number:
-    """Values held to decode one sequence: N + 2 T L d_h n_kv (Chen et al. 2025, eq. 4)."""
+    """Values held to decode one sequence: N + 2 T L d_h n_kv (Chen et al. 2025, eq. 4).
+
+    `context` is T, or T_eff where heads keep part of it.
+    """
     return n + kv_cache_values(context, n_layers, head_dim, n_kv_heads)
 
 
 def kv_cache_values(
     context: Number, n_layers: Number, head_dim: Number, n_kv_heads: Number
 ) -> Number:
-    """Values in the KV cache of one sequence: 2 T L d_h n_kv."""
+    """Values in the KV cache of one sequence: 2 T L d_h n_kv, T_eff for T as in `inference_memory`.
+
+    What the cache of one model really allocates is `context_sharding.kv_cache_values`: the same for
+    dense heads, up to a block more for others.
+    """
     return 2 * context * n_layers * head_dim * n_kv_heads
 
 
@@ -106,47 +118,20 @@ def inference_flops(
     head_dim: Number,
     n_heads: Number,
     convention: Convention = "per_token",
+    effective: Number | None = None,
 ) -> Number:
-    """Forward cost at context T.
+    """Forward cost at context T, where heads read `effective` = T_eff keys, all T without it.
 
-    per_token: 2 N + 4 T L d_h n_h, FLOPs of one new token (Chen et al. 2025, eq. 3).
-    per_sequence: T (N + 2 T L d_h n_h), as plotted in its Figure 2: half of T times per_token.
+    per_token: 2 N + 4 T_eff L d_h n_h, FLOPs of one new token (Chen et al. 2025, eq. 3).
+    per_sequence: T (N + 2 T_eff L d_h n_h), as plotted in its Figure 2: half of T times per_token.
     """
-    per_token = 2 * n + 4 * context * n_layers * head_dim * n_heads
+    keys = context if effective is None else effective
+    per_token = 2 * n + 4 * keys * n_layers * head_dim * n_heads
     if convention == "per_token":
         return per_token
     if convention == "per_sequence":
         return context * per_token / 2
     raise UserError(f"convention={convention!r} must be one of {', '.join(CONVENTIONS)}")
-
-
-def sharded_inference_memory(
-    n: Number, effective: Number, n_layers: Number, head_dim: Number, n_kv_heads: Number
-) -> Number:
-    """`inference_memory` where heads keep T_eff = `effective` tokens each, a mean over layers and KV
-    heads (`context_sharding.effective_context`): N + 2 T_eff L d_h n_kv."""
-    return inference_memory(n, effective, n_layers, head_dim, n_kv_heads)
-
-
-def sharded_inference_flops(
-    n: Number,
-    context: Number,
-    effective: Number,
-    n_layers: Number,
-    head_dim: Number,
-    n_heads: Number,
-    convention: Convention = "per_token",
-) -> Number:
-    """`inference_flops` at context T where heads read T_eff = `effective` keys each.
-
-    per_token: 2 N + 4 T_eff L d_h n_h; per_sequence: T / 2 times that.
-    """
-    per_token = inference_flops(n, effective, n_layers, head_dim, n_heads)
-    if convention == "per_token":
-        return per_token
-    # Where nothing is sparse the factor is 1, to the last digit.
-    whole = inference_flops(n, effective, n_layers, head_dim, n_heads, convention)
-    return whole * (context / effective)
 
 
 @dataclass(frozen=True)
@@ -179,13 +164,23 @@ def training_flops_per_token(model: ModelConfig, context: int, causal: bool = Tr
     """Model FLOPs of forward and backward for one token, the output head included.
 
     6 N + 6 d V + 12 L Tbar d_h n_h (Chen et al. 2025, eq. 10 with its table 2), where Tbar is the
-    mean number of keys a query needs: T/2 when causal, T when every product is counted. Norms are
-    parameters without products and are left out.
+    mean number of keys a query needs when causal (`training_keys`), and T when the products of all
+    queries and keys are counted, those that a mask or a pattern hides too. Norms are parameters
+    without products and are left out.
     """
     p = parameters(model)
-    keys = context / 2 if causal else context
+    keys = training_keys(model, context) if causal else context
     attention = 12 * model.n_layers * keys * model.head_dim * model.n_heads
     return round(6 * (p.attention + p.ffn) + 6 * model.d_model * model.vocab_size + attention)
+
+
+def training_keys(model: ModelConfig, context: int) -> float:
+    """Tbar: keys that a query of a training sequence needs, a mean over positions, layers and KV
+    heads, half of its own counted: T/2 when dense, as Chen et al. 2025 count, and
+    `context_sharding.mean_keys` - 1/2 for a pattern, about W (1 - W/2T) + (T - W)^2 / (2 T s)."""
+    if model.pattern is None:
+        return context / 2
+    return mean_keys(model.layer_patterns, context) - 1 / 2
 
 
 def training_flops_formula(
@@ -195,13 +190,17 @@ def training_flops_formula(
     head_dim: Number,
     n_heads: Number,
     causal: bool = True,
+    keys: Number | None = None,
 ) -> Number:
     """FLOPs of forward and backward for one token as the paper counts: 6 N + 12 L Tbar d_h n_h.
 
-    Chen et al. 2025, eq. 10 with its table 2; Tbar is T/2 when causal, T otherwise. The output
-    matrix, which `training_flops_per_token` includes, is left out, and L may be real-valued.
+    Chen et al. 2025, eq. 10 with its table 2; Tbar is `keys`, without it T/2 when causal and T
+    otherwise. The output matrix, which `training_flops_per_token` includes, is left out, and L may
+    be real-valued.
     """
-    return 6 * n + 12 * n_layers * (context / 2 if causal else context) * head_dim * n_heads
+    if keys is None:
+        keys = context / 2 if causal else context
+    return 6 * n + 12 * n_layers * keys * head_dim * n_heads
 
 
 def training_flops(run: RunConfig, causal: bool = True) -> int:
@@ -214,13 +213,14 @@ def hardware_flops_per_token(
 ) -> int:
     """FLOPs an implementation executes for one token, recomputation included.
 
-    `full_attention` says that all T x T products are computed. remat "full" runs every layer's
-    forward again but for its last product, which no gradient needs; "dots" keeps the matrix
-    products of parameters and repeats those of attention. Blockwise attention, which computes the
-    causal half only, forms the scores a second time in its backward pass.
+    `full_attention` says that all T x T products are computed, whatever the pattern. remat "full"
+    runs every layer's forward again but for its last product, which no gradient needs; "dots" keeps
+    the matrix products of parameters and repeats those of attention. Other attention computes what
+    is visible, `training_keys` for each query (tiles cut by the mask count for what they show), and
+    forms the scores a second time in its backward pass.
     """
     p = parameters(model)
-    keys = context if full_attention else context / 2
+    keys = context if full_attention else training_keys(model, context)
     attention = 4 * model.n_layers * keys * model.head_dim * model.n_heads
     linear = 2 * (p.attention + p.ffn)
     head = 2 * model.d_model * model.vocab_size
@@ -271,7 +271,8 @@ def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
     fp32 parameters and two moments (12 bytes a parameter) and gradients (4, twice that when
     accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared by all axes
     but tensor, which shares heads, FFN and vocabulary. One layer's weights are whole while it works;
-    attention reads the keys and values of whole sequences, and sums their gradients in fp32.
+    attention reads the keys and values of whole sequences, and sums their gradients in fp32. Layers
+    of a pattern work one after another in the same memory, so that the one that needs most counts.
     """
     m, p, axes = run.model, parameters(run.model), run.parallel
     width = 2 if m.dtype == "bfloat16" else 4
@@ -288,7 +289,11 @@ def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
     if axes.attention == "reference":
         attention = 3 * 4 * tokens * run.context_length * q / m.head_dim
     else:  # K and V as tiles; their gradients as tiles and as rows
-        attention = tokens * axes.context * 2 * kv * (width + 4 + 4)
+        each = max(
+            sum(width * tiles + 4 * tiles + 4 for tiles in (_tiles(h, run) for h in layer))
+            for layer in set(m.layer_patterns)
+        )
+        attention = tokens * axes.context * 2 * kv * each / m.n_kv_heads
     tables = p.embedding / axes.tensor
     logits = 3 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
     shards, rows = ways * axes.tensor, D / ways
@@ -302,6 +307,13 @@ def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
         logits=math.ceil(logits),
         sums=math.ceil(6 * 4 * tables if ways > 1 else 0),
     )
+
+
+def _tiles(head: HeadPattern | None, run: RunConfig) -> float:
+    """Keys that attention lays out for a head, to those of the sequence: all of them for windows,
+    and beside them the distant ones."""
+    T = run.context_length
+    return 1.0 if head is None else 1 + (head.slots(T) - min(T, head.window)) / T
 
 
 def checkpoint_bytes(run: RunConfig) -> int:

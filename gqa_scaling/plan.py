@@ -20,7 +20,8 @@ MAX_EPOCHS = 4.0
 @dataclass(frozen=True)
 class PlannedRun:
     """One run's cost. `training_flops` are model FLOPs with causal attention; `hardware_flops` are
-    what is executed, recomputation and masked products included. Bytes are per device.
+    what is executed, recomputation and masked products included. Bytes are per device. `pattern` is
+    the label of the keys that heads see, "" for all.
     """
 
     name: str
@@ -28,6 +29,7 @@ class PlannedRun:
     d_model: int
     n_heads: int
     n_kv_heads: int
+    pattern: str
     context_length: int
     batch_size: int
     n_exact: int
@@ -94,6 +96,7 @@ def plan_run(
         m.d_model,
         m.n_heads,
         m.n_kv_heads,
+        m.pattern.label if m.pattern else "",
         run.context_length,
         run.batch_size,
         costs.n_exact(m),
@@ -170,12 +173,17 @@ def plan_table(plan: Plan) -> Table:
     h = plan.hardware
     batches = {(r.batch_size, r.context_length) for r in plan.runs}
     each = "".join(f", batches of {b} x {t:,} tokens" for b, t in batches if len(batches) == 1)
+    sharded = (
+        " Pattern: blocks of b tokens, w local, a stripe each s, k sinks; dense parts with +."
+        if any(r.pattern for r in plan.runs)
+        else ""
+    )
     table = Table(
         title=f"{plan.experiment} on {plan.devices} x {h.name}{each}",
         caption=f"FLOPs: model FLOPs of forward and backward, causal attention, output head "
         f"included. Time: {h.peak_flops / 1e12:.3g} TFLOP/s peak x MFU {h.mfu:g}, and "
         f"{h.start_seconds:g} s to start. Memory: per device, an estimate ({byte_size(h.memory)} "
-        "there).",
+        f"there).{sharded}",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -185,6 +193,7 @@ def plan_table(plan: Plan) -> Table:
         "run",
         "L x d",
         "heads",
+        "pattern",
         "N",
         "batch x T",
         "tokens",
@@ -194,10 +203,11 @@ def plan_table(plan: Plan) -> Table:
         "epochs",
     )
     hidden = {"batch x T"} if len(batches) == 1 else set()
+    hidden |= {"pattern"} if not any(r.pattern for r in plan.runs) else set()
     hidden |= {"epochs"} if all(r.epochs is None for r in plan.runs) else set()
     shown = [i for i, column in enumerate(columns) if column not in hidden]
     for i in shown:
-        wraps = i == 0  # a narrow terminal folds names and never cuts numbers
+        wraps = columns[i] in ("run", "pattern")  # narrow terminals fold words, never numbers
         table.add_column(
             columns[i], justify="left" if wraps else "right", no_wrap=not wraps, overflow="fold"
         )
@@ -207,6 +217,7 @@ def plan_table(plan: Plan) -> Table:
             r.name,
             f"{r.n_layers}x{r.d_model}",
             f"{r.n_heads},{r.n_kv_heads}",
+            r.pattern or "dense",
             quantity(r.n_exact),
             f"{r.batch_size}x{r.context_length}",
             quantity(r.tokens),

@@ -36,6 +36,7 @@ TRIES = 3  # changes that are compiled before giving up
 class Compiled:
     """What the train step of one shape needs on each chip, in bytes.
 
+    `pattern` is the label of the keys that heads see, "" for all.
     `needed` is all of it at once: `arguments` (state and batch), `temporaries`, and the program.
     `predicted` is the same by arithmetic. Where it does not fit the compiler says `needed` and
     `allowed` only, and the rest is None or empty. `flops` and the bytes of `collectives` count one
@@ -46,6 +47,7 @@ class Compiled:
 
     run: str
     others: tuple[str, ...]
+    pattern: str
     topology: str
     compiler: str
     mesh: dict[str, int]
@@ -123,6 +125,7 @@ def compile_run(run: RunConfig, place: Topology) -> Compiled:
     common = {
         "run": run.name,
         "others": (),
+        "pattern": run.model.pattern.label if run.model.pattern else "",
         "topology": place.name,
         "compiler": found["compiler"],
         "mesh": found["mesh"],
@@ -303,7 +306,7 @@ def _cells(one: Compiled) -> list[Any]:
 
     accumulation = one.parallel.accumulation
     return [
-        one.run + (f" +{len(one.others)}" if one.others else ""),
+        " ".join(filter(None, (one.run, one.others and f"+{len(one.others)}", one.pattern))),
         mesh_name(one.mesh) + (f", accumulation {accumulation}" if accumulation > 1 else ""),
         one.parallel.remat,
         size(one.arguments),

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 
@@ -17,6 +18,7 @@ from gqa_scaling.context_sharding import (
     coverage,
     density,
     effective_context,
+    keys_by_depth,
     kv_cache_values,
     mean_keys,
     require_decodable,
@@ -217,32 +219,73 @@ def test_means_over_a_model(p, n_dense, context):
     assert kv_cache_values(layers, context, 8) == 2 * 8 * slots
 
 
-def test_costs_take_the_effective_context():
-    T, L, head_dim, n_heads, n_kv, n = 32768, 24, 64, 8, 2, 10**9
+@pytest.mark.parametrize(("T", "keys"), [(8192, 1472), (32768, 3008), (131072, 9152)])
+def test_costs_take_the_effective_context(T, keys):
+    """W = 1,024 and s = 16 (arXiv 2407.17678): keys read for one token, of 8K, 32K and 128K."""
+    L, head_dim, n_heads, n_kv, n = 24, 64, 8, 2, 10**9
     layers = strided().layers(L, n_kv)
     effective = effective_context(layers, T)
-    assert effective == 3008
-    memory = costs.sharded_inference_memory(n, effective, L, head_dim, n_kv)
+    assert effective == keys
+    memory = costs.inference_memory(n, effective, L, head_dim, n_kv)
     assert memory == n + kv_cache_values(layers, T, head_dim)
-    assert memory == n + 2 * 3008 * L * head_dim * n_kv
-    flops = costs.sharded_inference_flops(n, T, effective, L, head_dim, n_heads)
-    assert flops == 2 * n + 4 * 3008 * L * head_dim * n_heads
-    whole = costs.sharded_inference_flops(
-        n, T, effective, L, head_dim, n_heads, convention="per_sequence"
-    )
-    assert whole == pytest.approx(T / 2 * flops, rel=1e-12)
+    assert memory == n + 2 * keys * L * head_dim * n_kv
+    flops = costs.inference_flops(n, T, L, head_dim, n_heads, effective=effective)
+    assert flops == 2 * n + 4 * keys * L * head_dim * n_heads
+    whole = costs.inference_flops(n, T, L, head_dim, n_heads, "per_sequence", effective)
+    assert whole == pytest.approx(T * (n + 2 * keys * L * head_dim * n_heads), rel=1e-12)
 
 
 @pytest.mark.parametrize("convention", costs.CONVENTIONS)
 def test_a_dense_model_costs_what_it_did(convention):
     T, shape = 8192, (24, 64, 8)
     effective = effective_context([(None, None)] * 24, T)
-    assert costs.sharded_inference_flops(
-        10**8, T, effective, *shape, convention=convention
-    ) == costs.inference_flops(10**8, T, *shape, convention=convention)
-    assert costs.sharded_inference_memory(10**8, effective, *shape) == costs.inference_memory(
-        10**8, T, *shape
+    given_ = costs.inference_flops(10**8, T, *shape, convention, effective)
+    assert given_ == costs.inference_flops(10**8, T, *shape, convention)
+
+
+@st.composite
+def shardings(draw):
+    terms = draw(st.lists(st.sampled_from(["every 2", "every 3", "first 1", "last 2", "4"])))
+    return ContextSharding(
+        block=draw(st.sampled_from([1, 4, 16])),
+        local=draw(st.integers(1, 4)),
+        stride=draw(st.none() | st.integers(1, 9)),
+        sinks=draw(st.integers(0, 2)),
+        dense_kv_heads=draw(st.integers(0, 2)),
+        dense_layers=", ".join(terms),
     )
+
+
+@given(shardings(), st.integers(3, 5), st.integers(1, 300), st.integers(0, 24))
+def test_keys_by_depth_are_those_of_every_depth(pattern, n_kv, context, most):
+    keys = keys_by_depth(pattern, n_kv, context, most)
+    means = keys_by_depth(pattern, n_kv, context, most, training=True)
+    assert len(keys) == len(means) == most + 1
+    assert all(a < b for a, b in itertools.pairwise(keys))  # a layer more always reads more
+    for L in range(1, most + 1):
+        try:
+            layers = pattern.layers(L, n_kv)
+        except UserError:  # all dense, or too shallow for the layer that is named
+            assert keys[L] <= L * context
+            continue
+        assert keys[L] == pytest.approx(L * effective_context(layers, context), rel=1e-12)
+        assert means[L] == pytest.approx(L * mean_keys(layers, context), rel=1e-12)
+
+
+@given(shardings(), shardings())
+def test_a_label_names_one_pattern_and_patterns_have_an_order(a, b):
+    assert (a.label == b.label) == (a == b)
+    assert [a < b, b < a].count(True) == (a != b)
+    assert a.label.isascii()
+    assert "\n" not in a.label
+
+
+def test_labels_are_short():
+    assert PHI3_SMALL.label == "b64 w16 s8 +dense every 2"
+    assert strided().label == "b64 w16 s16"
+    assert streaming(1024).label == "b64 w16 k1"
+    hybrid = ContextSharding(64, 4, 8, dense_kv_heads=1, dense_layers="first 2,every 4")
+    assert hybrid.label == "b64 w4 s8 +1 dense KV +dense first 2, every 4"
 
 
 # -------------------------------------------------------------------------- any other pattern

@@ -14,6 +14,7 @@ from gqa_scaling.config import (
     RunConfig,
     UserError,
 )
+from gqa_scaling.context_sharding import ContextSharding, sliding_window, strided
 from gqa_scaling.grid import head_candidates
 from gqa_scaling.ladder import TRAINED_SIZES
 
@@ -173,6 +174,73 @@ def test_training_flops_are_those_of_the_paper_and_the_output_head():
     assert costs.training_flops_per_token(untied, context) == causal
 
 
+def _keys_by_definition(pattern: ContextSharding | None, model: ModelConfig, context: int) -> float:
+    """Keys of a query, its own counting half: a mean over positions, layers and KV heads."""
+    seen = []
+    for layer in replace_pattern(model, pattern).layer_patterns:
+        for head in layer:
+            for t in range(context):
+                keys = [
+                    u
+                    for u in range(t)
+                    if not head or head.visible(t // head.block, u // head.block)
+                ]
+                seen.append(len(keys) + 0.5)
+    return float(np.mean(seen))
+
+
+def replace_pattern(model: ModelConfig, pattern: ContextSharding | None) -> ModelConfig:
+    return dataclasses.replace(model, pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        None,
+        ContextSharding(4, 2, 3),
+        ContextSharding(8, 1, 4, sinks=1, dense_kv_heads=1),
+        ContextSharding(4, 3, dense_layers="every 2"),
+    ],
+    ids=str,
+)
+def test_training_flops_of_a_pattern_count_the_keys_that_are_seen(pattern):
+    small, context = ModelConfig(4, 64, 4, 2, head_dim=16, vocab_size=96), 70
+    model = replace_pattern(small, pattern)
+    keys = costs.training_keys(model, context)
+    assert keys == pytest.approx(_keys_by_definition(pattern, small, context), rel=1e-12)
+    attention = 12 * 4 * 16 * 4
+    rest = costs.training_flops_per_token(small, context) - attention * context // 2
+    flops = costs.training_flops_per_token(model, context)
+    assert flops == pytest.approx(rest + attention * keys, abs=1)
+    formula = costs.training_flops_formula(1000, context, 4, 16, 4, keys=keys)
+    assert formula == 6000 + attention * keys
+    # a mask that hides what was computed saves nothing
+    every = costs.training_flops_per_token(model, context, causal=False)
+    assert every == costs.training_flops_per_token(small, context, causal=False)
+    for remat in ("none", "dots", "full"):
+        executed, dense = (
+            costs.hardware_flops_per_token(m, context, remat, full_attention=False)
+            for m in (model, small)
+        )
+        times = {"none": 3.5, "dots": 4.5, "full": 4.5}[remat]  # attention runs forward 1, back 2.5
+        assert dense - executed == pytest.approx(
+            times * attention / 3 * (context / 2 - keys), abs=1
+        )
+        full = costs.hardware_flops_per_token(model, context, remat, full_attention=True)
+        assert full == costs.hardware_flops_per_token(small, context, remat, full_attention=True)
+
+
+@pytest.mark.parametrize(("T", "gain"), [(8192, 3.5), (32768, 8.3), (131072, 12.9)])
+def test_training_keys_of_the_published_window_and_stride(T, gain):
+    """W = 1,024, s = 16 (arXiv 2407.17678): W (1 - W/2T) + (T - W)^2 / (2 T s), where windows slide
+    by tokens; by blocks of b they reach b/2 less far on average."""
+    keys = costs.training_keys(replace_pattern(MODEL, strided()), T)
+    W, s, b = 1024, 16, 64
+    sliding = W * (1 - W / 2 / T) + (T - W) ** 2 / (2 * T * s)
+    assert T / 2 / sliding == pytest.approx(gain, abs=0.08)
+    assert keys == pytest.approx(sliding - b / 2, abs=b / 8)
+
+
 def test_training_flops_are_linear_in_tokens():
     one = run(tokens=100 * 2**19, tokens_per_param=None)
     ten = run(tokens=1000 * 2**19, tokens_per_param=None)
@@ -253,6 +321,25 @@ def test_attention_holds_the_keys_of_whole_sequences():
 
     keys = 2 * 2 * 64 * (2 + 4 + 4)  # K and V of 2 KV heads: bf16, and fp32 gradients twice
     assert layer(2**17, 64) - layer(2**15, 16) == keys * (2**17 - 2**15)
+
+
+def test_a_pattern_holds_its_distant_keys_beside_the_others():
+    """Of the layers, which use one memory in turn, the sparsest lays out most."""
+
+    def layer(pattern: ContextSharding | None, **parallel) -> int:
+        r = run(model=replace_pattern(MODEL, pattern), parallel=ParallelConfig(**parallel))
+        return costs.training_bytes(r).layer
+
+    keys = 2**19 * 2 * 2 * 64  # values of K and V of 2 KV heads
+    distant = (8192 - 1024) / 16 / 8192
+    more = layer(strided()) - layer(None)
+    assert more == pytest.approx(keys * (2 + 4) * distant, rel=1e-6)
+    hybrid = dataclasses.replace(strided(), dense_layers="every 2")
+    assert layer(hybrid) == layer(strided())
+    half = dataclasses.replace(strided(), dense_kv_heads=1)
+    assert layer(half) - layer(None) == pytest.approx(more / 2, rel=1e-6)
+    assert layer(sliding_window(1024)) == layer(None)
+    assert layer(strided(), attention="reference") == layer(None, attention="reference")
 
 
 def test_few_rows_on_a_device_fill_a_tile():

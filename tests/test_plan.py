@@ -7,6 +7,7 @@ from rich.console import Console
 from gqa_scaling import costs
 from gqa_scaling.config import DataConfig, ModelConfig, ParallelConfig, Question, RunConfig
 from gqa_scaling.config import UserError as Refused
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import HARDWARE, Hardware, changed, detected, hardware
 from gqa_scaling.plan import (
@@ -130,6 +131,23 @@ def test_table_has_a_row_for_each_run():
     assert "4,2" in text
     row = next(line for line in text.splitlines() if "second" in line)
     assert "2.56M" in row
+
+
+def test_patterns_cost_less_and_are_named_where_there_are_any():
+    sparse = ContextSharding(16, 1, dense_layers="every 2")
+    hybrid = run("hybrid", model=ModelConfig(2, 64, 4, 2, pattern=sparse))
+    plan = make_plan(experiment(run("dense"), hybrid), CHIP)
+    dense, other = plan.runs
+    assert (dense.pattern, other.pattern) == ("", "b16 w1 +dense every 2")
+    assert other.training_flops < dense.training_flops
+    assert other.hardware_flops < dense.hardware_flops
+    assert other.n_exact == dense.n_exact
+    text = shown(plan_table(plan))
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert "4,2  b16 w1 +dense every 2" in rows["hybrid"]
+    assert "4,2  dense " in rows["dense"]
+    assert "a stripe each s" in text
+    assert "attern" not in shown(plan_table(make_plan(experiment(run("dense")), CHIP)))
 
 
 def test_plan_reads_the_layout():

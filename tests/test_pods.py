@@ -11,6 +11,7 @@ from rich.console import Console
 from gqa_scaling import costs, pods
 from gqa_scaling.config import EvaluationConfig, ModelConfig, ParallelConfig, Question, RunConfig
 from gqa_scaling.config import UserError as Refused
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment import Experiment, load_experiment
 from gqa_scaling.hardware import GIB, HARDWARE, topology
 
@@ -140,6 +141,17 @@ def test_what_does_not_fit_gets_the_least_costly_change_that_does(compiler):
     assert "a needs 20.00 GiB of 15.75 GiB; it fits, with 3.00 GiB, by --parallel." in text
     assert text.count("\n") > 3
     assert "no " in text
+
+
+def test_a_pattern_is_named_beside_its_run(compiler):
+    answers, _ = compiler
+    answers.append(FITS)
+    sparse = replace(RUN, model=replace(RUN.model, pattern=ContextSharding(64, 2, 4)))
+    (found,) = pods.compile_experiment(experiment(sparse), V5E, lambda _: None)
+    assert found.pattern == "b64 w2 s4"
+    assert f"{sparse.name} b64 w2 s4" in shown([found], sparse)
+    dense = pods.compile_run(RUN, V5E)
+    assert (dense.pattern, dense.model_flops > found.model_flops) == ("", True)
 
 
 def test_changes_cost_less_before_more():

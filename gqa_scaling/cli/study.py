@@ -4,11 +4,11 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.config import Question, UserError, require
+from gqa_scaling.storage import as_path, make_folder
 
 if TYPE_CHECKING:
     from gqa_scaling.study.aligned import Aligned
@@ -145,7 +145,7 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", Q
     if args.source == PUBLISHED:
         return published(), PUBLISHED_QUESTION
     if args.source.endswith(".csv"):
-        return from_csv(Path(args.source)), Question()
+        return from_csv(args.source), Question()
     experiment = load_experiment(args.source, rest)
     results = from_runs(runs_root(), experiment.name, experiment.runs)
     return results, experiment.question
@@ -387,14 +387,19 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
         not unused,
         f"--{unused[0].replace('_', '-') if unused else ''} belongs to --align training; add that",
     )
-    _, _, _, answer = _answer(args, rest)
-    if args.json:
-        print_json(answer.to_dict())
-    else:
-        from gqa_scaling.study.tables import frontier_tables, ranking_table, training
+    from gqa_scaling.study.sheets import rich_sheet, sparsity_sheet
+    from gqa_scaling.study.sparsity import sparsity
+    from gqa_scaling.study.tables import frontier_tables, ranking_table, training
 
+    results, _, found, answer = _answer(args, rest)
+    sparse = sparsity(found.fit, results, answer)
+    if args.json:
+        print_json(answer.to_dict() | ({"sparsity": sparse.to_dict()} if sparse else {}))
+    else:
         rankings = [ranking_table(each, answer) for each in answer.answers]
         print_table(frontier_tables(answer), *(rankings if args.ranking else []))
+        if sparse:
+            print_table("", rich_sheet(sparsity_sheet(sparse, args.objective)), "")
         print(training(answer))
     return 0
 
@@ -408,15 +413,15 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     results, question, found, answer = _answer(args, rest)
     asked = args.train_context is not None or args.baseline_run is not None
     aligned = _aligned(args, results, question, found) if found.tokens or asked else None
-    source = Path(args.source)
+    source = as_path(args.source)
     if source.suffix == ".csv":
         folder = source.with_name(f"{source.stem}-report")
     else:
         folder = runs_root() / (
             source.stem if source.suffix == ".py" else args.source.split(".")[-1]
         )
-    path = Path(args.output) if args.output else folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = as_path(args.output) if args.output else folder / "report.html"
+    make_folder(path.parent)
     sheets = [*law_sheets(found), *(aligned_sheets(aligned) if aligned else [])]
     more = found.to_dict() | ({"aligned": aligned.to_dict()} if aligned else {})
     write_report(path, results, found.fit, answer, command=args.command, sheets=sheets, beside=more)

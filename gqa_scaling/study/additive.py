@@ -13,10 +13,10 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from gqa_scaling.config import require
-from gqa_scaling.study.fit import BOOTSTRAPS, MIN_SIZES, Bootstrap, Fit, Points
+from gqa_scaling.study.fit import BOOTSTRAPS, MIN_SIZES, Bootstrap, Fit, Points, densities
 from gqa_scaling.study.models import Curves, _descend, floor_limits
 from gqa_scaling.study.noise import Noise, estimate
-from gqa_scaling.study.results import Heads, Results
+from gqa_scaling.study.results import Heads, Results, pair
 from gqa_scaling.units import quantity
 
 WIDE: tuple[Bootstrap, ...] = ("shared", "residual")
@@ -59,8 +59,8 @@ def cells(results: Results, parameters: int) -> Cells:
     heads: tuple[Heads, ...] = tuple(dict.fromkeys(key[0] for key in found))
     curve = np.array([heads.index(key[0]) for key in found])
     short = [
-        f"({h},{kv}) has {len(np.unique(r.n_params[first][curve == k]))}"
-        for k, (h, kv) in enumerate(heads)
+        f"{pair(h)} has {len(np.unique(r.n_params[first][curve == k]))}"
+        for k, h in enumerate(heads)
         if len(np.unique(r.n_params[first][curve == k])) < MIN_SIZES
     ]
     missing = f"; not finished: {', '.join(r.missing)}" if r.missing else ""
@@ -89,6 +89,7 @@ def cells(results: Results, parameters: int) -> Cells:
             name=_names(r, first),
             noise=float(np.sqrt(squares / dof)) if dof else None,
             noise_dof=dof,
+            density=densities(r.density[first], curve),
         ),
         context=r.context_length[first],
         tokens=r.tokens[first],

@@ -23,18 +23,20 @@ from gqa_scaling.study.frontier import (
     Objective,
     Scale,
     Serving,
+    beyond_training,
     costs_at,
     decide,
     default_baseline,
     scale_of,
     units,
 )
-from gqa_scaling.study.results import Heads, Results
-from gqa_scaling.study.shapes import shapes
+from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.shapes import shapes, training_keys
 from gqa_scaling.study.tokens import Surface, TokenLaw
 from gqa_scaling.units import quantity
 
 TRAINING = "6 N D + 6 T L d_h n_h D (causal, Tbar = T/2, without the output matrix)"
+SHARDED = "; with a pattern 12 Tbar for 6 T, Tbar the mean number of keys that are read"
 _SPAN, _STEP = math.log(1000), 0.05  # how far from the fitted sizes N is looked for, in ln N
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _SLACK = 1.1
@@ -132,10 +134,17 @@ class Aligned:
     intervals: str
     flags: tuple[str, ...]
 
+    @property
+    def units(self) -> dict[str, str]:
+        """The unit of every kind of number here."""
+        sharded = any(pattern_of(t.heads) for t in self.goals[0].trained)
+        training = TRAINING + (SHARDED if sharded else "")
+        return units(self.question, self.serving, sharded) | {"training_flops": training}
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         told = asdict(self)
-        told["units"] = units(self.question, self.serving) | {"training_flops": TRAINING}
+        told["units"] = self.units
         for goal in told["goals"]:
             goal["served"] = {str(t): rows for t, rows in goal["served"].items()}
         return plain(told)
@@ -159,7 +168,8 @@ class Trainer:
         n = np.asarray(n, float)
         s = self.scale
         layers, _ = shapes(s.to_formula(n, self.heads), self.heads, s.head_dim, s.ladder)
-        return training_flops_formula(n, self.context, layers, s.head_dim, self.heads[0])
+        keys = training_keys(self.heads, layers, self.context)
+        return training_flops_formula(n, self.context, layers, s.head_dim, self.heads[0], keys=keys)
 
     def tokens(self, n: np.ndarray | float, flops: float) -> np.ndarray:
         """D that the total buys at N; 0 at an infinite N."""
@@ -453,11 +463,7 @@ def _flags(
             f"training FLOPs are those at T = {context:,} tokens, losses were measured at "
             f"{trained_at:,}: this assumes that differences between configurations stay as they are"
         )
-    if trained_at and max(q.contexts) > trained_at:
-        out.append(
-            f"losses were measured at T = {trained_at:,} tokens: beyond it the answer assumes that "
-            "differences between configurations stay as they are"
-        )
+    out += beyond_training(law.heads, trained_at, q)
     low, high = law.range_tokens
     far = sum(g.trained[0].n_outside or g.trained[0].tokens_outside for g in goals)
     beyond = sum(
@@ -472,7 +478,7 @@ def _flags(
             "a run there would tell"
         )
     missed = [
-        f"({rows[0].heads[0]},{rows[0].heads[1]}) at {t:,} tokens in {rows[0].unreachable:.0%}"
+        f"{pair(rows[0].heads)} at {t:,} tokens in {rows[0].unreachable:.0%}"
         for g in goals
         for t, rows in g.served.items()
         if rows[0].reached and rows[0].unreachable > _SPARED

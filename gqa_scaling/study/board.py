@@ -1,8 +1,8 @@
 """The study's pictures for TensorBoard, beside the curves of its runs."""
 
 import struct
+import tempfile
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -11,20 +11,22 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
+from gqa_scaling.storage import make_folder, write_atomic
+
 RGBA = 4  # the colour space in a summary's image
 
 
 def write_images(folder: Path, images: Mapping[str, bytes]) -> Path:
     """Write one events file with these pictures and remove those that were there before.
 
-    `images` holds PNG files by name; they appear as study/<name>. The file is renamed into place
-    whole. Its name is new each time and sorts last, so that a TensorBoard that is watching goes on
-    to it; step 0 again tells it to forget the older pictures.
+    `images` holds PNG files by name; they appear as study/<name>. The file appears whole. Its name is
+    new each time and sorts last, so that a TensorBoard that is watching goes on to it; step 0 again
+    tells it to forget the older pictures.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     before, now = list(folder.glob("events.out.tfevents.*")), time.time_ns()
-    aside = folder / f".{uuid.uuid4().hex[:8]}"
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
+        aside = Path(scratch, "events")
         with closing(RecordWriter(str(aside))) as writer:
             first = Event(wall_time=now / 1e9, file_version="brain.Event:2")
             writer.write(first.SerializeToString())
@@ -36,10 +38,8 @@ def write_images(folder: Path, images: Mapping[str, bytes]) -> Path:
                 event = Event(wall_time=now / 1e9, step=0, summary=Summary(value=[value]))
                 writer.write(event.SerializeToString())
             writer.flush()
-        whole = aside.rename(folder / f"events.out.tfevents.{now}.study")
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        whole = folder / f"events.out.tfevents.{now}.study"
+        write_atomic(whole, aside.read_bytes())
     for file in before:
         file.unlink(missing_ok=True)
     return whole

@@ -26,7 +26,7 @@ from gqa_scaling.study.fit import (
     plain,
 )
 from gqa_scaling.study.frontier import default_baseline
-from gqa_scaling.study.results import Heads, Results, flags
+from gqa_scaling.study.results import Heads, Results, flags, pair
 
 FORMULA = "(a/N)^b + E + delta(T), E and delta shared"
 FLAT_FROM = 8192  # tokens: where the published claim begins
@@ -306,9 +306,7 @@ def flatness(
         r, heads, curve, size, context, lengths, base, noise / dof[1], dof[1], seed
     )
     if movement is None:
-        why = (
-            f"the baseline ({base[0]},{base[1]}) shares no size with others at two of these lengths"
-        )
+        why = f"the baseline {pair(base)} shares no size with others at two of these lengths"
         return Flatness(since, lengths, base, why)
     p_value = float(stats.f.sf(ratio, *dof))
     return Flatness(since, lengths, base, "", float(ratio), dof, p_value, movement)
@@ -374,11 +372,11 @@ def _movement(
     found, where = [], []
     for i, j in combinations(range(len(lengths)), 2):
         moved = relative[..., j] - relative[..., i]
-        for k, pair in enumerate(heads):
+        for k, each in enumerate(heads):
             known = ~np.isnan(moved[0, k])
-            if pair != base and known.any():
+            if each != base and known.any():
                 found.append(moved[:, k, known].mean(1))
-                where.append((pair, lengths[i], lengths[j]))
+                where.append((each, lengths[i], lengths[j]))
     if not found:
         return None
     values = np.array(found)  # (movements, draws), the runs' own first

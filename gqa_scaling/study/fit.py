@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from gqa_scaling.config import require
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import n_formula
 from gqa_scaling.study import laws
 from gqa_scaling.study.models import (
-    FORMULAS,
     LAWS,
+    MIN_SPREAD,
     Backbone,
     Curves,
     Joint,
@@ -24,10 +25,11 @@ from gqa_scaling.study.models import (
     Model,
     Separate,
     floor_limits,
+    formula,
     solve_point,
 )
 from gqa_scaling.study.noise import Noise, estimate
-from gqa_scaling.study.results import Heads, Results, flags
+from gqa_scaling.study.results import Heads, Results, flags, heads_columns, pair, pattern_of
 from gqa_scaling.study.shapes import shapes
 
 Bootstrap = Literal["shared", "residual", "pairs"]
@@ -57,6 +59,8 @@ class Points:
 
     `replicates` counts the seeds behind each mean. `noise` is the standard deviation of one run
     around its cell's mean, in nats, from `noise_dof` degrees of freedom; None without replicates.
+    `density` is that of each configuration's attention at the training context (share of the causal
+    query-key pairs that are computed; 1 when dense), a geometric mean over its sizes.
     """
 
     heads: tuple[Heads, ...]
@@ -69,6 +73,7 @@ class Points:
     name: np.ndarray
     noise: float | None
     noise_dof: int
+    density: np.ndarray
 
     @property
     def centre(self) -> np.ndarray:
@@ -120,7 +125,7 @@ def points(results: Results, context_length: int | None = None) -> Points:
         )
     heads = tuple(dict.fromkeys(key[0] for key in cells))
     sizes = {h: sum(key[0] == h for key in cells) for h in heads}
-    short = [f"({h},{kv}) has {sizes[h, kv]}" for h, kv in heads if sizes[h, kv] < MIN_SIZES]
+    short = [f"{pair(h)} has {sizes[h]}" for h in heads if sizes[h] < MIN_SIZES]
     missing = f"; not finished: {', '.join(r.missing)}" if r.missing else ""
     require(
         not short,
@@ -132,12 +137,13 @@ def points(results: Results, context_length: int | None = None) -> Points:
         f"{r.source}: too few runs to fit: {len(cells)} points leave nothing to judge the noise of "
         f"{2 * len(heads) + 1} parameters; add a size or a configuration{missing}",
     )
+    curve = np.array([heads.index(key[0]) for key in cells])
     deviations = [r.loss[cell] - r.loss[cell].mean() for cell in cells.values()]
     dof = len(r) - len(cells)
     noise = float(np.sqrt(sum((d**2).sum() for d in deviations) / dof)) if dof else None
     return Points(
         heads=heads,
-        curve=np.array([heads.index(key[0]) for key in cells]),
+        curve=curve,
         n=np.array([key[1] for key in cells]),
         n_layers=np.array([key[2] for key in cells]),
         d_model=np.array([key[3] for key in cells]),
@@ -146,7 +152,13 @@ def points(results: Results, context_length: int | None = None) -> Points:
         name=np.array([r.name[cell[0]] for cell in cells.values()], dtype=object),
         noise=noise,
         noise_dof=dof,
+        density=densities(r.density[[cell[0] for cell in cells.values()]], curve),
     )
+
+
+def densities(density: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """The geometric mean over the points of each configuration."""
+    return np.exp(np.bincount(curve, np.log(density)) / np.bincount(curve))
 
 
 # ------------------------------------------------------------------------------------- the fit
@@ -209,6 +221,11 @@ class Fit:
         return self.points.loss - self.predicted
 
     @property
+    def formula(self) -> str:
+        """The law in symbols, with what it says of patterns."""
+        return formula(self.law, self.names)
+
+    @property
     def n_parameters(self) -> int:
         return len(self.names)
 
@@ -235,8 +252,8 @@ class Fit:
     def index(self, heads: Heads) -> int:
         require(
             heads in self.heads,
-            f"configuration {heads} is not in this study; there are "
-            f"{', '.join(str(h).replace(' ', '') for h in self.heads)}",
+            f"configuration {pair(heads)} is not in this study; there are "
+            f"{', '.join(map(pair, self.heads))}",
         )
         return self.heads.index(heads)
 
@@ -252,7 +269,7 @@ class Fit:
             {
                 "source": self.source,
                 "law": self.law,
-                "formula": FORMULAS[self.law],
+                "formula": self.formula,
                 "constants": self.constants,
                 "n_count": self.count,
                 "E_nats": self.floor,
@@ -273,8 +290,7 @@ class Fit:
                 "flags": list(self.flags),
                 "curves": [
                     {
-                        "n_heads": h,
-                        "n_kv_heads": kv,
+                        **heads_columns(heads),
                         "a_parameters": a[k],
                         "a_interval_parameters": (a_low[k], a_high[k]),
                         "b": self.curves.b[k],
@@ -282,14 +298,14 @@ class Fit:
                         "r2": self.r2_by_curve[k],
                         "n_range": p.range_n(k),
                         "sizes": int((p.curve == k).sum()),
+                        **({"density": p.density[k]} if pattern_of(heads) else {}),
                     }
-                    for k, (h, kv) in enumerate(self.heads)
+                    for k, heads in enumerate(self.heads)
                 ],
                 "points": [
                     {
                         "name": p.name[i],
-                        "n_heads": self.heads[p.curve[i]][0],
-                        "n_kv_heads": self.heads[p.curve[i]][1],
+                        **heads_columns(self.heads[p.curve[i]]),
                         "n": p.n[i],
                         "replicates": p.replicates[i],
                         "loss_nats": p.loss[i],
@@ -306,6 +322,8 @@ class Fit:
 
 def plain(value: Any) -> Any:
     """JSON's own types: NumPy scalars and arrays as numbers and lists, NaN and inf as None."""
+    if isinstance(value, ContextSharding):
+        return plain(value.to_dict())
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -328,7 +346,8 @@ def fit(
     """Fit a curve for each head configuration with a shared E, and bootstrap it.
 
     `law` is "separate" (u and b of each configuration free) or one law for all configurations:
-    "product", "sum", or "pooled" (see `models.FORMULAS`).
+    "product", "sum", or "pooled" (see `models.FORMULAS`); joint laws also fit what sparsity costs
+    where configurations differ in density.
 
     `context_length` names the training length when the runs span several. bootstrap "shared"
     draws independent errors and errors common to all models of a size, each as large as the runs
@@ -446,25 +465,25 @@ def make_model(
         f"law={law!r} is one of N_b = 8 L d^2: the data needs columns n_layers and d_model",
     )
     need = {"product": 2, "sum": 3, "pooled": 3}[law]
-    require(
-        len(p.heads) >= need,
-        f"law={law!r} needs {need} head configurations, there are {len(p.heads)}",
-    )
+    pairs = [heads[:2] for heads in p.heads]
+    there = len(set(pairs)) if law == "sum" else len(pairs)
+    require(there >= need, f"law={law!r} needs {need} head configurations, there are {there}")
     log_backbone = np.log(n_formula(p.n_layers, p.d_model, 0, 0))
     backbone = _backbone(p, head_dim)
-    model = Joint(law, p.heads, p.curve, log_backbone, backbone)
+    shared = (law, pairs, p.density, p.curve, log_backbone, backbone)
+    model = Joint(*shared)
     if law == "pooled":  # the strength that predicts left-out runs best
         keep = np.ones(len(p.n), bool) if seen is None else seen
         w, y = p.replicates * keep.astype(float), np.where(keep, p.loss, p.loss[keep].max())
 
         def left_out(strength: float) -> float:
-            trial = Joint(law, p.heads, p.curve, log_backbone, backbone, strength)
+            trial = Joint(*shared, strength)
             found = solve_point(trial, y, w, trial.ridge)
             residual = y - trial.predict(found.parameters[None])[0]
             leverage, _ = _influence(found.jacobian, w, residual, trial.ridge)
             return float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum())
 
-        model = Joint(law, p.heads, p.curve, log_backbone, backbone, min(_STRENGTHS, key=left_out))
+        model = Joint(*shared, min(_STRENGTHS, key=left_out))
     return model, model.ridge
 
 
@@ -477,10 +496,10 @@ def _backbone(p: Points, head_dim: int) -> Backbone:
     log_n = []
     for k, heads in enumerate(p.heads):
         mine = p.curve == k
-        formula = n_formula(p.n_layers[mine], p.d_model[mine], *heads, head_dim)
+        formula = n_formula(p.n_layers[mine], p.d_model[mine], *heads[:2], head_dim)
         order = np.argsort(formula)
         counted = np.log(p.n[mine] / formula)[order]  # 0 unless N is counted exactly
-        whole = np.log(n_formula(layers, width, *heads, head_dim))
+        whole = np.log(n_formula(layers, width, *heads[:2], head_dim))
         log_n.append(whole + np.interp(whole, np.log(formula[order]), counted))
     return Backbone(grid, np.array(log_n))
 
@@ -610,11 +629,7 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
         out.append(f"left aside as spoiled by the robust fit: {', '.join(fitted.spoiled)}")
     if fitted.rank < fitted.n_parameters:
         out.append(f"only {fitted.rank} of {fitted.n_parameters} parameters are determined")
-    rising = [
-        str(h).replace(" ", "")
-        for h, b in zip(fitted.heads, fitted.curves.b, strict=True)
-        if b <= 0
-    ]
+    rising = [pair(h) for h, b in zip(fitted.heads, fitted.curves.b, strict=True) if b <= 0]
     if rising:
         out.append(f"loss does not fall with N for {', '.join(rising)}")
     if fitted.refits_failed:
@@ -624,6 +639,12 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
             + (": the intervals are too short" if many else "")
         )
     p = fitted.points
+    told_apart = 1 + int((np.diff(np.sort(np.log2(p.density))) > MIN_SPREAD).sum())
+    if fitted.law != "separate" and any(map(pattern_of, p.heads)):
+        if "r" not in fitted.names:
+            out.append("all runs have one density: what sparsity costs in loss is not fitted")
+        elif told_apart < 3:
+            out.append("two densities: that the loss follows a power of density is not tested")
     if fitted.shared.p_value is None and len(p.heads) > 1:
         out.append(
             "errors shared by a size cannot be told from others, intervals assume none: give "

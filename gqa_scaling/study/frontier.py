@@ -6,6 +6,7 @@ this over the bootstrap draws, all configurations sharing each draw, gives the p
 configuration is the cheapest and what choosing it would cost on average.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import ndtri
 
-from gqa_scaling.config import ModelConfig, Question, require, round_up
+from gqa_scaling import context_sharding
+from gqa_scaling.config import ModelConfig, Question, UserError, require, round_up
 from gqa_scaling.costs import (
     HardwareCost,
     inference_flops,
@@ -32,8 +34,8 @@ from gqa_scaling.ladder import nearest_buildable
 from gqa_scaling.study import laws
 from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
 from gqa_scaling.study.models import Curves
-from gqa_scaling.study.results import Heads, Results
-from gqa_scaling.study.shapes import shapes
+from gqa_scaling.study.results import Heads, Results, heads_of, pair, pattern_of
+from gqa_scaling.study.shapes import effective_context, shapes
 
 Objective = Literal["z", "memory", "flops", "bytes", "seconds", "dollars"]
 OBJECTIVES: dict[Objective, str] = {
@@ -110,8 +112,8 @@ class Model:
 
     `n` is counted as the fit counts, `loss` is the fitted curve there, in nats, with the intervals
     of the curve and of one run around it; `parameters` is the whole built model. Memory is in
-    values; bytes are of the weights (embeddings included) and the whole batch's KV caches, at the
-    bytes a value that `Serving` says. `command` trains it, "" where the runs come without a
+    values; bytes are of the weights (embeddings included) and the whole batch's KV caches as they are
+    allocated (`context_sharding.kv_cache_values`), at the bytes a value that `Serving` says. `command` trains it, "" where the runs come without a
     corpus; `trained` names the run of the study that it is, "" for a new one.
     """
 
@@ -135,6 +137,10 @@ class Model:
     config: ModelConfig
     command: str = ""
     trained: str = ""
+
+    @property
+    def heads(self) -> Heads:
+        return heads_of(self.n_heads, self.n_kv_heads, self.config.pattern)
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ class EqualCost:
 class Choice:
     """One configuration at one (loss, context).
 
+    `effective` is T_eff, the keys that a head reads and keeps at the context, all of it when dense;
     `cost` is the objective, `excess` how much dearer than the cheapest (0.02 is 2%), `regret` the
     expected excess over the draws (infinite when some draw reaches the loss only with another),
     `probability` that of being cheapest, both over the draws in which something reaches the loss;
@@ -178,6 +185,7 @@ class Choice:
     flops: float
     flops_fixed: float
     z: float
+    effective: float
     cost: float
     excess: float
     probability: float
@@ -253,11 +261,13 @@ class Frontier:
     """The answers to a question, losses in the order given, contexts within each.
 
     `doubt` says in a few words why the fit behind them cannot carry an answer; "" when it can.
-    `checks` are runs trained as the study's own but left out of its fit.
+    `checks` are runs trained as the study's own but left out of its fit. Losses are those at the
+    training context `train_context`, in tokens; 0 where it is unknown.
     """
 
     source: str
     count: str
+    train_context: int
     question: Question
     objective: Objective
     serving: Serving
@@ -269,12 +279,22 @@ class Frontier:
     doubt: str
     checks: tuple[Check, ...] = ()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether some configuration has a pattern."""
+        return any(pattern_of(c.heads) for c in self.answers[0].choices)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """The unit of every kind of number here."""
+        return units(self.question, self.serving, self.sharded)
+
     def at(self, loss: float, context: int) -> Answer:
         return next(a for a in self.answers if a.loss == loss and a.context == context)
 
     def to_dict(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
-        out["units"] = units(self.question, self.serving)
+        out["units"] = self.units
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
             answer["lowest"] = whole.lowest and whole.lowest.heads
@@ -283,14 +303,21 @@ class Frontier:
         return plain(out)
 
 
-def units(question: Question, serving: Serving | None = None) -> dict[str, str]:
-    """The unit of every kind of number in a frontier."""
+def units(
+    question: Question, serving: Serving | None = None, sharded: bool = False
+) -> dict[str, str]:
+    """The unit of every kind of number in a frontier; `sharded` where a configuration is."""
     flops = {
         "per_token": "FLOPs of one token at the context, per_token: 2 N + 4 T L d_h n_h",
         "per_sequence": "FLOPs as plotted by the paper, per_sequence: T (N + 2 T L d_h n_h)",
     }[question.convention]
     q, s = question, serving or Serving()
+    effective = (
+        "tokens: the keys that a head reads and keeps at the context, a mean over layers and KV heads; "
+        "for a configuration with a pattern it stands for T in T L d_h n_kv and T L d_h n_h"
+    )
     return {
+        **({"effective": effective} if sharded else {}),
         "loss": "nats per token",
         "context": "tokens",
         "n": "parameters without embeddings",
@@ -342,7 +369,7 @@ class Scale:
         Between two of the ladder's sizes costs may fall with N, where models turn wider at once:
         their least values lie at those sizes.
         """
-        nodes = [n_formula(L, d, *heads, self.head_dim) for L, d in self.ladder]
+        nodes = [n_formula(L, d, *heads[:2], self.head_dim) for L, d in self.ladder]
         grid = np.geomspace(REACH[0] * low, REACH[1] * high, 2000)
         return np.union1d(grid, self.from_formula(np.array(nodes, float), heads))
 
@@ -350,9 +377,8 @@ class Scale:
         """The model of this shape, built as the runs were; an FFN of their own keeps its ratio."""
         t = self.template
         d_ff = t.d_ff and round_up(t.d_ff * width / t.d_model, 32)
-        return dataclasses.replace(
-            t, n_layers=layers, d_model=width, n_heads=heads[0], n_kv_heads=heads[1], d_ff=d_ff
-        )
+        own = {"n_heads": heads[0], "n_kv_heads": heads[1], "pattern": pattern_of(heads)}
+        return dataclasses.replace(t, n_layers=layers, d_model=width, d_ff=d_ff, **own)
 
     def embeddings(self, width: np.ndarray | float) -> Any:
         """Parameters of the embedding and, where it is not tied, the output matrix."""
@@ -375,7 +401,7 @@ def scale_of(results: Results) -> Scale:
         formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order] / n
         ratios[None] = np.log(n), formula
         for heads in set(r.heads):
-            own = (r.n_heads[order] == heads[0]) & (r.n_kv_heads[order] == heads[1])
+            own = np.array([h == heads for h in r.heads])[order]
             ratios[heads] = np.log(n[own]), formula[own]
     vocab = int(r.vocab_size[0]) or 50304
     template = r.template or ModelConfig(1, 64, 1, 1, head_dim=dims[0], vocab_size=vocab)
@@ -390,20 +416,24 @@ def costs_at(
     scale: Scale,
     serving: Serving | None = None,
 ) -> tuple[Costs, np.ndarray, np.ndarray]:
-    """Costs at N*, and the (L, d) they were taken at; infinite where N* is."""
+    """Costs at N*, and the (L, d) they were taken at; infinite where N* is.
+
+    Heads with a pattern read and keep T_eff keys (`shapes.effective_context`) of the T in `context`.
+    """
     n = np.asarray(n, float)
     layers, width = shapes(scale.to_formula(n, heads), heads, scale.head_dim, scale.ladder)
-    memory = inference_memory(n, context, layers, scale.head_dim, heads[1])
-    flops = inference_flops(n, context, layers, scale.head_dim, heads[0], question.convention)
-    fixed = inference_flops(n, context, 0, scale.head_dim, heads[0], question.convention)
+    keys, convention = effective_context(heads, layers, context), question.convention
+    memory = inference_memory(n, keys, layers, scale.head_dim, heads[1])
+    flops = inference_flops(n, context, layers, scale.head_dim, heads[0], convention, keys)
+    fixed = inference_flops(n, context, 0, scale.head_dim, heads[0], convention)
     z = HardwareCost(question.weight, question.memory_power, question.compute_power)
     s = serving or Serving()
-    cached = kv_cache_values(context, layers, scale.head_dim, heads[1])
+    cached = kv_cache_values(keys, layers, scale.head_dim, heads[1])
     read = s.weight_bytes * n + s.cache_bytes * s.batch * cached
     held = read + s.weight_bytes * scale.embeddings(width)
     seconds = dollars = np.full_like(n, math.nan)
     if s.hardware:
-        compute = s.batch * inference_flops(n, context, layers, scale.head_dim, heads[0])
+        compute = s.batch * inference_flops(n, keys, layers, scale.head_dim, heads[0])
         busy = compute / (s.hardware.peak_flops * s.hardware.mfu)
         step = np.maximum(busy, read / s.hardware.bandwidth)
         seconds = step / s.batch
@@ -437,8 +467,8 @@ def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
 
 
 def default_baseline(heads: Sequence[Heads]) -> Heads:
-    """The most query heads and, among those, the most KV heads."""
-    return max(heads)
+    """The most query heads and, among those, the most KV heads; a dense one where there is any."""
+    return max([h for h in heads if pattern_of(h) is None] or heads)
 
 
 def frontier(
@@ -474,6 +504,7 @@ def frontier(
     return Frontier(
         source=fit.source,
         count=fit.count,
+        train_context=_trained(fit, results),
         question=q,
         objective=objective,
         serving=s,
@@ -484,6 +515,10 @@ def frontier(
         flags=(*fit.flags, *_flags(answers, fit, results, q, baseline)),
         doubt=_doubt(fit),
     )
+
+
+def _trained(fit: Fit, results: Results) -> int:
+    return int(fit.context_length or results.context_length.max())
 
 
 def _doubt(fit: Fit) -> str:
@@ -561,6 +596,7 @@ def _answer(
                 flops=float(point[k].flops),
                 flops_fixed=float(point[k].flops_fixed),
                 z=float(point[k].z),
+                effective=float(effective_context(heads, np.array(shape[k][0]), context)),
                 cost=float(cost[k]),
                 excess=float(cost[k] / least - 1) if np.isfinite(cost[k]) else math.inf,
                 probability=float(probability[k]),
@@ -575,7 +611,9 @@ def _answer(
         )
     choices.sort(key=lambda c: (c.cost, -c.probability, c.heads))
     best = choices[0]
-    model = build(fit, scale, q, best, context, serving) if best.reached else None
+    model = None
+    with contextlib.suppress(UserError):  # a pattern may not fit the few layers of a small model
+        model = build(fit, scale, q, best, context, serving) if best.reached else None
     if model and model.weight_bytes + model.cache_bytes > serving.limit_bytes:
         model = None
     return Answer(
@@ -688,19 +726,21 @@ def build(
     heads = choice.heads
     multiple = max(8, min(64, reduce(math.gcd, (d for _, d in scale.ladder))))
     wanted = float(scale.to_formula(choice.n, heads))
-    shape = nearest_buildable(wanted, *heads, scale.head_dim, scale.ladder, multiple)
+    shape = nearest_buildable(wanted, *heads[:2], scale.head_dim, scale.ladder, multiple)
     layers, width = int(shape.n_layers), int(shape.d_model)
     config = scale.model(layers, width, heads)
-    formula = n_formula(layers, width, *heads, scale.head_dim)
+    formula = n_formula(layers, width, *heads[:2], scale.head_dim)
     n = {
         "n_exact": float(n_exact(config)),
         "n_formula": float(formula),
         "n_given": formula * choice.n / wanted,
     }[scale.count]
     k = fit.index(heads)
-    memory = inference_memory(n, context, layers, scale.head_dim, heads[1])
-    flops = inference_flops(n, context, layers, scale.head_dim, heads[0], q.convention)
-    cache = kv_cache_values(context, layers, scale.head_dim, heads[1])
+    patterns, size = config.layer_patterns, (layers, scale.head_dim)
+    keys = context_sharding.effective_context(patterns, context)
+    memory = inference_memory(n, keys, *size, heads[1])
+    flops = inference_flops(n, context, *size, heads[0], q.convention, keys)
+    cache = context_sharding.kv_cache_values(patterns, context, scale.head_dim)
     return Model(
         n_layers=layers,
         d_model=width,
@@ -749,16 +789,28 @@ def _goal(answer: Answer) -> str:
     return f"{answer.loss:g} nats at {answer.context:,} tokens"
 
 
+def beyond_training(heads: Sequence[Heads], trained: int, q: Question) -> list[str]:
+    """What answers assume at contexts longer than `trained` tokens, where losses were measured."""
+    if not trained or max(q.contexts) <= trained:
+        return []
+    out = [
+        f"losses were measured at T = {trained:,} tokens: beyond it the answer assumes that "
+        "differences between configurations stay as they are"
+    ]
+    if any(map(pattern_of, heads)):
+        out.append(
+            f"losses of sharded configurations, too, are those at T = {trained:,} tokens: only their "
+            "costs follow the context. That heads which then read a smaller share of it lose no more "
+            "is untested, for windows alone above all; train some at a longer T, and judge loss by "
+            "position and retrieval beside the mean loss"
+        )
+    return out
+
+
 def _flags(
     answers: Sequence[Answer], fit: Fit, results: Results, q: Question, baseline: Heads
 ) -> list[str]:
-    out = []
-    trained = int(fit.context_length or results.context_length.max())
-    if trained and max(q.contexts) > trained:
-        out.append(
-            f"losses were measured at T = {trained:,} tokens: beyond it the answer assumes that "
-            "differences between configurations stay as they are"
-        )
+    out = beyond_training(fit.heads, _trained(fit, results), q)
     where = [
         f"{a.loss:g} at {a.context:,}" for a in answers if a.best.extrapolated and a.best.reached
     ]
@@ -784,7 +836,7 @@ def _flags(
     ]
     if unsaved:
         out.append(
-            f"the baseline ({baseline[0]},{baseline[1]}) never reaches the loss, so that savings "
+            f"the baseline {pair(baseline)} never reaches the loss, so that savings "
             f"leave them out, in {'; '.join(unsaved)}"
         )
     unbuilt = [_goal(a) for a in answers if a.best.reached and a.model is None]

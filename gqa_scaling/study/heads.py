@@ -1,6 +1,7 @@
 """Loss against the number of query heads at fixed N: L = a n_h^b + c (Chen et al. 2025, section 5).
 
-The losses are those of the fitted curves at one N, with n_kv fixed, or tied to n_h.
+The losses are those of the fitted curves at one N, with n_kv fixed, or tied to n_h; dense
+configurations alone.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from gqa_scaling.study import laws
 from gqa_scaling.study.fit import Fit, Interval, interval, plain
+from gqa_scaling.study.results import pattern_of
 
 MIN_HEADS = 4  # one more than the parameters
 _POWERS = np.r_[-np.geomspace(4.0, 0.01, 400), np.geomspace(0.01, 4.0, 100)]
@@ -63,9 +65,9 @@ def common_n(fit: Fit) -> float:
 def head_laws(fit: Fit, n: float | None = None) -> tuple[HeadLaw, ...]:
     """The law for every fixed n_kv, and for n_kv tied to n_h, with enough configurations."""
     n = n or common_n(fit)
-    out = []
-    for kv in (*sorted({kv for _, kv in fit.heads}), None):
-        mine = [k for k, (h, v) in enumerate(fit.heads) if v == (h if kv is None else kv)]
+    out, dense = [], [(k, *h) for k, h in enumerate(fit.heads) if pattern_of(h) is None]
+    for kv in (*sorted({kv for *_, kv in dense}), None):
+        mine = [k for k, h, v in dense if v == (h if kv is None else kv)]
         if len(mine) < MIN_HEADS:
             continue
         heads = np.array([fit.heads[k][0] for k in mine])

@@ -5,6 +5,7 @@ fit is scipy's least squares from a start that is good whatever the data, becaus
 nonlinear parameters are first profiled on a grid.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -22,7 +23,18 @@ FORMULAS: dict[Law, str] = {
     "sum": "E + exp(u - b ln(N_b/N_0)) (1 - c (1 - n_h^-g)/g - e (1 - n_kv^-g)/g), N_b = 8 L d^2",
     "pooled": "product, with an offset of u for each (n_h, n_kv) shrunk towards 0",
 }
+MIN_SPREAD = 0.1  # of log2 density over the configurations, for a law to tell what density does
 _ITERATIONS = 5000  # most need ten; a few follow a long bent valley, and may not be left out
+
+
+def formula(law: Law, names: Sequence[str]) -> str:
+    """The law in symbols, with what its parameters of these names say of patterns."""
+    known = FORMULAS[law]
+    if "r" in names:
+        for end in ("log2 n_kv)", "exp(u - b ln(N_b/N_0))"):
+            known = known.replace(end, f"{end[:-1]} + r log2(1/density))")
+        known = known.replace("product,", "product with r log2(1/density),")
+    return known
 
 
 @dataclass(frozen=True)
@@ -285,6 +297,9 @@ class Separate:
 # ---------------------------------------------------------------------------------- joint laws
 
 
+_SPARSE = ([0.0], [0.03], [0.1], [0.3])  # r tried for the start of the sum
+
+
 def _gain(n: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(1 - n^-g) / g and its derivative in g; ln n and -ln^2 n / 2 at g = 0."""
     x, small = np.log(n), np.abs(g) < 1e-4
@@ -301,26 +316,36 @@ class Joint:
     """One law for all configurations on N_b = 8 L d^2: "product", "sum" or "pooled".
 
     Parameters: E, u, b, then p, q (product), c, e, g (sum), or p, q and an offset for each
-    configuration (pooled), which `ridge` holds near 0.
+    configuration (pooled), which `ridge` holds near 0. p and q are there where query heads and KV
+    heads differ, and after them r where densities do: each halving of the density of attention at
+    the training context multiplies the excess loss over E by exp(r).
     """
 
     def __init__(
         self,
         law: Law,
         heads: Sequence[tuple[int, int]],
+        density: np.ndarray,
         curve: np.ndarray,
         log_backbone: np.ndarray,
         backbone: Backbone | None,
         strength: float = 0.0,
     ) -> None:
+        """`heads` and `density` are of the configurations, `curve` indexes them for each point."""
         self.law, self.curve, self.backbone = law, curve, backbone
         self.centre = float(log_backbone.mean())
         self.x = log_backbone - self.centre
         self.table = np.array(heads, float)  # of the configurations
         self.heads = self.table[curve]  # of the points
-        own = {"product": ("p", "q"), "sum": ("c", "e", "g"), "pooled": ("p", "q")}[law]
+        logs = dict(zip("pqr", [*-np.log2(self.table).T, -np.log2(density)], strict=True))
+        known = "r" if law == "sum" else "pqr"
+        self.linear = {  # what u is linear in, for each configuration
+            k: v for k, v in logs.items() if k in known and np.ptp(v) > (k == "r") * MIN_SPREAD
+        }
+        own = ("c", "e", "g") if law == "sum" else ()
         offsets = tuple(f"offset{i}" for i in range(len(heads))) if law == "pooled" else ()
-        self.names = ("E", "u", "b", *own, *offsets)
+        self.names = ("E", "u", "b", *own, *self.linear, *offsets)
+        self.first = 3 + len(own)  # of the parameters of `linear`
         self.ridge = np.array([strength if n.startswith("offset") else 0.0 for n in self.names])
 
     def _heads_factor(self, rows: np.ndarray, heads: np.ndarray) -> np.ndarray:
@@ -331,11 +356,12 @@ class Joint:
 
     def _level(self, rows: np.ndarray, heads: np.ndarray, own: np.ndarray | slice) -> np.ndarray:
         """u of every point or configuration, as the heads make it."""
+        u = rows[:, 1:2]
         if self.law == "sum":
-            return rows[:, 1:2] + np.log(self._heads_factor(rows, heads))
-        u = rows[:, 1:2] - rows[:, 3:4] * np.log2(heads[:, 0])
-        u = u - rows[:, 4:5] * np.log2(heads[:, 1])
-        return u + rows[:, 5:][:, own] if self.law == "pooled" else u
+            u = u + np.log(self._heads_factor(rows, heads))
+        for i, column in enumerate(self.linear.values(), self.first):
+            u = u + rows[:, i : i + 1] * column[own]
+        return u + rows[:, -len(self.table) :][:, own] if self.law == "pooled" else u
 
     def _excess(self, rows: np.ndarray) -> np.ndarray:
         u = self._level(rows, self.heads, self.curve)
@@ -345,15 +371,13 @@ class Joint:
         return parameters[:, :1] + self._excess(parameters)
 
     def _jacobians(self, rows: np.ndarray, f: np.ndarray) -> np.ndarray:
-        h, kv = self.heads.T
         columns = [np.ones_like(f), f, -self.x * f]
         if self.law == "sum":
             c, e, g = (rows[:, i : i + 1] for i in (3, 4, 5))
-            each = f / self._heads_factor(rows, self.heads)
+            each, (h, kv) = f / self._heads_factor(rows, self.heads), self.heads.T
             (gh, slope_h), (gkv, slope_kv) = _gain(h, g), _gain(kv, g)
             columns += [-each * gh, -each * gkv, -each * (c * slope_h + e * slope_kv)]
-        else:
-            columns += [-np.log2(h) * f, -np.log2(kv) * f]
+        columns += [column[self.curve] * f for column in self.linear.values()]
         if self.law == "pooled":
             columns += [f * (self.curve == k) for k in range(len(self.table))]
         return np.stack(columns, -1)
@@ -371,30 +395,31 @@ class Joint:
         return Curves(rows[:, 0], u, b, centre, self.backbone)
 
     def start(self, y: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The best of a grid over what is not linear: E, or b and g."""
+        """The best of a grid over what is not linear: E, or b, g and r."""
         (low,), (high,) = floor_limits(y[None])
         root, one = np.sqrt(w), np.ones_like(y)
         best, least = None, np.inf
         if self.law == "sum":
-            for b in np.linspace(0.05, 0.6, 12):
-                f = np.exp(-b * self.x)
+            sparse = [column[self.curve] for column in self.linear.values()]
+            for b, r in itertools.product(np.linspace(0.05, 0.6, 12), _SPARSE if sparse else [[]]):
+                f = np.exp(sum(np.multiply(r, sparse), -b * self.x))
                 for g in (-0.3, 0.0, 0.3, 0.7, 1.5):
                     gain = _gain(self.heads, np.array(g))[0]
                     columns = np.stack([one, f, *(f[:, None] * gain).T], 1)
                     (floor, scale, c, e), *_ = np.linalg.lstsq(columns * root[:, None], root * y)
                     scale = max(scale, 1e-3)
-                    row = np.array([floor, np.log(scale), b, -c / scale, -e / scale, g])
+                    row = np.array([floor, np.log(scale), b, -c / scale, -e / scale, g, *r])
                     row[0] = np.clip(floor, low, high)
                     cost = float((w * (self.predict(row[None])[0] - y) ** 2).sum())
                     best, least = (row, cost) if cost < least else (best, least)
             return best
-        logs = np.log2(self.heads)
-        columns = np.stack([one, -self.x, -logs[:, 0], -logs[:, 1]], 1)
+        columns = [column[self.curve] for column in self.linear.values()]
+        columns = np.stack([one, -self.x, *columns], 1)
         for floor in high - (high - low) * np.linspace(0, 1, 40) ** 2:
             excess = np.maximum(y - floor, 1e-9)
             by = root * excess
             found, *_ = np.linalg.lstsq(columns * by[:, None], by * np.log(excess))
-            row = np.r_[floor, found, np.zeros(len(self.names) - 5)]
+            row = np.r_[floor, found, np.zeros(len(self.names) - 1 - len(found))]
             cost = float((w * (self.predict(row[None])[0] - y) ** 2).sum())
             best, least = (row, cost) if cost < least else (best, least)
         return best

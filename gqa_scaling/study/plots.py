@@ -5,6 +5,7 @@ they say, so the pictures survive a grey printer.
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,8 +18,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import OBJECTIVES, Frontier, costs_at, frontier, scale_of
 from gqa_scaling.study.heads import common_n, head_laws
-from gqa_scaling.study.results import Heads, Results
-from gqa_scaling.study.tables import headline, pair, percent, quantity
+from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.sparsity import Sparsity
+from gqa_scaling.study.tables import headline, percent, quantity
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -57,11 +59,17 @@ def _figure(width: float, height: float, columns: int = 1, **kwargs: object) -> 
 def looks(heads: Sequence[Heads]) -> dict[Heads, dict[str, object]]:
     """Colour, marker and line for each configuration.
 
-    Up to seven have a colour each; more take their colour from n_heads and the rest from n_kv.
+    Up to seven have a colour each; more take their colour from n_heads and the rest from n_kv, or,
+    where some have patterns, their colour from the heads and the rest from the pattern.
     """
     ordered = sorted(set(heads))
-    if len(ordered) <= len(OKABE_ITO):
+    several = sorted({h[:2] for h in ordered})
+    sparse = any(map(pattern_of, ordered)) and len(several) > 1
+    if len(ordered) <= len(OKABE_ITO) or (any(map(pattern_of, ordered)) and not sparse):
         keys = {h: (i, i) for i, h in enumerate(ordered)}
+    elif sparse:
+        kinds = sorted({h[2:] for h in ordered})
+        keys = {h: (several.index(h[:2]), kinds.index(h[2:])) for h in ordered}
     else:
         queries, values = (sorted({h[i] for h in ordered}) for i in (0, 1))
         keys = {h: (queries.index(h[0]), values.index(h[1])) for h in ordered}
@@ -134,7 +142,32 @@ def _legend(figure: Figure, fit: Fit) -> None:
 
     look = looks(fit.heads)
     handles = [Line2D([], [], label=pair(h), **look[h]) for h in fit.heads]
-    figure.legend(handles=handles, loc="outside right upper", title="heads, KV", handlelength=3)
+    _place(figure, fit.heads, handles=handles)
+
+
+def _place(figure: Figure, heads: Sequence[Heads], **content: object) -> None:
+    """The legend of the configurations: at the right or, where patterns make it wide, below."""
+    below = any(map(pattern_of, heads))
+    where = {"loc": "outside right upper", "title": "heads, KV"}
+    if below:
+        columns = max(1, int(figure.get_figwidth() // 2.9))
+        where = {"loc": "outside lower center", "ncols": columns}
+        lines = math.ceil(len(heads) / columns)
+        figure.set_figheight(figure.get_figheight() + 0.19 * lines)
+    figure.legend(**where, handlelength=3, **content)
+
+
+def _codes(heads: Sequence[Heads]) -> tuple[dict[Heads, str], str]:
+    """Names short enough to write into a picture, and the line that explains them."""
+    patterns = sorted({h[2] for h in heads if pattern_of(h)})
+    letters = {p: chr(ord("a") + i % 26) * (1 + i // 26) for i, p in enumerate(patterns)}
+    short = {h: pair(h[:2]) + (letters[h[2]] if pattern_of(h) else "") for h in heads}
+    return short, "; ".join(f"{letter}: {p.label}" for p, letter in letters.items())
+
+
+def _explain(axis: Axes, label: str, codes: str) -> None:
+    """The label of the x axis, with the line that explains short names below it."""
+    axis.set_xlabel("\n".join([label, *textwrap.wrap(codes, 95)]))
 
 
 def loss_curves(fit: Fit) -> Figure:
@@ -188,6 +221,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
             for loss in losses
         ]
     )
+    short, codes = _codes(fit.heads)
     with matplotlib.rc_context(STYLE):
         figure, axis = _figure(8.6, 4.4)
         shown = np.ma.masked_invalid(100 * saved)
@@ -201,7 +235,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
                 if not answer.best.reached:
                     axis.text(j, i, "none", ha="center", va="center", color="#555555")
                     continue
-                text = pair(answer.best.heads) + ("~" if answer.best.extrapolated else "")
+                text = short[answer.best.heads] + ("~" if answer.best.extrapolated else "")
                 others = len(answer.tied) - 1
                 text += f"\n{percent(answer.best.probability, 0)}" + (
                     f", tied {others}" if others else ""
@@ -212,7 +246,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
         axis.set_yticks(range(len(losses)), [f"{v:.3f}" for v in losses])
         axis.grid(False)
-        axis.set_xlabel("inference context (tokens)")
+        _explain(axis, "inference context (tokens)", codes)
         axis.set_ylabel("target loss (nats per token)")
         name = OBJECTIVES[answers.objective]
         axis.set_title(
@@ -281,7 +315,7 @@ def gains(answers: Frontier) -> Figure:
             f"Gained over {pair(answers.baseline)} at equal {kind}, its loss {middle:g} nats\n"
             f"{LEVEL:.0%} intervals; ringed: a size outside the fitted ones"
         )
-        figure.legend(loc="outside right upper", title="heads, KV", handlelength=3)
+        _place(figure, list(look))
     return figure
 
 
@@ -292,7 +326,8 @@ def savings(answers: Frontier) -> Figure:
     choices = [c for c in sorted(answer.choices, key=lambda c: c.heads) if math.isfinite(c.n)]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(9.4, 3.8, 2)
-        names = [pair(c.heads) for c in choices]
+        short, codes = _codes([c.heads for c in choices])
+        names = [short[c.heads] for c in choices]
         for axis, kind in zip(axes, ("memory", "flops"), strict=True):
             whole = getattr(base, kind)
             unit = 100 / whole if math.isfinite(whole) else 1.0
@@ -326,6 +361,8 @@ def savings(answers: Frontier) -> Figure:
             share = f"\n% of {pair(answers.baseline)}'s" if unit != 1.0 else ""
             axis.set_ylabel(label + share)
             axis.set_xlabel("(heads, KV)")
+        if codes:
+            figure.supxlabel("\n".join(textwrap.wrap(codes, 110)), fontsize=8)
         axes[0].set_title(f"Costs at {answer.loss:g} nats and {answer.context:,} tokens")
     return figure
 
@@ -333,12 +370,13 @@ def savings(answers: Frontier) -> Figure:
 def loss_against_heads(fit: Fit) -> Figure:
     """Fitted loss against n_heads at one N inside every curve, a line for each n_kv rule."""
     n = common_n(fit)
+    heads = {k: h for k, h in enumerate(fit.heads) if pattern_of(h) is None}
     powers = {law.n_kv_heads: law for law in head_laws(fit, n)}
     with matplotlib.rc_context(STYLE):
         figure, axis = _figure(6.6, 3.9)
-        values = sorted({kv for _, kv in fit.heads})
+        values = sorted({kv for _, kv in heads.values()})
         for i, kv in enumerate(values):
-            inside = [k for k, h in enumerate(fit.heads) if h[1] == kv]
+            inside = [k for k, h in heads.items() if h[1] == kv]
             x = np.array([fit.heads[k][0] for k in inside], float)
             y = np.array([float(fit.curves.loss(k, n)) for k in inside])
             bounds = np.array([interval(fit.draws.loss(k, n)) for k in inside])
@@ -357,7 +395,7 @@ def loss_against_heads(fit: Fit) -> Figure:
                 label = f"{law.a:.3f} n_h^{law.b:.3f} + {law.c:.3f}"
                 style = {"color": OKABE_ITO[i % len(OKABE_ITO)], "linestyle": LINES[i % len(LINES)]}
                 axis.plot(fine, law.loss(fine), label=label, **style)
-        queries = sorted({h for h, _ in fit.heads})
+        queries = sorted({h for h, _ in heads.values()})
         axis.set_xscale("log", base=2)
         axis.set_xticks(queries, [str(h) for h in queries])
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -401,6 +439,7 @@ def probabilities(answers: Frontier) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axis = _figure(8.2, 1.5 + 0.32 * len(shown))
         names = [f"{a.context:,} tokens, {a.loss:g} nats" for a in shown]
+        short, codes = _codes(list(look))
         seen: dict[Heads, object] = {}
         for i, answer in enumerate(shown):
             left = 0.0
@@ -415,7 +454,7 @@ def probabilities(answers: Frontier) -> Figure:
                     axis.text(
                         left + width / 2,
                         i,
-                        f"{pair(choice.heads)} {width:.0f}%",
+                        f"{short[choice.heads]} {width:.0f}%",
                         ha="center",
                         va="center",
                         fontsize=8,
@@ -427,16 +466,55 @@ def probabilities(answers: Frontier) -> Figure:
         axis.set_xlim(0, 100)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(False, axis="y")
-        axis.set_xlabel("probability of being the cheapest (%)")
+        _explain(axis, "probability of being the cheapest (%)", codes)
         axis.set_title(f"Decision probability over {answers.intervals.split(', ', 1)[1]}")
     return figure
 
 
-def all_figures(fit: Fit, results: Results, answers: Frontier) -> dict[str, tuple[Figure, str]]:
-    """Every picture by file name, with its caption."""
+def loss_against_density(fit: Fit, found: Sparsity) -> Figure:
+    """What patterns add to the loss of dense attention with the same heads, against density."""
+    look = looks(fit.heads)
+    rows = [row for row in found.rows if math.isfinite(row.loss)]
+    least = min(row.density for row in rows) / 1.1
+    with matplotlib.rc_context(STYLE):
+        figure, axis = _figure(7.4, 3.9)
+        axis.axhline(0, color="#888888", linewidth=1)
+        for row in rows:
+            y, (low, high) = 1e3 * row.loss, 1e3 * np.array(row.loss_interval)
+            bars = [[max(y - low, 0)], [max(high - y, 0)]]
+            style = look[row.heads] | {"linestyle": "none"}
+            axis.errorbar([row.density], [y], bars, label=pair(row.heads), capsize=3, **style)
+        if found.rate is not None and found.excess is not None:
+            x = np.geomspace(least, 1, 80)
+            y = 1e3 * found.excess * np.expm1(-found.rate * np.log2(x))
+            label = f"law {found.law}: exp(r) = {math.exp(found.rate):.3f} a halving"
+            axis.plot(x, y, color="#888888", linestyle="--", label=label)
+        _density_axis(axis, least)
+        axis.set_xlabel(f"density at the training context of {found.train_context:,} tokens")
+        axis.set_ylabel("loss higher than dense (millinats)")
+        axis.set_title(
+            f"What sparsity costs at N = {quantity(found.n)}, same heads, {LEVEL:.0%} intervals"
+        )
+        _place(figure, [row.heads for row in rows])
+    return figure
+
+
+def _density_axis(axis: Axes, least: float) -> None:
+    """From 1 at the left down to the sparsest, in halvings."""
+    places = [2.0**-k for k in range(math.ceil(-math.log2(least)) + 1)]
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(1.05, places[-1])
+    axis.set_xticks(places, ["1", *(f"1/{round(1 / p)}" for p in places[1:])])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def all_figures(
+    fit: Fit, results: Results, answers: Frontier, sparse: Sparsity | None = None
+) -> dict[str, tuple[Figure, str]]:
+    """Every picture by file name, with its caption; `sparse` is there where patterns are."""
     t = max(answers.question.contexts)
     name = OBJECTIVES[answers.objective]
-    return {
+    out = {
         "loss_curves": (
             loss_curves(fit),
             "Evaluation loss of every run and the fitted curve of each configuration.",
@@ -462,12 +540,16 @@ def all_figures(fit: Fit, results: Results, answers: Frontier) -> dict[str, tupl
             "How sure the recommendation is: the share of bootstrap draws in which each "
             "configuration is the cheapest.",
         ),
-        "loss_against_heads": (
+    }
+    if not all(map(pattern_of, fit.heads)):
+        out["loss_against_heads"] = (
             loss_against_heads(fit),
             "What more heads buy at a fixed parameter count.",
-        ),
-        "residuals": (
-            residuals(fit),
-            "What the curves leave unexplained.",
-        ),
-    }
+        )
+    if sparse and any(math.isfinite(row.loss) for row in sparse.rows):
+        out["loss_against_density"] = (
+            loss_against_density(fit, sparse),
+            "What reading part of the context costs in loss, measured at the training context.",
+        )
+    out["residuals"] = (residuals(fit), "What the curves leave unexplained.")
+    return out

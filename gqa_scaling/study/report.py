@@ -4,9 +4,7 @@ import base64
 import csv
 import html
 import io
-import os
 import string
-import uuid
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,18 +15,20 @@ from matplotlib.figure import Figure
 
 from gqa_scaling import __version__
 from gqa_scaling.config import UserError
-from gqa_scaling.runs import write_atomic, write_json
+from gqa_scaling.runs import write_json
+from gqa_scaling.storage import as_path, make_folder, write_atomic
 from gqa_scaling.study import tables
 from gqa_scaling.study.board import write_images
 from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier, units
-from gqa_scaling.study.models import FORMULAS
+from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier
 from gqa_scaling.study.plots import STYLE, all_figures
-from gqa_scaling.study.results import COLUMNS, Results
-from gqa_scaling.study.sheets import Sheet, html_sheet
+from gqa_scaling.study.results import Heads, Results, pattern_of
+from gqa_scaling.study.sheets import Sheet, html_sheet, sparsity_sheet
+from gqa_scaling.study.sparsity import Sparsity, sparsity
 from gqa_scaling.study.tokens import spans_budgets
 
+_DENSITY = "loss_against_density"
 _DECISION = ("heat_map", "savings", "gains", "probabilities", "loss_against_costs")
 
 
@@ -41,30 +41,32 @@ def write_report(
     sheets: Sequence[Sheet] = (),
     beside: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the page to `path` and its data beside it; every file is renamed into place.
+    """Write the page to `path` and its data beside it; every file appears whole.
 
     The figures are also written to study/ as TensorBoard images.
 
     `command` is what reproduces the study and is printed on the page. `sheets` are further tables
     for it, and `beside` is further data, each key a JSON file. Returns the page's path.
     """
-    path = Path(path)
+    path = as_path(path)
     folder = path.parent
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "figures")
     pictures, images = {}, {}
-    for name, (figure, caption) in all_figures(fit, results, frontier).items():
+    sparse = sparsity(fit, results, frontier)
+    for name, (figure, caption) in all_figures(fit, results, frontier, sparse).items():
         svg, png = _render(figure, "svg"), _render(figure, "png")
-        _write_bytes(folder / "figures" / f"{name}.svg", svg)
-        _write_bytes(folder / "figures" / f"{name}.png", png)
+        write_atomic(folder / "figures" / f"{name}.svg", svg)
+        write_atomic(folder / "figures" / f"{name}.png", png)
         pictures[name], images[name] = _picture(svg, caption), png
     write_images(folder / "study", images)
     write_atomic(folder / "results.csv", results_csv(results))
     write_atomic(folder / "frontier.csv", frontier_csv(frontier))
     write_json(folder / "fit.json", fit.to_dict())
     write_json(folder / "frontier.json", frontier.to_dict())
-    for name, data in (beside or {}).items():
+    for name, data in ((beside or {}) | ({"sparsity": sparse.to_dict()} if sparse else {})).items():
         write_json(folder / f"{name}.json", data)
-    write_atomic(path, page(results, fit, frontier, pictures, command, sheets))
+    text = page(results, fit, frontier, pictures, command, sheets, sparse)
+    write_atomic(path, text)
     return path
 
 
@@ -74,16 +76,6 @@ def _render(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context(STYLE):  # the salt that makes two SVGs of one picture equal
         figure.savefig(out, format=kind, metadata=metadata)
     return out.getvalue()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _picture(svg: bytes, caption: str) -> str:
@@ -105,13 +97,14 @@ def page(
     pictures: dict[str, str],
     command: str,
     sheets: Sequence[Sheet] = (),
+    sparse: Sparsity | None = None,
 ) -> str:
     """The HTML text; `pictures` are whole <figure> elements by name."""
     template = resources.files("gqa_scaling.study") / "report.html"
-    q, u = frontier.question, units(frontier.question, frontier.serving)
+    q, u = frontier.question, frontier.units
     contexts = ", ".join(f"{c:,}" for c in q.contexts)
     flags = "".join(f"<li>{html.escape(flag)}</li>" for flag in frontier.flags)
-    fit_figures = [name for name in pictures if name not in _DECISION]
+    fit_figures = [name for name in pictures if name not in (*_DECISION, _DENSITY)]
     return string.Template(template.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"Cost-optimal GQA: {results.source}"),
         question=html.escape(
@@ -127,7 +120,9 @@ def page(
         flags=f'<div class="flags"><b>Read with care</b><ul>{flags}</ul></div>' if flags else "",
         units=html.escape(
             f"Loss in {u['loss']}. N*: {u['n']} ({fit.count}). Memory in {u['memory']}. "
-            f"{u['flops']}. Z = {u['z']}. ~ marks an N* outside the fitted sizes; regret is the "
+            f"{u['flops']}. Z = {u['z']}. "
+            + (f"T_eff in {u['effective']}. " if frontier.sharded else "")
+            + "~ marks an N* outside the fitted sizes; regret is the "
             "expected excess cost over the draws, - where some draw reaches the loss only with another."
         ),
         frontier=_frontier_table(frontier),
@@ -150,9 +145,10 @@ def page(
         models=_model_table(frontier),
         training=_training(frontier),
         checks=_check_table(frontier),
+        sparsity=_sparsity(sparse, frontier, pictures),
         figures_decision="".join(pictures[name] for name in _DECISION if name in pictures),
         law=html.escape(
-            f"Law {fit.law}: L = {FORMULAS[fit.law]}. E = {fit.floor:.4f} nats, "
+            f"Law {fit.law}: L = {fit.formula}. E = {fit.floor:.4f} nats, "
             f"{LEVEL:.0%} interval {tables.span(fit.floor_interval)}; R² = {fit.r2:.5f} over "
             f"{len(fit.points.n)} points; one run's noise {1e3 * fit.sigma:.2f} millinats."
         ),
@@ -176,6 +172,13 @@ def page(
         made=_made(results, fit),
         command=html.escape(command or "gqa_scaling.study.report.write_report"),
     )
+
+
+def _sparsity(sparse: Sparsity | None, frontier: Frontier, pictures: dict[str, str]) -> str:
+    if sparse is None:
+        return ""
+    sheet = html_sheet(sparsity_sheet(sparse, frontier.objective))
+    return f"<h2>Dense and sharded</h2>{sheet}{pictures.get(_DENSITY, '')}"
 
 
 def _html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -325,7 +328,7 @@ def _model_table(frontier: Frontier) -> str:
             [
                 f"{answer.context:,}",
                 f"{answer.loss:g}",
-                tables.pair((m.n_heads, m.n_kv_heads)),
+                tables.pair(m.heads),
                 f"{m.n_layers} x {m.d_model}",
                 f"{m.n_exact:,}",
                 f"{m.parameters:,}",
@@ -386,8 +389,11 @@ def _laws(results: Results, fit: Fit) -> str:
 
 
 def _law_table(scores: Sequence[Score]) -> str:
+    sharded = any(s.unseen_patterns is not None for s in scores)
     header = ["law", "formula", "parameters", "residual (millinats)"]
-    header += ["configurations left out (millinats)", "largest size left out (% of loss)"]
+    header += ["configurations left out (millinats)"]
+    header += ["patterns left out (millinats)"] if sharded else []
+    header += ["largest size left out (% of loss)"]
 
     def known(value: float | None, factor: float, digits: int) -> str:
         return "-" if value is None else f"{factor * value:.{digits}f}"
@@ -395,10 +401,11 @@ def _law_table(scores: Sequence[Score]) -> str:
     rows = [
         [
             s.law,
-            FORMULAS[s.law],
+            s.formula,
             str(s.parameters),
             known(s.residual, 1e3, 2),
             known(s.unseen_heads, 1e3, 2),
+            *([known(s.unseen_patterns, 1e3, 2)] if sharded else []),
             known(s.largest_size, 100, 3),
         ]
         for s in scores
@@ -464,7 +471,7 @@ def results_csv(results: Results) -> str:
         }
         for row in results.rows()
     ]
-    return _csv((*COLUMNS, "n_count"), [row | {"n_count": results.count} for row in rows])
+    return _csv([*rows[0], "n_count"], [row | {"n_count": results.count} for row in rows])
 
 
 def frontier_csv(frontier: Frontier) -> str:
@@ -478,6 +485,7 @@ def frontier_csv(frontier: Frontier) -> str:
                 "rank": rank,
                 "n_heads": c.heads[0],
                 "n_kv_heads": c.heads[1],
+                **({"pattern": _label(c.heads), "t_eff": c.effective} if frontier.sharded else {}),
                 "tied": int(c.heads in answer.tied),
                 "n_parameters": c.n,
                 "n_low": c.n_interval[0],
@@ -504,6 +512,11 @@ def frontier_csv(frontier: Frontier) -> str:
             row["equal_cost_extrapolated"] = int(e.extrapolated)
             rows.append(row)
     return _csv(list(rows[0]), rows)
+
+
+def _label(heads: Heads) -> str:
+    pattern = pattern_of(heads)
+    return pattern.label if pattern else ""
 
 
 def _csv(header: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:

@@ -6,24 +6,58 @@ vocabularies or ways to count parameters.
 
 import csv
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
+from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula
 from gqa_scaling.ladder import PUBLISHED_LADDER
 from gqa_scaling.runs import run_directory
+from gqa_scaling.storage import as_path
 
 Count = Literal["n_exact", "n_formula", "n_given"]
 COUNTS: tuple[Count, ...] = ("n_exact", "n_formula", "n_given")
 MAX_EPOCHS = 4.0
-Heads = tuple[int, int]  # (n_heads, n_kv_heads)
+# A configuration: (n_heads, n_kv_heads) and, where heads do not see all keys, their pattern.
+Heads: TypeAlias = tuple[int, int] | tuple[int, int, ContextSharding]
+
+
+def heads_of(n_heads: int, n_kv_heads: int, pattern: ContextSharding | None) -> Heads:
+    """A configuration; without a pattern it is the plain pair."""
+    pair = int(n_heads), int(n_kv_heads)
+    return pair if pattern is None else (*pair, pattern)
+
+
+def pattern_of(heads: Heads) -> ContextSharding | None:
+    """What the heads of a configuration see, None for all keys."""
+    return heads[2] if len(heads) > 2 else None
+
+
+def pair(heads: Heads) -> str:
+    """A configuration as it is printed: (8,1), or (8,1) b64 w16 s8 with a pattern."""
+    pattern = pattern_of(heads)
+    return f"({heads[0]},{heads[1]})" + (f" {pattern.label}" if pattern else "")
+
+
+def heads_columns(heads: Heads) -> dict[str, Any]:
+    """A configuration as columns: n_heads, n_kv_heads and, where it has one, its pattern's label."""
+    pattern = pattern_of(heads)
+    columns = {"n_heads": heads[0], "n_kv_heads": heads[1]}
+    return columns | ({"pattern": pattern.label} if pattern else {})
+
+
+def pairs(many: Iterable[Heads]) -> str:
+    """Configurations in a row."""
+    many = list(many)
+    return (", " if any(map(pattern_of, many)) else " ").join(map(pair, many))
 
 
 @dataclass(frozen=True)
@@ -33,7 +67,8 @@ class Results:
     `n_params` are non-embedding parameters counted as `count` says: n_exact (the built model),
     n_formula (8 L d^2 + 2 L d d_h (n_h + n_kv)) or n_given (the file's own). `loss` is in nats,
     `tokens` are training tokens (NaN when unknown), 0 stands for unknown layers and sizes, "" for
-    unknown hashes. `missing` names runs that were asked for and have no result; `template` is the
+    unknown hashes. `pattern` holds the `ContextSharding` of each run, None for dense ones.
+    `missing` names runs that were asked for and have no result; `template` is the
     model of one of our runs, whose architecture all of them share.
     """
 
@@ -56,6 +91,7 @@ class Results:
     vocab_size: np.ndarray
     tokenizer: np.ndarray
     corpus: np.ndarray
+    pattern: np.ndarray
     missing: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     template: ModelConfig | None = None
@@ -65,8 +101,20 @@ class Results:
 
     @property
     def heads(self) -> list[Heads]:
-        """(n_heads, n_kv_heads) of every run."""
-        return [(int(h), int(k)) for h, k in zip(self.n_heads, self.n_kv_heads, strict=True)]
+        """The configuration of every run."""
+        return list(map(heads_of, self.n_heads, self.n_kv_heads, self.pattern))
+
+    @property
+    def density(self) -> np.ndarray:
+        """Share of the causal query-key pairs that each run computed in training; 1 when dense."""
+        return np.array(
+            [
+                _density(*run)
+                for run in zip(
+                    self.pattern, self.n_layers, self.n_kv_heads, self.context_length, strict=True
+                )
+            ]
+        )
 
     @property
     def ladder(self) -> tuple[tuple[int, int], ...]:
@@ -79,8 +127,14 @@ class Results:
         return dataclasses.replace(self, **{k: getattr(self, k)[keep] for k in COLUMNS})
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every run as a dictionary of plain values, NaN as None."""
-        columns = {k: getattr(self, k).tolist() for k in COLUMNS}
+        """Every run as a dictionary of plain values, NaN as None.
+
+        Patterns are columns of their own, absent where all runs are dense.
+        """
+        columns = {k: getattr(self, k).tolist() for k in COLUMNS if k != "pattern"}
+        if any(self.pattern):
+            for name, field in PATTERN_COLUMNS.items():
+                columns[name] = [getattr(p, field) if p else None for p in self.pattern]
         return [
             {k: None if v[i] != v[i] else v[i] for k, v in columns.items()}
             for i in range(len(self))
@@ -98,13 +152,24 @@ class Results:
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Results) if f.type is np.ndarray)
 _INTEGERS = ("n_heads", "n_kv_heads", "head_dim", "n_layers", "d_model", "context_length", "seed")
-_TEXTS = ("name", "evaluation", "tokenizer", "corpus", "n_count")
+_TEXTS = ("name", "evaluation", "tokenizer", "corpus", "n_count", "pattern_dense_layers")
+PATTERN_COLUMNS = {f"pattern_{f.name}": f.name for f in dataclasses.fields(ContextSharding)}
+
+
+@functools.cache
+def _density(
+    pattern: ContextSharding | None, n_layers: int, n_kv_heads: int, context: int
+) -> float:
+    if pattern is None:
+        return 1.0
+    return density(pattern.layers(int(n_layers), int(n_kv_heads)), int(context))
 
 
 def _table(rows: Sequence[dict[str, Any]], **rest: Any) -> Results:
     def column(name: str) -> np.ndarray:
-        kind = int if name in (*_INTEGERS, "vocab_size") else object if name in _TEXTS else float
-        return np.array([row[name] for row in rows], dtype=kind)
+        kind = int if name in (*_INTEGERS, "vocab_size") else float
+        kind = object if name in (*_TEXTS, "pattern") else kind
+        return np.array([row.get(name) if name == "pattern" else row[name] for row in rows], kind)
 
     return Results(**{name: column(name) for name in COLUMNS}, **rest)
 
@@ -155,6 +220,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
                 "vocab_size": model.vocab_size,
                 "tokenizer": data.get("tokenizer_hash", ""),
                 "corpus": data.get("corpus_hash") or data.get("store_hash", ""),
+                "pattern": model.pattern,
             }
         )
         for package, version in (result.get("versions") or {}).items():
@@ -167,7 +233,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
                 devices.append(device)
     require(
         bool(rows),
-        f"no finished runs under {Path(root) / experiment}"
+        f"no finished runs under {as_path(root) / experiment}"
         + (f"; missing: {_list(missing)}" if missing else "; the experiment declares none"),
     )
     provenance = {
@@ -257,11 +323,12 @@ def from_csv(path: Path | str) -> Results:
     """Runs from a CSV file with a header line, columns in any order, further ones ignored.
 
     Needed: n_heads, n_kv_heads, loss (nats), and n_params (without embeddings) or n_layers and
-    d_model (with head_dim, 64 when absent). Lines that begin with # are comments. Raises
-    UserError naming the file, the line, the column and the value.
+    d_model (with head_dim, 64 when absent). A run with a pattern names its pattern_block and
+    pattern_local, what else its `ContextSharding` has, and its context_length. Lines that begin
+    with # are comments. Raises UserError naming the file, the line, the column and the value.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = as_path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -338,6 +405,7 @@ def _row(header: list[str], values: list[str], where: str, shaped: bool) -> dict
         out["n_count"] in ("", *COUNTS),
         f"{where}: column n_count={out['n_count']!r} must be one of {', '.join(COUNTS)}",
     )
+    out["pattern"] = _pattern(row, out, where)
     if not (out["n_layers"] and out["d_model"]):  # half a shape is none
         out["n_layers"] = out["d_model"] = 0
     if math.isnan(out["n_params"]):
@@ -348,16 +416,38 @@ def _row(header: list[str], values: list[str], where: str, shaped: bool) -> dict
         shape, n = f"L{out['n_layers']}-d{out['d_model']}", f"N{out['n_params']:.4g}"
         size = shape if out["n_layers"] else n
         out["name"] = f"{size}-h{out['n_heads']}-kv{out['n_kv_heads']}"
+        if out["pattern"]:
+            out["name"] += f" {out['pattern'].label}"
     return out
 
 
+def _pattern(row: dict[str, str], run: dict[str, Any], where: str) -> ContextSharding | None:
+    """The pattern that a line of the file names, None where its columns are empty or absent."""
+    given = {name: row[name] for name in PATTERN_COLUMNS if row.get(name)}
+    if not given:
+        return None
+    for name in ("pattern_block", "pattern_local", "n_layers", "d_model", "context_length"):
+        require(bool(row.get(name)), f"{where}: a run with a pattern needs column {name}")
+    fields = {
+        PATTERN_COLUMNS[name]: text if name in _TEXTS else _number(name, text, where)
+        for name, text in given.items()
+    }
+    try:
+        pattern = ContextSharding(**fields)
+        pattern.layers(run["n_layers"], run["n_kv_heads"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return pattern
+
+
 def _number(name: str, text: str, where: str) -> float | int:
-    integer = name in (*_INTEGERS, "vocab_size")
+    integer = name in (*_INTEGERS, "vocab_size", *PATTERN_COLUMNS)
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    good = math.isfinite(value) and (value > 0 or (name in ("seed", "epochs") and value == 0))
+    may_be_0 = ("seed", "epochs", "pattern_sinks", "pattern_dense_kv_heads")
+    good = math.isfinite(value) and (value > 0 or (name in may_be_0 and value == 0))
     good = good and (not integer or (value < 2**53 and value == int(value)))
     kind, most = ("a whole number", " and below 2^53") if integer else ("a number", "")
     require(good, f"{where}: column {name}={text!r} must be {kind} above 0{most}")

@@ -8,16 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from gqa_scaling.study import context, laws, tokens
-from gqa_scaling.study.aligned import TRAINING, Aligned, Goal, Served, Trained
+from gqa_scaling.study.aligned import Aligned, Goal, Served, Trained
 from gqa_scaling.study.context import ContextLaw, Flatness
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import LEVEL, interval
-from gqa_scaling.study.frontier import OBJECTIVES, Serving, units
-from gqa_scaling.study.tables import _table, pair, percent, span
+from gqa_scaling.study.frontier import OBJECTIVES, Serving
+from gqa_scaling.study.sparsity import Sparsity
+from gqa_scaling.study.tables import _table, millinats, pair, percent, span
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.units import quantity
 
@@ -165,6 +167,51 @@ def token_sheet(law: TokenLaw) -> Sheet:
     )
 
 
+def sparsity_sheet(found: Sparsity, objective: str) -> Sheet:
+    """What each pattern costs in loss and saves in serving, and what density does."""
+    rows = tuple(
+        (
+            pair(row.heads),
+            f"{row.density:.3f}",
+            f"{row.effective:,.0f}",
+            millinats(row.loss),
+            " to ".join(map(millinats, row.loss_interval)),
+            percent(row.saving),
+            " to ".join(map(percent, row.saving_interval)),
+        )
+        for row in found.rows
+    )
+    notes = [
+        f"Density: share of the causal query-key pairs computed at the training context, "
+        f"{found.train_context:,} tokens, where losses are measured. Loss: higher than dense with "
+        f"the same heads at N = {quantity(found.n)}. T_eff at {found.context:,} tokens, saved: "
+        f"{OBJECTIVES[objective]} there against the same dense heads at {found.loss:g} nats. "
+        f"{LEVEL:.0%} intervals."
+    ]
+    if found.rate is None:
+        notes.append(f"No rate of loss by density: {found.no_rate}")
+    else:
+        ends = span(tuple(np.exp(found.rate_interval)), ".4f")
+        adds = found.halving
+        notes.append(
+            f"Law {found.law}: each halving of density multiplies the excess loss over E by exp(r) = "
+            f"{np.exp(found.rate):.4f} ({ends})"
+            + (f", the first adds {millinats(adds)} millinats at that N" if adds else "")
+        )
+    best = [
+        f"{c.density:.3f} at {c.context:,} tokens ({pair(c.heads)}, in {percent(c.probability, 0)} of "
+        "the refits)"
+        for c in found.cheapest
+    ]
+    if best:
+        notes.append(f"Cheapest density for {found.loss:g} nats: {'; '.join(best)}")
+    header = ("heads, KV", "density", "T_eff\n(tokens)", "loss higher\n(millinats)")
+    header += ("90% interval", f"{OBJECTIVES[objective]} saved", "its 90%\ninterval")
+    return Sheet(
+        "What sparsity costs and saves", header, rows, tuple(notes), ("its 90%\ninterval",)
+    )
+
+
 def law_sheets(found: Estimates) -> list[Sheet]:
     """What stands beside the fit where runs span several context lengths or token budgets."""
     out = [token_sheet(found.tokens)] if found.tokens else []
@@ -292,11 +339,12 @@ def aligned_sheets(answer: Aligned) -> list[Sheet]:
         out.append(Sheet(goal_title(answer, goal), (), ()))
         out.append(trained_sheet(answer, goal))
         out += [served_sheet(answer, goal, at) for at in sorted(goal.served)]
-    u = units(answer.question, answer.serving)
+    u = answer.units
+    effective = f" T_eff in {u['effective']}." if "effective" in u else ""
     served = f" Served: {answer.serving.describe()}." if answer.serving != Serving() else ""
     notes = (
-        f"Training FLOPs: {TRAINING}. D is what they buy at N.",
-        f"Inference {u['flops']}. Z: {u['z']}.{served} Saved: {u['saving']} at the same context.",
+        f"Training FLOPs: {u['training_flops']}. D is what they buy at N.",
+        f"Inference {u['flops']}. Z: {u['z']}.{effective}{served} Saved: {u['saving']} at the same context.",
         f"Probabilities and intervals: {answer.intervals}. ~ more than 10% outside what was trained; "
         "+ (-) the law falls further at larger (smaller) N than trained.",
     )

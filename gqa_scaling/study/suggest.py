@@ -2,7 +2,7 @@
 
 A belief about every configuration's curve, run or not, is held as a Gaussian around the law
 L = E + exp(u_H - b_H x - p log2 n_h - q log2 n_kv), x = ln N_b centred, with u_H and b_H free to
-stray from what all configurations share. The value of a run is how much seeing its loss would
+stray from what all configurations share; where some have patterns, less r log2 density. The value of a run is how much seeing its loss would
 lower the expected cost of the configuration chosen afterwards (the knowledge gradient).
 """
 
@@ -14,10 +14,11 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from gqa_scaling.config import Question, RunConfig, require
+from gqa_scaling.context_sharding import density
 from gqa_scaling.costs import n_formula, training_flops
-from gqa_scaling.study.fit import plain
+from gqa_scaling.study.fit import densities, plain
 from gqa_scaling.study.frontier import costs_at, scale_of
-from gqa_scaling.study.results import Heads, Results
+from gqa_scaling.study.results import Heads, Results, heads_of, pattern_of
 from gqa_scaling.study.shapes import shapes
 
 STRAY_U, STRAY_B = 0.02, 0.01  # of one configuration from what all share, prior deviations
@@ -59,15 +60,25 @@ class Belief:
     """What runs say of every configuration's curve: a mode and a covariance (Laplace)."""
 
     def __init__(
-        self, heads: Sequence[Heads], done: Runs, loss: np.ndarray, weight: np.ndarray
+        self,
+        heads: Sequence[Heads],
+        done: Runs,
+        loss: np.ndarray,
+        weight: np.ndarray,
+        density: np.ndarray | None = None,
     ) -> None:
-        self.heads = np.array(heads, float)
-        k = len(heads)
+        """`density` is that of each configuration in training, None where all are dense."""
+        self.logs = np.log2([h[:2] for h in heads])
+        if density is not None:
+            self.logs = np.hstack([self.logs, np.log2(density)[:, None]])
+        k, m = len(heads), self.logs.shape[1]
+        self.first = 3 + m  # of the u_H
         self.centre = float(done.log_backbone.mean())
         least = float(loss.min())
-        # E, u, b, p, q, then every u_H and b_H: what is believed before any run
-        mean = np.r_[0.75 * least, np.log(0.25 * least), 0.2, 0.03, 0.015, np.zeros(2 * k)]
-        spread = np.r_[0.25 * least, 0.7, 0.1, 0.05, 0.05]
+        # E, u, b, p, q, r, then every u_H and b_H: what is believed before any run
+        slopes = np.array([0.03, 0.015, 0.03])[:m]
+        mean = np.r_[0.75 * least, np.log(0.25 * least), 0.2, slopes, np.zeros(2 * k)]
+        spread = np.r_[0.25 * least, 0.7, 0.1, np.full(m, 0.05)]
         spread = np.r_[spread, np.full(k, STRAY_U), np.full(k, STRAY_B)]
         root, self.mode, self.noise = np.sqrt(weight), mean, 0.003 * least
         for _ in range(3):  # the noise and the mode settle together
@@ -89,10 +100,12 @@ class Belief:
             self.noise = float(np.sqrt(squares / (max(len(loss) - used, 0.0) + 4)))
 
     def _parts(self, theta: np.ndarray, curve: np.ndarray) -> tuple:
-        t, k = np.atleast_2d(theta), len(self.heads)
-        logs = np.log2(self.heads[curve])
-        u = t[:, 1:2] - t[:, 3:4] * logs[:, 0] - t[:, 4:5] * logs[:, 1] + t[:, 5 : 5 + k][:, curve]
-        return t[:, :1], u, t[:, 2:3] + t[:, 5 + k :][:, curve], logs
+        t, k, first = np.atleast_2d(theta), len(self.logs), self.first
+        logs, u = self.logs[curve], t[:, 1:2]
+        for i in range(3, first):
+            u = u - t[:, i : i + 1] * logs[:, i - 3]
+        u = u + t[:, first : first + k][:, curve]
+        return t[:, :1], u, t[:, 2:3] + t[:, first + k :][:, curve], logs
 
     def _loss(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
         floor, u, b, _ = self._parts(theta, runs.curve)
@@ -103,8 +116,8 @@ class Belief:
         floor, _, _, logs = self._parts(theta, runs.curve)
         f = (self._loss(theta, runs) - floor)[0]
         x = runs.log_backbone - self.centre
-        own = np.eye(len(self.heads))[runs.curve] * f[:, None]
-        shared = np.stack([np.ones_like(f), f, -x * f, -logs[:, 0] * f, -logs[:, 1] * f], 1)
+        own = np.eye(len(self.logs))[runs.curve] * f[:, None]
+        shared = np.stack([np.ones_like(f), f, -x * f, *(-logs.T * f)], 1)
         return np.hstack([shared, own, -x[:, None] * own])
 
     def imagine(self, runs: Runs, i: int) -> None:
@@ -120,7 +133,7 @@ class Belief:
 
     def log_backbone_at(self, theta: np.ndarray, loss: float) -> np.ndarray:
         """ln N_b at which each configuration reaches the loss (rows, configurations)."""
-        floor, u, b, _ = self._parts(theta, np.arange(len(self.heads)))
+        floor, u, b, _ = self._parts(theta, np.arange(len(self.logs)))
         excess = np.maximum(loss - floor, 1e-3 * loss)  # a floor above the target: very large
         return self.centre + np.clip((u - np.log(excess)) / np.maximum(b, 0.02), -15, 15)
 
@@ -138,7 +151,8 @@ class Decider:
         for context in question.contexts:
             rows = []
             for pair in heads:
-                n = scale.from_formula(n_formula(layers, width, *pair, scale.head_dim), pair)
+                n = n_formula(layers, width, *pair[:2], scale.head_dim)
+                n = scale.from_formula(n, pair)
                 rows.append(np.log(costs_at(n, pair, context, question, scale)[0].z))
             self.log_z[context] = np.array(rows)
 
@@ -169,6 +183,17 @@ class Decider:
         return gain / len(costs)
 
 
+def _density(heads: Sequence[Heads], results: Results, todo: Sequence[tuple]) -> np.ndarray | None:
+    """Training density of each configuration over its runs, done and to do; None if all are dense."""
+    if not any(map(pattern_of, heads)):
+        return None
+    ours = list(zip(results.heads, results.density, strict=True))
+    for run, (own, *_) in todo:
+        ours.append((own, density(run.model.layer_patterns, run.context_length)))
+    curve, each = zip(*((heads.index(own), value) for own, value in ours), strict=True)
+    return densities(np.array(each), np.array(curve))
+
+
 def suggest(
     results: Results,
     grid: Sequence[RunConfig],
@@ -194,7 +219,7 @@ def suggest(
     todo, seen = [], set(known)
     for run in grid:
         m = run.model
-        key = ((m.n_heads, m.n_kv_heads), m.n_layers, m.d_model)
+        key = (heads_of(m.n_heads, m.n_kv_heads, m.pattern), m.n_layers, m.d_model)
         if key not in seen:
             seen.add(key)
             todo.append((run, key))
@@ -214,7 +239,9 @@ def suggest(
         np.log(n_formula(results.n_layers, results.d_model, 0, 0).astype(float)),
         np.zeros(len(results)),
     )
-    belief = Belief(heads, done, results.loss, np.ones(len(results)))
+    belief = Belief(
+        heads, done, results.loss, np.ones(len(results)), _density(heads, results, todo)
+    )
     decider, rng = Decider(results, heads, question), np.random.default_rng(seed)
     left, free, out = budget_flops, np.ones(len(todo), bool), []
     while len(out) < most and (free & (flops <= left)).any():

@@ -20,11 +20,9 @@ from gqa_scaling.study.frontier import (
     Frontier,
     Model,
     Serving,
-    units,
 )
 from gqa_scaling.study.heads import HeadLaw
-from gqa_scaling.study.models import FORMULAS
-from gqa_scaling.study.results import Heads
+from gqa_scaling.study.results import pair, pairs, pattern_of
 from gqa_scaling.study.suggest import Suggestion
 from gqa_scaling.units import byte_size, quantity
 
@@ -32,14 +30,6 @@ from gqa_scaling.units import byte_size, quantity
 def percent(value: float, digits: int = 1) -> str:
     """A share as a percentage; a dash when there is none."""
     return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "-"
-
-
-def pair(heads: Heads) -> str:
-    return f"({heads[0]},{heads[1]})"
-
-
-def pairs(many: Sequence[Heads]) -> str:
-    return " ".join(pair(h) for h in many)
 
 
 def span(values: tuple[float, float], form: str = ".3f") -> str:
@@ -106,7 +96,7 @@ def _flags(flags: Sequence[str]) -> list[RenderableType]:
 def fit_table(fit: Fit) -> RenderableType:
     """What `fit` prints: the curves, E, the noise, and what must be known of them."""
     table = _table(
-        f"Law {fit.law}: L = {FORMULAS[fit.law]}",
+        f"Law {fit.law}: L = {fit.formula}",
         "heads, KV",
         "sizes",
         "N\n(parameters)",
@@ -156,23 +146,30 @@ def fit_table(fit: Fit) -> RenderableType:
 
 def compare_table(scores: Sequence[Score]) -> RenderableType:
     """How well each law predicts what it was not shown."""
+    sharded = any(s.unseen_patterns is not None for s in scores)
     table = _table(
         "Laws: root mean square errors",
         "law",
         "parameters",
         "residual\n(millinats)",
         "unseen heads\n(millinats)",
+        *(["unseen pattern\n(millinats)"] if sharded else []),
         "largest size\n(% of loss)",
     )
+
+    def known(value: float | None) -> str:
+        return f"{1e3 * value:.2f}" if value is not None else "-"
+
     for s in scores:
         table.add_row(
             s.law,
             str(s.parameters),
-            f"{1e3 * s.residual:.2f}",
-            f"{1e3 * s.unseen_heads:.2f}" if s.unseen_heads is not None else "-",
+            known(s.residual),
+            known(s.unseen_heads),
+            *([known(s.unseen_patterns)] if sharded else []),
             percent(s.largest_size, 3) if s.largest_size is not None else "-",
         )
-    notes = [f"{s.law}: L = {FORMULAS[s.law]}" for s in scores]
+    notes = [f"{s.law}: L = {s.formula}" for s in scores]
     return Group(table, "", *notes)
 
 
@@ -393,7 +390,18 @@ def model_text(model: Model) -> str:
     """The model's architecture as it is declared."""
     names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
     known = {k: getattr(model.config, k) for k in names}
-    return f"ModelConfig({', '.join(f'{k}={v}' for k, v in known.items() if v is not None)})"
+    known = {k: v for k, v in known.items() if v is not None}
+    if pattern := model.config.pattern:
+        fields = (
+            (f.name, f.default, getattr(pattern, f.name)) for f in dataclasses.fields(pattern)
+        )
+        own = {name: value for name, default, value in fields if value != default}
+        known["pattern"] = f"ContextSharding({_arguments(own)})"
+    return f"ModelConfig({_arguments(known)})"
+
+
+def _arguments(values: dict[str, object]) -> str:
+    return ", ".join(f"{k}={v if k == 'pattern' else repr(v)}" for k, v in values.items())
 
 
 def model_table(frontier: Frontier) -> RenderableType:
@@ -416,7 +424,7 @@ def model_table(frontier: Frontier) -> RenderableType:
             continue
         table.add_row(
             f"{answer.context:,}",
-            pair((m.n_heads, m.n_kv_heads)),
+            pair(m.heads),
             f"{m.n_layers} x {m.d_model}",
             quantity(m.n_exact),
             f"{m.loss:.4f} ({span(m.run_interval)})",
@@ -434,6 +442,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
         f"({frontier.question.convention})",
         "heads, KV",
         "N*",
+        *(["T_eff\n(tokens)"] if frontier.sharded else []),
         "memory\n(values)",
         "FLOPs",
         "Z",
@@ -447,6 +456,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> RenderableType:
         table.add_row(
             pair(c.heads) + ("~" if c.extrapolated else ""),
             quantity(c.n),
+            *([f"{c.effective:,.0f}" if c.reached else "-"] if frontier.sharded else []),
             quantity(c.memory),
             quantity(c.flops),
             quantity(c.z),
@@ -504,9 +514,10 @@ def _objective(frontier: Frontier) -> str:
 
 
 def _units(frontier: Frontier) -> str:
-    u = units(frontier.question, frontier.serving)
+    u = frontier.units
+    effective = f" T_eff in {u['effective']}." if frontier.sharded else ""
     serving = f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else ""
-    return f"FLOPs: {u['flops']}. Z: {u['z']}.{serving} ~ outside the fitted sizes."
+    return f"FLOPs: {u['flops']}. Z: {u['z']}.{effective}{serving} ~ outside the fitted sizes."
 
 
 def _less(saving: float) -> str:
@@ -523,6 +534,14 @@ def _gained(choice: Choice, kind: str) -> str:
     return (
         f"; or {abs(e.gain):.3f} nats {'less' if e.gain >= 0 else 'more'} at the same {kind} "
         f"({low:.3f} to {high:.3f}{far})"
+    )
+
+
+def _sparse(choice: Choice) -> str:
+    """The pattern of a choice within a sentence, "" when it is dense."""
+    pattern = pattern_of(choice.heads)
+    return (
+        f" with pattern {pattern.label} (T_eff {choice.effective:,.0f} tokens)" if pattern else ""
     )
 
 
@@ -570,8 +589,14 @@ def sentence(frontier: Frontier) -> str:
         else ""
     )
     far = " Its size lies outside the fitted ones." if best.extrapolated else ""
+    if pattern_of(best.heads) and answer.context > frontier.train_context:
+        far += (
+            f" That its pattern costs no more loss there than at the {frontier.train_context:,} tokens "
+            "it was trained at is untested."
+        )
     return (
         f"{start}For {goal}, take {best.heads[0]} query heads and {best.heads[1]} KV "
-        f"head{'s' if best.heads[1] > 1 else ''} at {quantity(best.n)} parameters: {saving}."
+        f"head{'s' if best.heads[1] > 1 else ''}{_sparse(best)} at {quantity(best.n)} parameters: "
+        f"{saving}."
         f"{tie}{missed}{far}"
     )

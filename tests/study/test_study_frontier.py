@@ -440,7 +440,7 @@ def _text(found):
 
 def test_bad_questions_are_refused(chen):
     with pytest.raises(
-        UserError, match=r"\(16, 2\) is not in this study; there are \(1,1\), \(2,1\)"
+        UserError, match=r"\(16,2\) is not in this study; there are \(1,1\), \(2,1\)"
     ):
         frontier(chen, published(), Question(baseline=(16, 2)))
     with pytest.raises(UserError, match="objective='speed'"):
