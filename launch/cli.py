@@ -1,12 +1,48 @@
-"""The targets, by name."""
+"""The targets, by name, and what is said and asked before anything is submitted."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from gqa_scaling.config import UserError
+from gqa_scaling.config import UserError, require
+from gqa_scaling.storage import failure, is_remote
 from launch import local
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gqa_scaling.experiment import Experiment
+    from launch.jobs import Job
+    from launch.submission import Study
+    from launch.targets import Target
+
+USAGE = """\
+Overrides of the runs' fields come last, as for gqa-scaling run, and go with every job:
+  python -m launch skypilot v5e-64 experiments.head_ladder --bucket gs://mine \\
+    --data.store gs://mine/data/slimpajama --dry-run
+"""
+
+
+OPTIONS: dict[str, dict[str, Any]] = {  # each engine names those that it reads
+    "on-demand": {"action": "store_true", "help": "no spot machines"},
+    "infra": {"help": "cloud[/region[/zone]] (default: gcp for TPUs, any cloud for GPUs)"},
+    "project": {"help": "the Google Cloud project"},
+    "zone": {"help": "where the TPUs or the cluster are, such as us-west4-a"},
+    "cluster": {"help": "the GKE cluster, as made by xpk cluster create"},
+    "image": {"help": "a container that holds this checkout and its environment"},
+    "partition": {"help": "as in sbatch (default: the cluster's own)"},
+    "account": {"help": "as in sbatch"},
+    "setup": {
+        "action": "append",
+        "metavar": "COMMAND",
+        "help": "shell command that prepares a machine, instead of the usual; may be repeated",
+    },
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,14 +52,253 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Launch on a target; exit code 2 for what the user can mend, else the target's own."""
-    parser = _Parser(prog="python -m launch", description="Run on a target.")
+def engines() -> dict[str, ModuleType]:
+    """Who carries jobs out elsewhere: each module renders and submits for one of them."""
+    from launch import skypilot, slurm, tpu_vm, xpk
+
+    return {"skypilot": skypilot, "xpk": xpk, "slurm": slurm, "tpu-vm": tpu_vm}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m launch", description="Run an experiment on a target.")
     targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True)
     local.add(targets.add_parser("local", help=local.ABOUT, description=local.ABOUT))
+    for name, engine in engines().items():
+        one = targets.add_parser(
+            name,
+            help=engine.ABOUT,
+            description=engine.ABOUT,
+            epilog=USAGE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        _add_common(one)
+        for option in engine.OPTIONS:
+            one.add_argument(f"--{option}", **OPTIONS[option])
+        one.set_defaults(launch=launch)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "slice", help="the largest a run may have: v5e-16, v6e-64, v5p-128, 8xH100, 16xH200, ..."
+    )
+    parser.add_argument("experiment", help="module or file, such as experiments.head_ladder")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    parser.add_argument("--yes", action="store_true", help="submit without asking")
+    parser.add_argument("--only", metavar="PATTERN", help="only runs of such names")
+    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
+    parser.add_argument("--bucket", default="", help="gs:// or s3://; runs are kept in its runs/")
+    parser.add_argument(
+        "--hours",
+        type=float,
+        default=24.0,
+        help="a run gets the smallest slice that does it in so many hours (default: 24)",
+    )
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s that is reached")
+    parser.add_argument("--price", type=float, help="dollars a chip-hour")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch on a target; exit code 2 for what the user can mend, else the target's own."""
     try:
-        args = parser.parse_args(argv)
+        parser = _parser()
+        args, args.overrides = parser.parse_known_args(argv)
+        if args.target == "local" and args.overrides:  # those of its run are in args.run
+            parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
         return args.launch(args)
     except UserError as error:
         print(f"launch: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        away = failure(error)
+        if away is None:
+            raise
+        print(f"launch: {away}", file=sys.stderr)
+    return 2
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Match what is not finished to slices, say what it costs, ask, and submit it."""
+    from gqa_scaling.experiment import load_experiment
+    from gqa_scaling.runs import runs_root
+    from gqa_scaling.sweep import forget_failures
+    from launch.jobs import group
+    from launch.submission import Study
+
+    engine, target = engines()[args.target], _target(args)
+    engine.require_fields(target)
+    _look_into_bucket(target)
+    experiment = load_experiment(args.experiment, args.overrides).select(args.only)
+    study = Study(args.experiment, experiment.name, tuple(args.overrides), _root(target))
+    if target.engine != "slurm":
+        _require_to_travel(experiment, study, target)
+    left, said = _left_to_launch(experiment, args.retry_failed)
+    offered = engine.offered(target.largest)
+    require(bool(offered), f"{args.target} starts no {target.largest.name}: name a larger slice")
+    jobs = group(study.name, left.runs, offered, target.hardware, target.hours)
+    _print_plan(jobs, target, study, said)
+    if not jobs:
+        return 0
+    if args.dry_run:
+        print("\n".join(step.text() for step in engine.render(jobs, target, study)))
+        return 0
+    engine.check(target)
+    _require_tokens(left)
+    _confirm(jobs, args.yes)
+    if args.retry_failed:
+        forget_failures(left, runs_root())
+    engine.submit(jobs, target, study)
+    print("\n".join(["", *engine.after(jobs, target, study)]))
+    where = shlex.join(["env", f"GQA_SCALING_RUNS={study.root}"])
+    print(
+        f"status:   {where} {shlex.join(['gqa-scaling', 'status', study.spec, *study.overrides])}"
+    )
+    return 0
+
+
+def _target(args: argparse.Namespace) -> "Target":
+    from launch.targets import Target, accelerator, slice_of
+
+    largest = slice_of(args.slice)
+    own = ("project", "zone", "infra", "cluster", "image", "partition", "account")
+    return Target(
+        engine=args.target,
+        largest=largest,
+        hardware=accelerator(largest, args.mfu, args.price),
+        spot=not getattr(args, "on_demand", True),
+        bucket=args.bucket.rstrip("/"),
+        setup=tuple(getattr(args, "setup", None) or ()),
+        hours=args.hours,
+        **{name: getattr(args, name, None) or "" for name in own},
+    )
+
+
+def _look_into_bucket(target: "Target") -> None:
+    """Have the states of runs read where the jobs write them."""
+    if target.bucket:
+        os.environ["GQA_SCALING_RUNS"] = f"{target.bucket}/runs"
+
+
+def _root(target: "Target") -> str:
+    """The folder of the runs as every host is told it."""
+    from gqa_scaling.runs import runs_root
+
+    return f"{target.bucket}/runs" if target.bucket else os.path.abspath(runs_root())
+
+
+def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target") -> None:
+    """Refuse what fresh machines cannot see: they get this folder and the bucket."""
+    place = study.source
+    inside = not place.is_absolute() and ".." not in place.parts
+    require(inside, f"{study.spec} must lie in this folder: it is what machines get")
+    stores = {run.data.store_path for run in experiment.runs}
+    here = sorted(store for store in stores if not is_remote(store))
+    if here:
+        option = f"--data.store {target.bucket}/{here[0]}"
+        raise UserError(
+            f"the machines cannot read tokens at {here[0]}: gqa-scaling prepare them into the bucket "
+            f"with {option}, and launch with the same"
+        )
+
+
+def _require_tokens(experiment: "Experiment") -> None:
+    """Refuse tokens that are not prepared, before a machine is paid for to say so."""
+    from gqa_scaling.data import open_store
+    from gqa_scaling.plan import check_epochs
+
+    stores = {run.data.store_path: run.data for run in experiment.runs}
+    tokens = {path: open_store(data).train_tokens for path, data in stores.items()}
+    for run in experiment.runs:
+        check_epochs(run, tokens[run.data.store_path])
+
+
+def _left_to_launch(experiment: "Experiment", retry: bool) -> tuple["Experiment", str]:
+    """The runs to submit, and what became of the others in words."""
+    from gqa_scaling.runs import run_directory, runs_root
+    from gqa_scaling.sweep import pending
+
+    root = runs_root()
+    left = pending(experiment, root)
+    states = {run: run_directory(root, experiment.name, run).state() for run in left}
+    skipped = ("running",) if retry else ("running", "failed")
+    chosen = tuple(run for run in left if states[run] not in skipped)
+    said = [f"{len(experiment.runs)} runs: {len(chosen)} to launch"]
+    said += [f"{len(experiment.runs) - len(left)} finished"]
+    for state, remedy in (("running", ""), ("failed", " (again with --retry-failed)")):
+        n = sum(states[run] == state for run in left)
+        said += [f"{n} {state}{remedy}"] if n and state in skipped else []
+    return replace(experiment, runs=chosen), ", ".join(said)
+
+
+def _print_plan(jobs: list["Job"], target: "Target", study: "Study", said: str) -> None:
+    """What will be paid for; on stderr, so that what would be submitted stands alone."""
+    from rich.console import Console
+
+    from gqa_scaling.units import duration, quantity
+    from launch.targets import PRICES
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    row, lines = target.hardware, [said]
+    if jobs:
+        console.print(_plan_table(jobs, target, study))
+        hours = sum(job.chip_hours for job in jobs)
+        spot = "; spot costs less" if target.spot else ""
+        source = f"{PRICES}{spot}; --price" if row.price == _list_price(row.name) else "--price"
+        lines += [
+            f"{_counted(jobs)}, {quantity(hours)} chip-hours, ${hours * row.price:,.2f} at "
+            f"${row.price:g} a chip-hour ({source})",
+            f"times assume {row.mfu:.0%} of {row.peak_flops / 1e12:.3g} TFLOP/s (--mfu) and "
+            f"{duration(row.start_seconds)} to start a run; machines also cost while they are set up",
+        ]
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _list_price(name: str) -> float:
+    from gqa_scaling.hardware import hardware
+
+    return hardware(name).price
+
+
+def _plan_table(jobs: list["Job"], target: "Target", study: "Study") -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from gqa_scaling.units import duration, quantity
+    from launch.jobs import by_slice
+
+    spot = ", spot" if target.spot else ""
+    table = Table(
+        title=Text(f"{study.name} on {target.engine}{spot}"), box=SIMPLE_HEAD, pad_edge=False
+    )
+    for column in ("slice", "chips", "jobs", "runs", "longest job", "chip-hours", "dollars"):
+        table.add_column(column, justify="left" if column == "slice" else "right", no_wrap=True)
+    for place, members in sorted(by_slice(jobs).items(), key=lambda found: found[0].chips):
+        hours = sum(job.chip_hours for job in members)
+        table.add_row(
+            place.name,
+            str(place.chips),
+            str(len(members)),
+            str(sum(len(job.runs) for job in members)),
+            duration(max(job.seconds for job in members)),
+            quantity(hours),
+            f"{hours * target.hardware.price:,.2f}",
+        )
+    return table
+
+
+def _counted(jobs: list["Job"]) -> str:
+    return f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+
+
+def _confirm(jobs: list["Job"], yes: bool) -> None:
+    """Ask a person; raise UserError unless the answer is yes."""
+    if yes:
+        return
+    require(sys.stdin.isatty(), "no terminal to ask at: look at --dry-run, then give --yes")
+    answer = input(f"Submit {_counted(jobs)}? [y/N] ")
+    require(answer.strip().lower() in ("y", "yes"), "nothing was submitted")

@@ -1,15 +1,16 @@
-"""Causal grouped-query attention on GPUs, dense or after a pattern for each KV head, in Triton.
+"""Causal grouped-query attention on GPUs, dense or after a pattern with an offset for each KV head.
 
 FlashAttention (Dao 2023, arXiv 2307.08691) over exactly the key blocks that a pattern lets a query
 see (heterogeneous context sharding, arXiv 2407.17678; `gqa_scaling.context_sharding`), through
-Pallas: no lists of blocks. A tile of queries reads a run of tiles up to its own and counts through
-the distant blocks before them; the queries that see a tile of keys are one run. Five numbers for
-each KV head say where they begin and end, so that all heads of a layer run in one launch.
+Pallas and Triton: no lists of blocks. A tile of queries reads a run of tiles up to its own and
+counts through the distant blocks before them; the queries that see a tile of keys are one run. What
+differs between heads is where the stripe begins, one number, which may be traced, as may where a
+device's queries lie: all heads of a layer run in one launch.
 
 Tiles divide the pattern's blocks: a tile is seen whole, but for the diagonal. The query heads of a
-KV head lie next to each other, tile by tile: two of them share each load of keys (128 x 64 products), and one
-loop sums dK and dV over the whole group, so that no partial sums are stored and the result is the
-same each time. Longest rows start first.
+KV head lie next to each other, tile by tile: two of them share each load of keys (128 x 64
+products), and one loop sums dK and dV over the whole group, so that no partial sums are stored and
+the result is the same each time. Longest rows start first.
 
 Tile sizes, warps and stages were chosen by what the compiler says of bfloat16 at head sizes 64 and
 128 for compute capability 8.0 and 9.0: next to no spilled registers, at most 160 KB of shared
@@ -19,7 +20,7 @@ memory. Nothing was timed, and nothing has run on a GPU. float32 is exact and sl
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,97 +28,193 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from gqa_scaling.context_sharding import HeadPattern, LayerPattern, distant_block
+from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.model.operands import check_operands
 
 _MASKED = -1e30  # finite, so that exp2(masked - masked) is no NaN
 _NEVER = 2**29  # blocks: more than any sequence has
 _HEAD_SIZES = (16, 32, 64, 128)
+_LOG2_E = math.log2(math.e)
 
 
-def pallas_attend(
+def forward(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    pattern: LayerPattern,
+    kind: HeadPattern | None,
+    offset_K: jax.Array,
+    starts: jax.Array,
     *,
     interpret: bool = False,
-) -> jax.Array:
-    """Causal attention after a pattern for each KV head. Returns o_BTKGH in q's dtype.
+) -> tuple[jax.Array, jax.Array]:
+    """On shards: causal attention of T queries to all S keys, in natural order.
 
-    `pattern` (static) has one entry for each KV head, None for a dense one; all query heads of a KV
-    head share it. S is T, any T: what lacks to whole tiles is padded. Softmax in float32, scores
-    scaled by 1/sqrt(H); memory is O(T), forward and backward. `interpret` runs the kernels
-    anywhere, slowly. Raises `ValueError` where arrays and pattern do not fit each other, H is no
-    power of two from 16 to 128, or a block is no multiple of 16.
+    Returns o_BTKGH in q's dtype and lse_BTKG, the natural log of the sum of exponentials of scaled
+    scores, float32. All heads are of one `kind` (static; None: dense) but for their offsets, int32,
+    which are read where the kind has a stride. The queries are one or two equal runs of positions
+    that begin at `starts`, int32, ascending multiples of a run's length: one run of all S = T
+    positions, or the two parts that a device holds in zig-zag order (`layout.zigzag`).
+
+    Any T where there is one run: what lacks to whole tiles is padded. Softmax in float32, scores
+    scaled by 1/sqrt(H); memory is O(S). `interpret` runs the kernels anywhere, slowly. Raises
+    `ValueError` where the shapes do not fit each other, H is no power of two from 16 to 128, or a
+    block, or one of two runs, is no multiple of 16.
     """
-    check_operands(q_BTKGH, k_BSKH, v_BSKH, pattern)
-    H = q_BTKGH.shape[-1]
-    if H not in _HEAD_SIZES:
-        raise ValueError(
-            f"head_dim={H} must be one of {', '.join(map(str, _HEAD_SIZES))} for this kernel: "
-            "change it, or take another implementation"
-        )
-    for head in pattern:
-        if head is not None and head.block % 16:
-            raise ValueError(
-                f"block={head.block} must be a multiple of 16 for this kernel, better of 64: "
-                "change it, or take another implementation"
-            )
-    return _attend(q_BTKGH, k_BSKH, v_BSKH, pattern, interpret)
+    check_operands(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
+    t = _tiling(q_BTKGH, kind, starts)
+    q, k, v = _rows(q_BTKGH, t), _keys(k_BSKH, t), _keys(v_BSKH, t)
+    together = _together(t)
+    o, lse = _call(
+        functools.partial(_forward_kernel, t=t, shares=t.group // together),
+        numbers=_numbers(kind, offset_K, starts, t, k_BSKH.shape[2]),
+        interpret=interpret,
+        size=together * t.tile,
+        last_first=True,
+        tiled=(q,),
+        whole=(k, v),
+        results=[(q.shape, q.dtype), (q.shape[:2], jnp.float32)],
+    )
+    return _positions(o, q_BTKGH.shape, t), _positions(lse, q_BTKGH.shape[:-1], t)
 
 
-def _tile(pattern: LayerPattern, dtype: Any) -> int:
-    """Positions on a tile's side: the largest power of two, up to 64, that divides all blocks; of
-    float32, which must do without tensor cores, up to 32."""
-    most = 32 if dtype == jnp.float32 else 64
-    return math.gcd(most, *(head.block for head in pattern if head is not None))
-
-
-def _together(G: int) -> int:
-    """Query heads whose tiles share a load of keys."""
-    return 2 if G % 2 == 0 else 1
+def backward(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    o_BTKGH: jax.Array,
+    lse_BTKG: jax.Array,
+    do_BTKGH: jax.Array,
+    kind: HeadPattern | None,
+    offset_K: jax.Array,
+    starts: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """On shards: dq_BTKGH in q's dtype, and dk_BSKH and dv_BSKH in float32 of all S keys, what
+    these queries contribute. o and lse are of `forward`, and so is the rest."""
+    check_operands(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
+    t, (B, S, K, H) = _tiling(q_BTKGH, kind, starts), k_BSKH.shape
+    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
+    q, do, lse, delta = (_rows(x, t) for x in (q_BTKGH, do_BTKGH, lse_BTKG, delta_BTKG))
+    k, v = _keys(k_BSKH, t), _keys(v_BSKH, t)
+    together, numbers = _together(t), _numbers(kind, offset_K, starts, t, K)
+    (dq,) = _call(
+        functools.partial(_dq_kernel, t=t, shares=t.group // together),
+        numbers=numbers,
+        interpret=interpret,
+        size=together * t.tile,
+        last_first=True,
+        tiled=(q, do, lse, delta),
+        whole=(k, v),
+        results=[(q.shape, q.dtype)],
+    )
+    dkv = _call(
+        functools.partial(_dkv_kernel, t=t, shares=t.group),
+        numbers=numbers,
+        interpret=interpret,
+        size=t.tile,
+        last_first=False,
+        tiled=(k, v),
+        whole=(q, do, lse, delta),
+        results=[(k.shape, jnp.float32), (v.shape, jnp.float32)],
+    )
+    dk, dv = (x.reshape(B, K, -1, H).transpose(0, 2, 1, 3)[:, :S] for x in dkv)
+    return _positions(dq, q_BTKGH.shape, t), dk, dv
 
 
 # ---------------------------------------------------------------------------- what is visible
 
 
-def _numbers(head: HeadPattern | None, tile: int) -> list[int]:
-    """Tiles in a block; local blocks, sinks, first stripe after them, stride, in blocks; unused."""
-    if head is None:
-        return [1, _NEVER, 0, _NEVER, 1, 0, 0, 0]
-    first, stride = _NEVER, 1
-    if head.stride is not None:
-        first, stride = distant_block(head.sinks, head.stride, head.offset, head.sinks), head.stride
-    return [head.block // tile, head.local, head.sinks, first, stride, 0, 0, 0]
+class _Tiling(NamedTuple):
+    """What is known when the kernels are compiled."""
+
+    tile: int  # positions
+    run: int  # tiles of queries of each run
+    group: int  # query heads of a KV head
+    ratio: int  # tiles in a block
+    local: int  # blocks, as the next two
+    sinks: int
+    stride: int
 
 
-def _table(pattern: LayerPattern, tile: int) -> jax.Array:
-    return jnp.array([_numbers(head, tile) for head in pattern], jnp.int32)
+def _tiling(q_BTKGH: jax.Array, kind: HeadPattern | None, starts: jax.Array) -> _Tiling:
+    """Tiles are a power of two of positions, up to 64, that divides blocks and runs; of float32,
+    which must do without tensor cores, up to 32."""
+    (T, _, G, H), parts = q_BTKGH.shape[1:], starts.size
+    if H not in _HEAD_SIZES:
+        raise ValueError(
+            f"head_dim={H} must be one of {', '.join(map(str, _HEAD_SIZES))} for this kernel: "
+            "change it, or take another implementation"
+        )
+    if kind is not None and kind.block % 16:
+        raise ValueError(
+            f"block={kind.block} must be a multiple of 16 for this kernel, better of 64: "
+            "change it, or take another implementation"
+        )
+    if parts > 1 and T // parts % 16:
+        raise ValueError(
+            f"a context axis cuts the sequence into parts of {T // parts} positions, which must be "
+            "a multiple of 16 for this kernel, better of 64: change it, or take another "
+            "implementation"
+        )
+    most = 32 if q_BTKGH.dtype == jnp.float32 else 64
+    tile = math.gcd(most, kind.block if kind else 0, T // parts if parts > 1 else 0)
+    run = -(-T // parts // tile)
+    if kind is None:
+        return _Tiling(tile, run, G, 1, _NEVER, 0, 1)
+    return _Tiling(tile, run, G, kind.block // tile, kind.local, kind.sinks, kind.stride or 1)
 
 
-def _keys_seen(i: jax.Array, numbers: Any) -> tuple[jax.Array, jax.Array, Callable]:
+def _numbers(
+    kind: HeadPattern | None, offset_K: jax.Array, starts: jax.Array, t: _Tiling, K: int
+) -> jax.Array:
+    """What is known when the kernels run, for each KV head: the block where its stripe begins, the
+    tiles where the runs of queries begin, unused."""
+    stripe_K = jnp.full(K, _NEVER)
+    if kind is not None and kind.stride is not None:
+        stripe_K = kind.sinks + -(offset_K + kind.sinks) % kind.stride
+    first, second = jnp.append(starts // t.tile, 2 * _NEVER)[:2]
+    columns = stripe_K, jnp.full(K, first), jnp.full(K, second), jnp.zeros_like(stripe_K)
+    return jnp.stack(columns, axis=1).astype(jnp.int32)
+
+
+def _together(t: _Tiling) -> int:
+    """Query heads whose tiles share a load of keys."""
+    return 2 if t.group % 2 == 0 else 1
+
+
+def _place(m: jax.Array, numbers: Any, t: _Tiling) -> jax.Array:
+    """The m-th tile of queries held here, as one of the sequence."""
+    return jnp.where(m < t.run, numbers[1] + m, numbers[2] + m - t.run)
+
+
+def _held_before(i: jax.Array, numbers: Any, t: _Tiling) -> jax.Array:
+    """How many tiles of queries held here come before tile i of the sequence."""
+    first, second = (jnp.clip(i - numbers[n], 0, t.run) for n in (1, 2))
+    return first + second
+
+
+def _keys_seen(i: jax.Array, numbers: Any, t: _Tiling) -> tuple[jax.Array, jax.Array, Callable]:
     """Of tile i of queries: the first tile of its window, how many distant tiles it sees, and
     which the n-th of those is."""
-    ratio, local, sinks, first, stride = (numbers[n] for n in range(5))
-    start = jnp.maximum(lax.div(i, ratio) - local + 1, 0)  # blocks before it have left the window
-    stripes = lax.div(jnp.maximum(start - first, 0) + stride - 1, stride)
-    count = jnp.minimum(start, sinks) + stripes
+    stripe = numbers[0]
+    start = jnp.maximum(lax.div(i, t.ratio) - t.local + 1, 0)  # the window has left what is before
+    stripes = lax.div(jnp.maximum(start - stripe, 0) + t.stride - 1, t.stride)
+    count = jnp.minimum(start, t.sinks) + stripes
 
     def distant(n: jax.Array) -> jax.Array:
-        block = lax.div(n, ratio)
-        block = jnp.where(block < sinks, block, first + (block - sinks) * stride)
-        return block * ratio + lax.rem(n, ratio)
+        block = lax.div(n, t.ratio)
+        block = jnp.where(block < t.sinks, block, stripe + (block - t.sinks) * t.stride)
+        return block * t.ratio + lax.rem(n, t.ratio)
 
-    return start * ratio, count * ratio, distant
+    return start * t.ratio, count * t.ratio, distant
 
 
-def _queries_end(j: jax.Array, tiles: int, numbers: Any) -> jax.Array:
+def _queries_end(j: jax.Array, numbers: Any, t: _Tiling) -> jax.Array:
     """One past the last tile of queries that sees tile j of keys; the first is j."""
-    ratio, local, sinks, first, stride = (numbers[n] for n in range(5))
-    block = lax.div(j, ratio)
-    stripe = (block >= first) & (lax.rem(jnp.maximum(block - first, 0), stride) == 0)
-    return jnp.where((block < sinks) | stripe, tiles, jnp.minimum((block + local) * ratio, tiles))
+    block, stripe = lax.div(j, t.ratio), numbers[0]
+    striped = (block >= stripe) & (lax.rem(jnp.maximum(block - stripe, 0), t.stride) == 0)
+    return jnp.where((block < t.sinks) | striped, _NEVER, (block + t.local) * t.ratio)
 
 
 # -------------------------------------------------------------------------------- the kernels
@@ -145,17 +242,17 @@ def _forward_kernel(
     o_ref: Any,
     lse_ref: Any,
     *,
-    tile: int,
+    t: _Tiling,
     shares: int,
 ) -> None:
-    """Output and log2-sum-exp2 of one tile of queries of one or two heads."""
-    i = lax.div(pl.num_programs(0) - 1 - pl.program_id(0), shares)
+    """Output and log-sum-exp of one tile of queries of one or two heads."""
+    i = _place(lax.div(pl.num_programs(0) - 1 - pl.program_id(0), shares), numbers, t)
     q = q_ref[...]
-    scale = q.shape[1] ** -0.5 * math.log2(math.e)
+    scale = q.shape[1] ** -0.5 * _LOG2_E
 
     def step(j: jax.Array, carry: Any, diagonal: bool = False) -> Any:
         top, total, o = carry
-        here = pl.ds(j * tile, tile)
+        here = pl.ds(j * t.tile, t.tile)
         s = _dot(q, k_ref[here, :], trans_b=True) * scale
         if diagonal:
             s = jnp.where(_below_diagonal(s.shape, 0), s, _MASKED)
@@ -170,12 +267,12 @@ def _forward_kernel(
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    start, count, distant = _keys_seen(i, numbers)
+    start, count, distant = _keys_seen(i, numbers, t)
     carry = lax.fori_loop(0, count, lambda n, c: step(distant(n), c), carry)
     carry = lax.fori_loop(start, i, step, carry)
     top, total, o = step(i, carry, diagonal=True)
     o_ref[...] = (o / total[:, None]).astype(o_ref.dtype)
-    lse_ref[...] = top + jnp.log2(total)
+    lse_ref[...] = (top + jnp.log2(total)) * math.log(2)
 
 
 def _dq_kernel(
@@ -188,25 +285,25 @@ def _dq_kernel(
     v_ref: Any,
     dq_ref: Any,
     *,
-    tile: int,
+    t: _Tiling,
     shares: int,
 ) -> None:
     """dQ of one tile of queries of one head."""
-    i = lax.div(pl.num_programs(0) - 1 - pl.program_id(0), shares)
+    i = _place(lax.div(pl.num_programs(0) - 1 - pl.program_id(0), shares), numbers, t)
     q, do = q_ref[...], do_ref[...]
-    lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
+    lse, delta = lse_ref[...][:, None] * _LOG2_E, delta_ref[...][:, None]
     scale = q.shape[1] ** -0.5
 
     def step(j: jax.Array, dq: jax.Array, diagonal: bool = False) -> jax.Array:
-        here = pl.ds(j * tile, tile)
+        here = pl.ds(j * t.tile, t.tile)
         k = k_ref[here, :]
-        p = jnp.exp2(_dot(q, k, trans_b=True) * (scale * math.log2(math.e)) - lse)
+        p = jnp.exp2(_dot(q, k, trans_b=True) * (scale * _LOG2_E) - lse)
         if diagonal:
             p = jnp.where(_below_diagonal(p.shape, 0), p, 0.0)
         ds = p * (_dot(do, v_ref[here, :], trans_b=True) - delta)
         return dq + _dot(ds.astype(q.dtype), k)
 
-    start, count, distant = _keys_seen(i, numbers)
+    start, count, distant = _keys_seen(i, numbers, t)
     dq = jnp.zeros(q.shape, jnp.float32)
     dq = lax.fori_loop(0, count, lambda n, dq: step(distant(n), dq), dq)
     dq = step(i, lax.fori_loop(start, i, step, dq), diagonal=True)
@@ -224,7 +321,7 @@ def _dkv_kernel(
     dk_ref: Any,
     dv_ref: Any,
     *,
-    tile: int,
+    t: _Tiling,
     shares: int,
 ) -> None:
     """dK and dV of one tile of keys, summed over the query heads that share it."""
@@ -234,9 +331,9 @@ def _dkv_kernel(
 
     def step(m: jax.Array, carry: Any, diagonal: bool = False) -> Any:
         dk, dv = carry
-        here = pl.ds(m * tile, tile)
+        here = pl.ds(m * t.tile, t.tile)
         q, do = q_ref[here, :], do_ref[here, :]
-        p = _dot(k, q, trans_b=True) * (scale * math.log2(math.e)) - lse_ref[here][None, :]
+        p = _dot(k, q, trans_b=True) * (scale * _LOG2_E) - lse_ref[here][None, :] * _LOG2_E
         p = jnp.exp2(p)  # (keys, queries)
         if diagonal:
             p = jnp.where(_below_diagonal(p.shape, 1), p, 0.0)
@@ -245,89 +342,15 @@ def _dkv_kernel(
         return dk + _dot(ds.astype(q.dtype), q), dv
 
     zero = jnp.zeros(k.shape, jnp.float32)
-    end = _queries_end(j, pl.num_programs(0), numbers)
-    on_diagonal = functools.partial(step, diagonal=True)
-    carry = lax.fori_loop(j * shares, (j + 1) * shares, on_diagonal, (zero, zero))
-    dk, dv = lax.fori_loop((j + 1) * shares, end * shares, step, carry)
+    first, past, end = (
+        _held_before(i, numbers, t) * shares for i in (j, j + 1, _queries_end(j, numbers, t))
+    )
+    carry = lax.fori_loop(first, past, functools.partial(step, diagonal=True), (zero, zero))
+    dk, dv = lax.fori_loop(past, end, step, carry)
     dk_ref[...], dv_ref[...] = (dk * scale).astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
 
 
 # ------------------------------------------------------------------------- calling the kernels
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    pattern: LayerPattern,
-    interpret: bool,
-) -> jax.Array:
-    return _forward(q_BTKGH, k_BSKH, v_BSKH, pattern, interpret)[0]
-
-
-def _forward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    pattern: LayerPattern,
-    interpret: bool,
-) -> tuple[jax.Array, Any]:
-    tile, G = _tile(pattern, q_BTKGH.dtype), q_BTKGH.shape[3]
-    q, k, v = _rows(q_BTKGH, tile), _keys(k_BSKH, tile), _keys(v_BSKH, tile)
-    together = _together(G)
-    o, lse = _call(
-        functools.partial(_forward_kernel, tile=tile, shares=G // together),
-        numbers=_table(pattern, tile),
-        interpret=interpret,
-        size=together * tile,
-        last_first=True,
-        tiled=(q,),
-        whole=(k, v),
-        results=[(q.shape, q.dtype), (q.shape[:2], jnp.float32)],
-    )
-    o_BTKGH = _positions(o, q_BTKGH.shape, tile)
-    return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse)
-
-
-def _backward(
-    pattern: LayerPattern, interpret: bool, residuals: Any, do_BTKGH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse = residuals
-    tile, G = _tile(pattern, q_BTKGH.dtype), q_BTKGH.shape[3]
-    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
-    q, do, delta = (_rows(x, tile) for x in (q_BTKGH, do_BTKGH, delta_BTKG))
-    k, v = _keys(k_BSKH, tile), _keys(v_BSKH, tile)
-    together, numbers = _together(G), _table(pattern, tile)
-    (dq,) = _call(
-        functools.partial(_dq_kernel, tile=tile, shares=G // together),
-        numbers=numbers,
-        interpret=interpret,
-        size=together * tile,
-        last_first=True,
-        tiled=(q, do, lse, delta),
-        whole=(k, v),
-        results=[(q.shape, q.dtype)],
-    )
-    dk, dv = _call(
-        functools.partial(_dkv_kernel, tile=tile, shares=G),
-        numbers=numbers,
-        interpret=interpret,
-        size=tile,
-        last_first=False,
-        tiled=(k, v),
-        whole=(q, do, lse, delta),
-        results=[(k.shape, k.dtype), (v.shape, v.dtype)],
-    )
-
-    def shared(x_NSH: jax.Array) -> jax.Array:
-        B, S, K, H = k_BSKH.shape
-        return x_NSH.reshape(B, K, -1, H).transpose(0, 2, 1, 3)[:, :S]
-
-    return _positions(dq, q_BTKGH.shape, tile), shared(dk), shared(dv)
-
-
-_attend.defvjp(_forward, _backward)
 
 
 def _call(
@@ -363,7 +386,7 @@ def _call(
         kernel,
         grid=(parts, N),
         in_specs=[
-            pl.BlockSpec((None, 8), lambda p, n: (lax.rem(n, K), 0)),
+            pl.BlockSpec((None, numbers.shape[1]), lambda p, n: (lax.rem(n, K), 0)),
             *(part(x.shape) for x in tiled),
             *(all_rows(x.shape) for x in whole),
         ],
@@ -377,23 +400,23 @@ def _call(
     )(numbers, *tiled, *whole)
 
 
-def _rows(x_BTKG: jax.Array, tile: int) -> jax.Array:
+def _rows(x_BTKG: jax.Array, t: _Tiling) -> jax.Array:
     """Tiles of queries, those of a group's heads after each other: (B K, T G, ...), 0 past T."""
     B, T, K, G, *rest = x_BTKG.shape
-    x = jnp.pad(x_BTKG, [(0, 0), (0, -T % tile)] + [(0, 0)] * (x_BTKG.ndim - 2))
-    x = x.reshape(B, -1, tile, K, G, *rest)
+    x = jnp.pad(x_BTKG, [(0, 0), (0, -T % t.tile)] + [(0, 0)] * (x_BTKG.ndim - 2))
+    x = x.reshape(B, -1, t.tile, K, G, *rest)
     return x.transpose(0, 3, 1, 4, 2, *range(5, x.ndim)).reshape(B * K, -1, *rest)
 
 
-def _positions(x_NRH: jax.Array, shape: tuple[int, ...], tile: int) -> jax.Array:
+def _positions(x_NR: jax.Array, shape: tuple[int, ...], t: _Tiling) -> jax.Array:
     """The inverse of `_rows`."""
-    B, T, K, G, H = shape
-    x = x_NRH.reshape(B, K, -1, G, tile, H)
-    return x.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, K, G, H)[:, :T]
+    B, T, K, G, *rest = shape
+    x = x_NR.reshape(B, K, -1, G, t.tile, *rest)
+    return x.transpose(0, 2, 4, 1, 3, *range(5, x.ndim)).reshape(B, -1, K, G, *rest)[:, :T]
 
 
-def _keys(x_BSKH: jax.Array, tile: int) -> jax.Array:
+def _keys(x_BSKH: jax.Array, t: _Tiling) -> jax.Array:
     """(B K, S, H), 0 past S."""
     B, S, K, H = x_BSKH.shape
-    x = jnp.pad(x_BSKH, [(0, 0), (0, -S % tile), (0, 0), (0, 0)])
+    x = jnp.pad(x_BSKH, [(0, 0), (0, -S % t.tile), (0, 0), (0, 0)])
     return x.transpose(0, 2, 1, 3).reshape(B * K, -1, H)

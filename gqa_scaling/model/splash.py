@@ -1,12 +1,15 @@
-"""Causal grouped-query attention on TPUs, dense or after a pattern for each KV head.
+"""Causal grouped-query attention on TPUs, dense or after a pattern with an offset for each KV head.
 
 The kernels are those of `jax.experimental.pallas.ops.tpu.splash_attention`; which tiles they visit
-is built here from the pattern, with no work that grows with T x T. As a pattern's blocks are
-smaller than a good tile, the distant keys of a head (sinks and stripe: strided slices) are laid
-before its keys in natural order. Each key there is seen by one range of queries, which a mask
-function compares in registers: masks are stored nowhere, tiles stay large, and pattern blocks of
-any size do, powers of two best. Scalar memory holds which tiles of keys each tile of queries
-visits: 98 KB for 131,072 tokens with W = 1024 and s = 16 (`metadata_bytes`).
+is arithmetic on the pattern, the offset and where a device's queries lie, so that the last two may
+be traced and nothing grows with T x T. As a pattern's blocks are smaller than a good tile, the
+distant keys of a head (sinks and stripe: a slice and a strided one) are laid before its keys in
+natural order. Each key there is seen by one range of queries, which a mask function compares in
+registers: masks are stored nowhere, tiles stay large, and pattern blocks of any size do, powers of
+two best. A mask function sees no traced value but the positions of queries: where the stripe
+begins rides in their upper bits. Scalar memory holds which tiles of keys each tile of queries
+visits, of one head: 98 KB for 131,072 tokens with W = 1024 and s = 16 (`metadata_bytes`). Heads
+with stripes run one after the other.
 
 The library's public entry takes one table for the gradients of all keys. As distant keys are seen
 by every later query and natural ones by a window, that table would be mostly empty, and its empty
@@ -28,281 +31,328 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from gqa_scaling.context_sharding import (
-    HeadPattern,
-    LayerPattern,
-    distant_before,
-    distant_block,
-)
+from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.model.operands import check_operands
 
 _LANES = 128
 _NEVER = 2**30  # a position after every query
+_DENSE = HeadPattern(block=_NEVER, local=1)
 SCALAR_MEMORY = 2**20 - 2**16  # bytes of a TPU core, less some for the compiler
 
 
-def splash_attend(
+def forward(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    pattern: LayerPattern,
+    kind: HeadPattern | None,
+    offset_K: jax.Array,
+    starts: jax.Array,
     *,
     interpret: bool = False,
-) -> jax.Array:
-    """Causal attention after a pattern for each KV head. Returns o_BTKGH in q's dtype.
+) -> tuple[jax.Array, jax.Array]:
+    """On shards: causal attention of T queries to all S keys, in natural order.
 
-    `pattern` (static) has one entry for each KV head, None for a dense one; heads with the same
-    entry are computed together. S is T, any T: what lacks to whole tiles is padded. Softmax in
-    float32, scores scaled by 1/sqrt(H); memory is O(T), forward and backward. `interpret` runs the
-    kernels anywhere, slowly. Raises `ValueError` where the shapes do not fit each other or the
-    tables would not fit the chip's scalar memory.
+    Returns o_BTKGH in q's dtype and lse_BTKG, the natural log of the sum of exponentials of scaled
+    scores, float32. All heads are of one `kind` (static; None: dense) but for their offsets, int32,
+    which are read where the kind has a stride. The queries are one or two equal runs of positions
+    that begin at `starts`, int32, ascending multiples of a run's length: one run of all S = T
+    positions, or the two parts that a device holds in zig-zag order (`layout.zigzag`).
+
+    Any T: what lacks to whole tiles is padded. Softmax in float32, scores scaled by 1/sqrt(H);
+    memory is O(S). `interpret` runs the kernels anywhere, slowly. Raises `ValueError` where the
+    shapes do not fit each other or the tables would not fit the chip's scalar memory.
     """
-    check_operands(q_BTKGH, k_BSKH, v_BSKH, pattern)
-    T = q_BTKGH.shape[1]
-    kinds: dict[HeadPattern | None, list[int]] = {}
-    for h, head in enumerate(pattern):
-        kinds.setdefault(_simplest(head, T), []).append(h)
-    outputs = []
-    for head, heads in kinds.items():
-        needed = metadata_bytes(T, head)
-        if needed > SCALAR_MEMORY:
-            raise ValueError(
-                f"T={T} needs {needed:,} bytes of tables for {head or 'a dense head'}, but the "
-                f"scalar memory of a TPU core has room for {SCALAR_MEMORY:,}: take a shorter "
-                "context or a sparser pattern"
+    walk = _checked(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
+    starts = jnp.asarray(starts, jnp.int32)
+    block, G = walk.block, q_BTKGH.shape[3]
+
+    def head(q: Any, k: Any, v: Any, residue: Any) -> tuple[jax.Array, jax.Array]:
+        o_NTH, (lse_NT,) = kernels._splash_attention_forward(
+            _rows(walk, starts, residue),
+            q,
+            _laid(k, walk, residue),
+            _laid(v, walk, residue),
+            segment_ids=None,
+            sinks=None,
+            block_sizes=kernels.BlockSizes(block, block, _part(block)),
+            save_residuals=True,
+            residual_checkpoint_name=None,
+            mask_function=_mask(walk),
+            interpret=interpret,
+            **_PLAIN,
+        )
+        return o_NTH, lse_NT
+
+    q = _queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5, walk)
+    o, lse = _each_head(head, walk, offset_K, q, _heads(k_BSKH), _heads(v_BSKH))
+    return _positions(o, G, walk), _positions(lse, G, walk)
+
+
+def backward(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    o_BTKGH: jax.Array,
+    lse_BTKG: jax.Array,
+    do_BTKGH: jax.Array,
+    kind: HeadPattern | None,
+    offset_K: jax.Array,
+    starts: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """On shards: dq_BTKGH in q's dtype, and dk_BSKH and dv_BSKH in float32 of all S keys, what
+    these queries contribute. o and lse are of `forward`, and so is the rest."""
+    walk = _checked(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
+    starts = jnp.asarray(starts, jnp.int32)
+    scale, G = q_BTKGH.shape[-1] ** -0.5, q_BTKGH.shape[3]
+    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
+    layout = kernels.QKVLayout.HEAD_DIM_MINOR
+    common = {"q_layout": layout, "k_layout": layout, "v_layout": layout, "interpret": interpret}
+
+    def head(
+        q: Any, do: Any, delta: Any, lse: Any, k: Any, v: Any, residue: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        k_laid, v_laid = _laid(k, walk, residue), _laid(v, walk, residue)
+        dq = kernels._splash_attention_bwd_dq(
+            *(q, k_laid, v_laid, None, None, lse, do, delta),
+            bq=walk.block,
+            bkv=walk.block,
+            mask_info=_rows(walk, starts, residue),
+            mask_function=_mask(walk),
+            **common,
+            **_PLAIN,
+        )
+
+        def of_keys(start: int, end: int, table: MaskInfo) -> list[jax.Array]:
+            _, *dkv = kernels._splash_attention_bwd_dkv(
+                *(q, k_laid[:, start:end], v_laid[:, start:end], None, None, lse, do, delta),
+                bq=walk.block,
+                bkv=walk.block,
+                bkv_compute=_part(walk.block),
+                mask_info=table,
+                mask_function=_mask(walk, start),
+                use_fused_bwd_kernel=False,
+                **common,
+                **_PLAIN,
             )
-        qkv = (_heads(x, heads) for x in (q_BTKGH, k_BSKH, v_BSKH))
-        outputs.append(_attend(*qkv, head, interpret))
-    order = np.argsort([h for heads in kinds.values() for h in heads])
-    return _heads(jnp.concatenate(outputs, axis=2), order.tolist())
+            return [x.astype(jnp.float32) for x in dkv]
+
+        far, end = walk.far, walk.far + walk.near
+        parts = [of_keys(far, end, _columns_near(walk, starts, residue))]
+        if far:
+            parts.insert(0, of_keys(0, far, _columns_far(walk, starts, residue)))
+        key = jax.ShapeDtypeStruct(k.shape, jnp.float32)
+        home = jax.linear_transpose(lambda x: _laid(x, walk, residue), key)
+        dk, dv = (home(jnp.concatenate(x, axis=1))[0] for x in zip(*parts, strict=True))
+        return dq, dk, dv
+
+    queries = (q_BTKGH * scale, do_BTKGH, delta_BTKG, lse_BTKG)
+    queries = [_queries(x, walk) for x in queries]
+    dq, dk, dv = _each_head(head, walk, offset_K, *queries, _heads(k_BSKH), _heads(v_BSKH))
+    dk, dv = (x.transpose(1, 2, 0, 3) for x in (dk, dv))
+    return _positions(dq, G, walk) * scale, dk, dv
 
 
-def metadata_bytes(T: int, head: HeadPattern | None) -> int:
+def metadata_bytes(T: int, kind: HeadPattern | None, parts: int = 1, S: int | None = None) -> int:
     """Bytes of scalar memory for one head's tables, in the kernel that needs most.
 
-    The compiler rounds the rows of a table up to 128 entries and their number to 8.
+    T queries in that many runs, S keys (default T). The compiler rounds the rows of a table up to
+    128 entries and their number to 8.
     """
+    walk = _walk(T, parts, S or T, kind)
+    far, near, rows = walk.far // walk.block, walk.near // walk.block, walk.rows
 
-    def held(table: np.ndarray) -> int:
-        return _up(table.shape[1], 8) * _up(table.shape[2], _LANES) * table.itemsize
+    def held(lines: int, entries: int, most: int) -> int:
+        return _up(lines, 8) * _up(entries, _LANES) * (1 + _integer(most).itemsize)
 
-    walk = _walk(T, _simplest(head, T))
-    tables = [x for x in (walk.rows, walk.columns_far, walk.columns_near) if x is not None]
-    return max(held(x.data_next) + held(x.block_mask) for x in tables)
-
-
-def _simplest(head: HeadPattern | None, T: int) -> HeadPattern | None:
-    """None also for a pattern that hides nothing from T queries."""
-    return None if head is None or head.window >= T or head.stride == 1 else head
-
-
-def _heads(x_BTK: jax.Array, heads: list[int]) -> jax.Array:
-    """Some KV heads, in any order, without a gather."""
-    if heads == list(range(x_BTK.shape[2])):
-        return x_BTK
-    return jnp.concatenate([x_BTK[:, :, h : h + 1] for h in heads], axis=2)
+    return max(
+        held(rows, far + walk.near_rows, far + near),
+        held(rows, far, rows),
+        held(walk.near_columns, near, rows),
+    )
 
 
 # --------------------------------------------------------------------------- what is visited
 
 
 class _Walk(NamedTuple):
-    """How T queries walk over the keys of one head: `far` places for distant keys, then natural
-    ones, both whole tiles of `block`."""
+    """How a device's queries walk over the keys of a head: `far` places for distant keys, then
+    `near` for natural ones, both whole tiles of `block`."""
 
+    kind: HeadPattern
+    parts: int  # runs of queries
+    run: int  # queries of each
     block: int
+    rows: int  # tiles of queries
     sinks: int  # distant blocks
     stripe: int
     far: int
     near: int
-    rows: MaskInfo  # tiles of keys for each tile of queries
-    columns_far: MaskInfo | None  # tiles of queries for each tile of distant keys
-    columns_near: MaskInfo
+    near_rows: int  # the most tiles of natural keys that one of queries sees
+    near_columns: int  # the most tiles of queries that see one of natural keys
 
 
 def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def _block(T: int, head: HeadPattern | None) -> int:
+def _block(run: int, S: int, kind: HeadPattern) -> int:
     """Positions on a tile's side. A step of the grid has a fixed cost, also where it does nothing:
     large tiles for dense heads, whose grid is half empty."""
-    most = 512 if head is not None or T <= 4096 else 1024
-    return _up(-(-T // -(-T // most)), _LANES)
+    most = 1024 if kind == _DENSE and S > 4096 else 512
+    return _up(-(-run // -(-run // most)), _LANES)
 
 
 @functools.lru_cache(maxsize=1024)
-def _walk(T: int, head: HeadPattern | None) -> _Walk:
-    block = _block(T, head)
-    near = _up(T, block)
-    sinks = stripe = far = 0
-    if head is not None:
-        beyond = max(0, -(-T // head.block) - head.local)  # blocks that leave some query's window
-        sinks = min(head.sinks, beyond)
-        stripe = distant_before(beyond, head.stride, head.offset, head.sinks) - sinks
-        far = _up((sinks + stripe) * head.block, block)
-    live = _live(*_seen(np.arange(far + near), head, far, sinks + stripe), block, near)
-    n = far // block
-
-    def info(table: tuple[np.ndarray, np.ndarray]) -> MaskInfo:
-        visits, busy = table
-        return MaskInfo(visits[None], None, busy[None], None, None)
-
-    return _Walk(
-        *(block, sinks, stripe, far, near),
-        rows=info(_rows(live)),
-        columns_far=info(_columns(live[:, :n])) if far else None,
-        columns_near=info(_columns(live[:, n:])),
-    )
+def _walk(T: int, parts: int, S: int, kind: HeadPattern | None) -> _Walk:
+    if kind is None or kind.window >= S or kind.stride == 1:  # it hides nothing
+        kind = _DENSE
+    run = T // parts
+    block = _block(run, S, kind)
+    beyond = -(-S // kind.block) - kind.local  # blocks that leave some query's window
+    sinks = min(kind.sinks, beyond)
+    stripe = -(-(beyond - sinks) // kind.stride) if kind.stride else 0
+    far = _up((sinks + stripe) * kind.block, block)
+    rows, near = parts * _up(run, block) // block, _up(S, block)
+    tiles = (np.arange(0, S, run)[:, None] + np.arange(0, run, block)).ravel()  # of all devices
+    first, end = _keys_seen(tiles, kind, block, near)
+    near_rows = int((end - first).max())
+    first, end = _queries_seeing(tiles, kind, block, near)
+    near_columns = min(rows, int((end - first).max()))
+    return _Walk(kind, parts, run, block, rows, sinks, stripe, far, near, near_rows, near_columns)
 
 
-def _seen(place: Any, head: HeadPattern | None, far: int, distant: int) -> tuple[Any, Any]:
-    """The queries that see the key at each place: the first, and one past the last (None: all).
+def _keys_seen(tiles: Any, kind: HeadPattern, block: int, near: int) -> tuple[Any, Any]:
+    """For tiles of queries, told by where they begin, the first tile of natural keys that they see
+    and one past the last."""
+    first = (tiles // kind.block - kind.local + 1) * kind.block
+    return first.clip(0) // block, ((tiles + block - 1) // block + 1).clip(None, near // block)
 
-    A distant key is seen from where its block has left the window, by all; before that it is in
-    its natural place. Both ends rise with the place in either part.
+
+def _queries_seeing(tiles: Any, kind: HeadPattern, block: int, near: int) -> tuple[Any, Any]:
+    """For each tile of natural keys how many tiles of queries end before it, and how many begin
+    while it is in their window; `tiles` as in `_keys_seen`, ascending."""
+    start = np.arange(0, near, block)
+    until = ((start + block - 1) // kind.block + kind.local) * kind.block
+    return (tiles[:, None] + block <= start).sum(0), (tiles[:, None] < until).sum(0)
+
+
+def _since(n: Any, residue: Any, walk: _Walk) -> jax.Array:
+    """The position from which on queries see the n-th distant block: it has left their window.
+
+    The stripe begins `residue` blocks after the sinks. Past the last block, after all queries.
     """
-    if head is None:
-        return place, None
-    b, w = head.block, head.local
-    np_ = np if isinstance(place, np.ndarray) else jnp
-    block = _over(place, b)
-    left = (distant_block(block, head.stride, head.offset, head.sinks) + w) * b
-    t = place - far
-    if not far:
-        return t, (_over(t, b) + w) * b
-    since = np_.where(place < far, np_.where(block < distant, left, _NEVER), t)
-    return since, np_.where(place < far, _NEVER, (_over(t, b) + w) * b)
+    b, w, sinks = walk.kind.block, walk.kind.local, walk.sinks
+    if not walk.stripe:
+        return jnp.where(n < sinks, (n + w) * b, _NEVER)
+    block = sinks + residue + (n - sinks) * walk.kind.stride
+    return (jnp.where(n < sinks, n, block) + w) * b
 
 
-def _over(x: Any, n: int) -> Any:
+def _tiles(walk: _Walk, starts: jax.Array) -> jax.Array:
+    """Where tiles of queries begin, ascending."""
+    return (starts[:, None] + jnp.arange(0, walk.run, walk.block)).reshape(-1)
+
+
+def _rows(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
+    """For each tile of queries the tiles of keys that it visits, distant ones first; the entries
+    after them fetch what the next one needs first."""
+    block, n = walk.block, walk.far // walk.block
+    tiles = _tiles(walk, starts)
+    far = (_far_since(walk, residue) < tiles[:, None] + block).sum(1, keepdims=True)
+    first, end = _keys_seen(tiles[:, None], walk.kind, block, walk.near)
+    step = jnp.arange(n + walk.near_rows)
+    visits = jnp.where(step < far, step, n + first + step - far)
+    busy = step < far + end - first
+    visits = jnp.where(busy, visits, jnp.roll(visits[:, :1], -1, axis=0))
+    return _table(visits, n + walk.near // block, busy, walk, starts, residue)
+
+
+def _columns_near(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
+    """For each tile of natural keys the tiles of queries that visit it."""
+    seen = _queries_seeing(_tiles(walk, starts), walk.kind, walk.block, walk.near)
+    return _columns(*seen, walk.near_columns, walk, starts, residue)
+
+
+def _columns_far(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
+    """For each tile of distant keys the tiles of queries that visit it."""
+    tiles = _tiles(walk, starts)[:, None]
+    first = (tiles + walk.block <= _far_since(walk, residue)).sum(0)
+    return _columns(first, walk.rows, walk.rows, walk, starts, residue)
+
+
+def _far_since(walk: _Walk, residue: jax.Array) -> jax.Array:
+    """The position from which on queries see some key of each tile of distant keys."""
+    return _since(np.arange(0, walk.far, walk.block) // walk.kind.block, residue, walk)
+
+
+def _columns(
+    first: Any, end: Any, most: int, walk: _Walk, starts: jax.Array, residue: jax.Array
+) -> MaskInfo:
+    """The tiles of queries from `first` up to `end`, below each other; the entries after them fetch
+    nothing: what comes next is of another head."""
+    step = jnp.arange(most)[:, None]
+    visits = jnp.maximum(jnp.minimum(first + step, end - 1), 0)
+    return _table(visits, walk.rows, step < end - first, walk, starts, residue)
+
+
+def _table(
+    visits: jax.Array, most: int, busy: jax.Array, walk: _Walk, starts: jax.Array, residue: Any
+) -> MaskInfo:
+    """Of numbers below `most`, with the positions of the queries."""
+    positions = starts[:, None] + jnp.arange(walk.rows * walk.block // walk.parts)
+    if walk.stripe:
+        positions += residue << _position_bits(walk)
+    return MaskInfo(
+        visits.astype(_integer(most))[None],
+        None,
+        busy.astype(jnp.int8)[None],
+        None,
+        positions.reshape(-1).astype(jnp.int32),
+    )
+
+
+def _integer(most: int) -> np.dtype:
+    """The smallest type for numbers below `most`."""
+    return np.dtype(np.int8 if most <= 2**7 else np.int16 if most <= 2**15 else np.int32)
+
+
+def _position_bits(walk: _Walk) -> int:
+    return (walk.near + walk.block).bit_length()
+
+
+def _mask(walk: _Walk, start: int = 0) -> Callable:
+    """The mask function of a kernel whose keys begin at the place `start`: whether the queries of
+    a `_table` see the keys at `place`."""
+    kind, bits = walk.kind, _position_bits(walk)
+
+    def visible(q: jax.Array, place: jax.Array) -> jax.Array:
+        place = place + start
+        if kind == _DENSE:
+            return place <= q
+        t = place - walk.far
+        until = (_over(t, kind.block) + kind.local) * kind.block
+        if not walk.far:
+            return (t <= q) & (q < until)
+        distant, n = place < walk.far, _over(place, kind.block)
+        since = jnp.where(distant, _since(n, 0, walk), t)
+        until = jnp.where(distant, _NEVER, until)
+        late = q
+        if walk.stripe:  # queries move back by the residue, so that what depends on keys is static
+            residue, q = q >> bits, q & (2**bits - 1)
+            late = jnp.where(distant & (n >= walk.sinks), q - residue * kind.block, q)
+        return (since <= late) & (q < until)
+
+    return visible
+
+
+def _over(x: jax.Array, n: int) -> jax.Array:
     """x // n for x >= 0; division of vectors is slow on a TPU, and `//` does not lower."""
-    if n & (n - 1) == 0:
-        return x >> (n.bit_length() - 1)
-    return x // n if isinstance(x, np.ndarray) else lax.div(x, n)
+    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else lax.div(x, n)
 
 
-def _live(since: np.ndarray, until: np.ndarray | None, block: int, T: int) -> np.ndarray:
-    """Whether some query of tile i sees some key of tile j, at [i, j]."""
-    start = np.arange(0, T, block)
-    first = since.reshape(-1, block)
-    end = np.full_like(first, _NEVER) if until is None else until.reshape(-1, block)
-    out = np.empty((len(start), len(first)), bool)
-    for j in range(len(first)):
-        begun = np.searchsorted(first[j], start + block)  # keys seen before the tile's end
-        out[:, j] = (begun > 0) & (end[j][np.maximum(begun, 1) - 1] > start)
-    return out
-
-
-def _rows(live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row its live columns, side by side, and which entries those are. The others fetch
-    what the next row needs first."""
-    counts = live.sum(axis=1)
-    steps = np.arange(counts.max())
-    busy = steps < counts[:, None]
-    order = np.argsort(~live, axis=1, kind="stable")[:, : len(steps)]
-    return _small(np.where(busy, order, np.roll(order[:, :1], -1, axis=0))), busy.astype(np.int8)
-
-
-def _columns(live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each column its live rows, below each other, and which entries those are. The others
-    fetch nothing: what comes next is of another head."""
-    visits, busy = _rows(live.T)
-    last = np.take_along_axis(visits, busy.sum(axis=1, keepdims=True, dtype=int) - 1, axis=1)
-    return np.where(busy, visits, last).T.copy(), busy.T.copy()
-
-
-def _small(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.int8 if x.max() < 2**7 else np.int16 if x.max() < 2**15 else np.int32)
-
-
-# -------------------------------------------------------------------------------- the kernels
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    head: HeadPattern | None,
-    interpret: bool,
-) -> jax.Array:
-    return _forward(q_BTKGH, k_BSKH, v_BSKH, head, interpret)[0]
-
-
-def _forward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    head: HeadPattern | None,
-    interpret: bool,
-) -> tuple[jax.Array, Any]:
-    walk = _walk(q_BTKGH.shape[1], head)
-    block = walk.block
-    o_NTH, (lse_NT,) = kernels._splash_attention_forward(
-        _with_positions(walk.rows, walk),
-        _queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5, walk),
-        _keys(k_BSKH, head, walk),
-        _keys(v_BSKH, head, walk),
-        segment_ids=None,
-        sinks=None,
-        block_sizes=kernels.BlockSizes(block, block, _part(block)),
-        save_residuals=True,
-        residual_checkpoint_name=None,
-        mask_function=_visible(head, walk),
-        interpret=interpret,
-        **_PLAIN,
-    )
-    o_BTKGH = _positions(o_NTH, q_BTKGH.shape)
-    return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_NT)
-
-
-def _backward(
-    head: HeadPattern | None, interpret: bool, residuals: Any, do_BTKGH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_BTKGH, k_BSKH, v_BSKH, o_BTKGH, lse_NT = residuals
-    scale = q_BTKGH.shape[-1] ** -0.5
-    walk = _walk(q_BTKGH.shape[1], head)
-    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
-    q, do = _queries(q_BTKGH * scale, walk), _queries(do_BTKGH, walk)
-    delta = _queries(delta_BTKG[..., None], walk)[..., 0]
-    k, pull_k = jax.vjp(lambda x: _keys(x, head, walk), k_BSKH)
-    v, pull_v = jax.vjp(lambda x: _keys(x, head, walk), v_BSKH)
-    layout = kernels.QKVLayout.HEAD_DIM_MINOR
-    common = {"q_layout": layout, "k_layout": layout, "v_layout": layout} | _PLAIN
-
-    dq = kernels._splash_attention_bwd_dq(
-        *(q, k, v, None, None, lse_NT, do, delta),
-        bq=walk.block,
-        bkv=walk.block,
-        mask_info=_with_positions(walk.rows, walk),
-        mask_function=_visible(head, walk),
-        interpret=interpret,
-        **common,
-    )
-
-    def of_keys(start: int, end: int, table: MaskInfo) -> tuple[jax.Array, jax.Array]:
-        _, dk, dv = kernels._splash_attention_bwd_dkv(
-            *(q, k[:, start:end], v[:, start:end], None, None, lse_NT, do, delta),
-            bq=walk.block,
-            bkv=walk.block,
-            bkv_compute=_part(walk.block),
-            mask_info=_with_positions(table, walk),
-            mask_function=_visible(head, walk, start),
-            use_fused_bwd_kernel=False,
-            interpret=interpret,
-            **common,
-        )
-        return dk, dv
-
-    dk, dv = of_keys(walk.far, walk.far + walk.near, walk.columns_near)
-    if walk.columns_far is not None:
-        dk_far, dv_far = of_keys(0, walk.far, walk.columns_far)
-        dk, dv = (jnp.concatenate(x, axis=1) for x in ((dk_far, dk), (dv_far, dv)))
-    return _positions(dq, q_BTKGH.shape) * scale, *pull_k(dk), *pull_v(dv)
-
-
-_attend.defvjp(_forward, _backward)
+# ------------------------------------------------------------------------ around the kernels
 
 _PLAIN = {
     "is_mqa": False,
@@ -316,46 +366,80 @@ def _part(block: int) -> int:
     return block // 2 if block > 512 and block % (2 * _LANES) == 0 else block
 
 
-def _visible(head: HeadPattern | None, walk: _Walk, start: int = 0) -> Callable:
-    """The mask function of a kernel whose keys begin at the place `start`."""
+def _checked(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    kind: HeadPattern | None,
+    offset_K: jax.Array,
+    starts: jax.Array,
+) -> _Walk:
+    """The walk; what cannot be walked raises `ValueError`."""
+    check_operands(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
+    shape = q_BTKGH.shape[1], starts.size, k_BSKH.shape[1]
+    walk, needed = _walk(*shape, kind), metadata_bytes(shape[0], kind, *shape[1:])
+    if needed > SCALAR_MEMORY:
+        raise ValueError(
+            f"{shape[0]} queries of T={shape[2]} need {needed:,} bytes of tables for "
+            f"{kind or 'a dense head'}, but the scalar memory of a TPU core has room for "
+            f"{SCALAR_MEMORY:,}: take a shorter context, a larger context axis or a sparser pattern"
+        )
+    if walk.stripe and walk.kind.stride.bit_length() + _position_bits(walk) > 31:
+        raise ValueError(
+            f"stride={walk.kind.stride} of T={shape[2]} does not fit 31 bits: take a smaller one"
+        )
+    return walk
 
-    def visible(q: jax.Array, place: jax.Array) -> jax.Array:
-        since, until = _seen(place + start, head, walk.far, walk.sinks + walk.stripe)
-        return since <= q if until is None else (since <= q) & (q < until)
 
-    return visible
+def _each_head(head: Callable, walk: _Walk, offset_K: jax.Array, *xs: jax.Array) -> Any:
+    """`head(*x, residue)` for each KV head x of xs, one after the other where their tables differ.
 
-
-def _with_positions(info: MaskInfo, walk: _Walk) -> MaskInfo:
-    return info._replace(q_sequence=jnp.arange(walk.near, dtype=jnp.int32))
-
-
-def _queries(x_BTKGH: jax.Array, walk: _Walk) -> jax.Array:
-    """x_NTH, N = B K G, 0 past T."""
-    B, T, K, G, H = x_BTKGH.shape
-    x = jnp.pad(x_BTKGH, [(0, 0), (0, walk.near - T), (0, 0), (0, 0), (0, 0)])
-    return x.transpose(0, 2, 3, 1, 4).reshape(B * K * G, walk.near, H)
+    xs begin with the KV heads, followed by batch, or batch and query heads; so do the results.
+    """
+    if not walk.stripe:
+        out = head(*(x.reshape(-1, *x.shape[2:]) for x in xs), jnp.int32(0))
+        return [x.reshape(len(xs[0]), -1, *x.shape[1:]) for x in out]
+    residue_K = -(offset_K + walk.sinks) % walk.kind.stride
+    return lax.map(lambda x: head(*x), (*xs, residue_K))
 
 
-def _positions(x_NTH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _queries(x_BTKG: jax.Array, walk: _Walk) -> jax.Array:
+    """(K, B G, tiles of queries, ...), 0 past the end of a run."""
+    B, _, K, G, *rest = x_BTKG.shape
+    padding = walk.rows * walk.block // walk.parts - walk.run
+    x = x_BTKG.reshape(B, walk.parts, walk.run, K, G, *rest)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
+    x = x.transpose(3, 0, 4, 1, 2, *range(5, x.ndim))
+    return x.reshape(K, B * G, walk.rows * walk.block, *rest)
+
+
+def _positions(x_KNT: jax.Array, G: int, walk: _Walk) -> jax.Array:
     """The inverse of `_queries`."""
-    B, T, K, G, H = shape
-    return x_NTH.reshape(B, K, G, -1, H).transpose(0, 3, 1, 2, 4)[:, :T]
+    K, N, _, *rest = x_KNT.shape
+    x = x_KNT.reshape(K, N // G, G, walk.parts, -1, *rest)[:, :, :, :, : walk.run]
+    x = x.transpose(1, 3, 4, 0, 2, *range(5, x.ndim))
+    return x.reshape(N // G, walk.parts * walk.run, K, G, *rest)
 
 
-def _keys(x_BSKH: jax.Array, head: HeadPattern | None, walk: _Walk) -> jax.Array:
-    """x_NSH, N = B K: the head's distant keys, then all in natural order, each padded by 0."""
-    B, S, K, H = x_BSKH.shape
-    x = x_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H)
+def _heads(x_BSKH: jax.Array) -> jax.Array:
+    return x_BSKH.transpose(2, 0, 1, 3)
+
+
+def _laid(x_NSH: jax.Array, walk: _Walk, residue: jax.Array) -> jax.Array:
+    """A head's distant keys, then all in natural order, each padded by 0."""
+    N, _, H = x_NSH.shape
+
+    def padded(x: jax.Array, length: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, max(0, length - x.shape[1])), (0, 0)])
+
     parts = []
-    if head is not None and walk.far:
-        b, sinks, n = head.block, walk.sinks, walk.stripe
-        parts.append(x[:, : sinks * b])
+    if walk.far:
+        b, stride, n = walk.kind.block, walk.kind.stride, walk.stripe
+        far = x_NSH[:, : walk.sinks * b]
         if n:
-            first = distant_block(head.sinks, head.stride, head.offset, head.sinks)
-            end = (first + n * head.stride) * b
-            stripes = jnp.pad(x, [(0, 0), (0, max(0, end - S)), (0, 0)])[:, first * b : end]
-            stripes = stripes.reshape(B * K, n, head.stride, b, H)[:, :, 0]
-            parts.append(stripes.reshape(B * K, n * b, H))
-        parts.append(jnp.zeros((B * K, walk.far - (sinks + n) * b, H), x.dtype))
-    return jnp.concatenate([*parts, jnp.pad(x, [(0, 0), (0, walk.near - S), (0, 0)])], axis=1)
+            first, end = walk.sinks * b, (walk.sinks + n * stride) * b
+            stripes = padded(x_NSH, end)[:, first:end].reshape(N, n, stride, b, H)
+            stripe = lax.dynamic_index_in_dim(stripes, residue, axis=2, keepdims=False)
+            far = jnp.concatenate([far, stripe.reshape(N, n * b, H)], axis=1)
+        parts.append(padded(far, walk.far))
+    return jnp.concatenate([*parts, padded(x_NSH, walk.near)], axis=1)

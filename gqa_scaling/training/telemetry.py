@@ -10,13 +10,30 @@ from typing import Any, Self
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams, scalar
 
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig
 from gqa_scaling.runs import RunDirectory
+from gqa_scaling.storage import SCHEMES, GrowingFile, as_path, failure, is_remote
 
 FLUSH_SECONDS = 5.0
+REMOTE_FLUSH_SECONDS = 30.0  # a flush puts the whole file there again
+
+
+class _Buckets:
+    """Where tensorboardX writes remote files: its own writers need further packages."""
+
+    def directory_check(self, path: str) -> None:
+        pass
+
+    def open(self, path: str) -> GrowingFile:
+        return GrowingFile(as_path(path))
+
+
+for _scheme in SCHEMES:
+    register_writer_factory(_scheme, _Buckets())
 
 
 def is_logged(step: int, steps: int) -> bool:
@@ -38,15 +55,15 @@ class TensorBoard:
         suffix = f".{uuid.uuid4().hex[:8]}"  # names are by the second otherwise
         self._events = EventsWriter(str(directory.path / "events"), suffix)
         self._flushed = time.monotonic()
+        self._every = REMOTE_FLUSH_SECONDS if is_remote(directory.path) else FLUSH_SECONDS
         if purge_from is not None:  # hides what an interrupted attempt wrote from that step on
             self._write(Event(step=purge_from, session_log=SessionLog(status=SessionLog.START)))
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
         self._events.write_event(event)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._events.flush()
-            self._flushed = time.monotonic()
+        if time.monotonic() - self._flushed > self._every:
+            self.flush()
 
     def summary(self, summary: Summary, step: int = 0) -> None:
         self._write(Event(step=step, summary=summary))
@@ -55,6 +72,11 @@ class TensorBoard:
         for tag, value in values.items():
             self.summary(scalar(tag, value), step)
 
+    def flush(self) -> None:
+        """Have the file hold everything so far."""
+        self._events.flush()
+        self._flushed = time.monotonic()
+
     def close(self) -> None:
         self._events.close()
 
@@ -62,14 +84,17 @@ class TensorBoard:
 class Telemetry:
     """Appends one line per logged step, and the same scalars for TensorBoard.
 
-    Of several processes only the one that `writes` does.
+    Of several processes only the one that `writes` does. In a bucket both files are behind by
+    up to `REMOTE_FLUSH_SECONDS`.
     """
 
     def __init__(self, directory: RunDirectory, start_step: int, writes: bool = True) -> None:
         self._writes = writes
         if writes:
             directory.truncate_metrics(start_step)
-            self._file = open(directory.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
+            file = directory.metrics_file
+            self._remote, self._flushed = is_remote(file), time.monotonic()
+            self._file = GrowingFile(file) if self._remote else open(file, "ab")  # noqa: SIM115
             self._board = TensorBoard(directory, start_step + 1 if start_step else None)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -81,8 +106,16 @@ class Telemetry:
     def note(self, step: int, **values: Any) -> None:
         """Write what is no number, or none to plot, as JSON only."""
         if self._writes:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            if not self._remote or time.monotonic() - self._flushed > REMOTE_FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def flush(self) -> None:
+        """Have the bucket hold all so far: a run resumed from here on needs it; disks do already."""
+        if self._writes and self._remote:
             self._file.flush()
+            self._board.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -93,9 +126,10 @@ class Telemetry:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._writes:
-            self._file.close()
-            self._board.close()
+        if not self._writes or (self._remote and error is not None and failure(error)):
+            return  # nobody waits for a server that does not answer
+        self._file.close()
+        self._board.close()
 
 
 def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str, float]) -> None:
@@ -106,6 +140,7 @@ def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str,
         "d_model": model.d_model,
         "n_heads": model.n_heads,
         "n_kv_heads": model.n_kv_heads,
+        "pattern": model.pattern.label if model.pattern else "dense",
         "head_dim": model.head_dim,
         "context_length": run.context_length,
         "batch_tokens": run.batch_tokens,

@@ -1,0 +1,191 @@
+"""SLURM: an array job for each size of slice, through submitit, one task for each node.
+
+A job that was preempted or reached its time limit saves, and SLURM starts it again.
+"""
+
+import importlib.util
+import math
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_scaling.config import require
+from launch.jobs import Job, by_slice, label
+from launch.submission import Step, Study, require_tool
+from launch.targets import Slice, Target, sizes_up_to
+from launch.work import LOST, PREEMPTED, Work, commands
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
+
+ABOUT = "a SLURM cluster with GPUs, as array jobs that are requeued"
+OPTIONS = ("partition", "account", "setup")
+SAVE_SECONDS = 120  # before the time limit: to finish a step and save
+LOST_RESTARTS = 3  # a process that dies on a healthy machine will likely die again
+TIME_LIMITS = 50  # each follows hours of progress, but nothing goes on for ever
+
+
+def offered(largest: Slice) -> list[Slice]:
+    """The slices that a run may get."""
+    return sizes_up_to(largest)
+
+
+def check(target: Target) -> None:
+    """Raise UserError for what is missing."""
+    for tool in ("sbatch", "srun"):
+        require_tool(tool, "launch from a login node of the SLURM cluster")
+
+
+def require_fields(target: Target) -> None:
+    require(
+        not target.largest.is_tpu,
+        f"slurm is for GPUs; take skypilot, xpk or tpu-vm for {target.largest.name}",
+    )
+    found = importlib.util.find_spec("submitit") is not None
+    require(found, "slurm needs submitit: pip install -e '.[launch]'")
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """A job as submitit pickles it, to be called on each of its nodes."""
+
+    todo: tuple[tuple[str, ...], ...]
+    root: str
+    lost_restarts: int = LOST_RESTARTS
+
+    def __call__(self) -> None:
+        """Do the runs; an exit code other than 0 becomes an exception and so SLURM's FAILED."""
+        global _work, _lost
+        os.environ["GQA_SCALING_RUNS"] = self.root
+        _work, _lost = Work([list(command) for command in self.todo]), False
+        signal.signal(signal.SIGTERM, _work.stop)
+        code = _work.run()
+        first = os.environ.get("SLURM_PROCID", "0") == "0"
+        told = code == PREEMPTED and _work.stopped
+        if told or (code in (PREEMPTED, *LOST) and not first):
+            # Told by SLURM, for a preemption or scancel: it knows whether to start again. Else the
+            # first task requeues. Either way SLURM ends this process.
+            while True:
+                signal.pause()
+        _lost = code in LOST and self.lost_restarts > 0
+        if code == PREEMPTED or _lost:
+            signal.raise_signal(_requeue_signal())
+        if code != 0:
+            raise RuntimeError(f"gqa-scaling run ended with exit code {code}")
+
+    def checkpoint(self) -> "DelayedSubmission":
+        """Called by submitit's handler of its signal, before it requeues: save, and come again."""
+        from submitit.helpers import DelayedSubmission
+
+        assert _work is not None
+        _work.stop()
+        _work.wait()
+        return DelayedSubmission(replace(self, lost_restarts=self.lost_restarts - _lost))
+
+
+_work: Work | None = None  # of this process; a task that is pickled has none
+_lost = False
+
+
+def _requeue_signal() -> int:
+    from submitit.core.job_environment import JobEnvironment
+
+    return JobEnvironment._usr_sig()
+
+
+def array_tasks(jobs: Sequence[Job], study: Study) -> list[ArrayTask]:
+    """One for each job, in order."""
+    return [
+        ArrayTask(
+            tuple(
+                tuple(command)
+                for command in commands(study.spec, [r.name for r in job.runs], study.overrides)
+            ),
+            study.root,
+        )
+        for job in jobs
+    ]
+
+
+def parameters(jobs: Sequence[Job], target: Target, study: Study) -> dict[str, Any]:
+    """What submitit passes on to sbatch for jobs of one slice.
+
+    Twice the predicted time, as SLURM finds room for short jobs sooner; more is had by requeueing.
+    """
+    place, longest = jobs[0].slice, max(job.seconds for job in jobs)
+    chosen = {
+        "job_name": label(study.name),
+        "time": math.ceil(min(60 * target.hours, 30 + 2 * longest / 60)),
+        "nodes": place.hosts,
+        "ntasks_per_node": 1,
+        "gpus_per_node": place.chips_per_host,
+        "signal_delay_s": SAVE_SECONDS,
+        "srun_args": ["--kill-on-bad-exit=1"],  # nodes whose peer failed wait for their end
+        "additional_parameters": {"requeue": True},
+    }
+    optional = {
+        "partition": target.partition,
+        "account": target.account,
+        "setup": list(target.setup),
+    }
+    return chosen | {key: value for key, value in optional.items() if value}
+
+
+def folder(place: Slice, study: Study) -> Path:
+    """Of the pickles and logs; every node must see it."""
+    return (study.folder / f"slurm-{place.name}").absolute()
+
+
+def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
+    """The sbatch files as submitit will write them; it adds an id to their names."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    steps = []
+    for place, members in by_slice(jobs).items():
+        at = folder(place, study)
+        command = (
+            f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(at))}"
+        )
+        text = _make_sbatch_string(
+            command=command,
+            folder=at,
+            map_count=len(members) if len(members) > 1 else None,
+            **parameters(members, target, study),
+        )
+        tasks = [
+            f"task {i}, {job.name}: {shlex.join(command)}\n"
+            for i, (job, task) in enumerate(zip(members, array_tasks(members, study), strict=True))
+            for command in task.todo
+        ]
+        path = at / "submission_file.sh"
+        steps.append(Step(("sbatch", str(path)), {path: text, at / "pickled": "".join(tasks)}))
+    return steps
+
+
+def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
+    """One array for each size of slice."""
+    from submitit import SlurmExecutor
+
+    for place, members in by_slice(jobs).items():
+        executor = SlurmExecutor(folder(place, study), max_num_timeout=TIME_LIMITS)
+        executor.update_parameters(**parameters(members, target, study))
+        with executor.batch():
+            submitted = [executor.submit(task) for task in array_tasks(members, study)]
+        print(
+            f"{place.name}: SLURM job {submitted[0].job_id.partition('_')[0]}, {len(members)} tasks"
+        )
+
+
+def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
+    """What to type next."""
+    return [
+        f"queue:    squeue --me --name {label(study.name)}",
+        f"log:      tail -f {study.folder}/slurm-*/*_log.out",
+        "cancel:   scancel JOBID, or JOBID_TASK",
+        f"clean up: rm -r {study.folder}",
+    ]

@@ -1,0 +1,88 @@
+"""What is handed to an engine: its own command, and the files that the command reads."""
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gqa_scaling.config import UserError, require
+from launch.jobs import Job, label
+
+FOLDER = Path(".launch")  # of the files written for engines, in the checkout
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every job of a launch has in common: the experiment as named, its overrides, its runs' folder."""
+
+    spec: str
+    name: str
+    overrides: tuple[str, ...]
+    root: str
+
+    def __post_init__(self) -> None:
+        for text in (self.spec, *self.overrides):
+            require(
+                text.isprintable(),
+                f"{text!r} holds a line break or control character, which no job's command can",
+            )
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / label(self.name)
+
+    @property
+    def source(self) -> Path:
+        """Where the experiment's module lies, from here."""
+        return Path(self.spec) if self.spec.endswith(".py") else Path(*self.spec.split("."))
+
+    def work(self, job: Job) -> list[str]:
+        """The arguments after `python` that carry the job out on a host."""
+        overrides = ["--", *self.overrides] if self.overrides else []
+        return ["-m", "launch.work", self.spec, *(run.name for run in job.runs), *overrides]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command and the files it reads, by path."""
+
+    command: tuple[str, ...]
+    files: dict[Path, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """As --dry-run prints it."""
+        shown = [f"# {path}\n{text.rstrip()}\n" for path, text in self.files.items()]
+        return "\n".join([*shown, f"$ {shlex.join(self.command)}\n"])
+
+
+def require_tool(name: str, remedy: str) -> None:
+    """Raise UserError unless the command is on the PATH."""
+    require(shutil.which(name) is not None, f"{name} is not on the PATH: {remedy}")
+
+
+def require_google_account() -> None:
+    """Raise UserError unless gcloud is here and signed in."""
+    require_tool("gcloud", "install the Google Cloud CLI, https://cloud.google.com/sdk")
+    ask = ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"]
+    done = subprocess.run(ask, capture_output=True, text=True)
+    signed_in = done.returncode == 0 and bool(done.stdout.strip())
+    require(signed_in, "gcloud has no active account: gcloud auth login")
+
+
+def run(steps: Sequence[Step]) -> None:
+    """Write each step's files and run its command, in order.
+
+    Raises UserError at the first that fails, saying how far it got.
+    """
+    for done, step in enumerate(steps):
+        for path, text in step.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        code = subprocess.run(step.command).returncode
+        if code != 0:
+            raise UserError(
+                f"{shlex.join(step.command)} ended with {code}; {done} of {len(steps)} commands had "
+                "succeeded before it: cancel those jobs before you launch again"
+            )

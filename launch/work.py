@@ -1,0 +1,87 @@
+"""What a job does on each of its hosts: its runs, one after another.
+
+    python -m launch.work EXPERIMENT RUN... [-- OVERRIDES]
+
+Each run is `gqa-scaling run` in a process of its own, so that one that crashes leaves the others
+alone. SIGTERM is passed on and the run saves. Exit codes are those of `gqa-scaling run`: 0 done;
+1 a run failed and the others went on; 2 the user can mend it; 75 saved, start again; 134, 137 and
+143 a process was lost. Any other end of a process is a crash, 1.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+DONE, FAILED, MENDABLE, PREEMPTED = 0, 1, 2, 75
+LOST = (134, 137, 143)  # SIGABRT when a peer is gone, SIGKILL, SIGTERM before it could be heard
+
+
+def commands(experiment: str, runs: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
+    """One `gqa-scaling run` for each run."""
+    start = [sys.executable, "-m", "gqa_scaling", "run", experiment, "--only"]
+    return [[*start, exactly(run), *overrides] for run in runs]
+
+
+def exactly(name: str) -> str:
+    """The --only pattern that matches this name alone: a bare one also matches longer names."""
+    return f"[{name[0]}]{name[1:]}"
+
+
+class Work:
+    """A job's runs in progress; `stop` may be called from a signal handler."""
+
+    def __init__(self, todo: list[list[str]]) -> None:
+        self.todo = todo
+        self.stopped = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Do it all and return the exit code."""
+        worst = DONE
+        for command in self.todo:
+            if self.stopped:
+                return PREEMPTED
+            self._child = subprocess.Popen(command)
+            if self.stopped:  # while it was started
+                self._child.terminate()
+            self.wait()
+            code = meaning(self._child.wait())
+            if code not in (DONE, FAILED):
+                return code
+            worst = max(worst, code)
+        return worst
+
+    def stop(self, *_: object) -> None:
+        """Have the run save and end, and begin no other."""
+        self.stopped = True
+        if self._child is not None:
+            self._child.terminate()
+
+    def wait(self) -> None:
+        """Return when the run has ended; also inside a signal handler, where Popen.wait hangs."""
+        if self._child is not None and self._child.returncode is None:
+            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+
+
+def meaning(code: int) -> int:
+    """The exit code of the contract for how a process ended."""
+    code = 128 - code if code < 0 else code
+    return code if code in (DONE, FAILED, MENDABLE, PREEMPTED, *LOST) else FAILED
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """(experiment, runs, overrides) of a command line; names of runs are never '--'."""
+    end = arguments.index("--", 1) if "--" in arguments[1:] else len(arguments)
+    return arguments[0], list(arguments[1:end]), list(arguments[end + 1 :])
+
+
+def main(arguments: Sequence[str]) -> int:
+    work = Work(commands(*parse(arguments)))
+    signal.signal(signal.SIGTERM, work.stop)
+    return work.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

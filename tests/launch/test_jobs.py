@@ -1,0 +1,164 @@
+"""Which slice a run gets, which runs share a job, and how jobs are called."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
+from gqa_scaling.hardware import TPU_SHAPES, hardware, topology
+from gqa_scaling.plan import plan_run
+from launch import skypilot, tpu_vm, xpk
+from launch.jobs import choose, fits, group, job_name, label, memory_needed
+from launch.targets import SLICES, Target, accelerator, sizes_up_to, slice_of
+
+V5E, H100 = hardware("v5e"), hardware("h100")
+DNS = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+def run(name="r", d_model=512, layers=8, batch=64, context=1024, tokens=10**9, **changes):
+    model = ModelConfig(layers, d_model, 8, 2)
+    return RunConfig(name, model, context, batch * context, tokens=tokens, **changes)
+
+
+# ---------------------------------------------------------------------------------- slices
+
+
+def test_every_tpu_slice_is_one_that_exists():
+    for s in SLICES.values():
+        if s.is_tpu:
+            assert topology(f"{s.accelerator}:{s.topology}").chips == s.chips
+            assert set(TPU_SHAPES) >= {s.accelerator}
+
+
+def test_names_are_the_vendors():
+    """v5e and v6e are counted in chips, v5p in cores, two on each chip."""
+    v5e, v5p, h100 = slice_of("v5e-16"), slice_of("v5p-128"), slice_of("16xH100")
+    assert (v5e.chips, v5e.hosts, v5e.cloud_type) == (16, 4, "v5litepod-16")
+    assert (v5p.chips, v5p.hosts, v5p.topology, v5p.cloud_type) == (64, 16, "4x4x4", "v5p-128")
+    assert (h100.chips, h100.hosts, h100.chips_per_host) == (16, 2, 8)
+
+
+def test_an_unknown_slice_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"unknown slice 'v5e-17' \(did you mean v5e-1"):
+        slice_of("v5e-17")
+
+
+def test_sizes_go_up_to_the_one_that_was_named():
+    assert [s.name for s in sizes_up_to(slice_of("v6e-16"))] == [
+        "v6e-1",
+        "v6e-4",
+        "v6e-8",
+        "v6e-16",
+    ]
+
+
+def test_engines_offer_what_they_can_start():
+    largest = slice_of("v6e-8")
+    names = [[s.name for s in engine.offered(largest)] for engine in (skypilot, tpu_vm, xpk)]
+    assert names == [["v6e-1", "v6e-4", "v6e-8"]] * 2 + [["v6e-8"]]
+    assert xpk.offered(slice_of("v5e-4")) == []
+
+
+def test_the_price_and_mfu_may_be_ones_own():
+    row = accelerator(slice_of("v5e-16"), 0.5, 0.3)
+    assert (row.mfu, row.price, row.peak_flops) == (0.5, 0.3, V5E.peak_flops)
+
+
+@pytest.mark.parametrize(
+    "bucket", ["mine", "gs:/mine", "gs://", "gs://a/$(x)", "gs://mine/../b", "file://a"]
+)
+def test_a_bucket_is_one(bucket):
+    with pytest.raises(UserError, match="--bucket"):
+        Target("skypilot", slice_of("v5e-16"), V5E, bucket=bucket)
+
+
+# -------------------------------------------------------------------------------- matching
+
+
+def test_a_small_run_needs_no_pod():
+    place, _ = choose(run(), sizes_up_to(slice_of("v5e-256")), V5E, 24)
+    assert place.name == "v5e-1"
+
+
+def test_a_run_that_takes_too_long_gets_the_smallest_slice_that_is_fast_enough():
+    offered = sizes_up_to(slice_of("v5e-256"))
+    big = run(batch=256, tokens=2 * 10**11)
+    place, seconds = choose(big, offered, V5E, 24)
+    smaller = [s for s in offered if s.chips < place.chips and fits(big, s, V5E)]
+    assert seconds <= 24 * 3600
+    assert smaller
+    assert all(plan_run(big, V5E, s.chips).seconds > 24 * 3600 for s in smaller)
+    assert choose(big, offered, V5E, 4)[0].chips > place.chips
+
+
+def test_a_run_that_needs_memory_gets_more_chips():
+    wide = run(d_model=1024, layers=24, batch=256, tokens=10**6)
+    place, _ = choose(wide, sizes_up_to(slice_of("v5e-256")), V5E, 24)
+    assert memory_needed(wide, place) <= V5E.memory
+    assert place.chips > 8
+    assert memory_needed(wide, SLICES["v5e-8"]) > V5E.memory
+
+
+def test_no_chip_is_left_with_next_to_nothing_to_do():
+    """32,768 tokens a batch keep 16 chips busy, however long it takes."""
+    long = run(batch=32, tokens=10**12)
+    place, seconds = choose(long, sizes_up_to(slice_of("v5e-256")), V5E, 1)
+    assert place.name == "v5e-16"
+    assert seconds > 3600
+
+
+def test_what_fits_nowhere_is_refused_before_anything_else():
+    huge = [run(f"r{i}", d_model=8192, layers=64, seed=i) for i in range(3)]
+    with pytest.raises(UserError, match=r"r0 and 2 other runs; on v5e-16 it needs .* has 15.8?"):
+        group("x", [run("ok"), *huge], sizes_up_to(slice_of("v5e-16")), V5E, 24)
+    odd = run("odd", parallel=ParallelConfig(fsdp=64))
+    with pytest.raises(
+        UserError, match=r"odd; on v5e-16 .*must divide the 16 devices.* larger slice"
+    ):
+        group("x", [odd], sizes_up_to(slice_of("v5e-16")), V5E, 24)
+
+
+@given(
+    st.lists(st.integers(10**6, 10**11), min_size=1, max_size=30, unique=True),
+    st.floats(0.1, 100),
+)
+def test_grouping_keeps_every_run_and_shares_only_what_is_short(tokens, hours):
+    runs = [run(f"r{i}", tokens=n) for i, n in enumerate(tokens)]
+    jobs = group("x", runs, sizes_up_to(slice_of("8xH100")), H100, hours)
+    assert sorted(r.name for job in jobs for r in job.runs) == sorted(r.name for r in runs)
+    assert [job.seconds for job in jobs] == sorted((j.seconds for j in jobs), reverse=True)
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        each = [plan_run(r, H100, job.slice.chips).seconds for r in job.runs]
+        assert math.isclose(sum(each), job.seconds)
+        assert len(job.runs) == 1 or job.seconds <= 3600 * 1.000001
+        assert each == sorted(each, reverse=True)
+
+
+# ---------------------------------------------------------------------------------- names
+
+
+@given(st.text(max_size=80), st.integers(1, 40))
+def test_any_text_makes_a_dns_label(text, length):
+    made = label(text, max(length, 5))
+    assert DNS.fullmatch(made)
+    assert len(made) <= max(length, 5)
+
+
+@given(st.text("abcé漢-_.+XY01", min_size=1, max_size=60).filter(lambda t: t[0].isalnum()))
+def test_job_names_are_dns_labels_that_say_what_they_do(name):
+    made = job_name("my_grid", [run(name)])
+    assert DNS.fullmatch(made)
+    assert len(made) < 40
+    assert made.startswith("my-grid")
+
+
+def test_job_names_tell_apart_what_is_not_the_same_work():
+    a, b = run("a"), run("a", seed=1)
+    assert job_name("x", [a]) != job_name("x", [b]) != job_name("y", [b])
+    assert job_name("x", [a, b]) == job_name("x", [b, a])
+    assert job_name("x", [a]) == job_name("x", [replace(a, note="how it is trained is no matter")])

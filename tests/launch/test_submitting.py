@@ -1,0 +1,332 @@
+"""From the command line to the engine's own commands, with fake engines on the PATH."""
+
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gqa_scaling.experiment import load_experiment
+from gqa_scaling.runs import run_directory, runs_root, write_json
+from launch import tpu_vm, work
+from launch.cli import main
+from launch.submission import Study
+
+CHECKOUT = Path(__file__).parents[2]
+STORE = ("--data.store", "gs://mine/data")
+SKY = ("skypilot", "v5e-64", "--bucket", "gs://mine")
+TPU = ("tpu-vm", "v5e-64", "--bucket", "gs://mine", "--project", "p", "--zone", "us-west4-a")
+XPK = ("xpk", "v5e-64", "--bucket", "gs://mine", "--project", "p", "--zone", "us-west4-a")
+XPK += ("--cluster", "c", "--image", "i:1")
+TINY = ("experiments.tiny", *STORE)
+WIDE = ("--batch-tokens", "2048", "--tokens", "20480")  # a sequence for each of 64 chips
+LONG = "9000000000000"  # tokens that keep a chip busy for more than an hour
+ACCOUNT = ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"]
+
+
+def finish(run, experiment):
+    result = {"result": {"evaluations": {run.evaluation_digest: {}}}, "timing": {}, "attempts": []}
+    directory = run_directory(runs_root(), experiment, run)
+    directory.path.mkdir(parents=True)
+    write_json(directory.result_file, result)
+    return directory
+
+
+def tiny():
+    return load_experiment("experiments.tiny", STORE).runs
+
+
+def submitted(tools):
+    """The runs in the task files that `sky` was given."""
+    files = [Path(call[-1]) for call in tools.calls() if call[0] == "sky"]
+    scripts = [yaml.safe_load(path.read_text())["run"] for path in files]
+    words = [shlex.split(script) for script in scripts]
+    return sorted(n for w in words for n in work.parse(w[w.index("launch.work") + 1 :])[1])
+
+
+# ----------------------------------------------------------------------------- what is sent
+
+
+def test_sky_gets_one_managed_job_for_each_job(workplace, bucket, tools):
+    tools.add("sky")
+    assert main([*SKY, "--yes", *TINY, "--tokens", LONG]) == 0
+    files = sorted(Path(".launch/tiny").glob("*.yaml"))
+    jobs = [["sky", "jobs", "launch", "--detach-run", "--yes", str(path)] for path in files]
+    assert sorted(tools.calls()) == jobs
+    assert submitted(tools) == sorted(run.name for run in tiny())
+
+
+def test_small_runs_share_a_job(workplace, bucket, tools):
+    tools.add("sky")
+    assert main([*SKY, "--yes", *TINY]) == 0
+    assert len(tools.calls()) == 1
+    assert submitted(tools) == sorted(run.name for run in tiny())
+
+
+def test_gcloud_gets_the_code_and_a_queued_resource(workplace, bucket, tools, monkeypatch):
+    tools.add("gcloud", says="someone@example.com")
+    monkeypatch.setattr(tpu_vm, "CODE", ("experiments",))
+    assert main([*TPU, "--yes", *TINY]) == 0
+    (path,) = Path(".launch/tiny").glob("*.sh")
+    name, code = path.stem, f"gs://mine/code/{tpu_vm.code_digest(['experiments'])}"
+    where = ["--project", "p", "--zone", "us-west4-a"]
+    assert tools.calls() == [
+        ACCOUNT,
+        ["gcloud", "storage", "cp", "--recursive", "experiments", f"{code}/"],
+        [
+            *("gcloud", "compute", "tpus", "queued-resources", "create", name, "--node-id", name),
+            *(*where, "--accelerator-type", "v5litepod-1"),
+            *("--runtime-version", "v2-alpha-tpuv5-lite"),
+            *("--metadata-from-file", f"startup-script={path}", "--spot"),
+        ],
+    ]
+
+
+def test_the_digest_of_the_code_moves_with_the_code_alone(workplace):
+    before = tpu_vm.code_digest(["experiments"])
+    cache = Path("experiments/__pycache__")
+    cache.mkdir()
+    (cache / "tiny.pyc").write_text("x")
+    assert tpu_vm.code_digest(["experiments"]) == before
+    Path("experiments/tiny.py").write_text("changed = True")
+    assert tpu_vm.code_digest(["experiments"]) != before
+
+
+def test_xpk_gets_a_workload(workplace, bucket, tools):
+    tools.add("gcloud", says="someone@example.com")
+    tools.add("xpk")
+    assert main([*XPK, "--yes", *TINY, "--only", "L1-h1", *WIDE]) == 0
+    account, call = tools.calls()
+    assert account == ACCOUNT
+    assert call[:4] == ["xpk", "workload", "create", "--workload"]
+    inside = "exec env GQA_SCALING_RUNS=gs://mine/runs python -m launch.work experiments.tiny L1-h1"
+    assert call[5:] == [
+        *("--cluster", "c", "--project", "p", "--zone", "us-west4-a", "--tpu-type", "v5litepod-64"),
+        *("--docker-image", "i:1", "--max-restarts", "20", "--restart-on-exit-codes", "75"),
+        *("--termination-grace-period-seconds", "120"),
+        *("--command", f"{inside} -- --data.store gs://mine/data {shlex.join(WIDE)}"),
+    ]
+
+
+def test_sbatch_gets_the_file_that_the_dry_run_shows(workplace, bucket, tools, capsys):
+    tools.add("sbatch", says="Submitted batch job 7")
+    tools.add("srun")
+    command = ["slurm", "1xH100", "--partition", "gpu", "experiments.tiny", "--hours", "2"]
+    command += ["--tokens", LONG]
+    assert main([*command, "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert main([*command, "--yes"]) == 0
+    ((sbatch, file),) = tools.calls()
+    assert sbatch == "sbatch"
+    assert Path(file).parent == workplace / ".launch/tiny/slurm-1xH100"
+    text = Path(file).read_text()
+    assert text.rstrip() in dry
+    assert "#SBATCH --array=0-5%6\n" in text
+    assert len(list(Path(file).parent.glob("7_*.pkl"))) == 6
+    assert "SLURM job 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", [SKY, TPU, XPK, ("slurm", "8xH100", "--bucket", "gs://mine")])
+def test_a_dry_run_needs_no_tool_and_leaves_nothing(
+    target, workplace, bucket, tools, capsys, monkeypatch
+):
+    monkeypatch.setattr(tpu_vm, "CODE", ("experiments",))
+    before = set(workplace.rglob("*"))
+    assert main([*target, "--dry-run", *TINY, *WIDE]) == 0
+    assert tools.calls() == []
+    assert set(workplace.rglob("*")) == before
+    said = capsys.readouterr()
+    assert "\n$ " in f"\n{said.out}"
+    assert "chip-hours" in said.err
+    assert "a chip-hour (an assumption: the on-demand list price" in said.err
+
+
+# ------------------------------------------------------------------------- what is not sent
+
+
+def test_a_finished_sweep_submits_nothing_and_what_is_deleted_comes_back(
+    tmp_path, bucket, tools, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CHECKOUT / "experiments/head_ladder.py", tmp_path)
+    tools.add("sky")
+    runs = load_experiment("head_ladder.py", STORE).runs
+    directories = [finish(run, "head_ladder") for run in runs]
+    command = [*SKY, "--yes", "head_ladder.py", *STORE, "--parallel.remat", "full"]
+    assert main(command) == 0
+    assert tools.calls() == []
+    assert "168 runs: 0 to launch, 168 finished" in capsys.readouterr().err
+    lost = range(3, 168, 17)
+    for i in lost:
+        directories[i].result_file.unlink()
+    assert main(command) == 0
+    assert "168 runs: 10 to launch, 158 finished" in capsys.readouterr().err
+    assert submitted(tools) == sorted(runs[i].name for i in lost)
+
+
+def test_running_and_failed_runs_are_left_alone(workplace, bucket, tools, capsys):
+    tools.add("sky")
+    failed, running, done, *left = tiny()
+    for run in (failed, running):
+        run_directory(runs_root(), "tiny", run).path.mkdir(parents=True)
+    failure = run_directory(runs_root(), "tiny", failed)
+    failure.fail("a traceback", "ValueError")
+    other = {"host": "another", "pid": 1, "born": "", "token": "t"}
+    write_json(run_directory(runs_root(), "tiny", running).claim_file, other)
+    finish(done, "tiny")
+    assert main([*SKY, "--yes", *TINY]) == 0
+    said = "6 runs: 3 to launch, 1 finished, 1 running, 1 failed (again with --retry-failed)"
+    assert said in capsys.readouterr().err
+    assert submitted(tools) == sorted(run.name for run in left)
+    assert failure.failure_file.exists()
+    tools.log.unlink()
+    assert main([*SKY, "--yes", "--retry-failed", *TINY]) == 0
+    assert submitted(tools) == sorted(run.name for run in (failed, *left))
+    assert not failure.failure_file.exists()
+
+
+def test_nothing_goes_without_a_yes(workplace, bucket, tools, capsys, monkeypatch):
+    tools.add("sky")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert main([*SKY, *TINY]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "launch: no terminal to ask at: look at --dry-run, then give --yes"
+    )
+    for answer in ("n\n", "\n", "yess\n"):
+        monkeypatch.setattr(sys, "stdin", Terminal(answer))
+        assert main([*SKY, *TINY]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "launch: nothing was submitted"
+    assert tools.calls() == []
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    assert main([*SKY, *TINY]) == 0
+    assert "Submit 1 job? [y/N]" in capsys.readouterr().out
+    assert len(tools.calls()) == 1
+
+
+def test_a_command_that_fails_stops_the_rest_and_says_how_far_it_got(
+    workplace, bucket, tools, capsys
+):
+    tools.add("sky", code=3)
+    assert main([*SKY, "--yes", *TINY, "--tokens", LONG]) == 2
+    assert len(tools.calls()) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "ended with 3; 0 of 6 commands had succeeded before it" in last
+
+
+# -------------------------------------------------------------------------- one line, before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("skypilot", "v5e-17", *TINY), "unknown slice 'v5e-17'"),
+        (("skypilot", "v5e-16", *TINY), "skypilot needs --bucket"),
+        (("skypilot", "v5e-16", "--bucket", "mine", *TINY), "must look like gs://my-bucket"),
+        (
+            ("skypilot", "v5e-16", "--bucket", "gs://mine", "experiments.tiny"),
+            "cannot read tokens at data/",
+        ),
+        (("skypilot", "v5e-16", "--hours", "0", *TINY), "--hours 0 must be greater than 0"),
+        (("skypilot", "v5e-16", "--price", "-1", *TINY), "price=-1.0 must not be negative"),
+        (("skypilot", "v5e-16", "--mfu", "2", *TINY), "mfu=2.0 must lie in (0, 1]"),
+        ((*SKY, "experiments.tinny"), "unknown experiment 'experiments.tinny'"),
+        ((*SKY, *TINY, "--modle.n-layers", "3"), "unknown field --modle.n-layers"),
+        ((*SKY, *TINY, "--only", "nothing"), "--only 'nothing' matches none of 6 runs"),
+        ((*SKY, *TINY, "--note", "a\nb"), "holds a line break"),
+        ((*SKY, *TINY, "--parallel.fsdp", "128"), "no slice is right for"),
+        (("xpk", "v5e-4", *XPK[2:], *TINY), "xpk starts no v5e-4: name a larger slice"),
+        ((*SKY, str(CHECKOUT / "experiments/smoke.py"), *STORE), "must lie in this folder"),
+        (("local", "--foo", "1", "experiments.tiny"), "unrecognized arguments: --foo"),
+        (SKY, "the following arguments are required: experiment"),
+        ((*TPU[:2], "--bucket", "gs://mine", "--zone", "z", *TINY), "tpu-vm needs --project"),
+        ((*TPU[:4], "--project", "p", *TINY), "tpu-vm needs --zone"),
+        (("tpu-vm", "8xH100", *TPU[2:], *TINY), "tpu-vm is for TPUs"),
+        ((*TPU[:3], "s3://mine", *TPU[4:], *TINY), "s3://mine is no gs://"),
+        (("xpk", "8xH100", *XPK[2:], *TINY), "xpk is for TPUs"),
+        ((*XPK[:-2], *TINY), "xpk needs --image"),
+        ((*XPK[:-4], "--image", "i", *TINY), "xpk needs --cluster"),
+        (("slurm", "v5e-16", *TINY), "slurm is for GPUs"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments, message, workplace, bucket, tools, capsys):
+    for name in ("sky", "xpk", "gcloud", "sbatch", "srun"):
+        tools.add(name, says="someone@example.com")
+    yes = ["--yes"] if arguments[0] != "local" else []
+    assert main([*arguments, *yes]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert tools.calls() == []
+    assert not Path(".launch").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "there", "message"),
+    [
+        (SKY, [], "sky is not on the PATH: pip install 'skypilot[gcp]'"),
+        (TPU, [], "gcloud is not on the PATH"),
+        (XPK, ["gcloud"], "xpk is not on the PATH: pip install xpk"),
+        (XPK, ["xpk"], "gcloud is not on the PATH"),
+        (("slurm", "8xH100"), ["srun"], "sbatch is not on the PATH: launch from a login node"),
+        (("slurm", "8xH100"), ["sbatch"], "srun is not on the PATH"),
+    ],
+)
+def test_a_missing_tool_is_one_line(target, there, message, workplace, bucket, tools, capsys):
+    for name in there:
+        tools.add(name, says="someone@example.com")
+    assert main([*target, "--yes", *TINY, *WIDE]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path(".launch").exists()
+
+
+def test_no_account_is_one_line(workplace, bucket, tools, capsys):
+    tools.add("gcloud", says="")
+    assert main([*TPU, "--yes", *TINY]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "launch: gcloud has no active account: gcloud auth login"
+    assert tools.calls() == [ACCOUNT]
+
+
+def test_tokens_that_are_not_prepared_are_missed_before_a_machine_is(workplace, tools, capsys):
+    for tool in ("sbatch", "srun"):
+        tools.add(tool)
+    assert main(["slurm", "8xH100", "--yes", "experiments.tiny", *WIDE]) == 2
+    assert "prepare" in capsys.readouterr().err.splitlines()[-1]
+    assert tools.calls() == []
+
+
+def test_an_experiment_elsewhere_in_the_folder_is_copied_too():
+    for spec, names in (
+        ("experiments/x.py", ()),
+        ("mine.py", ("mine.py",)),
+        ("own.grid", ("own",)),
+    ):
+        assert tpu_vm.code(Study(spec, "x", (), "runs")) == (*tpu_vm.CODE, *names)
+
+
+def test_launching_loads_no_jax():
+    script = "import sys; from launch.cli import engines; engines(); print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKOUT
+    )
+    assert done.stdout == "False\n"
+
+
+def test_the_code_that_is_copied_is_there():
+    assert [name for name in tpu_vm.CODE if not (CHECKOUT / name).exists()] == []
+
+
+def test_fakes_record_arguments_exactly(tools, tmp_path):
+    tools.add("tool")
+    subprocess.run(["tool", "a b", "", "é"], check=True, capture_output=True)
+    assert json.loads(tools.log.read_text()) == ["tool", "a b", "", "é"]
