@@ -121,6 +121,9 @@ def _unfit(name: str, run: RunConfig, platform: str) -> str:
             return f"needs a head_dim of 16, 32, 64 or 128, not {m.head_dim}"
         if m.pattern is not None and m.pattern.block % 16:
             return f"needs a pattern.block that is a multiple of 16, not {m.pattern.block}"
+        part = run.context_length // (2 * context)
+        if context > 1 and part % 16:
+            return f"needs parts of a multiple of 16 positions, and context={context} makes {part}"
     return ""
 
 

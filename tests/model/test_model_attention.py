@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.model import attention, blockwise
 
 
@@ -85,6 +86,23 @@ def test_bfloat16_stays_close():
         got = attend(*(x.astype(jnp.bfloat16) for x in args), implementation=implementation)
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "triton"])
+def test_the_kernels_know_the_layers_of_a_stack(implementation):
+    """Dense and sparse layers whose stripes lie elsewhere, chosen by a traced number."""
+    patterns = ContextSharding(16, 1, stride=3, dense_layers="1").layers(3, 2)
+    *qkv, weight = operands((1, 80, 2, 2, 16))
+
+    def run(layer, how):
+        o, pull_back = jax.vjp(lambda *x: attention.attend(*x, patterns, layer, **how), *qkv)
+        return o, *pull_back(weight)
+
+    found = jax.jit(lambda layer: run(layer, {"implementation": implementation, "interpret": True}))
+    wanted = jax.jit(lambda layer: run(layer, {"implementation": "reference"}))
+    for layer in range(3):
+        for got, want in zip(found(layer), wanted(layer), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
 def test_unknown_implementation():

@@ -312,6 +312,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     for each in (run, micro):
         graph, parameters = nnx.split(create(run.model, 0))
         state = (parameters, optimizer.init(parameters))
-        _, metrics = step.train_step(graph, each, optimizer, "cpu")(state, tokens[:, :-1], tokens[:, 1:])
+        _, metrics = step.train_step(graph, each, optimizer, "cpu")(
+            state, tokens[:, :-1], tokens[:, 1:]
+        )
         out.append(metrics[:2])
     np.testing.assert_allclose(out[0], out[1], rtol=1e-5)
