@@ -70,7 +70,8 @@ def compile_step(run: RunConfig, devices: list[jax.Device] | None = None) -> dic
         "code": memory.generated_code_size_in_bytes,
         "fresh": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "donated": memory.alias_size_in_bytes / memory.output_size_in_bytes,
-        "flops": program.flops,
+        # of a pattern only the data know which branches run, and how often their loops turn
+        "flops": None if run.model.pattern and not program.exact else program.flops,
         "mean_turns": None if program.exact else turns,
         "kernels": program.kernels,
         "collectives": summary(program),

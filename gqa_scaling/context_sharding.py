@@ -13,6 +13,7 @@ blocks, i query block, j key block. Layers and heads count from 0.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -53,6 +54,10 @@ class HeadPattern:
     def window(self) -> int:
         """W: tokens in the local blocks."""
         return self.local * self.block
+
+    def hides(self, context: int) -> bool:
+        """Whether any of `context` queries does not see all before it."""
+        return _hides(self, context)
 
     def visible(self, i: Blocks, j: Blocks) -> Any:
         """Whether query block i sees key block j; arrays broadcast."""
@@ -212,7 +217,7 @@ def require_decodable(pattern: Head) -> None:
 class ContextSharding(Json):
     """Which keys every head of a model sees.
 
-    In a sparse layer the last `dense_kv_heads` KV heads are dense, and the others have the window,
+    In a sparse layer `dense_kv_heads` KV heads, spread evenly, are dense, the others have the window,
     stripes and sinks of a `HeadPattern`. The n sparse heads spread their offsets evenly over the
     stride, s / n apart, and each sparse layer shifts them by one block more than the sparse layer
     before: the heads of any ceil(s / n) consecutive sparse layers see every block, even for n = 1.
@@ -233,9 +238,9 @@ class ContextSharding(Json):
         _check_blocks(self)
         _whole(self, "dense_kv_heads", 0)
         terms = [" ".join(term.split()) for term in self.dense_layers.split(",") if term.strip()]
-        for term in terms:
-            self._term(term)
-        object.__setattr__(self, "dense_layers", ", ".join(terms))  # one spelling, one digest
+        known = dict.fromkeys(map(self._term, terms))  # one spelling, one digest
+        spelt = ", ".join(f"{word} {number}".strip() for word, number in known)
+        object.__setattr__(self, "dense_layers", spelt)
 
     @property
     def label(self) -> str:
@@ -258,6 +263,10 @@ class ContextSharding(Json):
     def _order(self) -> tuple:
         sparse = (self.block, self.local, self.stride or 0, self.sinks)
         return (*sparse, self.dense_kv_heads, self.dense_layers)
+
+    def hides(self, context: int) -> bool:
+        """Whether any of `context` queries does not see all before it in a sparse layer."""
+        return _hides(self, context)
 
     def layer(self, layer: int, n_layers: int, n_kv_heads: int) -> LayerPattern:
         """The patterns of one layer's KV heads; all None in a dense layer.
@@ -296,7 +305,11 @@ class ContextSharding(Json):
                 HeadPattern(self.block, self.local, self.stride, offset, self.sinks)
                 for offset in offsets
             ]
-            out.append((*heads, *(None,) * self.dense_kv_heads))
+            left = iter(heads)
+            # the last heads of equal parts, so that devices which share the heads have the same work
+            parts = math.gcd(n_kv_heads, self.dense_kv_heads)
+            part = (True,) * (n // parts) + (False,) * (self.dense_kv_heads // parts)
+            out.append(tuple(next(left) if is_sparse else None for is_sparse in part * parts))
             sparse += 1
         return tuple(out)
 
@@ -449,6 +462,10 @@ def stripes_before(m: Blocks, stride: int, offset: Blocks) -> Blocks:
 
 def _least(a: Blocks, b: Blocks) -> Blocks:
     return b + (a - b) * (a < b)
+
+
+def _hides(pattern: HeadPattern | ContextSharding, context: int) -> bool:
+    return pattern.local * pattern.block < context and pattern.stride != 1
 
 
 def _check_blocks(pattern: Any) -> None:

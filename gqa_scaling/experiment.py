@@ -160,6 +160,9 @@ def _flag_hint(name: str, known: dict[str, Any]) -> str:
 def _parse_value(flag: str, hint: Any, value: str) -> Any:
     import tyro
 
+    if value.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    value = value.lower() if hint == Literal["none"] else value
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -200,6 +203,12 @@ def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
         table = data
         for parent in parents:
             if table[parent] is None:
+                needed = {"model.pattern.block", "model.pattern.local"}
+                require(
+                    needed <= changes.keys(),
+                    f"{run.name} is dense: a pattern needs --model.pattern.block and "
+                    "--model.pattern.local",
+                )
                 table[parent] = {}
             table = table[parent]
         table[leaf] = None if name == "model.pattern" else value

@@ -287,9 +287,9 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             if header:
                 current = computations[header[2]] = Computation(header[2])
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
-        elif " = " in line:
+        elif line.startswith("  ") and " = " in line:  # a kernel's attributes go on without indent
             name, _, rest = line.strip().partition(" = ")
             is_root = name.startswith("ROOT ")
             each = _instruction(name.removeprefix("ROOT ").lstrip("%"), rest)

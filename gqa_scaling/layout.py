@@ -19,11 +19,12 @@ def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
     Raises `UserError`, naming the sizes that would do, when something cannot be divided: the
     sequences of a microbatch over `data` x `fsdp`, positions over twice `context` (zig-zag halves),
     d_model over `fsdp` x `context`, and query heads, FFN and vocabulary over `tensor`. KV heads
-    fewer than `tensor` are repeated. The blocks of a pattern must not be cut by `context`, nor its
-    sparse heads, where some are dense, by `tensor`.
+    fewer than `tensor` are repeated. `context` must not cut the blocks of a pattern, and
+    `tensor` must divide the KV heads that stay dense in its sparse layers.
     """
     p, m = run.parallel, run.model
     fsdp, context, tensor = p.fsdp, p.context, p.tensor
+    pattern = m.pattern if m.pattern and m.pattern.hides(run.context_length) else None
     _divides(f"tensor={tensor}", tensor, m.n_heads, f"n_heads={m.n_heads}")
     require(
         m.n_kv_heads % tensor == 0 or tensor % m.n_kv_heads == 0,
@@ -39,18 +40,17 @@ def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
             f"context={context} must divide half of context_length={T}, as each device holds two "
             f"parts of a sequence: it may be {_among(_divisors(T // 2) if T % 2 == 0 else [1])}",
         )
-        block = m.pattern.block if m.pattern else 1
+        block = pattern.block if pattern else 1
         require(
             T // (2 * context) % block == 0,
             f"context={context} cuts {T} positions into parts of {T // (2 * context)}, which must be "
             f"a multiple of pattern.block={block}",
         )
-    if m.pattern and m.pattern.dense_kv_heads:
-        dense = m.pattern.dense_kv_heads
+    if pattern and pattern.dense_kv_heads:
         require(
-            dense % tensor == 0 and (m.n_kv_heads - dense) % tensor == 0,
-            f"tensor={tensor} must divide the {dense} dense KV heads of the pattern and its "
-            f"{m.n_kv_heads - dense} sparse ones: a device computes heads of one kind together",
+            pattern.dense_kv_heads % tensor == 0,
+            f"tensor={tensor} must divide pattern.dense_kv_heads={pattern.dense_kv_heads}, so that "
+            f"all devices have the same work: it may be {_among(_divisors(pattern.dense_kv_heads))}",
         )
     _divides(
         f"fsdp={fsdp} x context={context} = {fsdp * context}",

@@ -271,7 +271,9 @@ def test_overrides_to_and_from_a_pattern(workplace):
         arguments = overrides_to([start], target)
         assert apply_overrides(start, parse_overrides(arguments)) == target
     assert arguments[-2:] == ["--model.pattern", "none"]
-    with pytest.raises(UserError, match=r"missing field model\.pattern\.local"):
+    window = parse_overrides(["--model.pattern.stride", "none", "--model.pattern.local", "3"])
+    assert apply_overrides(sharded, window).model.pattern.stride is None
+    with pytest.raises(UserError, match="L1-h1 is dense: a pattern needs"):
         apply_overrides(dense, parse_overrides(["--model.pattern.block", "16"]))
     with pytest.raises(UserError, match="dense_layers='9' names layer 9"):
         apply_overrides(sharded, parse_overrides(["--model.pattern.dense-layers", "9"]))

@@ -207,3 +207,19 @@ def test_bytes_of_an_array(dtype, size):
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         Program("nothing")
+
+
+def test_a_kernel_whose_attributes_take_several_lines():
+    """As Pallas writes them for TPUs: the lines begin with what looks like an end."""
+    program = Program(
+        "HloModule m, num_partitions=2\n\nENTRY %main (x: f32[4,4]) -> f32[4,4] {\n"
+        "  %x = f32[4,4]{1,0} parameter(0)\n"
+        '  %k = f32[4,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", '
+        "frontend_attributes={kernel_metadata={\n"
+        '"xprof_metadata":"{\\"block_q\\": 1024 = 1024}"\n'
+        '}}, metadata={op_name="attend"}\n'
+        "  ROOT %y = f32[4,4]{1,0} dot(%k, %x), lhs_contracting_dims={1}, "
+        "rhs_contracting_dims={0}\n}\n"
+    )
+    assert program.kernels == 1
+    assert program.flops == 2 * 4 * 4 * 4

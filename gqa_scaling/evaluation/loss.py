@@ -26,7 +26,7 @@ POSITION_PARTS = 32  # of the context, for which losses are told apart
 class Evaluation:
     """Loss on the evaluation stream, whose hash tells which targets these were.
 
-    `loss_by_position` are means over equal parts of the context, first positions first.
+    `loss_by_position` are means over parts of the context, as equal as can be, first positions first.
     """
 
     loss: float

@@ -60,70 +60,65 @@ def attend(
     known = typing.get_args(Implementation)
     if implementation not in known:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(known)}")
-    K, n_kv = q_BTKGH.shape[2], k_BSKH.shape[2]
-    repeats = K // n_kv
-    if patterns is not None and {len(heads) for heads in patterns} != {n_kv}:
-        raise ValueError(f"patterns of {len(patterns[0])} heads for {n_kv} KV heads")
-    if repeats > 1:
-        k_BSKH, v_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
-    if patterns is None:
-        patterns = ((None,) * n_kv,)
+    (T, K), n_kv = q_BTKGH.shape[1:3], k_BSKH.shape[2]
+    patterns = ((None,) * n_kv,) if patterns is None else patterns
+    if K % n_kv or {len(heads) for heads in patterns} != {n_kv}:
+        heads = " and ".join(str(n) for n in sorted({len(heads) for heads in patterns}))
+        raise ValueError(f"patterns of {heads} heads for {n_kv} KV heads, queries for {K}")
+    if K > n_kv:
+        k_BSKH, v_BSKH = (jnp.repeat(x, K // n_kv, axis=2) for x in (k_BSKH, v_BSKH))
+        patterns = tuple(tuple(np.repeat(np.array(heads), K // n_kv)) for heads in patterns)
     if implementation == "cudnn":
         return _cudnn(q_BTKGH, k_BSKH, v_BSKH, patterns)
 
-    T = q_BTKGH.shape[1]  # of the whole sequence: this is outside `on_shards`
-    groups = _groups(tuple(tuple(np.repeat(heads, repeats)) for heads in patterns), T)
-    if len(groups) > 1 and any(len(g.heads) % axis_size("tensor") for g in groups):
-        counts = [len(g.heads) for g in groups]
-        raise ValueError(
-            f"tensor={axis_size('tensor')} must divide the heads of each kind, here {counts}"
-        )
-    layer, outputs = jnp.asarray(layer, jnp.int32), []
-    for group in groups:
-        qkv = [_heads(x, group.heads) for x in (q_BTKGH, k_BSKH, v_BSKH)]
-        if implementation == "reference":
-            here = functools.partial(_reference, group)
-            outputs.append(on_shards(here, (_Q, _KV, _KV, ()), _Q, *qkv, layer))
-        else:
-            outputs.append(_attend(*qkv, layer, group, _Kernels(implementation, interpret)))
-    order = np.argsort([h for g in groups for h in g.heads])
-    return _heads(jnp.concatenate(outputs, axis=2), tuple(order.tolist()))
+    layer, stack = jnp.asarray(layer, jnp.int32), _stack(patterns, T)
+    if implementation == "reference":
+        here = functools.partial(_reference, stack)
+        return on_shards(here, (_Q, _KV, _KV, ()), _Q, q_BTKGH, k_BSKH, v_BSKH, layer)
+    return _attend(q_BTKGH, k_BSKH, v_BSKH, layer, stack, _Kernels(implementation, interpret))
 
 
 @dataclass(frozen=True)
 class _Group:
     """KV heads that are computed together, as they are of one kind in each layer."""
 
-    heads: tuple[int, ...]
+    heads: tuple[int, ...]  # of those that a device holds
     kinds: tuple[HeadPattern | None, ...]  # without their offsets; None is dense
     kind_of: tuple[int, ...]  # the kind in each layer
-    offsets: tuple[tuple[int, ...], ...]  # of each layer's heads
 
 
-def _groups(patterns: tuple[LayerPattern, ...], T: int) -> list[_Group]:
-    """The KV heads by their kinds in all layers; what hides nothing from T queries is dense."""
+@dataclass(frozen=True)
+class _Stack:
+    """The patterns of all layers, told apart by what is data and what is structure."""
+
+    groups: tuple[_Group, ...]
+    offsets: tuple[tuple[int, ...], ...]  # of each layer's heads, on all devices
+
+
+def _stack(patterns: tuple[LayerPattern, ...], T: int) -> _Stack:
+    """What hides nothing from T queries is dense.
+
+    Raises `ValueError` where the devices along `tensor` would hold heads of other kinds.
+    """
 
     def kind(head: HeadPattern | None) -> HeadPattern | None:
-        if head is None or head.window >= T or head.stride == 1:
-            return None
-        return replace(head, offset=0)
+        return replace(head, offset=0) if head is not None and head.hides(T) else None
 
-    columns: dict[Any, list[int]] = {}
-    for h, column in enumerate(zip(*patterns, strict=True)):
-        columns.setdefault(tuple(map(kind, column)), []).append(h)
-    out = []
-    for column, heads in columns.items():
+    columns = [tuple(map(kind, column)) for column in zip(*patterns, strict=True)]
+    parts = axis_size("tensor")
+    here = columns[: len(columns) // parts]
+    if here * parts != columns:
+        raise ValueError(
+            f"tensor={parts} cuts {len(columns)} KV heads into parts that differ in the kinds of "
+            "their heads: all must have the same, in the same order"
+        )
+    groups = []
+    for column in dict.fromkeys(here):
+        heads = tuple(h for h, other in enumerate(here) if other == column)
         kinds = tuple(dict.fromkeys(column))
-        offsets = tuple(tuple(getattr(layer[h], "offset", 0) for h in heads) for layer in patterns)
-        out.append(_Group(tuple(heads), kinds, tuple(map(kinds.index, column)), offsets))
-    return out
-
-
-def _heads(x_BTK: jax.Array, heads: tuple[int, ...]) -> jax.Array:
-    """Some KV heads, in any order, without a gather."""
-    if heads == tuple(range(x_BTK.shape[2])):
-        return x_BTK
-    return jnp.concatenate([x_BTK[:, :, h : h + 1] for h in heads], axis=2)
+        groups.append(_Group(heads, kinds, tuple(map(kinds.index, column))))
+    offsets = tuple(tuple(getattr(head, "offset", 0) for head in heads) for heads in patterns)
+    return _Stack(tuple(groups), offsets)
 
 
 # ------------------------------------------------------------------------ on one device's shards
@@ -156,10 +151,32 @@ def _starts(T: int) -> jax.Array:
     return jnp.stack([i, 2 * C - 1 - i]).astype(jnp.int32) * (T // 2)
 
 
-def _offsets(group: _Group, layer: jax.Array, K: int) -> jax.Array:
-    """On shards: the offsets of the K heads held here, in this layer."""
-    offsets = jnp.array(group.offsets, jnp.int32)[layer]
-    return lax.dynamic_slice_in_dim(offsets, axis_index("tensor") * K, K)
+def _heads(x_BTK: jax.Array, heads: tuple[int, ...]) -> jax.Array:
+    """Some KV heads, in any order, without a gather."""
+    if heads == tuple(range(x_BTK.shape[2])):
+        return x_BTK
+    return jnp.concatenate([x_BTK[:, :, h : h + 1] for h in heads], axis=2)
+
+
+def _by_group(
+    stack: _Stack, layer: jax.Array, f: Callable, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """On shards: `f(kind, *arrays, offset_K, starts)` for the heads of each group, in its kind in
+    this layer. All arrays, also those that `f` returns, have KV heads as their third axis."""
+    T, K = arrays[0].shape[1:3]
+    offsets = jnp.array(stack.offsets, jnp.int32)[layer]
+    offset_K = lax.dynamic_slice_in_dim(offsets, axis_index("tensor") * K, K)
+    outputs = []
+    for group in stack.groups:
+        mine = *(_heads(x, group.heads) for x in arrays), offset_K[np.array(group.heads)]
+        branches = [functools.partial(f, kind) for kind in group.kinds]
+        if len(branches) == 1:
+            outputs.append(branches[0](*mine, _starts(T)))
+        else:
+            kind = jnp.array(group.kind_of, jnp.int32)[layer]
+            outputs.append(lax.switch(kind, branches, *mine, _starts(T)))
+    order = tuple(np.argsort([h for group in stack.groups for h in group.heads]).tolist())
+    return tuple(_heads(jnp.concatenate(xs, axis=2), order) for xs in zip(*outputs, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -168,10 +185,10 @@ def _attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     layer: jax.Array,
-    group: _Group,
+    stack: _Stack,
     kernels: "_Kernels",
 ) -> jax.Array:
-    return _forward(q_BTKGH, k_BSKH, v_BSKH, layer, group, kernels)[0]
+    return _forward(q_BTKGH, k_BSKH, v_BSKH, layer, stack, kernels)[0]
 
 
 def _forward(
@@ -179,12 +196,11 @@ def _forward(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     layer: jax.Array,
-    group: _Group,
+    stack: _Stack,
     kernels: "_Kernels",
 ) -> tuple[jax.Array, Any]:
     def here(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> Any:
-        qkv, where = (q, _join(k), _join(v)), _where(group, layer, q)
-        o, lse = _of_kind(group, layer, kernels.forward, *qkv, *where)
+        o, lse = _by_group(stack, layer, kernels.forward, q, _join(k), _join(v))
         return o, lse.transpose(0, 2, 3, 1)
 
     qkv = q_BTKGH, k_BSKH, v_BSKH
@@ -193,13 +209,13 @@ def _forward(
 
 
 def _backward(
-    group: _Group, kernels: "_Kernels", residuals: Any, do_BTKGH: jax.Array
+    stack: _Stack, kernels: "_Kernels", residuals: Any, do_BTKGH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     def here(
         q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, layer: Any, do: Any
     ) -> Any:
         known = q, _join(k), _join(v), o, lse.transpose(0, 3, 1, 2), do
-        dq, dk, dv = _of_kind(group, layer, kernels.backward, *known, *_where(group, layer, q))
+        dq, dk, dv = _by_group(stack, layer, kernels.backward, *known)
         return dq, _share(dk).astype(k.dtype), _share(dv).astype(v.dtype)
 
     axes = (_Q, _KV, _KV, _Q, _LSE, (), _Q)
@@ -207,19 +223,6 @@ def _backward(
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _where(group: _Group, layer: jax.Array, q_BTKGH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """On shards: the offsets of the heads held here, and where their queries begin."""
-    return _offsets(group, layer, q_BTKGH.shape[2]), _starts(q_BTKGH.shape[1])
-
-
-def _of_kind(group: _Group, layer: jax.Array, f: Callable, *arrays: jax.Array) -> Any:
-    """`f(kind, *arrays)` for the group's kind in this layer."""
-    branches = [functools.partial(f, kind) for kind in group.kinds]
-    if len(branches) == 1:
-        return branches[0](*arrays)
-    return lax.switch(jnp.array(group.kind_of, jnp.int32)[layer], branches, *arrays)
 
 
 # ------------------------------------------------------------------------------ implementations
@@ -284,27 +287,31 @@ class _Kernels:
 
 
 def _reference(
-    group: _Group, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layer: jax.Array
+    stack: _Stack, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layer: jax.Array
 ) -> jax.Array:
     """On shards: by all T x T scores, for comparison."""
-    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    k_BSKH, v_BSKH = _join(k_BSKH), _join(v_BSKH)
-    offset_K, starts = _where(group, layer, q_BTKGH)
-    queries = (starts[:, None] + jnp.arange(T // len(starts))).reshape(-1)
-    t, s = queries[:, None], jnp.arange(k_BSKH.shape[1])
 
-    def visible(kind: HeadPattern | None, offset_K: jax.Array) -> jax.Array:
-        causal = jnp.broadcast_to(t >= s, (len(offset_K), len(t), len(s)))
-        if kind is None:
-            return causal
-        i, j = t // kind.block, s // kind.block
-        offsets = offset_K[:, None, None]
-        return causal & ((i - j < kind.local) | is_distant(j, kind.stride, offsets, kind.sinks))
+    def of_kind(
+        kind: HeadPattern | None,
+        q_BTKGH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        offset_K: jax.Array,
+        starts: jax.Array,
+    ) -> tuple[jax.Array]:
+        T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
+        t = (starts[:, None] + jnp.arange(T // len(starts))).reshape(-1, 1)
+        s = jnp.arange(k_BSKH.shape[1])
+        visible = t >= s
+        if kind is not None:
+            i, j = t // kind.block, s // kind.block
+            distant = is_distant(j, kind.stride, offset_K[:, None, None, None], kind.sinks)
+            visible &= (i - j < kind.local) | distant
+        scores = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / math.sqrt(H)
+        weights = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
+        return (jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH),)
 
-    visible_KTS = _of_kind(group, layer, visible, offset_K)
-    scores_BKGTS = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / math.sqrt(H)
-    weights = jax.nn.softmax(jnp.where(visible_KTS[:, None], scores_BKGTS, _MASKED), axis=-1)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
+    return _by_group(stack, layer, of_kind, q_BTKGH, _join(k_BSKH), _join(v_BSKH))[0]
 
 
 def _cudnn(

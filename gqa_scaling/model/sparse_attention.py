@@ -48,9 +48,10 @@ def _tiling(q_BTKGH: jax.Array, head: HeadPattern) -> _Tiling:
     beyond = max(0, -(-T * C // block) - head.local)  # blocks that leave some query's window
     stripes = max(0, beyond - head.sinks)
     distant = min(head.sinks, beyond) + (-(-stripes // head.stride) if head.stride else 0)
-    tiles = -(-distant * block // 256)
-    side = -(-distant // max(1, tiles)) * block
-    return _Tiling(window, row, near, tiles * side, side)
+    tiles = max(1, min(distant, distant * block // 256))
+    side = -(-distant // tiles) * block
+    far = -(-distant * block // side) * side if distant else 0
+    return _Tiling(window, row, near, far, side)
 
 
 def _fitting(T: int, unit: int, most: int) -> int:

@@ -50,7 +50,7 @@ def heads(*offsets, sinks=0):
 out = {
     "context 4": error(4, 1, 128, heads(0, 2)),
     "context 2, tensor 2": error(2, 2, 128, heads(0, 1, 2, 3)),
-    "dense heads too": error(2, 2, 96, (*heads(0, 2), None, None)),
+    "dense heads too": error(2, 2, 96, (*heads(0), None, *heads(2), None)),
     "repeated heads": error(1, 4, 100, heads(0, 2), 4),
     "sinks": error(2, 1, 160, heads(1, 3, sinks=2)),
     "odd parts": refused(2, 1, 100, heads(0, 2)),

@@ -185,7 +185,7 @@ def test_memory_grows_with_the_context_not_its_square():
 
 def test_what_does_not_fit():
     q, k, v, _ = operands((1, 8, 2, 1, 8))
-    with pytest.raises(ValueError, match="1 heads for 2 KV heads"):
+    with pytest.raises(ValueError, match="1 heads for 2 KV heads, queries for 2"):
         attend(q, k, v, ((None,),))
 
 
@@ -217,4 +217,4 @@ def test_a_mesh_changes_neither_output_nor_gradients(over_a_mesh, case):
 
 def test_what_does_not_fit_a_mesh(over_a_mesh):
     assert "multiple of the pattern's block=8" in over_a_mesh["odd parts"]
-    assert "tensor=2 must divide the heads of each kind, here [1, 1]" in over_a_mesh["odd heads"]
+    assert "tensor=2 cuts 2 KV heads into parts that differ" in over_a_mesh["odd heads"]

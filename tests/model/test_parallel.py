@@ -110,7 +110,7 @@ SIX = ModelConfig(2, 32, 12, 6, head_dim=8, d_ff=64, vocab_size=64)
         (run(ParallelConfig(data=3), 8), 8, "= 3 devices, but there are 8"),
         (run(ParallelConfig(), 6), 4, "6 sequences of a microbatch: it may be 1, 2, 3, 6"),
         (run(ParallelConfig(context=4), 8, SHARDED), 4, "parts of 8, which must be a multiple of"),
-        (run(ParallelConfig(tensor=2), 8, SHARDED), 2, "the 1 dense KV heads of the pattern and"),
+        (run(ParallelConfig(tensor=2), 8, SHARDED), 2, "must divide pattern.dense_kv_heads=1"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(run, devices, message):
