@@ -3,8 +3,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TPU    := $(abspath $(VENV))/tpu-compiler
+TOOLS  := $(abspath $(VENV))/launch-tools
+PYTHON_OF_XPK ?= python3.12
 
-.PHONY: smoke test test-slow lint bench clean
+.PHONY: smoke test test-slow test-tools lint bench clean
 
 smoke: $(READY)  ## train, fit and answer the smoke study; the second time only print the answer
 	$(BIN)/gqa-scaling prepare experiments.smoke
@@ -16,6 +18,9 @@ test: $(READY)  ## the tests, about four minutes
 
 test-slow: $(READY) $(TPU)/.ready  ## the tests that take minutes each, with the TPU compiler
 	JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m slow
+
+test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of the renderings
+	GQA_SCALING_TOOLS=$(TOOLS) $(BIN)/python -m pytest -m tools
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,6 +41,15 @@ $(TPU)/.ready: $(READY)
 	rm -rf $(TPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TPU) \
 		"$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
+	touch $@
+
+# Both ask for versions of libraries that are not ours; xpk also for Python 3.12.
+$(TOOLS)/.ready: $(READY)
+	rm -rf $(TOOLS)
+	$(PYTHON) -m venv $(TOOLS)/skypilot
+	$(TOOLS)/skypilot/bin/python -m pip install --quiet --disable-pip-version-check 'skypilot>=0.14,<0.15'
+	$(PYTHON_OF_XPK) -m venv $(TOOLS)/xpk
+	$(TOOLS)/xpk/bin/python -m pip install --quiet --disable-pip-version-check 'xpk>=1.16,<1.17'
 	touch $@
 
 clean:  ## remove the environment and caches; runs/ and data/ stay

@@ -1,11 +1,8 @@
 """What SkyPilot and xpk themselves make of the renderings, offline.
 
 Each lives in an environment of its own, as they and this package ask for other versions of the
-same libraries. The tests look for them in the folder $GQA_SCALING_TOOLS:
-
-    python3 -m venv tools/skypilot && tools/skypilot/bin/pip install 'skypilot>=0.14,<0.15'
-    python3.12 -m venv tools/xpk && tools/xpk/bin/pip install 'xpk>=1.16,<1.17'    # Python >= 3.12
-    GQA_SCALING_TOOLS=$PWD/tools python -m pytest -m slow tests/launch/test_tools.py
+same libraries: `make test-tools` makes both, in $GQA_SCALING_TOOLS/skypilot and .../xpk, and runs
+this. xpk needs Python 3.12.
 """
 
 import json
@@ -24,7 +21,7 @@ from launch.jobs import Job, group
 from launch.submission import Study
 from launch.targets import SLICES, Target, sizes_up_to
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.tools
 HOSTILE = "experiments/$(touch pwned) `touch pwned` ' \" : - #$HOME $$.py"
 OVERRIDES = ("--note", "${HOME} $(touch pwned) 'é", "--data.store", "gs://mine/data")
 
@@ -33,7 +30,7 @@ def tool(name, program):
     """The program of a tool's environment; what is missing is said with the command for it."""
     folder = Path(os.environ.get("GQA_SCALING_TOOLS", "tools"))
     path = (folder / name / "bin" / program).absolute()
-    assert path.exists(), f"{path} is missing: make it as {Path(__file__).name} says at its top"
+    assert path.exists(), f"{path} is missing: make test-tools makes it"
     return str(path)
 
 
@@ -98,7 +95,7 @@ def test_xpk_makes_a_job_set_that_runs_the_job(name, tmp_path, monkeypatch):
     (step,) = xpk.render([Job("x-l1-0123abcd", place, (config,), 60.0)], target, study)
     offline = ["--dry-run", "--skip-validation", "--output-manifest-file", "manifest.yaml"]
     environment = {**os.environ, "HOME": str(tmp_path)}
-    del environment["PYTHONPATH"]
+    environment.pop("PYTHONPATH", None)
     monkeypatch.chdir(tmp_path)
     done = subprocess.run(
         [program, *step.command[1:], *offline], env=environment, capture_output=True, text=True
