@@ -21,18 +21,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+from orbax.checkpoint.path import atomicity
 
+from gqa_scaling import orbax_s3
 from gqa_scaling.checksums import (
     COMMIT_NOTES,
     UNFINISHED_SUFFIX,
     DamagedError,
     Seal,
     few,
+    is_saved,
     read_seal,
     seal,
     what_is_wrong,
 )
 from gqa_scaling.config import UserError
+from gqa_scaling.storage import absolute, as_path, failure, is_remote
 
 PyTree = Any
 REMOVED = "removed"  # where a checkpoint goes, at one stroke, before its files are deleted
@@ -114,8 +118,9 @@ class _Sealer:
 
     def expect(self, folder: Path, tree: PyTree) -> None:
         """The next save is that of `tree` into `folder`; no other may be under way."""
-        unfinished = folder.with_name(folder.name + UNFINISHED_SUFFIX)
-        self._next = (unfinished, array_checksums(tree))
+        if not is_remote(folder):  # there it is written in place
+            folder = folder.with_name(folder.name + UNFINISHED_SUFFIX)
+        self._next = (folder, array_checksums(tree))
 
     def __call__(self) -> None:
         assert self._next is not None
@@ -176,7 +181,7 @@ class Checkpoints:
 
     @property
     def path(self) -> Path:
-        return Path(self.manager.directory)
+        return as_path(self.manager.directory)
 
     def latest_step(self) -> int | None:
         """The last complete checkpoint; one cut short by a kill does not count."""
@@ -240,8 +245,26 @@ class Checkpoints:
         self._empty_removed()
 
     def _empty_removed(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not is_remote(self.path):
             shutil.rmtree(self.path / REMOVED, ignore_errors=True)
+
+
+def _committed_in(path: Path) -> type | None:
+    """How Orbax is to tell a complete checkpoint there: by a last object, for want of renaming."""
+    if not is_remote(path):
+        return None
+    orbax_s3.install()
+    return atomicity.CommitFileTemporaryPath
+
+
+def _in_background(path: Path, sealer: _Sealer) -> ocp.options.AsyncOptions:
+    """How Orbax is to save there. Where a server may be away it begins in the foreground.
+
+    Its threads would otherwise wait five minutes for a folder that could not be made.
+    """
+    return ocp.options.AsyncOptions(
+        post_finalization_callback=sealer, create_directories_asynchronously=not is_remote(path)
+    )
 
 
 @contextmanager
@@ -256,15 +279,17 @@ def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
         max_to_keep=keep,
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
-        todelete_subdir=REMOVED,  # at one stroke: no half-deleted checkpoint is ever seen
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=sealer),
+        # at one stroke: no half-deleted checkpoint is ever seen (a bucket deletes 1000 files in one)
+        todelete_subdir=None if is_remote(path) else REMOVED,
+        temporary_path_class=_committed_in(path),
+        async_options=_in_background(path, sealer),
     )
-    manager = ocp.CheckpointManager(path.absolute(), options=options)
+    manager = ocp.CheckpointManager(absolute(path), options=options)
     abandoned = False
     try:
         yield Checkpoints(manager, sealer)
-    except Exception:
-        abandoned = jax.process_count() > 1  # its peers wait for this process to end
+    except Exception as error:  # its peers wait for this process to end; a server may never answer
+        abandoned = jax.process_count() > 1 or failure(error) is not None
         raise
     finally:
         if not abandoned:
@@ -276,9 +301,12 @@ def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
 
 def save_parameters(path: Path, parameters: PyTree) -> None:
     """Write the trained parameters; an earlier, perhaps unfinished, copy is replaced."""
-    path, sealer = path.absolute(), _Sealer()
-    options = ocp.options.AsyncOptions(post_finalization_callback=sealer)
-    with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saving:
+    path, sealer = absolute(path), _Sealer()
+    with ocp.AsyncCheckpointer(
+        ocp.StandardCheckpointHandler(),
+        async_options=_in_background(path, sealer),
+        temporary_path_class=_committed_in(path),
+    ) as saving:
         sealer.expect(path, parameters)
         saving.save(path, args=ocp.args.StandardSave(parameters), force=True)
         saving.wait_until_finished()
@@ -290,12 +318,12 @@ def load_parameters(path: Path, like: PyTree) -> PyTree:
     Raises UserError when they are missing, or when a file or an array is not what was saved.
     """
     remedy = f"remove {path.parent} and run it again"
-    if not path.exists():
+    if not is_saved(path):
         raise UserError(f"{path} is missing: the run lost its trained parameters; {remedy}")
     try:
         saved = _verify_files(path)
-        with ocp.StandardCheckpointer() as checkpointer:
-            parameters = checkpointer.restore(path.absolute(), like)
+        with ocp.StandardCheckpointer(temporary_path_class=_committed_in(path)) as checkpointer:
+            parameters = checkpointer.restore(absolute(path), like)
         _verify_arrays(parameters, saved)
     except DamagedError as error:
         raise UserError(f"{path} is damaged: {error}; {remedy}") from None

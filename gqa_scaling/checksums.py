@@ -11,7 +11,6 @@ it is being trained; nothing is written or removed but by `seal`.
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from gqa_scaling.storage import is_remote, size, sizes, write_atomic
 
 SEAL_NAME = "checksums.json"
 COMMIT_NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -56,18 +57,16 @@ class Seal:
 
 def seal(folder: Path, arrays: Mapping[str, str]) -> None:
     """Write the checksums of everything that lies in `folder` by now, and of its arrays, into it."""
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).as_posix() not in (*COMMIT_NOTES, SEAL_NAME)
-    )
+    found = {n: s for n, s in sizes(folder).items() if n not in (*COMMIT_NOTES, SEAL_NAME)}
     with ThreadPoolExecutor(READERS) as pool:
-        digests = list(pool.map(lambda name: _sha256(folder / name), names))
-    files = {n: ((folder / n).stat().st_size, d) for n, d in zip(names, digests, strict=True)}
-    with open(folder / SEAL_NAME, "w", encoding="utf-8") as file:
-        file.write(Seal(files, arrays, round(time.time(), 3)).text())
-        file.flush()
-        os.fsync(file.fileno())
+        digests = pool.map(lambda name: _sha256(folder / name), found)
+        files = {n: (s, d) for (n, s), d in zip(found.items(), digests, strict=True)}
+    write_atomic(folder / SEAL_NAME, Seal(files, arrays, round(time.time(), 3)).text())
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a checkpoint is there and complete: on a disk it is renamed into place when it is."""
+    return (folder / COMMIT_NOTES[1]).exists() if is_remote(folder) else folder.exists()
 
 
 def read_seal(folder: Path) -> Seal:
@@ -80,7 +79,7 @@ def read_seal(folder: Path) -> Seal:
         if found.text() == text:
             return found
     except OSError as error:
-        raise DamagedError(f"{SEAL_NAME} {_unreadable(error)}") from None
+        raise DamagedError(f"{SEAL_NAME} {_unreadable(error, folder)}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise DamagedError(f"{SEAL_NAME} is altered")
@@ -96,15 +95,15 @@ def what_is_wrong(folder: Path, seal: Seal, names: Iterable[str] | None = None) 
 
     def wrong(name: str) -> str | None:
         try:
-            size = (folder / name).stat().st_size
+            found = size(folder / name)
             if name in COMMIT_NOTES:
                 return None
             expected, digest = seal.files[name]
-            if size != expected:
-                return "is truncated" if size < expected else "is too long"
+            if found != expected:
+                return "is truncated" if found < expected else "is too long"
             return None if _sha256(folder / name) == digest else "is altered"
         except OSError as error:
-            return _unreadable(error)
+            return _unreadable(error, folder)
 
     names = list(names)
     with ThreadPoolExecutor(READERS) as pool:
@@ -119,12 +118,14 @@ def few(lines: Iterable[str], most: int = 3) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unreadable(error: OSError) -> str:
+def _unreadable(error: OSError, folder: Path) -> str:
     missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    if not missing and is_remote(folder):
+        raise error  # a server that refuses just now is no damage
     return "is missing" if missing else "cannot be read"
 
 
@@ -179,28 +180,28 @@ def examine_run(checkpoints: Path, parameters: Path) -> list[Kept]:
     for folder in _unfinished(checkpoints):
         step = int(folder.name.removesuffix(UNFINISHED_SUFFIX))
         out.append(Kept(step, "unfinished", (), _size(folder), None))
-    if parameters.exists():
+    if is_saved(parameters):
         out.append(examine(parameters))
     return out
 
 
 def _steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted((int(f.name), f) for f in folders if f.name.isdecimal() and f.is_dir())
+    found = (f for f in _folders(checkpoints) if f.name.isdecimal() and is_saved(f))
+    return sorted((int(f.name), f) for f in found)
 
 
 def _unfinished(checkpoints: Path) -> list[Path]:
-    pattern = re.compile(rf"\d+{re.escape(UNFINISHED_SUFFIX)}")
-    folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted(f for f in folders if pattern.fullmatch(f.name))
+    if is_remote(checkpoints):
+        found = (f for f in _folders(checkpoints) if f.name.isdecimal() and not is_saved(f))
+    else:
+        pattern = re.compile(rf"\d+{re.escape(UNFINISHED_SUFFIX)}")
+        found = (f for f in _folders(checkpoints) if pattern.fullmatch(f.name))
+    return sorted(found)
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    return [f for f in checkpoints.iterdir() if f.is_dir()] if checkpoints.is_dir() else []
 
 
 def _size(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(parent, name)).st_size
-            except OSError:  # it was moved or removed since
-                continue
-    return total
+    return sum(sizes(folder).values())

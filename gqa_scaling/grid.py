@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,8 @@ def run_of(runs: Sequence[RunConfig], model: ModelConfig, tokens: int | None = N
     """The run that trains `model` as the grid's runs were trained.
 
     Data, batch, context length, evaluation and learning rate are those of the run nearest in size,
-    counted at the model's heads; of several, those with its heads and the least seed come first.
+    counted at the model's heads; of several, those with its heads, its pattern and the least seed
+    come first.
     Without `tokens`, one budget for all stays as it is and budgets that grow with the model keep
     their tokens per parameter. The name says what it is, the note whose learning rate it has.
     """
@@ -52,10 +54,10 @@ def run_of(runs: Sequence[RunConfig], model: ModelConfig, tokens: int | None = N
         heads = model.n_heads, model.n_kv_heads, model.head_dim
         return math.log(n_formula(m.n_layers, m.d_model, *heads))
 
-    def distance(run: RunConfig) -> tuple[float, bool, int]:
+    def distance(run: RunConfig) -> tuple[float, bool, bool, int]:
         m = run.model
         other = (m.n_heads, m.n_kv_heads) != (model.n_heads, model.n_kv_heads)
-        return abs(size(m) - size(model)), other, run.seed
+        return abs(size(m) - size(model)), other, m.pattern != model.pattern, run.seed
 
     near = min(runs, key=distance)
     ratio = None if tokens else near.tokens_per_param
@@ -64,9 +66,12 @@ def run_of(runs: Sequence[RunConfig], model: ModelConfig, tokens: int | None = N
             tokens = near.tokens
         else:
             ratio = near.tokens / n_exact(near.model)
+    name = f"built-L{model.n_layers}-d{model.d_model}-h{model.n_heads}-kv{model.n_kv_heads}"
+    if model.pattern:
+        name += "-" + re.sub(r"[^a-zA-Z0-9]+", "-", model.pattern.label)
     return replace(
         near,
-        name=f"built-L{model.n_layers}-d{model.d_model}-h{model.n_heads}-kv{model.n_kv_heads}",
+        name=name,
         model=model,
         tokens=tokens,
         tokens_per_param=ratio,

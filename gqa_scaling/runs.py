@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -36,24 +35,22 @@ from gqa_scaling.config import (
     differing_fields,
     require,
 )
+from gqa_scaling.storage import (
+    as_path,
+    create,
+    failures_are_fine,
+    is_remote,
+    make_folder,
+    modified,
+    remove_folder,
+    tail,
+    write_atomic,
+)
 
 State = Literal["done", "running", "stale", "failed", "pending"]
 STALE_SECONDS = 600  # a claim from another machine that has not been renewed for this long
 RENEW_SECONDS = 30
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+SETTLE_SECONDS = 5  # in a bucket, between taking a stale claim over and counting on it
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,7 +138,7 @@ class RunDirectory:
             changes = differing_fields(self.config(), config)
             require(not changes, f"{self.path} was made by another config: {'; '.join(changes)}")
             self.require_same_data(read_json(self.config_file)["data"], data)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         write_json(
             self.config_file,
             {
@@ -169,10 +166,7 @@ class RunDirectory:
         """The last logged line that holds `tag`, read from the end of the file; {} if none."""
         if not self.metrics_file.exists():
             return {}
-        with open(self.metrics_file, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 8192))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        lines = tail(self.metrics_file, 8192).decode("utf-8", errors="replace").splitlines()
         for line in reversed(lines):
             with contextlib.suppress(json.JSONDecodeError):  # the first and last may be cut
                 values = json.loads(line)
@@ -221,18 +215,18 @@ class RunDirectory:
     def clean(self) -> None:
         """Finished runs keep parameters only; a kill between the two steps is mended here."""
         if self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)
+            remove_folder(self.checkpoints)
         self.failure_file.unlink(missing_ok=True)
 
 
 def runs_root() -> Path:
     """Where experiments keep their runs: $GQA_SCALING_RUNS, or ./runs."""
-    return Path(os.environ.get("GQA_SCALING_RUNS", "runs"))
+    return as_path(os.environ.get("GQA_SCALING_RUNS", "runs"))
 
 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:
     """runs/<experiment>/<run name>-<digest>. The digest alone identifies: a renamed run is found."""
-    folder = Path(root) / experiment
+    folder = as_path(root) / experiment
     wanted = folder / f"{run.name}-{run.digest}"
     if not wanted.exists():
         renamed = sorted(folder.glob(f"*-{run.digest}"))
@@ -282,9 +276,45 @@ def _is_stale(holder: dict[str, Any], claim: Path) -> bool:
         if holder["born"]:
             return False  # surely the same process, even one that was asleep
     try:
-        return time.time() - claim.stat().st_mtime > STALE_SECONDS
+        return time.time() - modified(claim) > STALE_SECONDS
     except FileNotFoundError:
         return True
+
+
+def _take(directory: RunDirectory, mine: dict[str, Any]) -> bool:
+    """Claim the run unless somebody is at it. Of several that try at once, one has it."""
+    file = directory.claim_file
+    if is_remote(file):
+        return _take_object(file, mine)
+    make_folder(directory.path)
+    with open(directory.path / ".claim.lock", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # judging and taking over is one step
+        holder = _holder(file)
+        free = holder is None or _is_stale(holder, file)
+        if free:
+            write_json(file, mine)
+    return free
+
+
+def _take_object(file: Path, mine: dict[str, Any]) -> bool:
+    """The same in a bucket, where a claim can be made at one stroke but not replaced so.
+
+    Of several that replace a stale one the last has it; the others see that once all have written.
+    """
+    holder = _holder(file)
+    if holder is None:
+        # a request that was sent again after its answer got lost finds our own
+        return create(file, json.dumps(mine)) or _is_mine(file, mine)
+    if not _is_stale(holder, file):
+        return False
+    write_json(file, mine)
+    time.sleep(SETTLE_SECONDS)
+    return _is_mine(file, mine)
+
+
+def _is_mine(file: Path, mine: dict[str, Any]) -> bool:
+    holder = _holder(file)
+    return holder is not None and holder.get("token") == mine["token"]
 
 
 @contextlib.contextmanager
@@ -294,23 +324,16 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
     A claim is stale when its process is gone (same machine) or it has not been renewed for
     `STALE_SECONDS` (another machine); a stale one is taken over. A thread renews ours.
     """
-    directory.path.mkdir(parents=True, exist_ok=True)
     file, pid = directory.claim_file, os.getpid()
     mine = {"host": socket.gethostname(), "pid": pid, "born": _born(pid), "token": uuid.uuid4().hex}
-    with open(directory.path / ".claim.lock", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # judging and taking over is one step
-        holder = _holder(file)
-        free = holder is None or _is_stale(holder, file)
-        if free:
-            write_json(file, mine)
-    if not free:
+    if not _take(directory, mine):
         yield False
         return
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(RENEW_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that is away for a moment may come back
+            with failures_are_fine():  # a disk that is away for a moment may come back
                 holder = _holder(file)
                 if holder is not None and holder.get("token") != mine["token"]:
                     print(
@@ -318,7 +341,10 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
                     )
                     _thread.interrupt_main()
                     return
-                os.utime(file)
+                if is_remote(file):
+                    write_json(file, mine)
+                else:
+                    os.utime(file)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -327,6 +353,6 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        holder = _holder(file)
-        if holder is not None and holder.get("token") == mine["token"]:
-            file.unlink(missing_ok=True)
+        with failures_are_fine() if is_remote(file) else contextlib.nullcontext():
+            if _is_mine(file, mine):  # else it was taken over
+                file.unlink(missing_ok=True)

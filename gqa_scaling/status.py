@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from rich.text import Text
 
 from gqa_scaling import costs
 from gqa_scaling.checksums import Kept, examine_run, few
+from gqa_scaling.config import RunConfig
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.grid import learning_rate_choices
 from gqa_scaling.runs import RunDirectory, State, read_json, run_directory
+from gqa_scaling.storage import is_remote
 from gqa_scaling.units import byte_size
 
 ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending")
+REQUESTS = 16  # to a bucket at once
 COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red", "pending": "dim"}
 
 
@@ -44,36 +48,41 @@ class RunStatus:
 
 def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
     """The status of every run of the experiment, in its order."""
-    out = []
-    for run in experiment.runs:
-        directory = run_directory(root, experiment.name, run)
-        state, steps = directory.state(), costs.training_steps(run)
-        last = directory.last_metrics("learning/loss")
-        rate = last.get("perf/per_device_tokens_per_sec")
-        loss, failure = None, ""
-        if state == "done":
-            result = directory.result()
-            assert result is not None
-            evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
-            loss = evaluation["loss"] if evaluation else None
-        if state in ("failed", "done"):  # judging a trained model anew can fail as well
-            with contextlib.suppress(FileNotFoundError):  # it is being tried again just now
-                failure = read_json(directory.failure_file)["traceback"].strip().splitlines()[-1]
-        out.append(
-            RunStatus(
-                run.name,
-                state,
-                steps if state == "done" else last.get("step", 0),
-                steps,
-                last.get("learning/loss"),
-                loss,
-                rate,
-                len(directory.attempts()),
-                failure,
-                str(directory.path),
-            )
-        )
-    return out
+
+    def status(run: RunConfig) -> RunStatus:
+        return _status(run, run_directory(root, experiment.name, run))
+
+    if not is_remote(root):
+        return [status(run) for run in experiment.runs]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(status, experiment.runs))
+
+
+def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
+    state, steps = directory.state(), costs.training_steps(run)
+    last = directory.last_metrics("learning/loss")
+    rate = last.get("perf/per_device_tokens_per_sec")
+    loss, failure = None, ""
+    if state == "done":
+        result = directory.result()
+        assert result is not None
+        evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
+        loss = evaluation["loss"] if evaluation else None
+    if state in ("failed", "done"):  # judging a trained model anew can fail as well
+        with contextlib.suppress(FileNotFoundError):  # it is being tried again just now
+            failure = read_json(directory.failure_file)["traceback"].strip().splitlines()[-1]
+    return RunStatus(
+        run.name,
+        state,
+        steps if state == "done" else last.get("step", 0),
+        steps,
+        last.get("learning/loss"),
+        loss,
+        rate,
+        len(directory.attempts()),
+        failure,
+        str(directory.path),
+    )
 
 
 def status_table(experiment: str, rows: list[RunStatus]) -> Table:

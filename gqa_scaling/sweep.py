@@ -26,10 +26,18 @@ from gqa_scaling.hardware import HARDWARE, cores
 from gqa_scaling.plan import check_epochs, check_layout
 from gqa_scaling.runs import RunDirectory, claim, run_directory
 from gqa_scaling.status import RunStatus, read_status
+from gqa_scaling.storage import (
+    cache_folder,
+    check_writable,
+    failure,
+    failures_are_fine,
+    is_remote,
+)
 from gqa_scaling.units import byte_size, duration, quantity
 
 FAILED, TRAINING, EVALUATION, CLEANING = range(4)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+REMOTE_LOOK_SECONDS = 10.0  # each look asks a bucket several times for every run
 
 
 @dataclass(frozen=True)
@@ -45,13 +53,15 @@ class Outcome:
 
 
 def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
-    """Open every token store and check every run against it, the devices and the disk's room.
+    """Open every token store and check every run against it, the devices, and the disk's room or
+    that the bucket can be written to.
 
     Raises UserError before anything is trained or compiled.
     """
     import jax
 
     from gqa_scaling.data.loader import heldout_chunks
+    from gqa_scaling.processes import is_leader
     from gqa_scaling.training.loop import check_data
 
     stores: dict[str, TokenStore] = {}
@@ -60,6 +70,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         path = run.data.store_path
         if path not in stores:
             stores[path] = open_store(run.data)
+            stores[path].fetch()
         check_layout(run, jax.device_count())
         check_epochs(run, stores[path].train_tokens)
         check_data(run, stores[path])
@@ -68,6 +79,10 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         )
         if run_directory(root, experiment.name, run).state() != "done":
             need = max(need, costs.checkpoint_bytes(run) + costs.finished_bytes(run))
+    if is_remote(root):
+        if is_leader():
+            check_writable(root)
+        return stores
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     require(
@@ -84,13 +99,14 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     A run that fails is recorded with its traceback and the next one starts; it is not tried again
     until `forget_failures`. In a job of several processes all of them call this and a failure is
     raised, as the others cannot go on. Raises UserError for what the user can mend, OSError for a
-    full or read-only disk, when no later run could do better, and Preempted once all is saved.
+    full or read-only disk or a bucket that is away, when no later run could do better, and Preempted
+    once all is saved.
     """
     from gqa_scaling import processes
     from gqa_scaling.training.loop import keep_compiled
 
     stores = check(experiment, root)
-    keep_compiled(root / ".compiled")
+    keep_compiled(cache_folder() / "compiled" if is_remote(root) else root / ".compiled")
     left, done, failed = list(experiment.runs), 0, 0
     while left:
         elsewhere = []
@@ -165,7 +181,13 @@ def forget_failures(experiment: Experiment, root: Path) -> None:
 
 
 def _disk_error(error: BaseException) -> OSError | None:
-    """The full or read-only disk behind an error; libraries wrap it and keep only its words."""
+    """The full or read-only disk, or the bucket that is away, behind an error.
+
+    Libraries wrap it and keep only its words.
+    """
+    away = failure(error)
+    if away is not None:
+        return away
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
@@ -268,8 +290,12 @@ def live_display(experiment: Experiment, root: Path) -> Iterator[None]:
     """
     console = Console(stderr=True)
     stop = threading.Event()
-    watch = _show_bar if console.is_terminal else _print_lines
-    thread = threading.Thread(target=watch, args=(experiment, root, console, stop), daemon=True)
+
+    def watch() -> None:
+        with failures_are_fine():  # whoever trains will say so
+            (_show_bar if console.is_terminal else _print_lines)(experiment, root, console, stop)
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -319,7 +345,7 @@ def _show_bar(experiment: Experiment, root: Path, console: Console, stop: thread
             progress.update(task, completed=work, details=left + _describe(rows))
             if last:
                 return
-            stop.wait(0.5)
+            stop.wait(REMOTE_LOOK_SECONDS if is_remote(root) else 0.5)
 
 
 def _print_lines(
@@ -342,4 +368,4 @@ def _print_lines(
         before = done
         if last:
             return
-        stop.wait(1.0)
+        stop.wait(REMOTE_LOOK_SECONDS if is_remote(root) else 1.0)

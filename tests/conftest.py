@@ -1,6 +1,8 @@
 import importlib
+import logging
 import sys
 import textwrap
+import uuid
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,3 +53,33 @@ def workplace(tmp_path, monkeypatch):
     _forget_experiments()
     yield tmp_path
     _forget_experiments()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3-compatible server on this machine; tests that stop it start it again."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    from s3_server import Server
+
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, tmp_path, monkeypatch):
+    """An empty folder in a bucket there, for this process and those it starts."""
+    from gqa_scaling.storage import as_path, files_of
+
+    settings = {
+        "AWS_ENDPOINT_URL": s3_server.endpoint,
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "GQA_SCALING_CACHE": str(tmp_path / "cache"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    folder = as_path(f"s3://tests/{uuid.uuid4().hex[:8]}")
+    files_of(folder).makedirs("tests", exist_ok=True)
+    return folder

@@ -21,13 +21,14 @@ FLOORS = (
     ("experiment",),
     ("grid",),
     ("runs",),
-    ("hardware", "ladder", "costs", "layout", "checksums", "hlo"),
+    ("hardware", "ladder", "costs", "layout", "checksums", "hlo", "orbax_s3"),
+    ("storage",),
     ("config",),
     ("context_sharding",),
     ("fields", "units"),
 )
 BESIDE = {("sweep", "plan"), ("sweep", "status"), ("ladder", "costs")}
-STUDY = {"runs", "costs", "ladder", "hardware", "config", "units"}
+STUDY = {"runs", "costs", "context_sharding", "ladder", "hardware", "storage", "config", "units"}
 MAY_IMPORT_STUDY = {"cli"}
 EXPERIMENTS = {"grid", "config", "context_sharding", "ladder"}
 ARRAYS_ON_DEVICES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}

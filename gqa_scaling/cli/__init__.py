@@ -12,6 +12,7 @@ from typing import NoReturn
 from gqa_scaling.cli import experiment, study
 from gqa_scaling.cli.shared import Verb
 from gqa_scaling.config import UserError, nearest
+from gqa_scaling.storage import failure
 
 VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
 OVERRIDES = """\
@@ -94,7 +95,13 @@ def _main(argv: Sequence[str] | None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
+    except Exception as error:
+        away = failure(error)
+        if away is not None:
+            print(f"gqa-scaling: {away}", file=sys.stderr)
+            return 1
+        if not isinstance(error, OSError):
+            raise
         disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
         if error.errno not in (*disk, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise

@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.config import require
+from gqa_scaling.storage import StorageError, as_path, is_remote
 
 if TYPE_CHECKING:
     from gqa_scaling.experiment import Experiment
@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     experiment = _experiment(args, rest)
     stores = {run.data.store_path: run.data for run in experiment.runs}
-    prepared = {p: open_store(d).train_tokens for p, d in stores.items() if Path(p).exists()}
+    prepared = {p: open_store(d).train_tokens for p, d in stores.items() if as_path(p).exists()}
     if args.compile is not None:
         return _compile(args, experiment, prepared)
     plan = make_plan(experiment, *_detect(args), prepared)
@@ -195,16 +195,22 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.retry_failed and leads:
         sweep.forget_failures(experiment, root)
     shown = leads and not args.quiet
-    with sweep.live_display(experiment, root) if shown else nullcontext():
-        if args.workers > 1:
-            sweep.check(experiment, root)
-            code = sweep.run_workers(_worker_command(args, rest), args.workers, left)
-        else:
-            try:
-                code = sweep.run_sweep(experiment, root).exit_code
-            except processes.Preempted as stop:
-                print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
-                return processes.EXIT_PREEMPTED
+    try:
+        with sweep.live_display(experiment, root) if shown else nullcontext():
+            if args.workers > 1:
+                sweep.check(experiment, root)
+                code = sweep.run_workers(_worker_command(args, rest), args.workers, left)
+            else:
+                try:
+                    code = sweep.run_sweep(experiment, root).exit_code
+                except processes.Preempted as stop:
+                    print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
+                    return processes.EXIT_PREEMPTED
+    except StorageError as error:
+        from gqa_scaling.processes import leave
+
+        print(f"gqa-scaling: {error}", file=sys.stderr)
+        leave(1)  # threads of a save would still wait for the server, and complain
     if worker or not leads:
         return code
     code = max(code, sweep.report_end(experiment, root))
@@ -253,12 +259,13 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.runs import RunDirectory, run_directory, runs_root
     from gqa_scaling.status import checkpoints_dict, checkpoints_table, read_checkpoints
 
-    path = Path(args.source)
-    if path.is_dir():
+    path = as_path(args.source)
+    if path.is_dir() or is_remote(path):
         selected = rest or args.only or args.shard
         require(not selected, f"{path} is a directory: --only, --shard and fields select of a grid")
-        found = [path] if (path / "config.json").exists() else path.glob("*/")
-        directories = [RunDirectory(p) for p in sorted(found) if (p / "config.json").exists()]
+        one = (path / "config.json").exists()
+        found = [path] if one else sorted(p.parent for p in path.glob("*/config.json"))
+        directories = [RunDirectory(p) for p in found]
         require(bool(directories), f"{path} is neither a run nor a folder of runs: no config.json")
     else:
         experiment = load_experiment(args.source, rest).select(args.only, args.shard)

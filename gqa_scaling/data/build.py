@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,12 +36,22 @@ from gqa_scaling.data.store import (
     SCHEMA,
     Split,
     TokenStore,
+    cached_store,
     content_hash,
     declaration,
     open_store,
 )
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer, train_bpe
 from gqa_scaling.hardware import cores
+from gqa_scaling.storage import (
+    as_path,
+    cache_folder,
+    check_writable,
+    files_of,
+    is_remote,
+    sizes,
+    write_atomic,
+)
 
 SHARD_TOKENS = 2**28
 TASK_BYTES = 2**20  # text handed to a worker at once
@@ -60,9 +70,11 @@ def prepare(
     Raises UserError when the corpus or the tokenizer cannot be used, when a store from another
     declaration or of a corpus that has changed since is in the place, or when it cannot be written.
     """
-    path = Path(data.store_path)
+    path = as_path(data.store_path)
     if not rebuild and (path / "store.json").exists():
         return _existing(data, path)
+    if is_remote(path):
+        return _prepare_remote(data, path, workers, show, rebuild)
     empty = path.is_dir() and not any(path.iterdir())
     require(
         not path.exists() or empty or (path / "store.json").exists(),
@@ -95,6 +107,31 @@ def prepare(
             f"a worker died while it tokenised {data.corpus!r}: if it printed nothing above, it most "
             "likely wanted for memory; use fewer workers"
         ) from error
+    return open_store(data)
+
+
+def _prepare_remote(
+    data: DataConfig, path: Path, workers: int | None, show: bool, rebuild: bool
+) -> TokenStore:
+    """Make the store on this machine, then put it there, its store.json last."""
+    check_writable(path)
+    name = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
+    here = replace(data, store=os.fspath(cache_folder() / "prepared" / name))
+    made = prepare(here, workers=workers, show=show, rebuild=rebuild)
+    _say(show, f"writing {path}")
+    (path / "store.json").unlink(
+        missing_ok=True
+    )  # until all of the new one is there, there is none
+    names = sizes(made.path)
+    for stale in sizes(path).keys() - names:
+        (path / stale).unlink()
+    for file in names.keys() - {"store.json"}:
+        files_of(path).put_file(os.fspath(made.path / file), os.fspath(path / file))
+    write_atomic(path / "store.json", (made.path / "store.json").read_bytes())
+    cached = cached_store(made.hash)
+    shutil.rmtree(cached, ignore_errors=True)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    made.path.rename(cached)
     return open_store(data)
 
 

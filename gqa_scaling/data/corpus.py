@@ -18,6 +18,7 @@ from typing import BinaryIO
 import zstandard
 
 from gqa_scaling.config import DataConfig, UserError, require
+from gqa_scaling.storage import is_remote
 
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -83,6 +84,11 @@ class Corpus:
 
 def open_corpus(data: DataConfig) -> Corpus:
     """Find the files of `data.corpus`. Raises UserError when there are none."""
+    require(
+        not is_remote(data.corpus),
+        f"corpus={data.corpus!r} must lie on this machine: copy it here; the tokens that are made of "
+        "it may be remote (data.store)",
+    )
     root, left_out = Path(data.corpus).expanduser(), 0
     if data.corpus == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))

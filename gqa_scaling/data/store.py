@@ -7,14 +7,18 @@
     heldout-00000.bin ...       the same for the held-out split
     heldout.documents.npy
 
-`build.py` makes one.
+`build.py` makes one. The files of one in a bucket are copied to this machine's cache when they are
+first read, verified on the way.
 """
 
 import bisect
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
+import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +27,7 @@ import numpy as np
 
 from gqa_scaling.config import DataConfig, UserError, require
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
+from gqa_scaling.storage import as_path, cache_folder, files_of, is_remote, sizes
 
 SCHEMA = 1
 
@@ -84,27 +89,32 @@ class TokenStore:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the store was made with."""
-        if self.manifest["tokenizer"]["file"] is None:
+        entry = self.manifest["tokenizer"]["file"]
+        if entry is None:
             return bytes_tokenizer()
-        return read_tokenizer(self.path / "tokenizer.json", self.manifest["tokenizer"]["name"])
+        return read_tokenizer(self._local(entry), self.manifest["tokenizer"]["name"])
 
     @functools.cached_property
-    def _shards(self) -> dict[str, tuple[list[int], list[np.ndarray]]]:
-        """For each split the position each shard begins at, and the shards."""
-        dtype, out = np.dtype(self.manifest["dtype"]), {}
-        for split in SPLITS:
-            files = self.manifest["splits"][split]["shards"]
-            maps = [np.memmap(self.path / f["file"], dtype, "r").view(np.ndarray) for f in files]
-            starts = itertools.accumulate((len(m) for m in maps[:-1]), initial=0)
-            out[split] = (list(starts), maps)
-        return out
+    def _train(self) -> tuple[list[int], list[np.ndarray]]:
+        return self._shards("train")
+
+    @functools.cached_property
+    def _heldout(self) -> tuple[list[int], list[np.ndarray]]:
+        return self._shards("heldout")
+
+    def _shards(self, split: Split) -> tuple[list[int], list[np.ndarray]]:
+        """The position each shard of a split begins at, and the shards."""
+        files, dtype = self.manifest["splits"][split]["shards"], np.dtype(self.manifest["dtype"])
+        maps = [np.memmap(self._local(f), dtype, "r").view(np.ndarray) for f in files]
+        starts = itertools.accumulate((len(m) for m in maps[:-1]), initial=0)
+        return list(starts), maps
 
     def tokens(self, split: Split, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of a split, uint16 or uint32 [stop - start], read-only."""
         total = self.manifest["splits"][split]["tokens"]
         if not 0 <= start <= stop <= total:
             raise IndexError(f"tokens {start}..{stop} must lie within the {total} of {split}")
-        starts, shards = self._shards[split]
+        starts, shards = self._train if split == "train" else self._heldout
         first = bisect.bisect_right(starts, start) - 1
         last = max(bisect.bisect_left(starts, stop) - 1, first)
         parts = [
@@ -115,18 +125,31 @@ class TokenStore:
 
     def document_ends(self, split: Split) -> np.ndarray:
         """Where each document of a split ends, its EOS included, int64 [documents]."""
-        return np.load(self.path / f"{split}.documents.npy")
+        return np.load(self._local(self.manifest["splits"][split]["documents_file"]))
+
+    def fetch(self) -> None:
+        """Have all tokens on this machine, where they can be memory-mapped."""
+        for split in SPLITS:
+            for entry in self.manifest["splits"][split]["shards"]:
+                self._local(entry)
+
+    def _local(self, entry: dict[str, Any]) -> Path:
+        """Where a file of the store lies on this machine."""
+        if not is_remote(self.path):
+            return self.path / entry["file"]
+        file = cached_store(self.hash) / entry["file"]
+        if not _is_whole(file, entry):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file.with_name(f".{file.name}.lock"), "w") as guard:
+                fcntl.flock(guard, fcntl.LOCK_EX)  # of the processes here one fetches it
+                if not _is_whole(file, entry):
+                    _fetch(self.path / entry["file"], file, entry)
+        return file
 
     def verify(self) -> None:
         """Read every file and compare its checksum. Raises UserError naming a damaged file."""
         for entry in _files(self.manifest):
-            with (self.path / entry["file"]).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            require(
-                digest == entry["sha256"],
-                f"{self.path / entry['file']} is damaged, its sha256 is not the one recorded: "
-                f"{AGAIN}",
-            )
+            _verify(self.path / entry["file"], self.path / entry["file"], entry)
 
     def describe(self) -> dict[str, Any]:
         """What a result records of its data; the same wherever the store lies."""
@@ -142,23 +165,54 @@ class TokenStore:
         }
 
 
+def cached_store(content: str) -> Path:
+    """Where this machine keeps copies of the files of a remote store of this hash."""
+    return cache_folder() / "tokens" / content
+
+
+def _is_whole(file: Path, entry: dict[str, Any]) -> bool:
+    """Whether a copy is there; it was verified before it got its name."""
+    return file.is_file() and file.stat().st_size == entry["bytes"]
+
+
+def _fetch(remote: Path, file: Path, entry: dict[str, Any]) -> None:
+    """Copy a file here: aside, verified, renamed."""
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        files_of(remote).get_file(os.fspath(remote), os.fspath(aside))
+        _verify(aside, remote, entry)
+        aside.rename(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _verify(file: Path, named: Path, entry: dict[str, Any]) -> None:
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    require(
+        digest == entry["sha256"],
+        f"{named} is damaged, its sha256 is not the one recorded: {AGAIN}",
+    )
+
+
 def open_store(data: DataConfig) -> TokenStore:
     """The store of `data`. Sizes are checked, contents are not (see `TokenStore.verify`).
 
     Raises UserError when the store is missing, damaged, or made from another declaration or
     from a tokenizer.json that has changed since.
     """
-    path = Path(data.store_path)
+    path = as_path(data.store_path)
     require(
         (path / "store.json").is_file(),
         f"there is no token store at {path}: make it with `gqa-scaling prepare EXPERIMENT`",
     )
     manifest = _read_manifest(path)
     _same_declaration(data, path, manifest)
+    found = sizes(path)
     for entry in _files(manifest):
         file = path / entry["file"]
-        require(file.is_file(), f"{file} of the token store is missing: {AGAIN}")
-        size = file.stat().st_size
+        size = found.get(entry["file"])
+        require(size is not None, f"{file} of the token store is missing: {AGAIN}")
         require(
             size == entry["bytes"],
             f"{file} has {size} bytes but must have {entry['bytes']}: {AGAIN}",

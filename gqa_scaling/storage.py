@@ -1,0 +1,248 @@
+"""Files on a disk of this machine, or objects at gs:// and s3://: what differs between the two.
+
+A remote path is one of etils.epath, as in Orbax, and reaches its bucket through fsspec (gcsfs, s3fs).
+One request writes an object whole, so none is ever seen in part; there are no folders, no appending
+and no renaming; of two that create an object only one succeeds, which is all the locking there is.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gqa_scaling.config import UserError, require
+
+if TYPE_CHECKING:
+    import fsspec
+
+# For each scheme the package that reaches it, and the extra that installs that.
+SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
+# TensorStore's errors are ValueErrors: a status, then words, some of these among them.
+STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")
+OF_REQUESTS = ("CURL error", "HTTP response", "retry attempts failed", "gs://", "s3://")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is that of objects in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def as_path(place: str | os.PathLike[str]) -> Path:
+    """The path of a file or folder: pathlib's, or for gs:// and s3:// one that reads like it.
+
+    Raises UserError where this installation cannot reach it.
+    """
+    text = os.fspath(place)
+    scheme, remote, rest = text.partition("://")
+    if not remote:
+        return Path(text)
+    known = " and ".join(f"{name}://" for name in SCHEMES)
+    require(scheme in SCHEMES, f"{text} must be a path of this machine, or begin with {known}")
+    require(bool(rest.strip("/")), f"{text} must name a bucket, as in {scheme}://bucket/folder")
+    package, extra = SCHEMES[scheme]
+    require(
+        importlib.util.find_spec(package) is not None,
+        f"{text} needs the package {package}: pip install 'gqa-scaling[{extra}]'",
+    )
+    import fsspec.config
+    from etils import epath
+
+    # What it has to say of a server that is away, whoever asked is told as well.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    # Others write there too: a listing that is kept tells of what was. Orbax's own included.
+    fsspec.config.conf.setdefault(package.removesuffix("fs"), {})["use_listings_cache"] = False
+    return epath.Path(text)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root; a remote one is that already (epath would put this folder before)."""
+    return path if is_remote(path) else path.absolute()
+
+
+def files_of(path: Path) -> "fsspec.AbstractFileSystem":
+    """The file system of a remote path."""
+    import fsspec
+
+    return fsspec.filesystem(os.fspath(path).partition("://")[0])
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace a file at one stroke: a reader sees the old one or the new one, both whole."""
+    data = data.encode() if isinstance(data, str) else data
+    if is_remote(path):
+        files_of(path).pipe_file(os.fspath(path), data)
+        return
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def create(path: Path, data: str) -> bool:
+    """Write a remote file unless there is one, in one request; whether it was written."""
+    try:
+        files_of(path).pipe_file(os.fspath(path), data.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+class GrowingFile:
+    """A remote file that is written bit by bit: kept in memory, and put there whole by each flush.
+
+    Left unclosed, what came since is lost. No file of `io`: those have a file descriptor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._data = path, bytearray(path.read_bytes() if path.exists() else b"")
+        self._there = len(self._data)
+
+    def write(self, data: bytes) -> None:
+        self._data += data
+
+    def flush(self) -> None:
+        if len(self._data) > self._there:
+            write_atomic(self._path, bytes(self._data))
+            self._there = len(self._data)
+
+    def close(self) -> None:
+        self.flush()
+
+
+def make_folder(path: Path) -> None:
+    """The folder and those above it; buckets need none and are never made."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that is there, with everything in it."""
+    if is_remote(path):
+        files_of(path).rm(os.fspath(path), recursive=True)
+    else:
+        shutil.rmtree(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where nothing can be written below a remote folder."""
+    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        write_atomic(probe, b"")
+        probe.unlink()
+    except OSError as error:  # its words are the server's: no such bucket, access denied
+        raise UserError(
+            f"cannot write to {path} ({error}): create the bucket, or give these credentials access"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def size(path: Path) -> int:
+    """Bytes of a file. Raises FileNotFoundError, also for a folder."""
+    if not is_remote(path):
+        return path.stat().st_size
+    info = files_of(path).info(os.fspath(path))
+    if info["type"] != "file":
+        raise FileNotFoundError(f"{path} is no file")
+    return info["size"]
+
+
+def modified(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; by the server's clock if remote."""
+    if is_remote(path):
+        return files_of(path).modified(os.fspath(path)).timestamp()
+    return path.stat().st_mtime
+
+
+def tail(path: Path, most: int) -> bytes:
+    """The last bytes of a file, at most so many."""
+    if is_remote(path):
+        return files_of(path).tail(os.fspath(path), most)
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - most))
+        return file.read()
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """{path inside the folder: bytes} of every file below it, sorted; {} when it is not there."""
+    if is_remote(folder):
+        files = files_of(folder)
+        prefix = files._strip_protocol(os.fspath(folder)).rstrip("/") + "/"
+        found = files.find(os.fspath(folder), detail=True)
+        return {
+            name.removeprefix(prefix): info["size"]
+            for name, info in sorted(found.items())
+            if name.startswith(prefix)
+        }
+    out = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            with contextlib.suppress(OSError):  # it was moved or removed since
+                out[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return dict(sorted(out.items()))
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps copies of what is remote: $GQA_SCALING_CACHE, else as XDG says."""
+    own = os.environ.get("GQA_SCALING_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(shared, "gqa_scaling")
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+class StorageError(OSError):
+    """A bucket cannot be read or written just now; the message is one line."""
+
+
+def failure(error: BaseException) -> StorageError | None:
+    """The failing bucket behind an error, however it was wrapped; None where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, StorageError):
+            return seen
+        library = type(seen).__module__.partition(".")[0] in LIBRARIES
+        if library or _is_tensorstores(str(seen)):
+            words = " ".join(str(seen).split())[:300]
+            return StorageError(
+                f"remote storage failed ({type(seen).__name__}: {words}); what was saved is whole "
+                "and the same command continues when it answers again"
+            )
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return None
+
+
+def _is_tensorstores(words: str) -> bool:
+    return any(s in words for s in STATUSES) and any(part in words for part in OF_REQUESTS)
+
+
+@contextlib.contextmanager
+def failures_are_fine() -> Iterator[None]:
+    """For what may as well be done later, or not at all: a disk or bucket that is away is no error."""
+    try:
+        yield
+    except OSError:
+        pass
+    except Exception as error:
+        if failure(error) is None:
+            raise

@@ -1,0 +1,169 @@
+"""Files on a disk and objects in a bucket, read and written alike."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from gqa_scaling import storage
+from gqa_scaling.config import UserError
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, tmp_path):
+    return tmp_path / "files" if request.param == "disk" else request.getfixturevalue("bucket")
+
+
+def test_what_is_written_is_read(folder):
+    storage.make_folder(folder / "deep")
+    storage.write_atomic(folder / "a.json", "ü\n")
+    storage.write_atomic(folder / "deep/b.bin", bytes(range(256)))
+    storage.write_atomic(folder / "a.json", "other")
+    assert (folder / "a.json").read_text() == "other"
+    assert storage.size(folder / "deep/b.bin") == 256
+    assert storage.tail(folder / "deep/b.bin", 3) == b"\xfd\xfe\xff"
+    assert storage.tail(folder / "a.json", 100) == b"other"
+    assert storage.sizes(folder) == {"a.json": 5, "deep/b.bin": 256}
+    assert storage.modified(folder / "a.json") > 1e9
+
+
+def test_nothing_else_is_listed_as_a_folders_own(folder):
+    for name in ("1/x", "10/y"):
+        storage.make_folder((folder / name).parent)
+        storage.write_atomic(folder / name, "")
+    assert storage.sizes(folder / "1") == {"x": 0}
+    assert storage.sizes(folder / "none") == {}
+    storage.remove_folder(folder / "1")
+    assert storage.sizes(folder) == {"10/y": 0}
+
+
+def test_what_is_missing_is_said_so(folder):
+    with pytest.raises(FileNotFoundError):
+        storage.size(folder / "none")
+    with pytest.raises(FileNotFoundError):
+        (folder / "none").read_text()
+    assert not (folder / "none").exists()
+
+
+def test_no_listing_is_kept(bucket):
+    """What another process has written since is seen, by Orbax's paths as well."""
+    assert not (bucket / "file").exists()
+    assert list(bucket.glob("*")) == []
+    storage.write_atomic(bucket / "file", "1")
+    assert [p.name for p in bucket.iterdir()] == ["file"]
+
+
+def test_one_of_two_creates(bucket):
+    assert storage.create(bucket / "claim.json", "first")
+    assert not storage.create(bucket / "claim.json", "second")
+    assert (bucket / "claim.json").read_text() == "first"
+
+
+def test_a_growing_file_is_there_after_each_flush(bucket):
+    file = storage.GrowingFile(bucket / "log")
+    file.write(b"one\n")
+    assert not (bucket / "log").exists()
+    file.flush()
+    file.write(b"two\n")
+    assert (bucket / "log").read_bytes() == b"one\n"
+    file.close()
+    assert (bucket / "log").read_bytes() == b"one\ntwo\n"
+    more = storage.GrowingFile(bucket / "log")
+    more.write(b"three\n")
+    more.close()
+    assert (bucket / "log").read_bytes() == b"one\ntwo\nthree\n"
+
+
+def test_paths_of_this_machine_stay_what_they_were():
+    assert storage.as_path("runs") == Path("runs")
+    assert type(storage.as_path(Path("/a/b"))) is type(Path("/a/b"))
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("az://bucket/runs", "must be a path of this machine, or begin with gs:// and s3://"),
+        ("s3://", "must name a bucket, as in s3://bucket/folder"),
+    ],
+)
+def test_a_path_that_cannot_be_reached_is_refused(place, words):
+    with pytest.raises(UserError, match=words):
+        storage.as_path(place)
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme, extra):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"pip install 'gqa-scaling\[{extra}\]'"):
+        storage.as_path(f"{scheme}://bucket/runs")
+
+
+def test_a_bucket_that_is_not_there_is_refused(bucket):
+    with pytest.raises(UserError, match=r"cannot write to s3://nowhere-at-all/runs .*not exist"):
+        storage.check_writable(storage.as_path("s3://nowhere-at-all/runs"))
+    storage.check_writable(bucket)
+    assert storage.sizes(bucket) == {}
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+def failing(bucket, s3_server):
+    """What s3fs raises while the server is away."""
+    s3_server.stop()
+    try:
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            (bucket / "file").read_text()
+    finally:
+        s3_server.start()
+    return caught.value
+
+
+def test_a_server_that_is_away_is_told_in_one_line(bucket, s3_server):
+    error = failing(bucket, s3_server)
+    found = storage.failure(error)
+    assert s3_server.endpoint in str(found)
+    assert "\n" not in str(found)
+    wrapped = RuntimeError("a save failed")
+    wrapped.__cause__ = error
+    assert str(storage.failure(wrapped)) == str(found)
+    with storage.failures_are_fine():
+        raise error
+
+
+def test_tensorstores_words_are_known():
+    words = (
+        'ABORTED: Error reading "a/b": All 5 retry attempts failed: CURL error Could not connect'
+    )
+    assert words in str(storage.failure(ValueError(words)))
+    assert storage.failure(ValueError("ABORTED: a collective of the job's processes")) is None
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), OSError("disk"), FileNotFoundError("x"), io.UnsupportedOperation()]
+)
+def test_other_errors_are_not_taken_for_a_servers(error):
+    assert storage.failure(error) is None
+    if not isinstance(error, OSError):
+        with pytest.raises(type(error)), storage.failures_are_fine():
+            raise error
+
+
+def test_an_error_raised_beside_an_answered_one_is_its_own():
+    def answered():
+        try:
+            raise storage.StorageError("away")
+        except OSError:
+            raise KeyError("bug") from None
+
+    with pytest.raises(KeyError) as caught:
+        answered()
+    assert storage.failure(caught.value) is None
+
+
+def test_the_cache_lies_where_it_is_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("GQA_SCALING_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert storage.cache_folder() == tmp_path / "gqa_scaling"
+    monkeypatch.setenv("GQA_SCALING_CACHE", str(tmp_path / "own"))
+    assert storage.cache_folder() == tmp_path / "own"

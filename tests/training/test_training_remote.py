@@ -1,0 +1,378 @@
+"""A run whose directory and tokens lie on an S3-compatible server: nothing is lost, nothing differs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from checkpoint_kit import abstract, same, save_steps, small_state
+from training_kit import tiny_run, write_corpus
+
+from gqa_scaling import cli, processes, runs
+from gqa_scaling.checkpoint import open_checkpoints
+from gqa_scaling.checksums import examine_run
+from gqa_scaling.config import UserError
+from gqa_scaling.data import open_store, prepare
+from gqa_scaling.data.loader import TrainingData
+from gqa_scaling.runs import RunDirectory, claim, run_directory, write_json
+from gqa_scaling.status import read_checkpoints
+from gqa_scaling.storage import as_path, cache_folder, sizes, write_atomic
+
+EXPERIMENT = """
+import sys
+sys.path.insert(0, {kit!r})
+from training_kit import tiny_run
+
+def runs():
+    return [tiny_run()]
+"""
+# The command, killed at a moment; or at step 13 it says so and goes on after a line of input.
+COMMAND = """
+import sys
+import time
+sys.path.insert(0, {kit!r})
+import training_kit
+from gqa_scaling.training import watch
+
+moment = sys.argv.pop(1)
+tick = watch.Meter.tick
+
+def wait(self, step):
+    if step == 13:
+        print("step 13", flush=True)
+        sys.stdin.readline()
+    if step > 13:
+        time.sleep(0.05)  # so that some steps are left when it stops
+    tick(self, step)
+
+if moment == "wait":
+    watch.Meter.tick = wait
+elif moment:
+    training_kit.arrange(moment)
+from gqa_scaling.cli import main
+sys.exit(main())
+"""
+KIT = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder with the corpus, and the result of the run on the disk there."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_corpus(folder / "corpus")
+    (folder / "tiny.py").write_text(EXPERIMENT.format(kit=KIT))
+    (folder / "command.py").write_text(COMMAND.format(kit=KIT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare(tiny_run().data, show=False)
+    assert subprocess.run(command("run", "--root", "runs"), cwd=folder).returncode == 0
+    return folder, result(folder / "runs")
+
+
+@pytest.fixture
+def place(bucket, undisturbed, monkeypatch):
+    """The root of runs in the bucket, with the tokens beside it."""
+    monkeypatch.chdir(undisturbed[0])
+    monkeypatch.setenv("GQA_SCALING_RUNS", str(bucket / "runs"))
+    assert main("prepare") == 0
+    return bucket / "runs"
+
+
+def command(verb, *more, moment=""):
+    return [sys.executable, "command.py", moment, verb, "tiny.py", *more]
+
+
+def store(root):
+    return ["--data.store", str(root.parent / "tokens")]
+
+
+def main(verb, *more):
+    root = as_path(os.environ["GQA_SCALING_RUNS"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "join", lambda alone=False: None)
+        return cli.main([verb, "tiny.py", *more, *store(root)])
+
+
+def start(root, moment=""):
+    line = [*command("run", "--quiet", moment=moment), *store(root)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def result(root):
+    """What the run is worth; where its tokens lay is part of its config, not of its worth."""
+    whole = run_directory(root, "tiny", tiny_run()).result()
+    assert whole is not None
+    whole["result"]["config"]["data"].pop("store")
+    return json.dumps(whole["result"], sort_keys=True)
+
+
+# ------------------------------------------------------------------------------- interruptions
+
+
+def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
+    for moment in ("save", "evaluation"):
+        assert start(place, moment).returncode == -signal.SIGKILL
+        assert run_directory(place, "tiny", tiny_run()).state() == "stale"
+    done = start(place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert result(place) == undisturbed[1]
+    directory = run_directory(place, "tiny", tiny_run())
+    assert len(directory.attempts()) == 2  # the third only evaluated
+    assert not directory.checkpoints.exists()
+    assert not directory.claim_file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["compilation", "step3", "step13", "step24"])
+def test_killed_at_each_moment(place, undisturbed, moment):
+    assert start(place, moment).returncode == -signal.SIGKILL
+    assert start(place).returncode == 0
+    assert result(place) == undisturbed[1]
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_costs_no_more_than_time(place, undisturbed, s3_server):
+    line = [*command("run", moment="wait"), *store(place)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(line, text=True, **pipes) as running:
+        assert running.stdout.readline() == "step 13\n"
+        s3_server.stop()
+        try:
+            _, said = running.communicate("go on\n")
+        finally:
+            s3_server.start()
+    assert (running.returncode, said.count("\n")) == (1, 1), said
+    assert said.startswith("gqa-scaling: remote storage failed (")
+    directory = run_directory(place, "tiny", tiny_run())
+    assert not directory.failure_file.exists()
+    assert [kept.state for kept in examine_run(directory.checkpoints, directory.parameters)]
+    done = start(place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert result(place) == undisturbed[1]
+
+
+@pytest.mark.slow
+def test_preempted_it_saves_and_continues(place, undisturbed):
+    line = [*command("run", "--quiet", moment="wait"), *store(place)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(line, text=True, **pipes) as running:
+        assert running.stdout.readline() == "step 13\n"
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate("go on\n")
+    assert running.returncode == 75, said
+    kept = read_checkpoints([run_directory(place, "tiny", tiny_run())])[0]
+    assert kept.resume == kept.kept[0].name
+    assert kept.damaged == 0
+    assert start(place).returncode == 0
+    assert result(place) == undisturbed[1]
+
+
+def test_it_is_all_read_from_there(place, capsys):
+    assert start(place).returncode == 0
+    assert main("status", "--json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["counts"]["done"] == 1
+    assert status["runs"][0]["path"].startswith(str(place))
+    assert main("run") == 0
+    assert "finished" in capsys.readouterr().out
+    assert cli.main(["checkpoints", str(place / "tiny")]) == 0
+    names = sizes(run_directory(place, "tiny", tiny_run()).path)
+    assert {"config.json", "metrics.jsonl", "attempts.jsonl", "result.json"} <= names.keys()
+    assert sum("tfevents" in name for name in names) == 2  # of training, of HParams
+
+
+def test_a_study_is_read_and_written_there(bucket):
+    csv = resources.files("gqa_scaling.study") / "chen2025.csv"
+    write_atomic(bucket / "runs.csv", csv.read_bytes())
+    assert cli.main(["report", str(bucket / "runs.csv"), "--refits", "100"]) == 0
+    names = sizes(bucket / "runs-report")
+    assert {"report.html", "fit.json", "results.csv"} <= names.keys()
+    assert any(name.startswith("figures/") and name.endswith(".svg") for name in names)
+    assert sum(name.startswith("study/events.out.tfevents") for name in names) == 1
+    assert not [name for name in names if Path(name).name.startswith(".")]
+
+
+# ------------------------------------------------------------------------ what cannot be done
+
+
+def test_a_bucket_that_is_not_there_is_said_before_anything_is_trained(place, capsys, monkeypatch):
+    monkeypatch.setattr("gqa_scaling.training.loop.train", lambda *a: pytest.fail("trained"))
+    monkeypatch.setenv("GQA_SCALING_RUNS", "s3://nowhere-at-all/runs")
+    assert (
+        cli.main(["run", "tiny.py", "--quiet", "--data.store", str(place.parent / "tokens")]) == 2
+    )
+    said = capsys.readouterr().err
+    assert said.startswith("gqa-scaling: cannot write to s3://nowhere-at-all/runs (")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["status", "fit"])
+def test_a_server_that_does_not_answer_is_one_line(place, s3_server, capsys, verb):
+    s3_server.stop()
+    try:
+        assert main(verb) == 1
+    finally:
+        s3_server.start()
+    said = capsys.readouterr().err
+    assert said.startswith("gqa-scaling: remote storage failed (")
+    assert said.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_are_saved_verified_and_restored(bucket):
+    save_steps(bucket, 1, 2, 3)
+    assert [kept.name for kept in examine_run(bucket, bucket / "none")] == ["step 3", "step 2"]
+    with open_checkpoints(bucket, 2) as checkpoints:
+        found = checkpoints.restore_latest(abstract(small_state()))
+    assert (found.step, found.position, found.damaged) == (3, {"step": 3}, ())
+    assert same(found.state, small_state(3))
+
+
+def test_a_damaged_one_is_named_and_the_one_before_used(bucket, capsys):
+    save_steps(bucket, 1, 2)
+    file = bucket / "2/state/manifest.ocdbt"
+    write_atomic(file, file.read_bytes()[:-1])
+    assert examine_run(bucket, bucket / "none")[0].damage == ("state/manifest.ocdbt is truncated",)
+    with open_checkpoints(bucket, 2) as checkpoints:
+        found = checkpoints.restore_latest(abstract(small_state()))
+        assert found.step == 1
+        assert same(found.state, small_state(1))
+        checkpoints.save(2, small_state(2), {"step": 2})
+    assert "step 1" in capsys.readouterr().err
+    assert [kept.state for kept in examine_run(bucket, bucket / "none")] == ["whole", "whole"]
+
+
+def test_one_without_its_last_object_never_counted(bucket):
+    save_steps(bucket, 1, 2)
+    (bucket / "2/commit_success.txt").unlink()
+    states = [(kept.name, kept.state) for kept in examine_run(bucket, bucket / "none")]
+    assert states == [("step 1", "whole"), ("step 2", "unfinished")]
+    with open_checkpoints(bucket, 2) as checkpoints:
+        assert checkpoints.latest_step() == 1
+    assert [kept.name for kept in examine_run(bucket, bucket / "none")] == ["step 1"]
+
+
+def test_a_server_that_is_away_is_no_damage(bucket, s3_server):
+    save_steps(bucket, 1)
+    s3_server.stop()
+    try:
+        with pytest.raises(Exception, match="Could not connect"):
+            examine_run(bucket, bucket / "none")
+    finally:
+        s3_server.start()
+    assert examine_run(bucket, bucket / "none")[0].state == "whole"
+
+
+# -------------------------------------------------------------------------------------- claims
+
+
+def test_one_at_a_time_holds_a_run(bucket):
+    directory = RunDirectory(bucket / "run")
+    with claim(directory) as first:
+        assert first
+        assert directory.state() == "running"
+        with claim(directory) as second:
+            assert not second
+    assert not directory.claim_file.exists()
+    with claim(directory) as third:
+        assert third
+
+
+def test_a_stale_claim_is_taken_over_by_the_last_who_tries(bucket, monkeypatch):
+    directory = RunDirectory(bucket / "run")
+    stale = {"host": "elsewhere", "pid": 1, "born": "1", "token": "theirs"}
+    write_json(directory.claim_file, stale)
+    with claim(directory) as mine:
+        assert not mine  # it was renewed just now
+    monkeypatch.setattr(runs, "STALE_SECONDS", -1)
+    assert directory.state() == "stale"
+    other = {**stale, "token": "another's"}
+    monkeypatch.setattr(time, "sleep", lambda seconds: write_json(directory.claim_file, other))
+    with claim(directory) as mine:
+        assert not mine
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with claim(directory) as mine:
+        assert mine
+    assert not directory.claim_file.exists()
+
+
+def test_a_claim_is_renewed(bucket, monkeypatch):
+    directory = RunDirectory(bucket / "run")
+    monkeypatch.setattr(runs, "RENEW_SECONDS", 0.05)
+    with claim(directory):
+        before = directory.claim_file.read_text()
+        directory.claim_file.unlink()
+        while not directory.claim_file.exists():
+            pass
+        assert directory.claim_file.read_text() != ""
+        assert json.loads(directory.claim_file.read_text()) == json.loads(before)
+
+
+# -------------------------------------------------------------------------------------- tokens
+
+
+@pytest.fixture
+def tokens(bucket, undisturbed, monkeypatch):
+    """The data of a run whose tokens lie in the bucket and not on this machine yet."""
+    monkeypatch.chdir(undisturbed[0])
+    data = tiny_run(data=tiny_run().data).data
+    data = type(data)(**{**data.to_dict(), "store": str(bucket / "tokens")})
+    prepare(data, show=False)
+    monkeypatch.setenv("GQA_SCALING_CACHE", str(cache_folder().with_name("other")))
+    return data
+
+
+def test_shards_are_copied_once_and_mapped(tokens, undisturbed, s3_server):
+    store = open_store(tokens)
+    assert not cache_folder().exists()  # to plan needs no shard
+    assert store.hash == open_store(tiny_run().data).hash
+    store.fetch()
+    copies = sizes(cache_folder() / "tokens" / store.hash)
+    assert {name for name in copies if name.endswith(".bin")} == {
+        "train-00000.bin",
+        "heldout-00000.bin",
+    }
+    local = open_store(tiny_run().data)
+    s3_server.stop()
+    try:
+        batch = TrainingData(store, 32, 4, 0).batch(3)
+        assert (batch == TrainingData(local, 32, 4, 0).batch(3)).all()
+    finally:
+        s3_server.start()
+    assert store.tokens("train", 0, 9).tolist() == local.tokens("train", 0, 9).tolist()
+    assert store.tokens("train", 0, 9).base is not None  # mapped, not read
+
+
+def test_a_shard_that_is_not_what_was_written_is_refused(tokens, bucket):
+    file = bucket / "tokens/train-00000.bin"
+    write_atomic(file, bytes(len(file.read_bytes())))
+    with pytest.raises(UserError, match=r"tokens/train-00000.bin is damaged"):
+        open_store(tokens).fetch()
+    assert not [name for name in sizes(cache_folder()) if "train" in name and "lock" not in name]
+    file.unlink()
+    with pytest.raises(UserError, match=r"tokens/train-00000.bin of the token store is missing"):
+        open_store(tokens)
+
+
+def test_a_store_that_is_half_there_is_none(tokens, bucket):
+    before = sizes(bucket / "tokens")
+    (bucket / "tokens/store.json").unlink()  # the last that is written
+    with pytest.raises(UserError, match="there is no token store at s3://"):
+        open_store(tokens)
+    write_atomic(bucket / "tokens/train-00007.bin", "of an older one")
+    prepare(tokens, show=False)
+    assert sizes(bucket / "tokens") == before
+    open_store(tokens).verify()
+
+
+def test_a_corpus_must_be_here(tokens):
+    data = type(tokens)(corpus="s3://somewhere/text", store=tokens.store + "-2")
+    with pytest.raises(UserError, match="must lie on this machine"):
+        prepare(data, show=False)
