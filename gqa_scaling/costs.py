@@ -240,9 +240,9 @@ class TrainingBytes:
     """Bytes that one device holds while training, predicted from shapes alone.
 
     `state` is always there, `gradients` nearly always. `activations` are kept for the backward
-    pass, and on top of them lie `table`, the embedding table made whole and its gradient, and
-    either `layer`, what one layer's backward pass works with, or `logits`. At the end of a step
-    the activations are gone and the gradients of the tables are summed over devices: `sums`.
+    pass, and on top of them lies either `layer`, what one layer's backward pass works with, or, for
+    the output, `table`, the embedding table made whole and its gradient, and `logits`. At the end
+    of a step the activations are gone and the gradients of the tables are summed over devices: `sums`.
     """
 
     state: int
@@ -255,18 +255,20 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
-        backward = self.activations + self.table + max(self.layer, self.logits)
+        backward = self.activations + max(self.layer, self.table + self.logits)
         held = self.gradients + max(backward, self.sums)
         return self.state + round(held * (1 + HEAP_GAPS))
 
 
 LOGIT_BUDGET_BYTES = 64 * 2**20
-HEAP_GAPS = 0.12  # unused between buffers: 0 to 25% in programs compiled for TPUs (docs/pods.md)
+HEAP_GAPS = 0.2  # and what is not counted, to agree with programs compiled for TPUs (docs/pods.md)
+LANES = 128  # splash lays out heads in rows of so many values
 TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
 
 
-def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
-    """Predicted bytes on one of `devices`, all terms those of the step that `run` takes.
+def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> TrainingBytes:
+    """Predicted bytes on one of `devices` of a platform ("cpu", "gpu", "tpu"), all terms those of the
+    step that `run` takes.
 
     fp32 parameters and two moments (12 bytes a parameter) and gradients (4, twice that when
     accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared by all axes
@@ -293,7 +295,9 @@ def training_bytes(run: RunConfig, devices: int = 1) -> TrainingBytes:
             sum(width * tiles + 4 * tiles + 4 for tiles in (_tiles(h, run) for h in layer))
             for layer in set(m.layer_patterns)
         )
-        attention = tokens * axes.context * 2 * kv * each / m.n_kv_heads
+        splash = platform == "tpu" and axes.attention in ("auto", "splash")
+        lanes = round_up(m.head_dim, LANES) / m.head_dim if splash else 1
+        attention = tokens * axes.context * 2 * kv * lanes * each / m.n_kv_heads
     tables = p.embedding / axes.tensor
     logits = 3 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
     shards, rows = ways * axes.tensor, D / ways

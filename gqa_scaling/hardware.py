@@ -43,6 +43,11 @@ class Hardware:
         require(0 < self.mfu <= 1, f"mfu={self.mfu} must lie in (0, 1]")
         require(self.price >= 0, f"price={self.price} must not be negative")
 
+    @property
+    def platform(self) -> str:
+        """What JAX calls such devices: "cpu", "gpu" or "tpu"."""
+        return "tpu" if self.name in TPU_SHAPES else "cpu" if self.name == "cpu" else "gpu"
+
     def seconds(self, flops: float, steps: int, devices: int = 1) -> float:
         """Predicted seconds for a run of that many model FLOPs and steps."""
         working = flops / (self.peak_flops * self.mfu * devices)

@@ -104,7 +104,7 @@ def plan_run(
         steps,
         flops,
         hardware_flops(run),
-        costs.training_bytes(run, devices).total,
+        costs.training_bytes(run, devices, hardware.platform).total,
         hardware.seconds(flops, steps, devices),
         costs.checkpoint_bytes(run),
         costs.finished_bytes(run),

@@ -112,7 +112,7 @@ def compile_run(run: RunConfig, place: Topology) -> Compiled:
 
     Raises UserError when the run cannot be laid out over the chips, or the compiler fails.
     """
-    predicted = costs.training_bytes(run, place.chips).total
+    predicted = costs.training_bytes(run, place.chips, "tpu").total
     request = json.dumps({"run": run.to_dict(), "topology": place.name})
     command = [sys.executable, "-m", "gqa_scaling.compile"]
     environment = compiler_environment(place)
@@ -209,7 +209,7 @@ def nearest_fit(
     off = max(1.0, found.needed / found.predicted)
     tried = 0
     for changed in candidates(run, place):
-        if off * costs.training_bytes(changed, place.chips).total > found.allowed:
+        if off * costs.training_bytes(changed, place.chips, "tpu").total > found.allowed:
             continue
         say(f"  does not fit; trying {difference(run, changed)}")
         answer = compile_run(changed, place)

@@ -40,12 +40,12 @@ def fits(run: RunConfig, place: Slice, row: Hardware) -> bool:
         axis_sizes(run, place.chips)
     except UserError:
         return False
-    return memory_needed(run, place) <= row.memory
+    return memory_needed(run, place, row) <= row.memory
 
 
-def memory_needed(run: RunConfig, place: Slice) -> int:
+def memory_needed(run: RunConfig, place: Slice, row: Hardware) -> int:
     """Bytes on each chip, on the safe side."""
-    return math.ceil(MARGIN * costs.training_bytes(run, place.chips).total)
+    return math.ceil(MARGIN * costs.training_bytes(run, place.chips, row.platform).total)
 
 
 def why_nowhere(run: RunConfig, offered: Sequence[Slice], row: Hardware) -> str:
@@ -58,7 +58,7 @@ def why_nowhere(run: RunConfig, offered: Sequence[Slice], row: Hardware) -> str:
             layouts.append(f"on {place.name} {error}")
             continue
         return (
-            f"on {place.name} it needs {byte_size(memory_needed(run, place))} on each chip, which has "
+            f"on {place.name} it needs {byte_size(memory_needed(run, place, row))} on each chip, which has "
             f"{byte_size(row.memory)}: try --parallel.remat full, --parallel.accumulation 2, "
             "--parallel.context 2 or larger chips"
         )

@@ -91,7 +91,7 @@ def test_an_answer_is_told_in_full(compiler):
     assert found.fits
     assert found.needed == 2**30 + 2**31 + 2**20
     assert found.allowed == HARDWARE["v5e"].memory
-    assert found.predicted == costs.training_bytes(RUN, 16).total
+    assert found.predicted == costs.training_bytes(RUN, 16, "tpu").total
     assert found.received == 3e6 + 8
     text = shown([found], RUN)
     for part in (
@@ -234,7 +234,7 @@ def test_the_documented_table_is_predicted_within_15_percent():
     assert len(rows) == 12
     for name, chips, _, _, _, total, allowed, predicted, *_ in rows:
         place = topology(chips)
-        found = costs.training_bytes(known[name], place.chips).total / GIB
+        found = costs.training_bytes(known[name], place.chips, "tpu").total / GIB
         assert float(predicted.split()[0]) == pytest.approx(found, abs=0.01), name
         assert found == pytest.approx(float(total), rel=0.15), name
         assert float(total) < float(allowed) == pytest.approx(HARDWARE[place.kind].memory / GIB)

@@ -65,7 +65,7 @@ def attend(
     if K % n_kv or {len(heads) for heads in patterns} != {n_kv}:
         heads = " and ".join(str(n) for n in sorted({len(heads) for heads in patterns}))
         raise ValueError(f"patterns of {heads} heads for {n_kv} KV heads, queries for {K}")
-    if K > n_kv:
+    if n_kv < K:
         k_BSKH, v_BSKH = (jnp.repeat(x, K // n_kv, axis=2) for x in (k_BSKH, v_BSKH))
         patterns = tuple(tuple(np.repeat(np.array(heads), K // n_kv)) for heads in patterns)
     if implementation == "cudnn":

@@ -499,6 +499,43 @@ def loss_against_density(fit: Fit, found: Sparsity) -> Figure:
     return figure
 
 
+def loss_by_position(results: Results) -> Figure | None:
+    """Where in the context patterns gain and lose: loss minus that of dense attention.
+
+    Of the largest size that has one dense run and others with the same heads, context and seed; None
+    where none has, or evaluations have not told positions apart.
+    """
+    sizes: dict[tuple, dict[Heads, int]] = {}
+    for i, heads in enumerate(results.heads):
+        if str(results.name[i]) in results.positions:
+            same = "n_layers", "d_model", "context_length", "tokens", "seed"
+            where = *(getattr(results, column)[i] for column in same), heads[:2]
+            sizes.setdefault(where, {})[heads] = i
+    whole = [runs for where, runs in sizes.items() if where[-1] in runs and len(runs) > 1]
+    if not whole:
+        return None
+    runs = max(whole, key=lambda runs: max(results.n_params[i] for i in runs.values()))
+    dense = runs.pop(next(h for h in runs if not pattern_of(h)))
+    look = looks([*runs, results.heads[dense]])
+    base = np.array(results.positions[str(results.name[dense])])
+    T = int(results.context_length[dense])
+    places = (np.arange(len(base)) + 0.5) * T / len(base)
+    with matplotlib.rc_context(STYLE):
+        figure, axis = _figure(7.4, 3.9)
+        axis.axhline(0, color="#888888", linewidth=1)
+        for heads in sorted(runs):
+            there = np.array(results.positions[str(results.name[runs[heads]])])
+            style = look[heads] | {"markersize": 3, "linewidth": 1}
+            axis.plot(places, 1e3 * (there - base), label=pair(heads), **style)
+        axis.set_xlim(0, T)
+        axis.set_xlabel(f"position in the context (tokens), in {len(base)} parts")
+        axis.set_ylabel("loss higher than dense (millinats)")
+        size = f"L = {results.n_layers[dense]}, d = {results.d_model[dense]}"
+        axis.set_title(f"Loss by position against dense {pair(results.heads[dense])}, {size}")
+        _place(figure, list(runs))
+    return figure
+
+
 def _density_axis(axis: Axes, least: float) -> None:
     """From 1 at the left down to the sparsest, in halvings."""
     places = [2.0**-k for k in range(math.ceil(-math.log2(least)) + 1)]
@@ -550,6 +587,12 @@ def all_figures(
         out["loss_against_density"] = (
             loss_against_density(fit, sparse),
             "What reading part of the context costs in loss, measured at the training context.",
+        )
+    by_position = loss_by_position(results)
+    if by_position is not None:
+        out["loss_by_position"] = (
+            by_position,
+            "Where in the context each pattern gains and loses, at the largest size with a dense run.",
         )
     out["residuals"] = (residuals(fit), "What the curves leave unexplained.")
     return out

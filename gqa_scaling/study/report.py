@@ -28,7 +28,7 @@ from gqa_scaling.study.sheets import Sheet, html_sheet, sparsity_sheet
 from gqa_scaling.study.sparsity import Sparsity, sparsity
 from gqa_scaling.study.tokens import spans_budgets
 
-_DENSITY = "loss_against_density"
+_SPARSE = ("loss_against_density", "loss_by_position")
 _DECISION = ("heat_map", "savings", "gains", "probabilities", "loss_against_costs")
 
 
@@ -104,7 +104,7 @@ def page(
     q, u = frontier.question, frontier.units
     contexts = ", ".join(f"{c:,}" for c in q.contexts)
     flags = "".join(f"<li>{html.escape(flag)}</li>" for flag in frontier.flags)
-    fit_figures = [name for name in pictures if name not in (*_DECISION, _DENSITY)]
+    fit_figures = [name for name in pictures if name not in (*_DECISION, *_SPARSE)]
     return string.Template(template.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"Cost-optimal GQA: {results.source}"),
         question=html.escape(
@@ -178,7 +178,8 @@ def _sparsity(sparse: Sparsity | None, frontier: Frontier, pictures: dict[str, s
     if sparse is None:
         return ""
     sheet = html_sheet(sparsity_sheet(sparse, frontier.objective))
-    return f"<h2>Dense and sharded</h2>{sheet}{pictures.get(_DENSITY, '')}"
+    shown = "".join(pictures[name] for name in _SPARSE if name in pictures)
+    return f"<h2>Dense and sharded</h2>{sheet}{shown}"
 
 
 def _html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

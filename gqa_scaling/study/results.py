@@ -69,7 +69,8 @@ class Results:
     `tokens` are training tokens (NaN when unknown), 0 stands for unknown layers and sizes, "" for
     unknown hashes. `pattern` holds the `ContextSharding` of each run, None for dense ones.
     `missing` names runs that were asked for and have no result; `template` is the
-    model of one of our runs, whose architecture all of them share.
+    model of one of our runs, whose architecture all of them share; `positions` holds, by name, the
+    losses in nats of equal parts of the context, where a run's evaluation has told them apart.
     """
 
     source: str
@@ -95,6 +96,7 @@ class Results:
     missing: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     template: ModelConfig | None = None
+    positions: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -188,6 +190,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     versions: dict[str, list[str]] = {}
     models: dict[str, ModelConfig] = {}
     skipped: dict[str, int] = {}
+    positions: dict[str, tuple[float, ...]] = {}
     for run in runs:
         directory = run_directory(root, experiment, run)
         whole = directory.result()
@@ -198,6 +201,8 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
             missing.append(run.name)
             continue
         model = models[run.name] = run.model
+        if judged.get("loss_by_position"):
+            positions[run.name] = tuple(_loss(x, where) for x in judged["loss_by_position"])
         if result.get("skipped_steps"):
             skipped[run.name] = result["skipped_steps"]
         data = result.get("data", {})
@@ -250,6 +255,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         missing=tuple(missing),
         provenance=provenance,
         template=_template(models, experiment),
+        positions=positions,
     )
     return check(table)
 

@@ -27,7 +27,7 @@ from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import costs_at, default_baseline, frontier, scale_of
 from gqa_scaling.study.models import solve_point
-from gqa_scaling.study.plots import all_figures, looks
+from gqa_scaling.study.plots import all_figures, looks, loss_by_position
 from gqa_scaling.study.report import frontier_csv, results_csv, write_report
 from gqa_scaling.study.results import COLUMNS, _table, from_csv, heads_of, pair, pairs, published
 from gqa_scaling.study.shapes import effective_context, training_keys
@@ -561,3 +561,20 @@ def test_a_recommended_model_is_trained_as_its_own_pattern_was():
     assert made.model.pattern == WINDOW
     assert made.note.endswith("of r2")
     assert run_of(runs, dataclasses.replace(model, n_layers=5)).note.endswith("of r1")
+
+
+def test_loss_by_position_is_told_against_dense_attention_at_the_largest_size(exact):
+    r, _ = exact
+    assert loss_by_position(r) is None
+    positions = {str(name): tuple(loss + 0.1 * np.arange(8)) for name, loss in zip(r.name, r.loss)}
+    figure = loss_by_position(dataclasses.replace(r, positions=positions))
+    (axis,) = figure.axes
+    assert "L = 16, d = 1024" in axis.get_title()
+    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+    dense = r.loss[(r.n_layers == 16) & (r.n_kv_heads == 8) & (r.pattern == None)]  # noqa: E711
+    for heads in ((8, 8, STRIDED), (8, 8, WINDOW)):
+        sharded = r.loss[[h == heads and n == 16 for h, n in zip(r.heads, r.n_layers, strict=True)]]
+        np.testing.assert_allclose(
+            lines[pair(heads)].get_ydata(), 1e3 * (sharded - dense), atol=1e-9
+        )
+        np.testing.assert_allclose(lines[pair(heads)].get_xdata(), (np.arange(8) + 0.5) * T / 8)
