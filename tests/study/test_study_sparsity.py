@@ -566,10 +566,11 @@ def test_a_recommended_model_is_trained_as_its_own_pattern_was():
 def test_loss_by_position_is_told_against_dense_attention_at_the_largest_size(exact):
     r, _ = exact
     assert loss_by_position(r) is None
-    positions = {str(name): tuple(loss + 0.1 * np.arange(8)) for name, loss in zip(r.name, r.loss)}
+    losses = zip(r.name, r.loss, strict=True)
+    positions = {str(name): tuple(loss + 0.1 * np.arange(8)) for name, loss in losses}
     figure = loss_by_position(dataclasses.replace(r, positions=positions))
     (axis,) = figure.axes
-    assert "L = 16, d = 1024" in axis.get_title()
+    assert "L = 16, d = 1024" in axis.get_title("left")
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
     dense = r.loss[(r.n_layers == 16) & (r.n_kv_heads == 8) & (r.pattern == None)]  # noqa: E711
     for heads in ((8, 8, STRIDED), (8, 8, WINDOW)):
