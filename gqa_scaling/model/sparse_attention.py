@@ -21,7 +21,7 @@ from gqa_scaling.parallel import axis_size
 
 _MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
 _NEVER = 2**30  # a position after every query
-_SCORES = 512 * 512 * 8  # computed at once: enough for all cores, little memory
+_SCORES = 512 * 512 * 4  # computed at once: enough for all cores, little memory
 _SCORE, _SUM = "...qh,...sh->...qs", "...qs,...sh->...qh"
 
 
@@ -48,7 +48,7 @@ def _tiling(q_BTKGH: jax.Array, head: HeadPattern) -> _Tiling:
     beyond = max(0, -(-T * C // block) - head.local)  # blocks that leave some query's window
     stripes = max(0, beyond - head.sinks)
     distant = min(head.sinks, beyond) + (-(-stripes // head.stride) if head.stride else 0)
-    tiles = max(1, min(distant, distant * block // 256))
+    tiles = max(1, min(distant, distant * block // 128))
     side = -(-distant // tiles) * block
     far = -(-distant * block // side) * side if distant else 0
     return _Tiling(window, row, near, far, side)
