@@ -7,6 +7,7 @@ so neither a different mesh nor a new evaluation ever retrains anything.
 
 import functools
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -276,7 +277,8 @@ class RunConfig(Json):
     `name` and `note` are for people: neither is part of the digest and neither is ever parsed.
     A step whose loss or gradient is not finite is skipped, and `max_nonfinite_steps` of them in a
     row stop the run, 0 and 1 at the first; a run that ends does so with any higher limit too, so
-    it may change when a run is resumed.
+    it may change when a run is resumed. `profile` names steps to trace, the first and the last,
+    such as "20:30".
     """
 
     name: str
@@ -292,6 +294,7 @@ class RunConfig(Json):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     max_nonfinite_steps: int = 0
+    profile: str = ""
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -310,6 +313,7 @@ class RunConfig(Json):
             "give exactly one of tokens and tokens_per_param",
         )
         positive(self, "tokens" if self.tokens is not None else "tokens_per_param")
+        _ = self.profiled_steps
         require(
             self.batch_tokens % self.context_length == 0,
             f"batch_tokens={self.batch_tokens} must be a multiple of "
@@ -341,6 +345,19 @@ class RunConfig(Json):
         """The length whose multiples the evaluation stream is trimmed to."""
         return self.evaluation.longest_context or self.context_length
 
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to trace, counted from 1; none by default."""
+        if not self.profile:
+            return range(0)
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        first, last = map(int, found.groups()) if found else (0, 0)
+        require(
+            1 <= first <= last,
+            f"profile={self.profile!r} must be FIRST:LAST, steps counted from 1, such as 20:30",
+        )
+        return range(first, last + 1)
+
     def definition(self) -> dict[str, Any]:
         """Just the fields that define the trained model, defaults left out."""
         return {
@@ -356,6 +373,7 @@ class RunConfig(Json):
                     "parallel",
                     "checkpoint",
                     "max_nonfinite_steps",
+                    "profile",
                 ),
             ),
             "model": non_default(self.model),
@@ -380,7 +398,7 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     a, b = _flat(old.to_dict()), _flat(new.to_dict())
     for flat, run in ((a, old), (b, new)):  # a corpus may move, as in the digest
         flat |= {f"data.{k}": _base(getattr(run.data, k)) for k in ("corpus", "tokenizer")}
-    free = {"data.store", "data.allow_repeats", "name", "note", "max_nonfinite_steps"}
+    free = {"data.store", "data.allow_repeats", "name", "note", "max_nonfinite_steps", "profile"}
     skip = ("evaluation.", "parallel.", "checkpoint.")
     return [
         f"{key}: {a.get(key)} -> {b.get(key)}"

@@ -144,6 +144,7 @@ def make_plan(
     known = train_tokens or {}
     require(devices > 0, f"devices={devices} must be greater than 0")
     for run in experiment.runs:
+        check_profile(run)
         try:
             check_layout(run, devices)
         except UserError as error:
@@ -155,6 +156,16 @@ def make_plan(
         plan_run(run, hardware, devices, known.get(run.data.store_path)) for run in experiment.runs
     )
     return Plan(experiment.name, hardware, devices, runs)
+
+
+def check_profile(run: RunConfig) -> None:
+    """Refuse to trace steps that the run does not have."""
+    steps = costs.training_steps(run)
+    require(
+        run.profiled_steps.stop <= steps + 1,
+        f"{run.name}: profile={run.profile!r} ends after its last step {steps:,}; name earlier steps, "
+        "or the runs with --only",
+    )
 
 
 def check_epochs(run: RunConfig, train_tokens: int) -> None:

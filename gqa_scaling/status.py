@@ -1,13 +1,17 @@
 """Where a grid stands, from the files on disk alone."""
 
 import contextlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -18,16 +22,22 @@ from gqa_scaling.experiment import Experiment
 from gqa_scaling.grid import learning_rate_choices
 from gqa_scaling.runs import RunDirectory, State, read_json, run_directory
 from gqa_scaling.storage import is_remote
-from gqa_scaling.units import byte_size
+from gqa_scaling.units import byte_size, duration, quantity
 
 ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending")
+STEP_SECONDS = "perf/step_time_seconds"
 REQUESTS = 16  # to a bucket at once
+LOOK_SECONDS, REMOTE_LOOK_SECONDS = 2.0, 10.0  # a look asks a bucket several times for every run
 COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red", "pending": "dim"}
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: how far it is, its last loss in nats, and why it failed."""
+    """One run: how far it is, its last loss in nats, how well its time is used, why it failed.
+
+    `mfu` is None where the peak of the hardware is not known. `seconds_left` is for a running one, to
+    the last step.
+    """
 
     name: str
     state: State
@@ -36,9 +46,16 @@ class RunStatus:
     loss: float | None
     evaluation_loss: float | None
     tokens_per_second: float | None
+    mfu: float | None
     attempts: int
+    goodput: float | None
+    seconds_left: float | None
     failure: str
     path: str
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.attempts - 1)
 
     @property
     def progress(self) -> float:
@@ -60,35 +77,83 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
 
 def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
     state, steps = directory.state(), costs.training_steps(run)
-    last = directory.last_metrics("learning/loss")
-    rate = last.get("perf/per_device_tokens_per_sec")
-    loss, failure = None, ""
+    last, attempts = directory.last_metrics("learning/loss"), directory.attempts()
+    step = steps if state == "done" else last.get("step", 0)
+    loss, failure, ended = None, "", last.get("time")
     if state == "done":
         result = directory.result()
         assert result is not None
         evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
         loss = evaluation["loss"] if evaluation else None
+        ended = result["timing"].get("finished")
     if state in ("failed", "done"):  # judging a trained model anew can fail as well
         with contextlib.suppress(FileNotFoundError):  # it is being tried again just now
-            failure = read_json(directory.failure_file)["traceback"].strip().splitlines()[-1]
+            told = read_json(directory.failure_file)
+            said = told["traceback"].strip().splitlines()[-1]
+            failure = said if told["kind"] in said else f"{told['kind']}: {said}"
+            ended = told["time"] if state == "failed" else ended
+    seconds = last.get(STEP_SECONDS) if state == "running" else None
+    on_cpu = bool(attempts) and attempts[-1]["layout"]["device"] == "cpu"  # its peak is a guess
     return RunStatus(
         run.name,
         state,
-        steps if state == "done" else last.get("step", 0),
+        step,
         steps,
         last.get("learning/loss"),
         loss,
-        rate,
-        len(directory.attempts()),
+        last.get("perf/per_device_tokens_per_sec"),
+        None if on_cpu else last.get("perf/mfu"),
+        len(attempts),
+        _goodput(directory, attempts, last, ended),
+        None if seconds is None else (steps - step) * seconds,
         failure,
         str(directory.path),
     )
 
 
+def _goodput(
+    directory: RunDirectory,
+    attempts: list[dict[str, Any]],
+    last: dict[str, Any],
+    ended: float | None,
+) -> float | None:
+    """Share of the time from the start of the first attempt to the end that became progress.
+
+    A run that is not done ends for now with its last sign of life; None where there is none.
+    """
+    if not attempts or ended is None:
+        return None
+    seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
+    lines = directory.metrics() if len(attempts) > 1 else [last] if last else []
+    return useful_seconds(attempts, lines) / seconds if seconds > 0 else None
+
+
+def useful_seconds(attempts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> float:
+    """Seconds spent on steps that count: those of each attempt that no later one took again, each
+    for the mean time of that attempt's steps, which leaves starting and compiling out.
+
+    `lines` are those of metrics.jsonl in their order; of a single attempt the last will do.
+    """
+    firsts, out = [attempt["first_step"] for attempt in attempts], 0.0
+    for i, first in enumerate(firsts):
+        until = min(firsts[i + 1 :], default=math.inf)
+        kept = [line for line in lines if first < line["step"] <= until and STEP_SECONDS in line]
+        if kept:
+            out += (min(until, lines[-1]["step"]) - first) * kept[-1][STEP_SECONDS]
+    return out
+
+
+def _counts(rows: Sequence[RunStatus]) -> str:
+    return ", ".join(f"{n} {s}" for s in ORDER if (n := sum(r.state == s for r in rows)))
+
+
+def _title(experiment: str, rows: Sequence[RunStatus]) -> str:
+    return f"{experiment}: {len(rows)} runs, {_counts(rows)}"
+
+
 def status_table(experiment: str, rows: list[RunStatus]) -> Table:
     """The status as people read it."""
-    counts = ", ".join(f"{n} {s}" for s in ORDER if (n := sum(r.state == s for r in rows)))
-    table = Table(title=f"{experiment}: {len(rows)} runs, {counts}")
+    table = Table(title=_title(experiment, rows))
     table.add_column("run", no_wrap=True)
     table.add_column("state")
     for column in (
@@ -112,6 +177,70 @@ def status_table(experiment: str, rows: list[RunStatus]) -> Table:
         if r.failure:
             table.add_row("", Text(r.failure[:70], style="red"), end_section=True)
     return table
+
+
+def watch(
+    root: Path,
+    experiment: Experiment,
+    console: Console,
+    pause: Callable[[float], None] = time.sleep,
+) -> list[RunStatus]:
+    """Show the status, again and again, until every run is done or failed; it is returned."""
+    seconds = REMOTE_LOOK_SECONDS if is_remote(root) else LOOK_SECONDS
+    done: dict[str, RunStatus] = {}  # their results, which may be large, are read once
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            left = tuple(run for run in experiment.runs if run.name not in done)
+            read = {r.name: r for r in read_status(root, replace(experiment, runs=left))}
+            rows = [done.get(run.name) or read[run.name] for run in experiment.runs]
+            done = {r.name: r for r in rows if r.state == "done"}
+            live.update(watch_table(experiment.name, rows, console.height), refresh=True)
+            if all(r.state in ("done", "failed") for r in rows):
+                return rows
+            pause(seconds)
+
+
+def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Group:
+    """The status while it changes, in at most `height` lines where names are short.
+
+    Columns that are still empty are left out, and runs for which there is no room are counted: first
+    those that are done, then those that have not begun.
+    """
+    failures = [r for r in rows if r.failure][: height // 4]
+    order = ("failed", "stale", "running", "pending", "done")
+    room = max(1, height - 7 - len(failures))  # title, head, last line, cursor
+    chosen = sorted(range(len(rows)), key=lambda i: order.index(rows[i].state))[:room]
+    shown = [rows[i] for i in sorted(chosen)]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    columns = {
+        "run": [r.name for r in shown],
+        "state": [Text(r.state, style=COLOURS[r.state]) for r in shown],
+        "done": [f"{r.progress:.0%}" for r in shown],
+        "training\nloss\n(nats)": ["" if r.loss is None else f"{r.loss:.4f}" for r in shown],
+        "held-out\nloss\n(nats)": [
+            "" if r.evaluation_loss is None else f"{r.evaluation_loss:.4f}" for r in shown
+        ],
+        "tokens/s\nper\ndevice": [
+            "" if r.tokens_per_second is None else quantity(r.tokens_per_second) for r in shown
+        ],
+        "MFU": ["" if r.mfu is None else f"{r.mfu:.0%}" for r in shown],
+        "restarts": [str(r.restarts or "") for r in shown],
+        "goodput": ["" if r.goodput is None else f"{r.goodput:.0%}" for r in shown],
+        "left": ["" if r.seconds_left is None else duration(r.seconds_left) for r in shown],
+    }
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in filled:
+        words = name in ("run", "state")
+        justify = "left" if words else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "run", overflow="fold")
+    for cells in zip(*filled.values(), strict=True):
+        table.add_row(*cells)
+    hidden = [r for i, r in enumerate(rows) if i not in chosen]
+    more = [Text(f"and {len(hidden)} more: {_counts(hidden)}", style="dim")] if hidden else []
+    said = [Text(f"{r.name} failed: {r.failure}", style="red") for r in failures]
+    for line in said:
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(Text(_title(experiment, rows), style="bold"), table, *more, *said)
 
 
 def status_dict(experiment: str, rows: list[RunStatus]) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import HARDWARE, cores
-from gqa_scaling.plan import check_epochs, check_layout
+from gqa_scaling.plan import check_epochs, check_layout, check_profile
 from gqa_scaling.runs import RunDirectory, claim, run_directory
-from gqa_scaling.status import RunStatus, read_status
+from gqa_scaling.status import REMOTE_LOOK_SECONDS, RunStatus, read_status
 from gqa_scaling.storage import (
     cache_folder,
     check_writable,
@@ -37,7 +37,6 @@ from gqa_scaling.units import byte_size, duration, quantity
 
 FAILED, TRAINING, EVALUATION, CLEANING = range(4)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-REMOTE_LOOK_SECONDS = 10.0  # each look asks a bucket several times for every run
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
             stores[path] = open_store(run.data)
             stores[path].fetch()
         check_layout(run, jax.device_count())
+        check_profile(run)
         check_epochs(run, stores[path].train_tokens)
         check_data(run, stores[path])
         heldout_chunks(

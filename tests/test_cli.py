@@ -164,6 +164,8 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
             "leave out --hardware and --devices",
         ),
         ("plan experiments.tiny --compile v5e:4x4", "must divide the 4 sequences"),
+        ("plan experiments.tiny --profile 8", "profile='8' must be FIRST:LAST"),
+        ("plan experiments.tiny --hardware v5e --profile 8:11", "ends after its last step 10"),
         ("plan experiments.tiny --root", "expected one argument"),
         ("run experiments.tiny --workers 0", "--workers 0 must be greater than 0"),
         ("status experiments.tiny extra", "unexpected argument 'extra'"),

@@ -12,6 +12,8 @@ from gqa_scaling.config import require
 from gqa_scaling.storage import StorageError, as_path, is_remote
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gqa_scaling.experiment import Experiment
     from gqa_scaling.hardware import Hardware
 
@@ -38,6 +40,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_selection(parser)
     add_json(parser)
+    parser.add_argument(
+        "--watch", action="store_true", help="show it until every run is done or failed"
+    )
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
@@ -232,6 +237,8 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.status import read_status, status_dict, status_table
 
     experiment, root = _experiment(args, rest), runs_root()
+    if args.watch:
+        return _watch(args, experiment, root)
     rows = read_status(root, experiment)
     selected = args.only is not None or args.shard is not None or len(experiment.runs) == 1
     more = () if selected else tuple(beside(root, experiment.name, experiment.runs))
@@ -244,6 +251,17 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if others:
         print_table(status_table(f"{experiment.name}, beside its grid", others))
     return 0
+
+
+def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> int:
+    from rich.console import Console
+
+    from gqa_scaling.status import watch
+
+    require(not args.json, "--watch is for people and --json for programs: choose one of the two")
+    console = Console(highlight=False)
+    require(console.is_terminal, "--watch needs a terminal; without one, status prints it once")
+    return 1 if any(row.failure for row in watch(root, experiment, console)) else 0
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:

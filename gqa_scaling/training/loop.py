@@ -36,13 +36,14 @@ from gqa_scaling.hardware import cores
 from gqa_scaling.layout import attention_implementation
 from gqa_scaling.runs import RunDirectory
 from gqa_scaling.training.optimizer import make_optimizer
+from gqa_scaling.training.profiler import Profiler
 from gqa_scaling.training.step import (
     abstract_parameters,
     abstract_state,
     initial_state,
     train_step,
 )
-from gqa_scaling.training.telemetry import Telemetry, write_hparams
+from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
 from gqa_scaling.training.watch import NonFiniteLoss, Watch
 
 
@@ -122,7 +123,7 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
         value = evaluate(parameters)
     require_finite(value)
     if leader:
-        metrics = {f"evaluation/{k}": getattr(value, k) for k in ("loss", "bits_per_byte")}
+        metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
         write_hparams(directory, run, metrics)
         result = _result(run, directory, store, value, layout)
         directory.finish(result, _timing(run, directory))
@@ -184,11 +185,18 @@ class _Loop:
         step_fn = train_step(self.graph, run, self.optimizer, devices)
         layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
         batches = self.data.iterate(first, layout.pieces)
-        with Telemetry(self.directory, first, processes.is_leader()) as telemetry:
+        leader = processes.is_leader()
+        with (
+            Telemetry(self.directory, first, leader) as telemetry,
+            Profiler(run, self.directory, leader) as profiler,
+        ):
+            telemetry.introduce(run)
             watch = Watch(run, self.checkpoints, self.data, telemetry)
             watch.last_saved, watch.in_a_row = first, start.position.get("nonfinite_in_a_row", 0)
             for step in range(first + 1, steps + 1):
-                state, metrics = step_fn(state, *layout.place(next(batches)))
+                profiler.before(step, watch)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = step_fn(state, *layout.place(next(batches)))
                 watch.read()
                 watch.pending = step, metrics
                 stop = processes.preempted() and step < steps
@@ -224,7 +232,7 @@ def _result(
     return {
         "name": run.name,
         "digest": run.digest,
-        "config": run.to_dict(),
+        "config": dataclasses.replace(run, profile="").to_dict(),  # tracing changes no result
         "n_exact": costs.n_exact(run.model),
         "n_total": costs.parameters(run.model).total,
         "tokens": costs.training_tokens(run),

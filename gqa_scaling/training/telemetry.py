@@ -19,6 +19,7 @@ from gqa_scaling.runs import RunDirectory
 from gqa_scaling.storage import SCHEMES, GrowingFile, as_path, failure, is_remote
 
 FLUSH_SECONDS = 5.0
+FINAL_METRICS = ("evaluation/loss", "evaluation/bits_per_byte")
 REMOTE_FLUSH_SECONDS = 30.0  # a flush puts the whole file there again
 
 
@@ -97,6 +98,12 @@ class Telemetry:
             self._file = GrowingFile(file) if self._remote else open(file, "ab")  # noqa: SIM115
             self._board = TensorBoard(directory, start_step + 1 if start_step else None)
 
+    def introduce(self, run: RunConfig) -> None:
+        """Have TensorBoard's HParams tab show the run while it trains."""
+        if self._writes:
+            for summary in hparams(_hyperparameters(run), dict.fromkeys(FINAL_METRICS, 0.0))[:2]:
+                self._board.summary(summary)
+
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of one step under their TensorBoard tags."""
         self.note(step, **scalars)
@@ -106,7 +113,8 @@ class Telemetry:
     def note(self, step: int, **values: Any) -> None:
         """Write what is no number, or none to plot, as JSON only."""
         if self._writes:
-            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            line = {"step": step, "time": round(time.time(), 3), **values}
+            self._file.write(json.dumps(line).encode() + b"\n")
             if not self._remote or time.monotonic() - self._flushed > REMOTE_FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()
@@ -134,8 +142,16 @@ class Telemetry:
 
 def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str, float]) -> None:
     """Write what TensorBoard's HParams tab compares runs by, and the final metrics."""
+    board = TensorBoard(directory)
+    for summary in hparams(_hyperparameters(run), dict(metrics)):
+        board.summary(summary)
+    board.scalars(costs.training_steps(run), metrics)
+    board.close()
+
+
+def _hyperparameters(run: RunConfig) -> dict[str, Any]:
     model = run.model
-    values = {
+    return {
         "n_layers": model.n_layers,
         "d_model": model.d_model,
         "n_heads": model.n_heads,
@@ -149,8 +165,3 @@ def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str,
         "n_exact": costs.n_exact(model),
         "seed": run.seed,
     }
-    board = TensorBoard(directory)
-    for summary in hparams(values, dict(metrics)):
-        board.summary(summary)
-    board.scalars(costs.training_steps(run), metrics)
-    board.close()

@@ -34,7 +34,8 @@ class Watch:
         self.last_saved = 0
         self.in_a_row = 0  # steps without a finite loss and gradient
         self._run, self._checkpoints, self._data = run, checkpoints, data
-        self._telemetry, self._meter = telemetry, Meter(run)
+        self.meter = Meter(run)
+        self._telemetry = telemetry
         self._steps = costs.training_steps(run)
         self._schedule = learning_rate_schedule(run.optimizer, self._steps)
 
@@ -48,14 +49,14 @@ class Watch:
             self._skipped(step, loss, norm)
         else:
             self.in_a_row = 0
-        self._meter.tick(step)
+        self.meter.tick(step)
         if metrics.taken and is_logged(step, self._steps):
             scalars = {
                 "learning/loss": loss,
                 "learning/grad_norm": norm,
                 "learning/current_learning_rate": float(self._schedule(step - 1)),
             }
-            self._telemetry.log(step, {**scalars, **self._meter.scalars()})
+            self._telemetry.log(step, {**scalars, **self.meter.scalars()})
 
     def _skipped(self, step: int, loss: float, norm: float) -> None:
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -80,7 +81,7 @@ class Watch:
 
 
 class Meter:
-    """Speed over the steps of this attempt, the first two (compilation) left out."""
+    """Speed over the steps since this attempt or `restart`, the first two (compilation) left out."""
 
     def __init__(self, run: RunConfig) -> None:
         self._run, self._start, self._now = run, (0, 0.0), (0, 0.0)
@@ -89,6 +90,10 @@ class Meter:
         self._flops = costs.training_flops_per_token(run.model, run.context_length)
         found = detected(jax.devices()[0].device_kind, self._devices)
         self._peak = found.peak_flops if found else None
+
+    def restart(self) -> None:
+        """Forget what was slower than usual."""
+        self._ticks = 0
 
     def tick(self, step: int) -> None:
         self._ticks += 1

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run, traced_steps, write_corpus
 
 from gqa_scaling import costs, sweep
 from gqa_scaling.checkpoint import load_parameters
@@ -109,6 +109,15 @@ def test_tensorboard_shows_the_known_tags_and_hparams() -> None:
     losses = [e.value for e in events.Scalars("learning/loss")]
     assert losses == pytest.approx([m["learning/loss"] for m in finished().metrics()])
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_tracing_steps_changes_no_result() -> None:
+    run = tiny_run(profile="12:14")
+    traced = dataclasses.replace(experiment(run), name="traced")
+    assert sweep.run_sweep(traced, Path("runs")).exit_code == 0
+    directory = run_directory("runs", "traced", run)
+    assert traced_steps(directory.path) == [12, 13, 14]
+    assert directory.result()["result"] == finished().result()["result"]
 
 
 def test_a_second_sweep_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

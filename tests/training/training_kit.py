@@ -49,6 +49,16 @@ def tiny_run(name: str = "tiny", **changes: object) -> RunConfig:
     return dataclasses.replace(run, **changes)
 
 
+def traced_steps(folder: Path) -> list[int]:
+    """The steps that the one trace below a run's folder holds."""
+    import jax
+
+    (file,) = folder.glob("plugins/profile/*/*.xplane.pb")
+    trace = jax.profiler.ProfileData.from_file(str(file))
+    events = (e for plane in trace.planes for line in plane.lines for e in line.events)
+    return sorted({dict(e.stats)["step_num"] for e in events if e.name == "train"})
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,126 @@
+"""What people open beside a run: TensorBoard's HParams tab and traces of single steps."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
+from training_kit import tiny_run, traced_steps
+
+from gqa_scaling.config import UserError
+from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.plan import check_profile
+from gqa_scaling.runs import RunDirectory
+from gqa_scaling.storage import sizes
+from gqa_scaling.training.profiler import Profiler
+from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
+
+
+def session_groups(folder):
+    """What the backend of the HParams tab tells of a folder of runs, by the run's name."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    told = Context(
+        SimpleNamespace(data_provider=MultiplexerDataProvider(runs, str(folder)), sampling_hints={})
+    )
+    every = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=100, allowed_statuses=api_pb2.Status.values()
+    )
+    groups = Handler(RequestContext(), told, "", every).run().session_groups
+    return {group.sessions[0].name: group for group in groups}
+
+
+def test_hparams_of_all_runs_of_a_folder_are_shown_together(tmp_path):
+    dense = tiny_run()
+    sparse = tiny_run(model=replace(dense.model, pattern=ContextSharding(8, 1)), seed=1)
+    for name, run, loss in (("dense", dense, 2.25), ("sparse", sparse, 2.5)):
+        directory = RunDirectory(tmp_path / name)
+        directory.path.mkdir()
+        write_hparams(directory, run, dict.fromkeys(FINAL_METRICS, loss))
+    (tmp_path / "training").mkdir()
+    with Telemetry(RunDirectory(tmp_path / "training"), 0) as telemetry:
+        telemetry.introduce(replace(dense, seed=2))
+        telemetry.log(1, {"learning/loss": 5.0})
+    found = session_groups(tmp_path)
+    assert found.keys() == {"dense", "sparse", "training"}
+    assert found["dense"].hparams["pattern"].string_value == "dense"
+    assert found["sparse"].hparams["pattern"].string_value == sparse.model.pattern.label
+    for number, name in enumerate(("dense", "sparse", "training")):
+        hparams = found[name].hparams
+        assert (hparams["seed"].number_value, hparams["n_kv_heads"].number_value) == (number, 2)
+    losses = {
+        name: {m.name.tag: m.value for m in group.metric_values} for name, group in found.items()
+    }
+    assert losses["dense"] == dict.fromkeys(FINAL_METRICS, 2.25)
+    assert losses["sparse"] == dict.fromkeys(FINAL_METRICS, 2.5)
+    assert losses["training"] == {}
+    ended = {name: group.sessions[0].status for name, group in found.items()}
+    assert ended["dense"] == api_pb2.STATUS_SUCCESS
+    assert ended["training"] == api_pb2.STATUS_UNKNOWN  # it has not ended
+
+
+# -------------------------------------------------------------------------------------- traces
+
+
+class Still:
+    """A run at which nothing is pending."""
+
+    meter = SimpleNamespace(restart=lambda: None)
+
+    def read(self) -> None:
+        pass
+
+
+def trace(directory, *steps, profile="3:4", writes=True):
+    with Profiler(tiny_run(profile=profile), directory, writes) as profiler:
+        for step in steps:
+            profiler.before(step, Still())
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                jax.block_until_ready(jax.numpy.ones(step) + 1)
+
+
+def test_the_last_steps_of_a_run_can_be_traced(tmp_path):
+    trace(RunDirectory(tmp_path), 2, 3, 4)
+    assert traced_steps(tmp_path) == [3, 4]
+
+
+def test_a_resumed_run_traces_the_steps_that_are_left(tmp_path):
+    trace(RunDirectory(tmp_path), 4, 5)
+    assert traced_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("asked", [{"profile": ""}, {"profile": "6:9"}, {"writes": False}])
+def test_nothing_is_traced_without_need(tmp_path, asked):
+    trace(RunDirectory(tmp_path), 3, 4, 5, **asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_traced_step_leaves_the_profiler_free(tmp_path):
+    with pytest.raises(TypeError):
+        trace(RunDirectory(tmp_path), 3, "no step")
+    trace(RunDirectory(tmp_path / "next"), 3)
+    assert traced_steps(tmp_path / "next") == [3]
+
+
+def test_a_trace_is_put_into_a_bucket(bucket):
+    trace(RunDirectory(bucket / "run"), 3, 4, 5)
+    names = sizes(bucket / "run/plugins/profile")
+    assert sum(name.endswith(".xplane.pb") for name in names) == 1
+
+
+@pytest.mark.parametrize("text", ["20", "20:", "30:20", "0:3", "a:b", "-1:3", "1:2:3"])
+def test_profile_must_be_two_steps(text):
+    with pytest.raises(UserError, match=r"must be FIRST:LAST, steps counted from 1, such as 20:30"):
+        tiny_run(profile=text)
+
+
+def test_profiled_steps_must_be_in_the_run():
+    check_profile(tiny_run(profile="23:24"))
+    with pytest.raises(UserError, match=r"tiny: profile='23:25' ends after its last step 24"):
+        check_profile(tiny_run(profile="23:25"))
