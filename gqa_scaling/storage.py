@@ -54,7 +54,8 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     from etils import epath
 
     # What it has to say of a server that is away, whoever asked is told as well.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for talker in ("asyncio", "gcsfs"):
+        logging.getLogger(talker).setLevel(logging.CRITICAL)
 
     # Others write there too: a listing that is kept tells of what was. Orbax's own included.
     fsspec.config.conf.setdefault(package.removesuffix("fs"), {})["use_listings_cache"] = False
