@@ -138,6 +138,11 @@ def leaders(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def agree(value: int) -> bool:
+    """Whether the number is the same on every process; all must ask."""
+    return len(np.unique(multihost_utils.process_allgather(np.int32(value)))) == 1
+
+
 def wait_for_all(what: str) -> None:
     """Return when every process is here."""
     if jax.process_count() > 1:

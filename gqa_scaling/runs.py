@@ -269,8 +269,16 @@ def _alive(pid: int, born: str) -> bool:
     return _born(pid) in ("", born)
 
 
+def _host(claim: Path) -> str:
+    """This machine's name; in a bucket, where names may be those of strangers, this boot's too."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not is_remote(claim) or not boot.exists():
+        return socket.gethostname()
+    return f"{socket.gethostname()} {boot.read_text().strip()}"
+
+
 def _is_stale(holder: dict[str, Any], claim: Path) -> bool:
-    if holder["host"] == socket.gethostname():
+    if holder["host"] == _host(claim):
         if not _alive(holder["pid"], holder["born"]):
             return True
         if holder["born"]:
@@ -325,7 +333,7 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
     `STALE_SECONDS` (another machine); a stale one is taken over. A thread renews ours.
     """
     file, pid = directory.claim_file, os.getpid()
-    mine = {"host": socket.gethostname(), "pid": pid, "born": _born(pid), "token": uuid.uuid4().hex}
+    mine = {"host": _host(file), "pid": pid, "born": _born(pid), "token": uuid.uuid4().hex}
     if not _take(directory, mine):
         yield False
         return

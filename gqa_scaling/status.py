@@ -124,7 +124,8 @@ def _goodput(
     if not attempts or ended is None:
         return None
     seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
-    lines = directory.metrics() if len(attempts) > 1 else [last] if last else []
+    once = len(attempts) == 1 and (not last or STEP_SECONDS in last)  # not just after a trace
+    lines = ([last] if last else []) if once else directory.metrics()
     return useful_seconds(attempts, lines) / seconds if seconds > 0 else None
 
 

@@ -185,8 +185,9 @@ def _look_into_bucket(target: "Target") -> None:
 def _root(target: "Target") -> str:
     """The folder of the runs as every host is told it."""
     from gqa_scaling.runs import runs_root
+    from gqa_scaling.storage import absolute
 
-    return f"{target.bucket}/runs" if target.bucket else os.path.abspath(runs_root())
+    return f"{target.bucket}/runs" if target.bucket else os.fspath(absolute(runs_root()))
 
 
 def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target") -> None:

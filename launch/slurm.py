@@ -66,7 +66,7 @@ class ArrayTask:
         signal.signal(signal.SIGTERM, _work.stop)
         code = _work.run()
         first = os.environ.get("SLURM_PROCID", "0") == "0"
-        told = code == PREEMPTED and _work.stopped
+        told = code in (PREEMPTED, 143) and _work.stopped  # 143: before it could save
         if told or (code in (PREEMPTED, *LOST) and not first):
             # Told by SLURM, for a preemption or scancel: it knows whether to start again. Else the
             # first task requeues. Either way SLURM ends this process.

@@ -36,7 +36,8 @@ class Study:
     @property
     def source(self) -> Path:
         """Where the experiment's module lies, from here."""
-        return Path(self.spec) if self.spec.endswith(".py") else Path(*self.spec.split("."))
+        path = Path(self.spec) if self.spec.endswith(".py") else Path(*self.spec.split("."))
+        return path if path.exists() else path.with_suffix(".py")
 
     def work(self, job: Job) -> list[str]:
         """The arguments after `python` that carry the job out on a host."""

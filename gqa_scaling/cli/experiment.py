@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -189,6 +190,12 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         processes.join(alone=worker)
         if worker:
             sweep.check_worker()
+        if not processes.agree(
+            zlib.crc32(" ".join(r.digest for r in experiment.runs).encode()) >> 1
+        ):
+            # one was started again, alone, or they were started with other arguments
+            print("gqa-scaling: the processes of this job are at different runs", file=sys.stderr)
+            processes.leave(processes.EXIT_PREEMPTED)
         left, leads = processes.leaders(left), processes.is_leader()
     if not left:
         if leads:
