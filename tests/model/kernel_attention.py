@@ -98,13 +98,15 @@ def both(attend, *operands):
 
 def differences(kernels, kind, offsets, shape, context=1, seed=0, dtype="float32"):
     """Largest differences of output and gradients to the masked reference, in float32, for
-    (B, T, G, H) of `shape`; the offsets are traced."""
+    (B, T, G, H) of `shape`; the offsets are traced. Of values above 1, such as the gradient of a sink
+    that all queries see, relative ones."""
     B, T, G, H = shape
     xs = [x.astype(dtype) for x in operands(B, T, len(offsets), G, H, seed)]
     got = jax.jit(lambda *x: both(in_turn(kernels, kind, context), *x))(*xs, jnp.array(offsets))
     xs = [x.astype("float32") for x in xs]
     want = jax.jit(lambda *x: both(masked, *x))(*xs, masks(kind, offsets, T))
-    return [float(jnp.abs(x.astype("float32") - y).max()) for x, y in zip(got, want, strict=True)]
+    pairs = [(x.astype("float32"), y) for x, y in zip(got, want, strict=True)]
+    return [float((jnp.abs(x - y) / jnp.maximum(1, jnp.abs(y))).max()) for x, y in pairs]
 
 
 def assert_equals_masked(*case):
