@@ -166,6 +166,25 @@ def test_without_a_supervisor_a_lost_peer_ends_the_others(
 
 
 @pytest.mark.slow
+def test_processes_at_different_runs_train_nothing_together(folder: Path) -> None:
+    port, command = free_port(), [sys.executable, "-m", "gqa_scaling", "run", "grid.py", "--quiet"]
+    joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    peers = [
+        subprocess.Popen(
+            [*command, *more],
+            env=environment(**joined, JAX_PROCESS_ID=str(i)),
+            stderr=-1,
+            text=True,
+        )
+        for i, more in enumerate(([], ["--seed", "7"]))
+    ]
+    for peer in peers:
+        assert "the processes of this job are at different runs" in peer.communicate()[1]
+        assert peer.returncode == 75
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
 def test_a_proxy_does_not_keep_a_process_from_itself(folder: Path) -> None:
     command = [sys.executable, "-m", "gqa_scaling", "run", "grid.py", "--quiet"]
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://192.0.2.1:3128")
