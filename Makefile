@@ -13,7 +13,7 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 	$(BIN)/gqa-scaling run experiments.smoke --workers 2
 	$(BIN)/gqa-scaling report experiments.smoke
 
-test: $(READY)  ## the tests, about four minutes
+test: $(READY)  ## the tests, about six minutes
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY) $(TPU)/.ready  ## the tests that take minutes each, with the TPU compiler
