@@ -57,15 +57,22 @@ def test_workers_train_each_run_once(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_mesh_of_four_devices_gives_the_same_losses(folder: Path) -> None:
+    """Of training, and of evaluation at every position, also where each device holds two parts."""
     run = tiny_run("seed0")
     only = ("run", "grid.py", "--only", "seed0")
-    losses = []
-    for devices, layout in ((1, ()), (4, ("--parallel.fsdp", "2", "--parallel.tensor", "2"))):
-        root = f"runs{devices}"
-        done = gqa_scaling(folder, *only, "--root", root, *layout, devices=devices)
+    split = ("--parallel.fsdp", "2", "--parallel.tensor", "2")
+    losses, positions, meshes = [], [], []
+    for i, layout in enumerate(((), split, ("--parallel.context", "4"))):
+        done = gqa_scaling(folder, *only, "--root", f"runs{i}", *layout, devices=4 if layout else 1)
         assert done.returncode == 0, done.stderr
-        directory = run_directory(folder / root, "grid", run)
+        directory = run_directory(folder / f"runs{i}", "grid", run)
         losses.append([m["learning/loss"] for m in directory.metrics()])
-        mesh = directory.result()["result"]["layout"]["mesh"]
-    assert mesh == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        result = directory.result()["result"]
+        positions.append(result["evaluations"][run.evaluation_digest]["loss_by_position"])
+        meshes.append(result["layout"]["mesh"])
+    assert meshes[1] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert meshes[2] == {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}
+    assert max(positions[0]) - min(positions[0]) > 0.1  # an order that is wrong would show
+    for i in (1, 2):
+        assert losses[i] == pytest.approx(losses[0], rel=1e-4)
+        assert positions[i] == pytest.approx(positions[0], rel=1e-3)
