@@ -460,7 +460,7 @@ def test_what_is_waited_for_is_said_with_its_end(directory, now):
 
 def until(condition) -> None:
     """Wait for another thread; the limit only ends a test that would fail anyway."""
-    for _ in range(2000):
+    for _ in range(60_000):
         if condition():
             return
         threading.Event().wait(0.005)
