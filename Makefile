@@ -6,7 +6,11 @@ TPU    := $(abspath $(VENV))/tpu-compiler
 TOOLS  := $(abspath $(VENV))/launch-tools
 PYTHON_OF_XPK ?= python3.12
 
-.PHONY: smoke test test-slow test-tools lint bench clean
+# Linear algebra written for processors with AVX-512 cannot run on others.
+SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
+
+.PHONY: smoke test test-slow test-tools test-processors lint bench clean
+.PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, fit and answer the smoke study; the second time only print the answer
 	$(BIN)/gqa-scaling prepare experiments.smoke
@@ -16,8 +20,22 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 test: $(READY)  ## the tests, about six minutes
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(READY) $(TPU)/.ready  ## the tests that take minutes each, with the TPU compiler
+test-slow: $(READY) $(TPU)/.ready test-processors  ## the tests that take minutes each, with the TPU compiler
 	JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m slow
+
+# OpenBLAS, NumPy and XLA choose their code by the processor, and each choice rounds in its own way.
+test-processors: test-haswell $(SKYLAKE) test-zen test-sse test-avx2  ## the numbers, as other processors compute them
+
+test-haswell: export OPENBLAS_CORETYPE = Haswell
+test-skylake: export OPENBLAS_CORETYPE = SkylakeX
+test-zen: export OPENBLAS_CORETYPE = Zen
+test-sse: export NPY_DISABLE_CPU_FEATURES = X86_V3 X86_V4
+test-haswell test-skylake test-zen test-sse: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/study
+
+test-avx2: export XLA_FLAGS = --xla_cpu_max_isa=AVX2
+test-avx2: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/model tests/training
 
 test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of the renderings
 	GQA_SCALING_TOOLS=$(TOOLS) $(BIN)/python -m pytest -m tools
@@ -30,7 +48,7 @@ bench: $(READY)  ## timed comparisons; read benchmarks/ for single ones
 	for file in benchmarks/*.py; do $(BIN)/python $$file; done
 
 $(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "gqa_scaling needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "gqa_scaling needs Python 3.11, 3.12 or 3.13, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"

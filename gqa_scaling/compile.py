@@ -1,10 +1,10 @@
 """Compiles the train step of one run for TPU chips that are not there, in a process of its own.
 
-    python -m gqa_scaling.compile < {"run": ..., "topology": "v5e:16x16"} > what it needs, as JSON
+    python -m gqa_scaling.compile < {"run": ..., "topology": "v5e:16x16", "parent": pid} > {...}
 
-The compiler is the real one, from the libtpu package, on a CPU host. It may abort the process, it
-holds a lock file and reads the environment before anything else: `pods` starts this and tells
-what came of it.
+prints what it needs, as JSON. The compiler is the real one, from the libtpu package, on a CPU host.
+It may abort the process, it holds a lock file and reads the environment before anything else: `pods`
+starts this and tells what came of it. Compiling takes minutes; it ends when the parent does.
 """
 
 import collections
@@ -24,6 +24,7 @@ from gqa_scaling.hardware import Topology, topology
 from gqa_scaling.hlo import Array, Collective, Program
 from gqa_scaling.model.blockwise import mean_tiles
 from gqa_scaling.parallel import axis_size
+from gqa_scaling.processes import end_with
 from gqa_scaling.training.step import abstract_step
 
 _SIZE = r"([\d.]+[KMGT]?)"
@@ -139,6 +140,7 @@ def whole_parameters(program: Program, state: list[Any], tensor: int) -> list[Co
 
 def main() -> int:
     request = json.load(sys.stdin)
+    end_with(request["parent"])
     run, place = RunConfig.from_dict(request["run"]), topology(request["topology"])
     try:
         found = compile_step(run, chips(place))

@@ -113,10 +113,12 @@ def compile_run(run: RunConfig, place: Topology) -> Compiled:
     Raises UserError when the run cannot be laid out over the chips, or the compiler fails.
     """
     predicted = costs.training_bytes(run, place.chips, "tpu").total
-    request = json.dumps({"run": run.to_dict(), "topology": place.name})
+    request = {"run": run.to_dict(), "topology": place.name, "parent": os.getpid()}
     command = [sys.executable, "-m", "gqa_scaling.compile"]
     environment = compiler_environment(place)
-    done = subprocess.run(command, input=request, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, input=json.dumps(request), env=environment, capture_output=True, text=True
+    )
     if done.returncode != 0:
         raise UserError(f"{run.name}: {_crash(place, done.returncode, done.stderr)}")
     found = json.loads(done.stdout.splitlines()[-1])

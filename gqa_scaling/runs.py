@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from gqa_scaling.config import (
     SCHEMA_VERSION,
@@ -36,21 +36,23 @@ from gqa_scaling.config import (
     require,
 )
 from gqa_scaling.storage import (
+    NO_VERSION,
     as_path,
-    create,
     failures_are_fine,
     is_remote,
     make_folder,
     modified,
     remove_folder,
+    replace,
     tail,
+    version,
     write_atomic,
 )
 
 State = Literal["done", "running", "stale", "failed", "pending"]
 STALE_SECONDS = 600  # a claim from another machine that has not been renewed for this long
 RENEW_SECONDS = 30
-SETTLE_SECONDS = 5  # in a bucket, between taking a stale claim over and counting on it
+SETTLE_SECONDS = 5  # between taking a claim over and counting on it, where the server cannot decide
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -192,7 +194,7 @@ class RunDirectory:
         if self.result_file.exists():
             return "done"
         holder = _holder(self.claim_file)
-        if holder is not None and not _is_stale(holder, self.claim_file):
+        if holder is not None and not _is_stale(holder, self.claim_file, time.time()):
             return "running"
         if self.failure_file.exists():
             return "failed"
@@ -238,13 +240,22 @@ def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirec
 # ---------------------------------------------------------------------------------- claims
 
 
+# What a claim file says; who holds one that says anything else cannot be told.
+DAMAGED = {"host": "", "pid": 0, "born": "", "token": ""}
+
+
 def _holder(claim: Path) -> dict[str, Any] | None:
+    """What the claim says of its holder: None where there is no claim, DAMAGED where it is garbage."""
     try:
-        return json.loads(claim.read_text(encoding="utf-8"))
+        holder = json.loads(claim.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError:  # claims are renamed into place: only a damaged disk does this
-        return {"host": "", "pid": 0, "born": 0.0}
+    except (ValueError, RecursionError):  # no JSON, no text, or brackets without end
+        return DAMAGED
+    if not isinstance(holder, dict):
+        return DAMAGED
+    told = all(type(holder.get(key)) is type(value) for key, value in DAMAGED.items())
+    return holder if told and 0 < holder["pid"] < 2**31 else DAMAGED
 
 
 def _born(pid: int) -> str:
@@ -277,16 +288,44 @@ def _host(claim: Path) -> str:
     return f"{socket.gethostname()} {boot.read_text().strip()}"
 
 
-def _is_stale(holder: dict[str, Any], claim: Path) -> bool:
+def _is_stale(holder: dict[str, Any], claim: Path, now: float) -> bool:
+    """Whether nobody is at the run any more; `now` is by the clock that dates the claim."""
     if holder["host"] == _host(claim):
         if not _alive(holder["pid"], holder["born"]):
             return True
         if holder["born"]:
             return False  # surely the same process, even one that was asleep
     try:
-        return time.time() - modified(claim) > STALE_SECONDS
+        # One dated in the future was not renewed just now either.
+        return abs(now - modified(claim)) > _patience(holder)
     except FileNotFoundError:
         return True
+
+
+def _patience(holder: dict[str, Any]) -> float:
+    """Seconds after which a claim that was not renewed is stale.
+
+    A holder that no longer finds its own claim stops when it would renew it, so nobody is at a run
+    whose claim has been garbage for longer than that.
+    """
+    return 2 * RENEW_SECONDS if holder is DAMAGED else STALE_SECONDS
+
+
+def waited_for(directory: RunDirectory) -> str | None:
+    """Who holds the run and until when, in words; None where a live process of this machine does."""
+    file = directory.claim_file
+    holder = _holder(file)
+    if holder is None or (holder["born"] and holder["host"] == _host(file)):
+        return None
+    try:
+        until = modified(file) + _patience(holder)
+    except FileNotFoundError:  # it was given back just now
+        return None
+    who = f"its claim {file} is damaged"
+    if holder is not DAMAGED:
+        who = f"process {holder['pid']} of {holder['host']} is at it"
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(until))
+    return f"{who}; it is taken over at {clock} unless the claim is renewed before"
 
 
 def _take(directory: RunDirectory, mine: dict[str, Any]) -> bool:
@@ -298,31 +337,37 @@ def _take(directory: RunDirectory, mine: dict[str, Any]) -> bool:
     with open(directory.path / ".claim.lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # judging and taking over is one step
         holder = _holder(file)
-        free = holder is None or _is_stale(holder, file)
+        free = holder is None or _is_stale(holder, file, _touched(guard))
         if free:
             write_json(file, mine)
     return free
 
 
-def _take_object(file: Path, mine: dict[str, Any]) -> bool:
-    """The same in a bucket, where a claim can be made at one stroke but not replaced so.
+def _touched(guard: TextIO) -> float:
+    """The time now by the clock of the disk, which machines that share one may not have."""
+    os.utime(guard.fileno())
+    return os.fstat(guard.fileno()).st_mtime
 
-    Of several that replace a stale one the last has it; the others see that once all have written.
+
+def _take_object(file: Path, mine: dict[str, Any]) -> bool:
+    """The same in a bucket, whose server settles which of several that try at once has it.
+
+    Where it cannot, the last that writes has it, and the others see that once all have written.
     """
+    seen = version(file)  # before it is read: what is replaced is then what was judged
     holder = _holder(file)
-    if holder is None:
-        # a request that was sent again after its answer got lost finds our own
-        return create(file, json.dumps(mine)) or _is_mine(file, mine)
-    if not _is_stale(holder, file):
+    if holder is not None and not _is_stale(holder, file, time.time()):
         return False
-    write_json(file, mine)
-    time.sleep(SETTLE_SECONDS)
-    return _is_mine(file, mine)
+    if seen is not None and replace(file, json.dumps(mine), NO_VERSION):
+        time.sleep(SETTLE_SECONDS)
+        return _is_mine(file, mine)
+    # a request that was sent again after its answer got lost finds our own
+    return replace(file, json.dumps(mine), seen) or _is_mine(file, mine)
 
 
 def _is_mine(file: Path, mine: dict[str, Any]) -> bool:
     holder = _holder(file)
-    return holder is not None and holder.get("token") == mine["token"]
+    return holder is not None and holder["token"] == mine["token"]
 
 
 @contextlib.contextmanager
@@ -342,15 +387,15 @@ def claim(directory: RunDirectory) -> Iterator[bool]:
     def renew() -> None:
         while not done.wait(RENEW_SECONDS):
             with failures_are_fine():  # a disk that is away for a moment may come back
+                seen = version(file) if is_remote(file) else None
                 holder = _holder(file)
-                if holder is not None and holder.get("token") != mine["token"]:
-                    print(
-                        f"{directory.path} was taken over while asleep: stopping", file=sys.stderr
-                    )
+                if holder is not None and holder["token"] != mine["token"]:
+                    how = "its claim is damaged" if holder is DAMAGED else "taken over while asleep"
+                    print(f"{directory.path}: {how}, stopping", file=sys.stderr)
                     _thread.interrupt_main()
                     return
-                if is_remote(file):
-                    write_json(file, mine)
+                if is_remote(file):  # the time makes it another version
+                    replace(file, json.dumps({**mine, "renewed": time.time()}), seen)
                 else:
                     os.utime(file)
 

@@ -2,7 +2,8 @@
 
 A remote path is one of etils.epath, as in Orbax, and reaches its bucket through fsspec (gcsfs, s3fs).
 One request writes an object whole, so none is ever seen in part; there are no folders, no appending
-and no renaming; of two that create an object only one succeeds, which is all the locking there is.
+and no renaming. A write can be made to depend on what is there: of two that create an object, or
+that replace the same version of it, only one succeeds. That is all the locking there is.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", 
 # TensorStore's errors are ValueErrors: a status, then words, some of these among them.
 STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")
 OF_REQUESTS = ("CURL error", "HTTP response", "retry attempts failed", "gs://", "s3://")
+NO_VERSION = "1"  # that of no file
+OTHER_VERSION = ("PreconditionFailed", "ConditionalRequestConflict")  # how S3 refuses to replace
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -95,13 +98,48 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
-def create(path: Path, data: str) -> bool:
-    """Write a remote file unless there is one, in one request; whether it was written."""
+def version(path: Path) -> str | None:
+    """What tells this state of a remote file from every other; None where there is no file.
+
+    It is Google's generation or the ETag of S3. An ETag follows from the content: a file that is
+    written again with the same bytes keeps its version there.
+    """
     try:
-        files_of(path).pipe_file(os.fspath(path), data.encode(), mode="create")
-    except FileExistsError:
-        return False
+        info = files_of(path).info(os.fspath(path))
+    except FileNotFoundError:
+        return None
+    return info["generation"] if _on_google(path) else info["ETag"].strip('"')
+
+
+def replace(path: Path, data: str, expected: str | None) -> bool:
+    """Write a remote file only if `version` still says the expected one; whether it was written.
+
+    The server decides, in one request. One that knows no such condition writes in any case.
+    """
+    files, place = files_of(path), os.fspath(path)
+    try:
+        if _on_google(path):  # gcsfs itself can only ask that there be no file
+            bucket, key, _ = files.split_path(place)
+            url = files.base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o"
+            condition = {"name": key, "ifGenerationMatch": expected or "0"}
+            files.call("POST", url, bucket, uploadType="media", data=data.encode(), **condition)
+        else:
+            condition = {"IfMatch": f'"{expected}"'} if expected else {"IfNoneMatch": "*"}
+            files.pipe_file(place, data.encode(), **condition)
+    except OSError as error:
+        said = getattr(error.__cause__, "response", None) or {}  # what s3fs was told
+        code = said.get("Error", {}).get("Code")
+        gone = expected is not None and isinstance(error, FileNotFoundError)
+        if gone or isinstance(error, FileExistsError) or code in OTHER_VERSION:
+            return False
+        if expected is None or code != "NotImplemented":
+            raise
+        write_atomic(path, data)
     return True
+
+
+def _on_google(path: Path) -> bool:
+    return os.fspath(path).startswith("gs://")
 
 
 class GrowingFile:

@@ -24,7 +24,7 @@ from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import HARDWARE, cores
 from gqa_scaling.plan import check_epochs, check_layout, check_profile
-from gqa_scaling.runs import RunDirectory, claim, run_directory
+from gqa_scaling.runs import RunDirectory, claim, run_directory, waited_for
 from gqa_scaling.status import REMOTE_LOOK_SECONDS, RunStatus, read_status
 from gqa_scaling.storage import (
     cache_folder,
@@ -36,6 +36,7 @@ from gqa_scaling.storage import (
 from gqa_scaling.units import byte_size, duration, quantity
 
 FAILED, TRAINING, EVALUATION, CLEANING = range(4)
+LONGEST_PAUSE = 32  # seconds between two looks at runs in a bucket that others are at
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -108,11 +109,12 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     stores = check(experiment, root)
     keep_compiled(cache_folder() / "compiled" if is_remote(root) else root / ".compiled")
     left, done, failed = list(experiment.runs), 0, 0
+    longest = LONGEST_PAUSE if is_remote(root) else 1
+    pause, told = 1, set[str]()
     while left:
         elsewhere = []
         for run in left:
-            if processes.preempted():
-                raise processes.Preempted(f"stopped before {run.name}")
+            _stop_if_told(run)
             directory = run_directory(root, experiment.name, run)
             with claim(directory) if processes.is_leader() else nullcontext(False) as mine:
                 if not processes.leaders(mine):
@@ -121,10 +123,32 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
                     done += 1
                 else:
                     failed += 1
+        pause = min(2 * pause, longest) if elsewhere == left else 1
         left = elsewhere
-        if left:
+        if processes.is_leader():
+            for run in left:
+                _say_once_who_holds(run, run_directory(root, experiment.name, run), told)
+        for _ in range(pause if left else 0):
+            _stop_if_told(left[0])
             time.sleep(1)
     return Outcome(done, failed)
+
+
+def _say_once_who_holds(run: RunConfig, directory: RunDirectory, told: set[str]) -> None:
+    """Print what a run of another machine, or one with a damaged claim, is waited for."""
+    if run.name not in told:
+        said = waited_for(directory)
+        if said is not None:
+            print(f"waiting for {run.name}: {said}", file=sys.stderr)
+            told.add(run.name)
+
+
+def _stop_if_told(run: RunConfig) -> None:
+    """Raise Preempted if this job is to stop; all its processes must ask equally often."""
+    from gqa_scaling import processes
+
+    if processes.preempted():
+        raise processes.Preempted(f"stopped before {run.name}")
 
 
 def _bring_to_end(run: RunConfig, directory: RunDirectory, store: TokenStore) -> bool:
@@ -243,13 +267,9 @@ def be_worker(share: str, parent: int) -> None:
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in share.split(",")])
+    from gqa_scaling.processes import end_with
 
-    def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with(parent)
 
 
 def check_worker() -> None:

@@ -1,8 +1,22 @@
 """An S3-compatible server (moto) in a thread of this process, that can go away and come back."""
 
 import socket
+import threading
+from typing import Any
 
 import moto.server
+from moto.s3.responses import S3Response
+
+_put, _one_at_a_time = S3Response.put_object, threading.Lock()
+
+
+def _put_object(self: S3Response) -> Any:
+    """moto looks whether a condition holds and then writes; a real server does both in one step."""
+    with _one_at_a_time:
+        return _put(self)
+
+
+S3Response.put_object = _put_object
 
 
 class Server:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,35 @@ def test_a_parameter_joined_in_all_layers_is_told():
     assert whole_parameters(Program("all-gather", 3, 96, 64), state, 2)
     assert not whole_parameters(Program("all-gather", 1, 64, 192), state, 1)
     assert not whole_parameters(Program("reduce-scatter", 3, 64, 192), state, 1)
+
+
+LONG = """
+import sys, time
+from gqa_scaling import compile
+def compile_step(*_):
+    print("compiling", flush=True)
+    time.sleep(60)
+    print("went on", flush=True)
+compile.compile_step, compile.chips = compile_step, lambda place: []
+sys.exit(compile.main())
+"""
+# Like `plan --compile`, whose compiler takes a minute.
+PARENT = """
+import json, os, subprocess, sys
+from gqa_scaling.config import ModelConfig, RunConfig
+run = RunConfig("a", ModelConfig(2, 32, 4, 2), context_length=64, batch_tokens=256, tokens=2560)
+request = {"run": run.to_dict(), "topology": "v5e:4x4", "parent": os.getpid()}
+subprocess.run([sys.executable, "-c", sys.argv[1]], input=json.dumps(request), text=True)
+"""
+
+
+def test_the_compiler_ends_with_the_process_that_asked_for_it():
+    command = [sys.executable, "-c", PARENT, LONG]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "compiling\n"
+        parent.terminate()
+        assert parent.stdout.read() == ""  # until the compiler, which writes there too, has ended
+    assert parent.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

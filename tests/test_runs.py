@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
-import types
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,14 @@ import pytest
 from gqa_scaling import runs
 from gqa_scaling.config import DataConfig, ModelConfig, RunConfig, UserError
 from gqa_scaling.runs import (
+    RENEW_SECONDS,
     STALE_SECONDS,
     RunDirectory,
     claim,
     read_json,
     run_directory,
     runs_root,
+    waited_for,
     write_atomic,
     write_json,
 )
@@ -356,29 +358,109 @@ def test_a_killed_claimant_loses_its_claim_even_before_its_parent_has_noticed(di
         assert taken(directory)
 
 
-@pytest.mark.parametrize(("age", "free"), [(STALE_SECONDS - 1, False), (STALE_SECONDS + 1, True)])
-def test_another_machines_claim_is_stale_when_not_renewed(directory, monkeypatch, age, free):
+AGES = [(STALE_SECONDS - 1, False), (STALE_SECONDS + 1, True)]
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """Make every clock say NOW, that of the disk as well."""
+    monkeypatch.setattr(runs.time, "time", lambda: NOW)
+    monkeypatch.setattr(runs, "_touched", lambda guard: NOW)
+
+
+@pytest.mark.parametrize(("age", "free"), [*AGES, *((-age, free) for age, free in AGES)])
+def test_another_machines_claim_is_stale_when_not_renewed(directory, now, age, free):
     directory.path.mkdir()
     plant(directory, host="elsewhere", pid=ended_pid())
     os.utime(directory.claim_file, (NOW - age, NOW - age))
-    monkeypatch.setattr(runs, "time", types.SimpleNamespace(time=lambda: NOW))
     assert directory.state() == ("stale" if free else "running")
     assert taken(directory) == free
 
 
-def test_a_damaged_claim_is_stale_when_not_renewed(directory, monkeypatch):
+@pytest.mark.parametrize(("age", "free"), AGES)
+@pytest.mark.parametrize("ahead", [-1e6, 1e6])
+def test_claims_are_judged_by_the_clock_of_their_disk(directory, monkeypatch, ahead, age, free):
     directory.path.mkdir()
-    directory.claim_file.write_text('{"host": "els')
+    plant(directory, host="elsewhere", pid=ended_pid())
+    on_disk = NOW + ahead  # this machine's own clock is wrong by days
+    os.utime(directory.claim_file, (on_disk - age, on_disk - age))
+    monkeypatch.setattr(runs.time, "time", lambda: NOW)
+    monkeypatch.setattr(runs, "_touched", lambda guard: on_disk)
+    assert taken(directory) == free
+
+
+def test_the_disks_clock_dates_what_is_touched(tmp_path):
+    file = tmp_path / "guard"
+    file.touch()
+    os.utime(file, (1.0, 1.0))
+    with open(file, "w") as guard:
+        os.utime(file, (1.0, 1.0))
+        assert runs._touched(guard) == file.stat().st_mtime > 1.0
+
+
+WHOLE = {"host": "elsewhere", "pid": 7, "born": "1", "token": "t"}
+GARBAGE = {
+    "cut short": b'{"host": "els',
+    "empty": b"",
+    "no text": b"\xff\xfe\x00",
+    "zeros": bytes(100),
+    "a list": b"[]",
+    "a number": b"7",
+    "nothing": b"null",
+    "brackets": b"[" * 100_000,
+    "no fields": b"{}",
+    "a field less": json.dumps({**WHOLE, "token": None}).encode(),
+    "words for a number": json.dumps({**WHOLE, "pid": "seven"}).encode(),
+    "truth for a number": json.dumps({**WHOLE, "pid": True}).encode(),
+    "everybody": json.dumps({**WHOLE, "pid": 0}).encode(),
+    "a group": json.dumps({**WHOLE, "pid": -7}).encode(),
+    "no such number": json.dumps({**WHOLE, "pid": 10**30}).encode(),
+    "our own": json.dumps({**WHOLE, "host": runs.socket.gethostname(), "pid": 10**30}).encode(),
+}
+
+
+@pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE)
+def test_a_damaged_claim_is_waited_for_no_longer_than_a_holder_needs_to_see_it(
+    directory, now, content
+):
+    directory.path.mkdir()
+    directory.claim_file.write_bytes(content)
+    for age, free in ((2 * RENEW_SECONDS - 1, False), (2 * RENEW_SECONDS + 1, True)):
+        os.utime(directory.claim_file, (NOW - age, NOW - age))
+        assert directory.state() == ("stale" if free else "running")
+        assert f"its claim {directory.claim_file} is damaged" in waited_for(directory)
+        assert taken(directory) == free
+
+
+def test_a_holder_whose_claim_is_damaged_stops(directory, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "RENEW_SECONDS", 0.001)
+    told = threading.Event()
+    monkeypatch.setattr(runs._thread, "interrupt_main", told.set)
+    with claim(directory) as mine:
+        assert mine
+        write_atomic(directory.claim_file, "[]")
+        until(told.is_set)
+    assert "its claim is damaged, stopping" in capsys.readouterr().err
+    assert directory.claim_file.read_text() == "[]"  # given back by nobody
+
+
+def test_what_is_waited_for_is_said_with_its_end(directory, now):
+    directory.path.mkdir()
+    assert waited_for(directory) is None
+    plant(directory)
+    assert waited_for(directory) is None  # a process here, whose progress is shown
+    plant(directory, host="node7", pid=123)
     os.utime(directory.claim_file, (NOW, NOW))
-    monkeypatch.setattr(runs, "time", types.SimpleNamespace(time=lambda: NOW))
-    assert not taken(directory)
-    os.utime(directory.claim_file, (NOW - STALE_SECONDS - 1,) * 2)
-    assert taken(directory)
+    end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(NOW + STALE_SECONDS))
+    assert waited_for(directory) == (
+        f"process 123 of node7 is at it; it is taken over at {end} "
+        "unless the claim is renewed before"
+    )
 
 
 def until(condition) -> None:
     """Wait for another thread; the limit only ends a test that would fail anyway."""
-    for _ in range(2000):
+    for _ in range(60_000):
         if condition():
             return
         threading.Event().wait(0.005)

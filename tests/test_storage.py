@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from gqa_scaling import storage
 from gqa_scaling.config import UserError
@@ -54,9 +55,68 @@ def test_no_listing_is_kept(bucket):
 
 
 def test_one_of_two_creates(bucket):
-    assert storage.create(bucket / "claim.json", "first")
-    assert not storage.create(bucket / "claim.json", "second")
-    assert (bucket / "claim.json").read_text() == "first"
+    file = bucket / "claim.json"
+    assert storage.version(file) is None
+    assert storage.replace(file, "first", None)
+    assert not storage.replace(file, "second", None)
+    assert file.read_text() == "first"
+
+
+def test_one_of_two_replaces(bucket):
+    file = bucket / "claim.json"
+    assert not storage.replace(file, "first", storage.NO_VERSION)
+    storage.write_atomic(file, "old")
+    seen = storage.version(file)
+    assert not storage.replace(file, "first", storage.NO_VERSION)
+    assert storage.replace(file, "first", seen)
+    assert not storage.replace(file, "second", seen)
+    assert file.read_text() == "first"
+    assert storage.version(file) != seen
+    file.unlink()
+    assert not storage.replace(file, "third", seen)
+    assert not file.exists()
+
+
+def test_nothing_is_created_in_a_bucket_that_is_not_there(bucket):
+    with pytest.raises(FileNotFoundError):
+        storage.replace(storage.as_path("s3://nowhere-at-all/claim.json"), "first", None)
+
+
+class Google:
+    """What gcsfs answers for a bucket of one object, which has a generation if it is there."""
+
+    base = "https://storage.googleapis.com/storage/v1/"
+
+    def __init__(self) -> None:
+        self.generation, self.asked = 0, []
+
+    def split_path(self, path):
+        return *path.removeprefix("gs://").split("/", 1), None
+
+    def info(self, path):
+        if not self.generation:
+            raise FileNotFoundError(path)
+        return {"generation": str(self.generation)}
+
+    def call(self, method, url, bucket, *, uploadType, name, ifGenerationMatch, data):
+        self.asked.append((method, url.format(bucket), uploadType, name, data))
+        if int(ifGenerationMatch) != self.generation:
+            raise FileExistsError(url)  # as gcsfs says of every condition that does not hold
+        self.generation += 7
+
+
+def test_google_replaces_by_generation(monkeypatch):
+    google, file = Google(), epath.Path("gs://tests/runs/claim.json")
+    monkeypatch.setattr(storage, "files_of", lambda path: google)
+    assert storage.version(file) is None
+    assert storage.replace(file, "first", None)
+    assert not storage.replace(file, "second", None)
+    seen = storage.version(file)
+    assert not storage.replace(file, "third", storage.NO_VERSION)
+    assert storage.replace(file, "third", seen)
+    assert not storage.replace(file, "fourth", seen)
+    upload = "https://storage.googleapis.com/upload/storage/v1/b/tests/o"
+    assert google.asked[0] == ("POST", upload, "media", "runs/claim.json", b"first")
 
 
 def test_a_growing_file_is_there_after_each_flush(bucket):

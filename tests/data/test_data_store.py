@@ -301,10 +301,12 @@ def start(path, config, stall=None):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
+    """Wait for another process; the limit only ends a test that would fail anyway."""
+    for _ in range(30_000):
+        if condition():
+            return
         time.sleep(0.01)
+    pytest.fail("nothing happened")
 
 
 def test_a_killed_prepare_leaves_no_store_and_the_next_one_cleans_up(config, tmp_path):
@@ -330,7 +332,7 @@ def group_alive(group):
 
 def test_two_prepares_at_once_make_one_store(config, tmp_path):
     both = [start(tmp_path / f"script{i}.py", config()) for i in range(2)]
-    assert [process.wait(timeout=30) for process in both] == [0, 0]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
     open_store(config()).verify()
     assert names(tmp_path) == ["s", "script0.py", "script1.py"]
 
@@ -343,7 +345,7 @@ def test_a_script_without_a_main_guard_fails_and_does_not_hang(config, tmp_path)
         [sys.executable, tmp_path / "script.py", arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=300,
     )
     assert run.returncode == 1
     assert "UserError: a worker died" in run.stderr

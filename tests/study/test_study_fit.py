@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -293,20 +292,10 @@ def test_everything_is_json(chen):
     assert "percentile shared bootstrap, 1000 refits, seed 0" in told["intervals"]
 
 
-def test_a_point_fit_takes_milliseconds_and_a_thousand_refits_well_under_two_seconds():
-    p = fit(published(), refits=100).points
-    model, ridge = fitting.make_model("separate", p, 64)
-    times = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        solve_point(model, p.loss, np.ones(len(p.n)), ridge)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.010
+def test_no_refit_of_a_thousand_fails():
     many = {h: (8e7 / (1 + 0.1 * math.log2(h[0])), 0.2, 2.0) for h in head_candidates(32)}
-    for results, limit in ((published(), 2.0), (study(many, 0.002), 5.0)):
-        begin = time.perf_counter()
+    for results in (published(), study(many, 0.002)):
         assert fit(results, refits=1000).refits_failed == 0
-        assert time.perf_counter() - begin < limit
 
 
 @given(st.floats(1e4, 1e12), st.floats(1e3, 1e9), st.floats(0.05, 0.5), st.floats(0, 3))

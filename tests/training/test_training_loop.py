@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_kit import tiny_run, traced_steps, write_corpus
 
-from gqa_scaling import costs, sweep
+from gqa_scaling import costs, processes, sweep
 from gqa_scaling.checkpoint import load_parameters
 from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunConfig, UserError
 from gqa_scaling.data import TokenStore, open_store, prepare
@@ -24,7 +25,8 @@ from gqa_scaling.data.loader import heldout_chunks
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.model.transformer import create
 from gqa_scaling.parallel import make_mesh
-from gqa_scaling.runs import RunDirectory, run_directory
+from gqa_scaling.runs import RunDirectory, run_directory, write_json
+from gqa_scaling.storage import make_folder
 from gqa_scaling.training import loop, step
 
 
@@ -193,6 +195,61 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
     )
     sweep.forget_failures(grid, tmp_path)
     assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_run_held_elsewhere_is_said_once_and_looked_for_less_and_less_often(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    root = request.getfixturevalue("bucket") if place == "bucket" else tmp_path
+    run, looks, slept = tiny_run(seed=1), [], 0
+    directory = run_directory(root, "tiny", run)
+    make_folder(directory.path)
+    other = {"host": "node7", "pid": 123, "born": "1", "token": "t"}
+    write_json(directory.claim_file, other)
+
+    def sleep(seconds: float) -> None:
+        nonlocal slept
+        slept += seconds
+        if slept == 100:
+            directory.claim_file.unlink()
+
+    hold = sweep.claim
+
+    def claim(directory: RunDirectory) -> AbstractContextManager[bool]:
+        looks.append(slept)
+        return hold(directory)
+
+    def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+        directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(sweep, "claim", claim)
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    assert sweep.run_sweep(experiment(run), root) == sweep.Outcome(1, 0)
+    in_bucket = [0, 2, 6, 14, 30, 62, 94, 126]
+    assert looks == (in_bucket if place == "bucket" else list(range(101)))
+    said = capsys.readouterr().err
+    assert said.startswith("waiting for tiny: process 123 of node7 is at it; it is taken over at ")
+    assert said.count("\n") == 1
+
+
+def test_a_sweep_that_waits_stops_when_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, slept = tiny_run(seed=1), []
+    directory = run_directory(tmp_path, "tiny", run)
+    make_folder(directory.path)
+    write_json(directory.claim_file, {"host": "node7", "pid": 1, "born": "1", "token": "t"})
+    monkeypatch.setattr(processes, "preempted", lambda: len(slept) == 3)
+    monkeypatch.setattr(sweep.time, "sleep", slept.append)
+    with pytest.raises(processes.Preempted, match="stopped before tiny"):
+        sweep.run_sweep(experiment(run), tmp_path)
+    assert slept == [1, 1, 1]
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, run: RunConfig, bad: Collection[int], by: float) -> None:

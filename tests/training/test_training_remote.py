@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from checkpoint_kit import abstract, same, save_steps, small_state
+from moto.s3.responses import S3Response
 from training_kit import tiny_run, write_corpus
 
 from gqa_scaling import cli, processes, runs
@@ -21,7 +24,7 @@ from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.runs import RunDirectory, claim, run_directory, write_json
 from gqa_scaling.status import read_checkpoints
-from gqa_scaling.storage import as_path, cache_folder, sizes, write_atomic
+from gqa_scaling.storage import as_path, cache_folder, replace, sizes, version, write_atomic
 
 EXPERIMENT = """
 import sys
@@ -286,34 +289,110 @@ def test_one_at_a_time_holds_a_run(bucket):
         assert third
 
 
-def test_a_stale_claim_is_taken_over_by_the_last_who_tries(bucket, monkeypatch):
+@pytest.fixture
+def stale(bucket, monkeypatch):
+    """A run whose holder, on another machine, has not been heard from for long."""
     directory = RunDirectory(bucket / "run")
-    stale = {"host": "elsewhere", "pid": 1, "born": "1", "token": "theirs"}
-    write_json(directory.claim_file, stale)
+    write_json(directory.claim_file, {"host": "elsewhere", "pid": 1, "born": "1", "token": "t"})
     with claim(directory) as mine:
         assert not mine  # it was renewed just now
     monkeypatch.setattr(runs, "STALE_SECONDS", -1)
     assert directory.state() == "stale"
-    other = {**stale, "token": "another's"}
-    monkeypatch.setattr(time, "sleep", lambda seconds: write_json(directory.claim_file, other))
-    with claim(directory) as mine:
-        assert not mine
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with claim(directory) as mine:
+    return directory
+
+
+def never(*_: object) -> None:
+    pytest.fail("it waits")
+
+
+def test_a_stale_claim_is_taken_over_at_once(stale, monkeypatch):
+    monkeypatch.setattr(time, "sleep", never)
+    with claim(stale) as mine:
         assert mine
-    assert not directory.claim_file.exists()
+    assert not stale.claim_file.exists()
+
+
+@pytest.mark.parametrize("happened", ["renewed", "taken over", "given back"])
+def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monkeypatch, happened):
+    """Between two requests of ours: the server refuses the one that takes it over."""
+    before, judge = json.loads(stale.claim_file.read_text()), runs._is_stale
+    new = {"renewed": {"renewed": 1.0}, "taken over": {"token": "another's"}}
+
+    def judge_and_lose(*looked: object) -> bool:
+        found = judge(*looked)
+        if happened == "given back":
+            stale.claim_file.unlink()
+        else:
+            write_json(stale.claim_file, before | new[happened])
+        return found
+
+    monkeypatch.setattr(runs, "_is_stale", judge_and_lose)
+    monkeypatch.setattr(time, "sleep", never)
+    with claim(stale) as mine:
+        assert not mine
+    if happened == "given back":
+        assert not stale.claim_file.exists()
+    else:
+        assert json.loads(stale.claim_file.read_text()) == before | new[happened]
+
+
+def test_of_many_that_find_a_claim_stale_one_has_it(stale, monkeypatch):
+    judge, many = runs._is_stale, threading.Barrier(8)
+
+    def judge_together(*looked: object) -> bool:
+        found = judge(*looked)
+        many.wait()  # nobody writes before all have judged
+        return found
+
+    monkeypatch.setattr(runs, "_is_stale", judge_together)
+
+    def contend(_: int) -> bool:
+        with claim(stale) as mine:
+            many.wait()  # nobody gives it back before all have tried
+            return mine
+
+    with ThreadPoolExecutor(many.parties) as pool:
+        assert sum(pool.map(contend, range(many.parties))) == 1
+
+
+@pytest.mark.parametrize("answer", ["writes in any case", "refuses conditions"])
+def test_where_the_server_cannot_decide_the_last_that_writes_has_a_stale_claim(
+    stale, monkeypatch, answer
+):
+    put = S3Response.put_object
+
+    def put_without_conditions(self: S3Response) -> object:
+        if "If-Match" in self.headers and answer == "refuses conditions":
+            return 501, {}, "<Error><Code>NotImplemented</Code></Error>"
+        self.headers = {k: v for k, v in self.headers.items() if k != "If-Match"}
+        return put(self)
+
+    monkeypatch.setattr(S3Response, "put_object", put_without_conditions)
+    other = {**json.loads(stale.claim_file.read_text()), "token": "another's"}
+    monkeypatch.setattr(time, "sleep", lambda seconds: write_json(stale.claim_file, other))
+    with claim(stale) as mine:
+        assert not mine
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with claim(stale) as mine:
+        assert mine
+    assert slept == [runs.SETTLE_SECONDS]
+    assert not stale.claim_file.exists()
 
 
 def test_a_claim_is_renewed(bucket, monkeypatch):
     directory = RunDirectory(bucket / "run")
     monkeypatch.setattr(runs, "RENEW_SECONDS", 0.05)
     with claim(directory):
-        before = directory.claim_file.read_text()
+        first = json.loads(directory.claim_file.read_text())
+        seen = version(directory.claim_file)
+        while version(directory.claim_file) == seen:
+            pass
+        assert not replace(directory.claim_file, "{}", seen)  # a stranger's that judged the first
         directory.claim_file.unlink()
         while not directory.claim_file.exists():
             pass
-        assert directory.claim_file.read_text() != ""
-        assert json.loads(directory.claim_file.read_text()) == json.loads(before)
+        assert json.loads(directory.claim_file.read_text())["token"] == first["token"]
 
 
 # -------------------------------------------------------------------------------------- tokens

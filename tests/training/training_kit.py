@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from gqa_scaling.config import (
@@ -56,7 +57,11 @@ def traced_steps(folder: Path) -> list[int]:
     (file,) = folder.glob("plugins/profile/*/*.xplane.pb")
     trace = jax.profiler.ProfileData.from_file(str(file))
     events = (e for plane in trace.planes for line in plane.lines for e in line.events)
-    return sorted({dict(e.stats)["step_num"] for e in events if e.name == "train"})
+    with warnings.catch_warnings():
+        # From Python 3.12 on C++ is warned of a type of its own; as an error that ends the process.
+        kind = "builtin type event_stats has no __module__ attribute"
+        warnings.filterwarnings("ignore", kind, DeprecationWarning)
+        return sorted({dict(e.stats)["step_num"] for e in events if e.name == "train"})
 
 
 def die() -> None:
