@@ -1,6 +1,6 @@
 """How good the study's estimates and decisions are, on synthetic data with a known truth.
 
-    python benchmarks/study.py recovery|speed|laws|robust|choice|coverage|suggest|sparsity
+    python benchmarks/study.py recovery|speed|laws|robust|choice|coverage|bound|suggest|sparsity
         [--sets 1000]
 
 Truths are the curves fitted to the 40 published points of Chen et al. 2025 unless said otherwise;
@@ -9,11 +9,13 @@ data sets of the default seed; those of seed 17 were looked at while the methods
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -23,7 +25,10 @@ from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula, training_flops
 from gqa_scaling.grid import head_candidates
 from gqa_scaling.ladder import FIGURE_2_LADDER
+from gqa_scaling.study import additive
+from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare
+from gqa_scaling.study.context import context_law
 from gqa_scaling.study.fit import BOOTSTRAPS, Fit, fit, interval
 from gqa_scaling.study.frontier import costs_at, decide, frontier, scale_of, tied
 from gqa_scaling.study.models import Separate, solve_point
@@ -88,6 +93,59 @@ def coverage(sets: int, seed: int) -> None:
             print(
                 f"coverage, {kind} bootstrap, {own:.1%} independent + {shared:.1%} shared noise, "
                 f"{sets} sets of seed {seed}: E {e:.1f}%, b {b:.1f}%, log N* {n:.1f}%",
+                flush=True,
+            )
+
+
+def bound(sets: int, seed: int) -> None:
+    """Noise and coverage where E is held at 0, counted as an E that absorbed nothing or as free.
+
+    Two configurations of five sizes, (a/N)^0.1 + E with 0.3% noise, at one training context or at
+    two: E is hardly told from 0. Of the data sets whose fitted E is 0: the mean of sigma^2 to its
+    true value, which should be 1, the share of such data sets, and how often the 90% intervals of
+    the shared bootstrap hold b and the loss at ten times the largest size.
+    """
+    blank, b, own = PUBLISHED.select(np.zeros(10, int)), 0.1, 0.003
+    layers = np.tile([12, 16, 20, 24, 28], 2)
+    h, kv = np.repeat([4, 8], 5), np.repeat([1, 8], 5)
+    n = n_formula(layers, 64 * layers, h, kv).astype(float)
+    columns = {"n_heads": h, "n_kv_heads": kv, "n_layers": layers, "d_model": 64 * layers}
+    columns |= {"n_params": n, "tokens": 20 * n}
+    columns["name"] = np.array([f"r{i}" for i in range(len(n))], object)
+    one = dataclasses.replace(blank, **columns, source="simulation")
+    both = one.select(np.tile(np.arange(10), 2))
+    both = dataclasses.replace(both, context_length=np.repeat([4096, 8192], 10))
+    engines = {
+        "one context": (one, fit),
+        "context law": (both, lambda r, **k: context_law(r, **k).fit),
+    }
+    modules = (fitting, additive)
+    for (name, (r, engine)), floor in itertools.product(engines.items(), (0.0, 0.5)):
+        true = floor + np.exp(0.6 - b * np.log(r.n_params / 2e8))
+        far = floor + np.exp(0.6 - b * np.log(10 * n.max() / 2e8))
+        told = {
+            "absorbed nothing": modules[0].absorbing,
+            "free": lambda jacobian, at_bound: jacobian,
+        }
+        for way, absorbing in told.items():
+            rows = []
+            for i in range(sets):
+                rng = np.random.default_rng((seed, i))
+                error = own * np.mean(true) * rng.standard_normal(len(r))
+                with contextlib.ExitStack() as stack:
+                    for module in modules:
+                        stack.enter_context(mock.patch.object(module, "absorbing", absorbing))
+                    f = engine(dataclasses.replace(r, loss=true + error), refits=200, seed=i)
+                if f.at_bound == "lower":
+                    low, high = interval(f.draws.b)
+                    ends = interval(f.draws.loss(1, 10 * n.max()))
+                    held = np.mean((low <= b) & (b <= high)), ends[0] <= far <= ends[1]
+                    rows.append(((f.sigma / (own * np.mean(true))) ** 2, *held))
+            square, inside, loss = np.mean(rows, 0)
+            print(
+                f"E held at 0 in {len(rows)} of {sets} sets of seed {seed}, {name}, true E {floor:g}, "
+                f"counted as if it {way if way != 'free' else 'were free'}: sigma^2 {square:.2f} of the "
+                f"true, b covered {inside:.0%}, loss at ten times the largest size {loss:.0%}",
                 flush=True,
             )
 
@@ -406,7 +464,8 @@ def suggest(sets: int, seed: int) -> None:
 
 if __name__ == "__main__":
     every = {
-        f.__name__: f for f in (recovery, speed, laws, robust, choice, coverage, suggest, sparsity)
+        f.__name__: f
+        for f in (recovery, speed, laws, robust, choice, coverage, bound, suggest, sparsity)
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", metavar="|".join(every))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.config import Question, UserError, require
-from gqa_scaling.storage import as_path, make_folder
+from gqa_scaling.storage import as_path
 
 if TYPE_CHECKING:
     from gqa_scaling.study.aligned import Aligned
@@ -406,13 +406,11 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.runs import runs_root
-    from gqa_scaling.study.report import write_report
+    from gqa_scaling.study.outputs import require_own, require_page
+    from gqa_scaling.study.report import BESIDE, write_report
     from gqa_scaling.study.sheets import aligned_sheets, aligned_tables, law_sheets, rich_sheet
     from gqa_scaling.study.tables import frontier_tables, training
 
-    results, question, found, answer = _answer(args, rest)
-    asked = args.train_context is not None or args.baseline_run is not None
-    aligned = _aligned(args, results, question, found) if found.tokens or asked else None
     source = as_path(args.source)
     if source.suffix == ".csv":
         folder = source.with_name(f"{source.stem}-report")
@@ -420,8 +418,14 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
         folder = runs_root() / (
             source.stem if source.suffix == ".py" else args.source.split(".")[-1]
         )
-    path = as_path(args.output) if args.output else folder / "report.html"
-    make_folder(path.parent)
+    path = folder / "report.html"
+    if args.output is not None:
+        path = as_path(args.output)
+        require_page(args.output, path, BESIDE)
+    require_own(path.parent, (path.name, *BESIDE), source)
+    results, question, found, answer = _answer(args, rest)
+    asked = args.train_context is not None or args.baseline_run is not None
+    aligned = _aligned(args, results, question, found) if found.tokens or asked else None
     sheets = [*law_sheets(found), *(aligned_sheets(aligned) if aligned else [])]
     more = found.to_dict() | ({"aligned": aligned.to_dict()} if aligned else {})
     write_report(path, results, found.fit, answer, command=args.command, sheets=sheets, beside=more)

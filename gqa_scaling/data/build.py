@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.spawn
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -73,6 +74,7 @@ def prepare(
     path = as_path(data.store_path)
     if not rebuild and (path / "store.json").exists():
         return _existing(data, path)
+    _require_no_other_files(path)
     if is_remote(path):
         return _prepare_remote(data, path, workers, show, rebuild)
     empty = path.is_dir() and not any(path.iterdir())
@@ -133,6 +135,33 @@ def _prepare_remote(
     cached.parent.mkdir(parents=True, exist_ok=True)
     made.path.rename(cached)
     return open_store(data)
+
+
+# What a store is made of (`store.py`), and the note that its files were verified.
+_OF_A_STORE = re.compile(
+    r"(store|tokenizer)\.json|(train|heldout)(-\d+\.bin|\.documents\.npy)|\.verified"
+)
+
+
+def _require_no_other_files(path: Path) -> None:
+    """Raise UserError where a new store would remove files that belong to none.
+
+    A store replaces its whole folder, or in a bucket every object below its name.
+    """
+    found = sizes(path)
+    others = sorted(name for name in found if not _OF_A_STORE.fullmatch(name))
+    if "store.json" in found and not any(name.endswith(".bin") for name in found):
+        try:
+            known = "splits" in json.loads((path / "store.json").read_bytes())
+        except (ValueError, TypeError):
+            known = False
+        others += [] if known else ["store.json"]
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    require(
+        not others,
+        f"{path} is in the way: {others[0] if others else ''}{more} in it is no part of a token store "
+        "and would be removed: move that away, or choose another data.store",
+    )
 
 
 def _existing(data: DataConfig, path: Path) -> TokenStore:

@@ -13,8 +13,26 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from gqa_scaling.config import require
-from gqa_scaling.study.fit import BOOTSTRAPS, MIN_SIZES, Bootstrap, Fit, Points, densities
-from gqa_scaling.study.models import Curves, _descend, floor_limits
+from gqa_scaling.study.fit import (
+    BOOTSTRAPS,
+    MIN_SIZES,
+    Bootstrap,
+    Fit,
+    Points,
+    _influence,
+    _scaled,
+    converged_draws,
+    densities,
+    drawn,
+)
+from gqa_scaling.study.models import (
+    _ITERATIONS,
+    Curves,
+    _descend,
+    absorbing,
+    bound_of,
+    floor_limits,
+)
 from gqa_scaling.study.noise import Noise, estimate
 from gqa_scaling.study.results import Heads, Results, pair
 from gqa_scaling.units import quantity
@@ -109,24 +127,6 @@ def _names(r: Results, rows: list[int]) -> np.ndarray:
     return np.array(names, dtype=object)
 
 
-def sizes(points: Points) -> np.ndarray:
-    """A label for each point's size: its (L, d), or the rank of its N when shapes are unknown."""
-    if points.n_layers.all():
-        shapes = np.stack([points.n_layers, points.d_model])
-        return np.unique(shapes, axis=1, return_inverse=True)[1].ravel()
-    out = np.zeros(len(points.n), int)
-    for k in range(len(points.heads)):
-        mine = points.curve == k
-        out[mine] = np.unique(points.n[mine], return_inverse=True)[1]
-    return out
-
-
-def labels(*columns: np.ndarray) -> np.ndarray:
-    """One label for every combination of these columns that occurs."""
-    whole = np.stack([np.asarray(c, float) for c in columns])
-    return np.unique(whole, axis=1, return_inverse=True)[1].ravel()
-
-
 # ------------------------------------------------------------------------------------ the model
 
 
@@ -192,7 +192,7 @@ class Additive:
         """The best few of a grid over what is not linear, with one b for all configurations."""
         (low,), (high,) = self.limits(y[None])
         root, rows, costs = np.sqrt(w), [], []
-        least = 1e-3 * np.ptp(y)
+        least = max(1e-3 * np.ptp(y), 1e-9)
         for basis, unpack in self.linear():
             for b in _SLOPES:
                 columns = np.hstack([basis, self.group * np.exp(-b * self.x)[:, None]])
@@ -259,7 +259,7 @@ class Additive:
         def cost(rows: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
             return (w * (y - self.predict(rows)) ** 2).sum(1)
 
-        return _descend(y, w, start, self.limits(y), cost, propose, 400)
+        return _descend(y, w, start, self.limits(y), cost, propose, _ITERATIONS)
 
     def best(self, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, bool]:
         """The least-squares parameters, the best of several starts, and whether they converged."""
@@ -310,6 +310,7 @@ def estimated(
     model: Additive,
     points: Points,
     groups: Sequence[np.ndarray],
+    law: str,
     bootstrap: Bootstrap = "shared",
     refits: int = 1000,
     seed: int = 0,
@@ -317,8 +318,9 @@ def estimated(
     """Fit the model to the points and bootstrap it as `fit` does its curves.
 
     `groups` are ways to label the points whose errors may be common (a size whatever else, or a
-    size in one setting); the one that the residuals speak for most is used. Raises UserError for
-    bootstrap "pairs": points redrawn may leave a shared term without any run.
+    size in one setting); the one that the residuals speak for most is used. `law` names the runs
+    and what is fitted to them. Raises UserError for bootstrap "pairs", as points redrawn may leave a
+    shared term without any run, and when most refits fail.
     """
     require(
         bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
@@ -331,18 +333,15 @@ def estimated(
     require(refits >= 100, f"refits={refits} must be at least 100 for an interval")
     p, w = points, points.replicates.astype(float)
     best, converged = model.best(p.loss, w)
+    at_bound = bound_of(float(best[0]), model.limits(p.loss[None]))
     jacobian, predicted = model.jacobian(best), model.predict(best[None])[0]
+    moving, none = absorbing(jacobian, at_bound), np.zeros(len(best))
     residual = p.loss - predicted
-    whole = np.sqrt(w)[:, None] * jacobian
-    norms = np.linalg.norm(whole, axis=0)
-    whole = whole / np.where(norms > 0, norms, 1)
-    inverse = np.linalg.pinv(whole)
-    leverage = np.clip((whole * inverse.T).sum(1), 0, 1)
-    moved = -inverse[0] * np.sqrt(w) * residual / np.maximum(1 - leverage, 1e-9)
+    leverage, influence = _influence(moving, w, residual, none)
     pure = p.noise_dof * (p.noise or 0.0) ** 2
     dof = max(len(p.n) - leverage.sum(), 1.0) + p.noise_dof
     sigma = float(np.sqrt(((w * residual**2).sum() + pure) / dof))
-    found = [estimate(residual, jacobian, w, g, pure, p.noise_dof, seed) for g in groups]
+    found = [estimate(residual, moving, w, g, pure, p.noise_dof, seed) for g in groups]
     common = min(found, key=lambda noise: 1.0 if noise.p_value is None else noise.p_value)
     rng = np.random.default_rng(seed)
     if bootstrap == "shared":
@@ -352,23 +351,22 @@ def estimated(
         pool = (pool - pool.mean()) / max(pool.std(), 1e-300)
         sigmas = sigma * np.sqrt(dof / rng.chisquare(dof, (refits, 1)))
         noise = sigmas * rng.choice(pool, (refits, len(pool))) / np.sqrt(w)
-    y = predicted + noise
+    y = drawn(predicted, noise, p.loss)
     rows, _, done = model.solve(y, np.broadcast_to(w, y.shape), np.repeat(best[None], refits, 0))
-    (low,), (high,) = model.limits(p.loss[None])
-    span = high - low
-    at_bound = "lower" if best[0] < low + 1e-6 * span else ""
+    draws = converged_draws(rows, done, law, "add runs, of more sizes or with several seeds")
+    whole, _ = _scaled(jacobian, w, none)
     return Estimate(
         parameters=best,
-        draws=rows[done],
+        draws=draws,
         predicted=predicted,
         leverage=leverage,
-        influence=moved / max(norms[0], 1e-300),
+        influence=influence,
         rank=int(np.linalg.matrix_rank(whole, tol=_DETERMINED * np.linalg.norm(whole, 2))),
         sigma=sigma,
         common=common,
         converged=converged,
-        at_bound="upper" if best[0] > high - 1e-6 * span else at_bound,
-        failed=int((~done).sum()),
+        at_bound=at_bound,
+        failed=refits - len(draws),
     )
 
 

@@ -11,20 +11,17 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from gqa_scaling.storage import make_folder, write_atomic
-
 RGBA = 4  # the colour space in a summary's image
 
 
-def write_images(folder: Path, images: Mapping[str, bytes]) -> Path:
-    """Write one events file with these pictures and remove those that were there before.
+def events_file(images: Mapping[str, bytes]) -> tuple[str, bytes]:
+    """One events file with these pictures: what its name ends in and what it holds.
 
-    `images` holds PNG files by name; they appear as study/<name>. The file appears whole. Its name is
-    new each time and sorts last, so that a TensorBoard that is watching goes on to it; step 0 again
-    tells it to forget the older pictures.
+    `images` holds PNG files by name; they appear as study/<name>. The file's name is new each time
+    and sorts last, so that a TensorBoard that is watching goes on to it; step 0 again tells it to
+    forget the older pictures.
     """
-    make_folder(folder)
-    before, now = list(folder.glob("events.out.tfevents.*")), time.time_ns()
+    now = time.time_ns()
     with tempfile.TemporaryDirectory() as scratch:
         aside = Path(scratch, "events")
         with closing(RecordWriter(str(aside))) as writer:
@@ -38,8 +35,4 @@ def write_images(folder: Path, images: Mapping[str, bytes]) -> Path:
                 event = Event(wall_time=now / 1e9, step=0, summary=Summary(value=[value]))
                 writer.write(event.SerializeToString())
             writer.flush()
-        whole = folder / f"events.out.tfevents.{now}.study"
-        write_atomic(whole, aside.read_bytes())
-    for file in before:
-        file.unlink(missing_ok=True)
-    return whole
+        return f"{now}.study", aside.read_bytes()

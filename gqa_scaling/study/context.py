@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from gqa_scaling.config import require
-from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated, labels, sizes
+from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated
 from gqa_scaling.study.fit import (
     LEVEL,
     SUSPICIOUS,
@@ -23,7 +23,10 @@ from gqa_scaling.study.fit import (
     Interval,
     _flagged,
     interval,
+    labels,
     plain,
+    size_labels,
+    sizes,
 )
 from gqa_scaling.study.frontier import default_baseline
 from gqa_scaling.study.results import Heads, Results, flags, pair
@@ -132,7 +135,7 @@ def context_law(
     reference = max(lengths, key=lambda t: (counts[t], t))
     model = OverContexts(found, lengths, reference)
     groups = (sizes(p), labels(sizes(p), found.context))
-    best = estimated(model, p, groups, bootstrap, refits, seed)
+    best = estimated(model, p, groups, f"{r.source}: the context law", bootstrap, refits, seed)
     others = [t for t in lengths if t != reference]
     delta, draws = np.zeros(len(lengths)), np.zeros((len(best.draws), len(lengths)))
     for i, t in enumerate(others):
@@ -287,7 +290,10 @@ def flatness(
     q0, q1 = (_basis(m) for m in (null, np.hstack([null, np.eye(own.max() + 1)[own]])))
     dof = (q1.shape[1] - q0.shape[1], len(r) - q1.shape[1])
     if dof[0] < 1:
-        why = "it needs a size that two configurations were both run at with two of these lengths"
+        why = (
+            "it needs a size that two configurations were both run at with two of these lengths"
+            + ("" if r.n_layers.all() else "; columns n_layers and d_model say which sizes are one")
+        )
         return Flatness(since, lengths, base, why)
     if dof[1] < MIN_DOF:
         why = (
@@ -319,12 +325,7 @@ def _where(r: Results) -> set[tuple[Heads, int]]:
 
 def _sizes(r: Results, curve: np.ndarray) -> np.ndarray:
     """A label for each run's size; one for each of its token budgets, where a size has several."""
-    if r.n_layers.all():
-        size = labels(r.n_layers, r.d_model, r.head_dim)
-    else:
-        size = np.zeros(len(r), int)
-        for k in range(curve.max() + 1):
-            size[curve == k] = np.unique(r.n_params[curve == k], return_inverse=True)[1]
+    size = labels(size_labels(curve, r.n_params, r.n_layers, r.d_model), r.head_dim)
     known = np.nan_to_num(r.tokens, nan=-1.0)
     cell = labels(curve, size, r.context_length)
     many = any(np.ptp(known[cell == c]) > 0 for c in range(cell.max() + 1))

@@ -24,6 +24,7 @@ from gqa_scaling.study.models import (
     Law,
     Model,
     Separate,
+    absorbing,
     floor_limits,
     formula,
     solve_point,
@@ -161,6 +162,35 @@ def densities(density: np.ndarray, curve: np.ndarray) -> np.ndarray:
     return np.exp(np.bincount(curve, np.log(density)) / np.bincount(curve))
 
 
+def labels(*columns: np.ndarray) -> np.ndarray:
+    """One label for every combination of these columns that occurs."""
+    whole = np.stack([np.asarray(c, float) for c in columns])
+    return np.unique(whole, axis=1, return_inverse=True)[1].ravel()
+
+
+def size_labels(
+    curve: np.ndarray, n: np.ndarray, n_layers: np.ndarray, d_model: np.ndarray
+) -> np.ndarray:
+    """A label for the size of each point or run: its (L, d), else the rank of its N on its curve.
+
+    Sizes are counted in this one way wherever errors of a size, or a size at several context
+    lengths, are looked at. Without shapes, ranks say which sizes belong together only where every
+    curve has equally many; elsewhere each size of each curve stands for itself.
+    """
+    if n_layers.all():
+        return labels(n_layers, d_model)
+    ranks = np.zeros(len(n), int)
+    for k in range(curve.max() + 1):
+        ranks[curve == k] = np.unique(n[curve == k], return_inverse=True)[1]
+    most = [ranks[curve == k].max() for k in range(curve.max() + 1)]
+    return labels(curve, n) if np.ptp(most) else ranks
+
+
+def sizes(p: Points) -> np.ndarray:
+    """`size_labels` of the points of a fit."""
+    return size_labels(p.curve, p.n, p.n_layers, p.d_model)
+
+
 # ------------------------------------------------------------------------------------- the fit
 
 
@@ -248,6 +278,16 @@ class Fit:
         """What the intervals are, in words."""
         kind = f"{'robust ' if self.robust else ''}{self.bootstrap}"
         return f"{LEVEL:.0%} percentile {kind} bootstrap, {self.refits} refits, seed {self.seed}"
+
+    @property
+    def left_out(self) -> str:
+        """What failed refits mean for the intervals, in words; "" where none failed."""
+        if not self.refits_failed:
+            return ""
+        many = self.refits_failed > MANY_FAILED * self.refits
+        return f"{self.refits_failed} of {self.refits} refits did not converge, left out" + (
+            ": the intervals are too short" if many else ""
+        )
 
     def index(self, heads: Heads) -> int:
         require(
@@ -365,7 +405,8 @@ def fit(
     weights = p.replicates.astype(float)
     model, ridge = make_model(law, p, results.head_dim[0])
     best, trust = solve_point(model, p.loss, weights, ridge), np.ones(len(p.n))
-    leverage, _ = _influence(best.jacobian, weights, p.loss, ridge)
+    moving = absorbing(best.jacobian, best.at_bound)
+    leverage, _ = _influence(moving, weights, p.loss, ridge)
     lean = 1 / np.sqrt(np.maximum(1 - leverage, 0.05))  # a curve follows a run it rests on
     for _ in range(_ROUNDS if robust else 0):
         at = model.predict(best.parameters[None])
@@ -378,17 +419,11 @@ def fit(
     if robust:
         noise_residual = np.where(spoiled, 0, _clipped(residual, weights, len(model.names)))
     squares, pure = (weights * noise_residual**2).sum(), p.noise_dof * (p.noise or 0.0) ** 2
-    floor = float(best.parameters[0])
-    (low,), (high,) = floor_limits(p.loss[None])
-    at_bound = "lower" if floor < low + 1e-6 * (high - low) else ""
-    at_bound = "upper" if floor > high - 1e-6 * (high - low) else at_bound
-    moving = best.jacobian.copy()
-    if at_bound:  # E took nothing from the residuals: what a free E would absorb is noise too
-        moving[:, 0] = 0.0
+    moving = absorbing(best.jacobian, best.at_bound)
     leverage, influence = _influence(moving, weights * trust, residual, ridge)
     noise_dof = max(len(p.n) - spoiled.sum() - leverage.sum(), 1.0) + p.noise_dof
     sigma = float(np.sqrt((squares + pure) / noise_dof))
-    common = estimate(noise_residual, moving, weights, _sizes(p), pure, p.noise_dof, seed)
+    common = estimate(noise_residual, moving, weights, sizes(p), pure, p.noise_dof, seed)
     rng = np.random.default_rng(seed)
     if bootstrap == "pairs":
         y = np.broadcast_to(p.loss, (refits, len(p.loss)))
@@ -398,18 +433,18 @@ def fit(
             noise = common.draw(refits, rng)
         else:
             noise = _noise(noise_residual, weights, leverage, sigma, noise_dof, refits, rng)
-        y = np.maximum(predicted + noise, 1e-3 * predicted)  # no loss is below 0
+        y = drawn(predicted, noise, p.loss)
         w = np.broadcast_to(weights, noise.shape)
     limits = floor_limits(np.where(w > 0, y, y.max()))
     rows, _, done = model.solve(y, w, np.repeat(best.parameters[None], refits, 0), limits)
     for _ in range(_ROUNDS if robust else 0):
         trusted = w * _trust(lean * (y - model.predict(rows)), w)
         rows, _, done = model.solve(y, trusted, rows, limits)
-    failed = int((~done).sum())
-    require(
-        2 * failed < refits,
-        f"{results.source}: {failed} of {refits} refits did not converge: these runs do not "
-        f"determine law {law!r}; add sizes, or fit a law with fewer parameters",
+    rows = converged_draws(
+        rows,
+        done,
+        f"{results.source}: law {law!r}",
+        "add sizes, or fit a law with fewer parameters",
     )
     fitted = Fit(
         source=results.source,
@@ -418,10 +453,10 @@ def fit(
         context_length=context_length,
         law=law,
         curves=model.curves(best.parameters),
-        draws=model.curves(rows[done]),
+        draws=model.curves(rows),
         names=model.names,
         parameters=best.parameters,
-        parameter_draws=rows[done],
+        parameter_draws=rows,
         predicted=predicted,
         leverage=leverage,
         influence=influence,
@@ -436,15 +471,35 @@ def fit(
         spoiled=tuple(p.name[spoiled].tolist()),
         rank=_rank(best.jacobian, weights * trust, ridge),
         converged=best.converged,
-        at_bound=at_bound,
+        at_bound=best.at_bound,
         shared=common,
         robust=robust,
         bootstrap=bootstrap,
         refits=refits,
-        refits_failed=failed,
+        refits_failed=refits - len(rows),
         seed=seed,
     )
     return _flagged(fitted, (*flags(results), *_budget_flag(results)))
+
+
+def drawn(predicted: np.ndarray, noise: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """The losses of every refit: the curves with fresh noise, kept above 0 as losses are."""
+    return np.maximum(predicted + noise, 1e-3 * loss)
+
+
+def converged_draws(rows: np.ndarray, done: np.ndarray, law: str, remedy: str) -> np.ndarray:
+    """The refits that converged, for intervals. Every engine takes its draws through here.
+
+    `law` names the runs and what was fitted to them. Raises UserError where half of the refits or
+    more failed: the others are then a selection, and no interval comes from none.
+    """
+    failed = int((~done).sum())
+    require(
+        2 * failed < len(done),
+        f"{law}: {failed} of {len(done)} refits did not converge: these runs do not determine it; "
+        f"{remedy}",
+    )
+    return rows[done]
 
 
 _STRENGTHS = tuple(np.geomspace(1e-3, 1e5, 25))
@@ -480,7 +535,8 @@ def make_model(
             trial = Joint(*shared, strength)
             found = solve_point(trial, y, w, trial.ridge)
             residual = y - trial.predict(found.parameters[None])[0]
-            leverage, _ = _influence(found.jacobian, w, residual, trial.ridge)
+            moving = absorbing(found.jacobian, found.at_bound)
+            leverage, _ = _influence(moving, w, residual, trial.ridge)
             return float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum())
 
         model = Joint(*shared, min(_STRENGTHS, key=left_out))
@@ -521,20 +577,6 @@ def _clipped(residual: np.ndarray, w: np.ndarray, parameters: int) -> np.ndarray
     """Residuals with those of spoiled runs cut back, their variance kept for good ones."""
     most = _CLIP * _scale_of(residual, w, parameters) / np.sqrt(w)
     return np.clip(residual, -most, most) / np.sqrt(_CLIPPED_VARIANCE)
-
-
-def _sizes(p: Points) -> np.ndarray:
-    """A label for each point's size: its (L, d), else its rank on its curve.
-
-    Without shapes and with curves of unlike length nothing says which points are of one size: each
-    is then its own.
-    """
-    if p.n_layers.all():
-        return np.unique(np.stack([p.n_layers, p.d_model]), axis=1, return_inverse=True)[1].ravel()
-    counts = np.bincount(p.curve)
-    if np.ptp(counts):
-        return np.arange(len(p.n))
-    return np.concatenate([np.arange(count) for count in counts])
 
 
 def _noise(
@@ -591,7 +633,7 @@ def _influence(
     inverse = np.linalg.pinv(whole)[:, :n]
     leverage = np.clip((whole[:n] * inverse.T).sum(1), 0, 1)
     change = -inverse[0] * np.sqrt(w) * residual / np.maximum(1 - leverage, 1e-9)
-    return leverage, change / max(norms[0], 1e-300)
+    return leverage, change / norms[0] if norms[0] > 0 else np.zeros(n)  # E at a bound stays there
 
 
 def _r2(y: np.ndarray, predicted: np.ndarray, w: np.ndarray) -> float:
@@ -633,11 +675,7 @@ def _flagged(fitted: Fit, known: Sequence[str]) -> Fit:
     if rising:
         out.append(f"loss does not fall with N for {', '.join(rising)}")
     if fitted.refits_failed:
-        many = fitted.refits_failed > MANY_FAILED * fitted.refits
-        out.append(
-            f"{fitted.refits_failed} of {fitted.refits} refits did not converge, left out"
-            + (": the intervals are too short" if many else "")
-        )
+        out.append(fitted.left_out)
     p = fitted.points
     told_apart = 1 + int((np.diff(np.sort(np.log2(p.density))) > MIN_SPREAD).sum())
     if fitted.law != "separate" and any(map(pattern_of, p.heads)):

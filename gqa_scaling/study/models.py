@@ -88,11 +88,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class Solution:
-    """Parameters of a point fit, the Jacobian of the predictions there, and whether it converged."""
+    """Parameters of a point fit, the Jacobian of the predictions there, and whether it converged.
+
+    `at_bound` is `bound_of` the fitted E.
+    """
 
     parameters: np.ndarray
     jacobian: np.ndarray
     converged: bool
+    at_bound: str
 
 
 class Model(Protocol):
@@ -123,9 +127,35 @@ class Model(Protocol):
 
 
 def floor_limits(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """E lies between 0 and just below the least loss, for every row of y."""
+    """E lies between 0 and just below the least loss, for every row of y.
+
+    Just below is a thousandth of the range of the losses. Where the least loss is smaller than
+    that, half of the least loss: the upper limit is above 0 for all losses above 0.
+    """
     least = y.min(1)
-    return np.zeros(len(y)), least - 1e-3 * (y.max(1) - least) - 1e-9
+    below = least - 1e-3 * (y.max(1) - least) - 1e-9
+    return np.zeros(len(y)), np.maximum(below, 0.5 * least)
+
+
+def bound_of(floor: float, limits: tuple[np.ndarray, np.ndarray]) -> str:
+    """Which of its limits a fitted E lies at: "lower", "upper", or "" for neither."""
+    (low,), (high,) = limits
+    near = 1e-6 * (high - low)
+    return "lower" if floor < low + near else "upper" if floor > high - near else ""
+
+
+def absorbing(jacobian: np.ndarray, at_bound: str) -> np.ndarray:
+    """The Jacobian of what the fit could turn to follow the losses: without E at a bound.
+
+    An E that its bound holds has taken nothing from the residuals. The sum of squares then holds
+    what a free E would have removed, and has one degree of freedom more: exactly one where the
+    true E lies at the bound, as the excluded part is then half of a normal distribution, whose
+    mean square is that of the whole, and a little less where it lies inside. Counted as if E were
+    free, the noise comes out too large. `benchmarks/study.py bound` measures both.
+    """
+    if not at_bound:
+        return jacobian
+    return np.hstack([np.zeros_like(jacobian[:, :1]), jacobian[:, 1:]])
 
 
 def solve_point(model: Model, y: np.ndarray, w: np.ndarray, ridge: np.ndarray) -> Solution:
@@ -154,7 +184,8 @@ def solve_point(model: Model, y: np.ndarray, w: np.ndarray, ridge: np.ndarray) -
         xtol=1e-14,
         gtol=1e-14,
     )
-    return Solution(best.x, model.jacobian(best.x), bool(best.success))
+    jacobian_there, at_bound = model.jacobian(best.x), bound_of(float(best.x[0]), limits)
+    return Solution(best.x, jacobian_there, bool(best.success), at_bound)
 
 
 def _descend(
@@ -168,7 +199,8 @@ def _descend(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Levenberg-Marquardt on every row of y at once: (parameters, sum of squares, converged).
 
-    Rows that are done are set aside, so that the slow ones do not hold up the rest.
+    Rows that are done are set aside, so that the slow ones do not hold up the rest. A row whose sum
+    of squares is not finite never counts as converged.
     """
     rows = start.copy()
     low, high = (np.broadcast_to(v, len(y)) for v in limits)
@@ -189,7 +221,7 @@ def _descend(
         damping = np.clip(np.where(better, damping * 0.1, damping * 10), 1e-15, 1e12)
         final[active], final_cost[active] = rows, cost
         if done.any():
-            converged[active[done]] = True
+            converged[active[done]] = np.isfinite(cost[done])
             active, y, w, rows, cost, damping, low, high = (
                 v[~done] for v in (active, y, w, rows, cost, damping, low, high)
             )

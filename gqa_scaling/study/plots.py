@@ -545,6 +545,20 @@ def _density_axis(axis: Axes, least: float) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
+FIGURES = (  # every name that a picture may have
+    "loss_curves",
+    "loss_against_costs",
+    "heat_map",
+    "savings",
+    "gains",
+    "probabilities",
+    "loss_against_heads",
+    "loss_against_density",
+    "loss_by_position",
+    "residuals",
+)
+
+
 def all_figures(
     fit: Fit, results: Results, answers: Frontier, sparse: Sparsity | None = None
 ) -> dict[str, tuple[Figure, str]]:

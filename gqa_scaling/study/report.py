@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import json
 import string
 from collections.abc import Sequence
 from importlib import resources
@@ -15,20 +16,29 @@ from matplotlib.figure import Figure
 
 from gqa_scaling import __version__
 from gqa_scaling.config import UserError
-from gqa_scaling.runs import write_json
-from gqa_scaling.storage import as_path, make_folder, write_atomic
+from gqa_scaling.storage import as_path
 from gqa_scaling.study import tables
-from gqa_scaling.study.board import write_images
+from gqa_scaling.study.board import events_file
 from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier
-from gqa_scaling.study.plots import STYLE, all_figures
+from gqa_scaling.study.outputs import PICTURES, write_files
+from gqa_scaling.study.plots import FIGURES, STYLE, all_figures
 from gqa_scaling.study.results import Heads, Results, pattern_of
 from gqa_scaling.study.sheets import Sheet, html_sheet, sparsity_sheet
 from gqa_scaling.study.sparsity import Sparsity, sparsity
 from gqa_scaling.study.tokens import spans_budgets
 
 _SPARSE = ("loss_against_density", "loss_by_position")
+# Every file that may lie beside the page; the pictures for TensorBoard by how their names begin.
+BESIDE = (
+    "results.csv",
+    "frontier.csv",
+    *(f"{data}.json" for data in ("fit", "frontier", "context_law", "token_law", "flatness")),
+    *(f"{data}.json" for data in ("aligned", "sparsity")),
+    *(f"figures/{name}.{kind}" for name in FIGURES for kind in ("svg", "png")),
+    PICTURES,
+)
 _DECISION = ("heat_map", "savings", "gains", "probabilities", "loss_against_costs")
 
 
@@ -46,27 +56,27 @@ def write_report(
     The figures are also written to study/ as TensorBoard images.
 
     `command` is what reproduces the study and is printed on the page. `sheets` are further tables
-    for it, and `beside` is further data, each key a JSON file. Returns the page's path.
+    for it, and `beside` is further data, each key a JSON file. Returns the page's path. Raises
+    UserError, and writes nothing, where it would replace a file that no report wrote (`outputs`).
     """
     path = as_path(path)
-    folder = path.parent
-    make_folder(folder / "figures")
+    files: dict[str, bytes] = {}
     pictures, images = {}, {}
     sparse = sparsity(fit, results, frontier)
     for name, (figure, caption) in all_figures(fit, results, frontier, sparse).items():
         svg, png = _render(figure, "svg"), _render(figure, "png")
-        write_atomic(folder / "figures" / f"{name}.svg", svg)
-        write_atomic(folder / "figures" / f"{name}.png", png)
+        files |= {f"figures/{name}.svg": svg, f"figures/{name}.png": png}
         pictures[name], images[name] = _picture(svg, caption), png
-    write_images(folder / "study", images)
-    write_atomic(folder / "results.csv", results_csv(results))
-    write_atomic(folder / "frontier.csv", frontier_csv(frontier))
-    write_json(folder / "fit.json", fit.to_dict())
-    write_json(folder / "frontier.json", frontier.to_dict())
-    for name, data in ((beside or {}) | ({"sparsity": sparse.to_dict()} if sparse else {})).items():
-        write_json(folder / f"{name}.json", data)
+    now, events = events_file(images)
+    files[PICTURES + now] = events
+    files["results.csv"] = results_csv(results).encode()
+    files["frontier.csv"] = frontier_csv(frontier).encode()
+    data = {"fit": fit.to_dict(), "frontier": frontier.to_dict(), **(beside or {})}
+    data |= {"sparsity": sparse.to_dict()} if sparse else {}
+    files |= {f"{name}.json": _json(value) for name, value in data.items()}
     text = page(results, fit, frontier, pictures, command, sheets, sparse)
-    write_atomic(path, text)
+    files[path.name] = text.encode()
+    write_files(path.parent, files)
     return path
 
 
@@ -76,6 +86,10 @@ def _render(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context(STYLE):  # the salt that makes two SVGs of one picture equal
         figure.savefig(out, format=kind, metadata=metadata)
     return out.getvalue()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _picture(svg: bytes, caption: str) -> str:

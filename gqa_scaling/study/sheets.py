@@ -197,6 +197,7 @@ def sparsity_sheet(found: Sparsity, objective: str) -> Sheet:
             f"Law {found.law}: each halving of density multiplies the excess loss over E by exp(r) = "
             f"{np.exp(found.rate):.4f} ({ends})"
             + (f", the first adds {millinats(adds)} millinats at that N" if adds else "")
+            + (f"; {found.left_out}" if found.left_out else "")
         )
     best = [
         f"{c.density:.3f} at {c.context:,} tokens ({pair(c.heads)}, in {percent(c.probability, 0)} of "

@@ -56,6 +56,7 @@ class Sparsity:
     Losses are compared at `n` parameters, savings at `loss` nats and `context` tokens. `rate` is r
     of the law `law`, None where `no_rate` says why there is none; `excess` is what dense models of
     `n` parameters lose above E by that law, in nats, a mean over heads, None without dense ones.
+    `left_out` says how many refits of that law failed, "" for none.
     """
 
     n: float
@@ -69,6 +70,7 @@ class Sparsity:
     rate_interval: Interval | None
     excess: float | None
     no_rate: str = ""
+    left_out: str = ""
 
     @property
     def halving(self) -> float | None:
@@ -149,6 +151,7 @@ def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None
         rate_interval=interval(law.parameter_draws[:, i]) if known else None,
         excess=_dense_excess(law, n) if known else None,
         no_rate="" if known else why or "the runs do not tell what density does from what heads do",
+        left_out=law.left_out if known else "",
     )
 
 

@@ -13,8 +13,17 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
-from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated, labels, sizes
-from gqa_scaling.study.fit import Bootstrap, Fit, Interval, _flagged, interval, plain
+from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated
+from gqa_scaling.study.fit import (
+    Bootstrap,
+    Fit,
+    Interval,
+    _flagged,
+    interval,
+    labels,
+    plain,
+    sizes,
+)
 from gqa_scaling.study.results import Heads, Results, flags
 from gqa_scaling.units import quantity
 
@@ -213,7 +222,7 @@ def token_law(
     )
     p, model = found.points, OverTokens(found)
     groups = (sizes(p), labels(sizes(p), _budget(found)))
-    best = estimated(model, p, groups, bootstrap, refits, seed)
+    best = estimated(model, p, groups, f"{r.source}: the token law", bootstrap, refits, seed)
     jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(best.parameters)
     condition = float(np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)))
     require(

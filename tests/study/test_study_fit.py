@@ -393,12 +393,12 @@ def test_what_is_shared_is_not_told_of_one_configuration():
 def test_sizes_are_labelled_by_shape_else_by_rank_else_not_at_all():
     r = study(TRUTH, 0.001)
     bare = dataclasses.replace(r, n_layers=0 * r.n_layers, d_model=0 * r.d_model)
-    shaped, ranked = (fitting._sizes(fitting.points(each)) for each in (r, bare))
+    shaped, ranked = (fitting.sizes(fitting.points(each)) for each in (r, bare))
     assert shaped.tolist() == ranked.tolist() == [0, 1, 2, 3, 4, 5] * 3
     assert fit(bare, refits=100).floor_interval == fit(r, refits=100).floor_interval
     uneven = bare.select(np.arange(len(bare)) != 0)  # ranks would join unlike sizes
     found = fit(uneven, refits=100)
-    assert len(set(fitting._sizes(found.points))) == len(uneven)
+    assert len(set(fitting.sizes(found.points))) == len(uneven)
     assert found.shared.p_value is None
     assert any("shared by a size cannot be told" in flag for flag in found.flags)
 
