@@ -197,6 +197,7 @@ class _Loop:
                 profiler.before(step, watch)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, *layout.place(next(batches)))
+                self.checkpoints.check()
                 watch.read()
                 watch.pending = step, metrics
                 stop = processes.preempted() and step < steps
