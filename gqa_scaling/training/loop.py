@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ from gqa_scaling.training.watch import NonFiniteLoss, Watch
 def keep_compiled(folder: Path) -> None:
     """Keep compiled programs in a folder that processes share, so that a restart need not wait.
 
-    An entry that a kill cut short would be refused and never replaced: it is removed.
+    An entry that a kill cut short would be refused and never replaced: it is removed. One that
+    cannot be written costs time only, and a run that needs the disk as well says so itself.
     """
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
     for entry in folder.glob("*-cache"):
         try:
             zstandard.ZstdDecompressor().decompress(entry.read_bytes())
