@@ -51,10 +51,11 @@ from gqa_scaling.training.watch import NonFiniteLoss, Watch
 def keep_compiled(folder: Path) -> None:
     """Keep compiled programs in a folder that processes share, so that a restart need not wait.
 
-    An entry that a kill cut short would be refused and never replaced: it is removed. One that
-    cannot be written costs time only, and a run that needs the disk as well says so itself.
+    An entry that a kill cut short would be refused and never replaced: it is removed. One that the
+    disk refuses costs time only, and a run that needs the disk as well says so itself.
     """
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
+    refused = r"Error (reading|writing) persistent compilation cache entry .*: \w+: \[Errno"
+    warnings.filterwarnings("ignore", refused)
     for entry in folder.glob("*-cache"):
         try:
             zstandard.ZstdDecompressor().decompress(entry.read_bytes())
