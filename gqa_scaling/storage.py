@@ -236,11 +236,12 @@ REMEDIES = {
     errno.EROFS: "mount it for writing",
     errno.EIO: "the device fails, see the system's log",
     errno.ESTALE: "mount it again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EACCES: "give this user access",
     errno.EPERM: "give this user access",
 }
 # These words are said of nothing else, also where a library kept only the words of an error.
-SAID_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+SAID_OF_DISKS = tuple(n for n in REMEDIES if n not in (errno.EACCES, errno.EPERM))
 
 
 def failure(error: BaseException, place: Path | None = None) -> StorageError | None:
