@@ -91,8 +91,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # not there, or on a disk that turned read-only
+            aside.unlink()
+        if isinstance(error, OSError):
+            error.filename = os.fspath(path)  # a failed write does not say of which file
         raise
 
 

@@ -164,6 +164,19 @@ def test_an_error_raised_beside_an_answered_one_is_its_own():
     assert storage.failure(caught.value) is None
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    storage.write_atomic(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        with pytest.raises(OSError, match="No space left") as caught:
+            storage.write_atomic(file, "new")
+    assert str(storage.failure(caught.value)).startswith(f"cannot use the disk ({file}): No space")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
 def chained(*errors):
     """The errors, each the cause of the one after it; the last is returned."""
     for cause, error in itertools.pairwise(errors):
