@@ -6,6 +6,7 @@ the devices from the bits in memory, before the save and again after the restore
 whole way between: layout, compression, storage and the mesh that it is restored onto.
 """
 
+import functools
 import math
 import shutil
 import sys
@@ -199,6 +200,11 @@ class Checkpoints:
         )
         self.manager.save(step, args=args, force=True)
 
+    def check(self) -> None:
+        """Raise what the last save raised, once it has ended; never waits."""
+        if not self.manager.is_saving_in_progress():
+            self.manager.wait_until_finished()
+
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The state of `step`, laid out as the abstract tree `like`, and its position.
 
@@ -257,13 +263,26 @@ def _committed_in(path: Path) -> type | None:
     return atomicity.CommitFileTemporaryPath
 
 
-def _in_background(path: Path, sealer: _Sealer) -> ocp.options.AsyncOptions:
-    """How Orbax is to save there. Where a server may be away it begins in the foreground.
+@functools.cache
+def _hush_late_answers() -> None:
+    """TensorStore tells a save that has failed already how its other requests ended, on stderr."""
+    tell = sys.unraisablehook
 
-    Its threads would otherwise wait five minutes for a folder that could not be made.
+    def tell_others(what: Any) -> None:
+        if what.object is not None or str(what.exc_value) != "Event loop is closed":
+            tell(what)
+
+    sys.unraisablehook = tell_others
+
+
+def _in_background(sealer: _Sealer) -> ocp.options.AsyncOptions:
+    """How Orbax is to save: it makes the folders in the foreground and writes in the background.
+
+    Its threads would otherwise wait for minutes for a folder that could not be made.
     """
+    _hush_late_answers()
     return ocp.options.AsyncOptions(
-        post_finalization_callback=sealer, create_directories_asynchronously=not is_remote(path)
+        post_finalization_callback=sealer, create_directories_asynchronously=False
     )
 
 
@@ -282,13 +301,13 @@ def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
         # at one stroke: no half-deleted checkpoint is ever seen (a bucket deletes 1000 files in one)
         todelete_subdir=None if is_remote(path) else REMOVED,
         temporary_path_class=_committed_in(path),
-        async_options=_in_background(path, sealer),
+        async_options=_in_background(sealer),
     )
     manager = ocp.CheckpointManager(absolute(path), options=options)
     abandoned = False
     try:
         yield Checkpoints(manager, sealer)
-    except Exception as error:  # its peers wait for this process to end; a server may never answer
+    except Exception as error:  # its peers wait for this process to end; storage may never answer
         abandoned = jax.process_count() > 1 or failure(error) is not None
         raise
     finally:
@@ -304,7 +323,7 @@ def save_parameters(path: Path, parameters: PyTree) -> None:
     path, sealer = absolute(path), _Sealer()
     with ocp.AsyncCheckpointer(
         ocp.StandardCheckpointHandler(),
-        async_options=_in_background(path, sealer),
+        async_options=_in_background(sealer),
         temporary_path_class=_committed_in(path),
     ) as saving:
         sealer.expect(path, parameters)

@@ -9,6 +9,7 @@ No jax here: a run's checkpoints can be verified on any machine that sees its fi
 it is being trained; nothing is written or removed but by `seal`.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -123,10 +124,11 @@ def _sha256(path: Path) -> str:
 
 
 def _unreadable(error: OSError, folder: Path) -> str:
-    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-    if not missing and is_remote(folder):
-        raise error  # a server that refuses just now is no damage
-    return "is missing" if missing else "cannot be read"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "is missing"
+    if is_remote(folder) or error.errno not in (errno.EIO, errno.EISDIR):
+        raise error  # what is refused just now, to this user or process, is no damage
+    return "cannot be read"
 
 
 # --------------------------------------------------------------------------------- a whole run

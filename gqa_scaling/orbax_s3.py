@@ -8,7 +8,6 @@ over a disk that all processes of a job share. To be dropped once Orbax does thi
 
 import functools
 import os
-import sys
 from typing import Any
 
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -31,18 +30,6 @@ def install() -> None:
         return _with_driver(ask(f"gs://{rest}", *args, **options), _driver(directory))
 
     tensorstore_utils.build_kvstore_tspec = answer
-    _hush_late_answers()
-
-
-def _hush_late_answers() -> None:
-    """TensorStore tells a save that has failed already how its other requests ended, on stderr."""
-    tell = sys.unraisablehook
-
-    def tell_others(what: Any) -> None:
-        if what.object is not None or str(what.exc_value) != "Event loop is closed":
-            tell(what)
-
-    sys.unraisablehook = tell_others
 
 
 def _driver(path: str) -> dict[str, Any]:

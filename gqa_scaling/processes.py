@@ -4,6 +4,7 @@ Exit codes that a launcher can act on: 0 done; 75 preempted, saved, start again;
 start again; 2 the user can mend it; 134, 137 and 143 a peer died, start again.
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -135,9 +136,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def joined() -> bool:
+    """Whether this process belongs to a job, which may have no other."""
+    return jax.distributed.is_initialized()
+
+
 def several() -> bool:
     """Whether this job has other processes."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return joined() and jax.process_count() > 1
 
 
 def is_leader() -> bool:
@@ -172,7 +178,9 @@ def preempted() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: at exit it would wait minutes for peers that wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process at once: at exit it would wait minutes for peers that wait for it, and for
+    threads that wait for a disk or a server."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # it may lie on the full disk that ends us
+            stream.flush()
     os._exit(code)

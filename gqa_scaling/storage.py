@@ -7,6 +7,7 @@ that replace the same version of it, only one succeeds. That is all the locking 
 """
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -93,8 +94,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # not there, or on a disk that turned read-only
+            aside.unlink()
+        if isinstance(error, OSError):
+            error.filename = os.fspath(path)  # a failed write does not say of which file
         raise
 
 
@@ -251,13 +255,42 @@ def cache_folder() -> Path:
 
 
 class StorageError(OSError):
-    """A bucket cannot be read or written just now; the message is one line."""
+    """A bucket or a disk cannot be read or written just now; the message is one line.
+
+    `exit_code` is that of a command that ends so.
+    """
+
+    exit_code = 1
 
 
-def failure(error: BaseException) -> StorageError | None:
-    """The failing bucket behind an error, however it was wrapped; None where there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
+class DiskError(StorageError):
+    """A disk of this machine is full, read-only, failing or closed to this user."""
+
+    exit_code = 2
+
+
+# What the system says of a disk that cannot be used, and what helps.
+REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "mount it for writing",
+    errno.EIO: "the device fails, see the system's log",
+    errno.ESTALE: "mount it again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EACCES: "give this user access",
+    errno.EPERM: "give this user access",
+}
+# These words are said of nothing else, also where a library kept only the words of an error.
+SAID_OF_DISKS = tuple(n for n in REMEDIES if n not in (errno.EACCES, errno.EPERM))
+
+
+def failure(error: BaseException, place: Path | None = None) -> StorageError | None:
+    """The failing bucket or disk behind an error, however it was wrapped; None if there is none.
+
+    A disk is named by the file in the error, or by `place` where the error has none.
+    """
+    for seen in _behind(error):
         if isinstance(seen, StorageError):
             return seen
         library = type(seen).__module__.partition(".")[0] in LIBRARIES
@@ -267,8 +300,38 @@ def failure(error: BaseException) -> StorageError | None:
                 f"remote storage failed ({type(seen).__name__}: {words}); what was saved is whole "
                 "and the same command continues when it answers again"
             )
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        number = _number(seen)
+        if number is not None:
+            named = getattr(seen, "filename", None) or place
+            where = f" ({os.fsdecode(named)})" if isinstance(named, str | bytes | Path) else ""
+            return DiskError(
+                f"cannot use the disk{where}: {os.strerror(number)}: {REMEDIES[number]}, then give "
+                "the same command again"
+            )
     return None
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what led to it, each once: libraries build chains that end in themselves."""
+    seen: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        this = left.pop()
+        if this is None or any(this is one for one in seen):
+            continue
+        seen.append(this)
+        yield this
+        left.append(this.__cause__ or (None if this.__suppress_context__ else this.__context__))
+        if isinstance(this, BaseExceptionGroup):
+            left.extend(this.exceptions)
+
+
+def _number(error: BaseException) -> int | None:
+    """What the system said of a disk in this error, as a key of REMEDIES; None if nothing."""
+    if isinstance(error, OSError) and error.errno is not None:
+        named = error.filename is not None or error.errno in SAID_OF_DISKS
+        return error.errno if error.errno in REMEDIES and named else None
+    return next((n for n in SAID_OF_DISKS if os.strerror(n) in str(error)), None)
 
 
 def _is_tensorstores(words: str) -> bool:

@@ -1,6 +1,5 @@
 """Carrying a grid out: which runs are left, training them, and showing how it goes."""
 
-import errno
 import os
 import shutil
 import signal
@@ -37,7 +36,6 @@ from gqa_scaling.units import byte_size, duration, quantity
 
 FAILED, TRAINING, EVALUATION, CLEANING = range(4)
 LONGEST_PAUSE = 32  # seconds between two looks at runs in a bucket that others are at
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         path = run.data.store_path
         if path not in stores:
             stores[path] = open_store(run.data)
-            stores[path].fetch()
+            stores[path].verify()
         check_layout(run, jax.device_count())
         check_profile(run)
         check_epochs(run, stores[path].train_tokens)
@@ -100,8 +98,8 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     A run that fails is recorded with its traceback and the next one starts; it is not tried again
     until `forget_failures`. In a job of several processes all of them call this and a failure is
     raised, as the others cannot go on. Raises UserError for what the user can mend, OSError for a
-    full or read-only disk or a bucket that is away, when no later run could do better, and Preempted
-    once all is saved.
+    disk or a bucket that cannot be used, when no later run could do better, and Preempted once all
+    is saved.
     """
     from gqa_scaling import processes
     from gqa_scaling.training.loop import keep_compiled
@@ -169,9 +167,9 @@ def _bring_to_end(run: RunConfig, directory: RunDirectory, store: TokenStore) ->
     except (UserError, processes.Preempted):
         raise
     except Exception as error:
-        disk = _disk_error(error)
-        if disk is not None:
-            raise disk from error
+        away = failure(error, directory.path)
+        if away is not None:
+            raise away from None
         if processes.several() and _may_be_a_peers(error):
             processes.wait_to_end()
         directory.fail(traceback.format_exc(), type(error).__name__)
@@ -202,25 +200,6 @@ def forget_failures(experiment: Experiment, root: Path) -> None:
     """Have the runs that failed tried again."""
     for run in experiment.runs:
         run_directory(root, experiment.name, run).failure_file.unlink(missing_ok=True)
-
-
-def _disk_error(error: BaseException) -> OSError | None:
-    """The full or read-only disk, or the bucket that is away, behind an error.
-
-    Libraries wrap it and keep only its words.
-    """
-    away = failure(error)
-    if away is not None:
-        return away
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
-            return seen
-        for code in DISK_ERRORS:
-            if os.strerror(code) in str(seen):
-                return OSError(code, os.strerror(code))
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def pending(experiment: Experiment, root: Path) -> list[RunConfig]:

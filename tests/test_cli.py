@@ -1,3 +1,4 @@
+import errno
 import html
 import json
 import os
@@ -7,10 +8,11 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from gqa_scaling import cli
+from gqa_scaling import cli, storage
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment import load_experiment
@@ -201,8 +203,8 @@ def test_a_damaged_result_is_named(call):
     assert "result.json is damaged" in err
 
 
-@pytest.mark.parametrize("number", [28, 30, 13])
-def test_a_full_or_read_only_disk_is_one_line(call, monkeypatch, number):
+@pytest.mark.parametrize("number", sorted(storage.REMEDIES), ids=errno.errorcode.get)
+def test_a_disk_that_cannot_be_used_is_one_line(call, monkeypatch, number):
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number), "runs/tiny/x")
 
@@ -210,7 +212,29 @@ def test_a_full_or_read_only_disk_is_one_line(call, monkeypatch, number):
     monkeypatch.setitem(cli.VERBS, "status", (fail, *about))
     code, out, err = call("status", TINY)
     assert (code, out) == (2, "")
-    assert err == f"gqa-scaling: cannot use the disk (runs/tiny/x): {os.strerror(number)}\n"
+    assert err == (
+        f"gqa-scaling: cannot use the disk (runs/tiny/x): {os.strerror(number)}: "
+        f"{storage.REMEDIES[number]}, then give the same command again\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_output_on_a_full_disk_is_said_where_it_can_be(workplace, full):
+    """Neither a traceback nor a second error at the interpreter's end."""
+    verb = [] if full == "stderr" else ["--json"]
+    argument = TINY if full == "stdout" else "experiments.nothing"
+    with open("/dev/full", "w") as device:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: device}
+        done = subprocess.run(
+            [sys.executable, "-m", "gqa_scaling", "status", argument, *verb], text=True, **pipes
+        )
+    assert done.returncode == 2
+    if full == "stdout":
+        assert done.stderr == (
+            "gqa-scaling: cannot use the disk: No space left on device: make room there, then give "
+            "the same command again\n"
+        )
 
 
 def test_a_mistake_of_ours_is_not_hidden(call, monkeypatch):

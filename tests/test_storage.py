@@ -1,6 +1,9 @@
 """Files on a disk and objects in a bucket, read and written alike."""
 
+import errno
 import io
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -219,6 +222,57 @@ def test_an_error_raised_beside_an_answered_one_is_its_own():
     with pytest.raises(KeyError) as caught:
         answered()
     assert storage.failure(caught.value) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    storage.write_atomic(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        with pytest.raises(OSError, match="No space left") as caught:
+            storage.write_atomic(file, "new")
+    assert str(storage.failure(caught.value)).startswith(f"cannot use the disk ({file}): No space")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
+def chained(*errors):
+    """The errors, each the cause of the one after it; the last is returned."""
+    for cause, error in itertools.pairwise(errors):
+        error.__cause__ = cause
+    return errors[-1]
+
+
+@pytest.mark.parametrize("number", storage.SAID_OF_DISKS, ids=errno.errorcode.get)
+def test_a_disk_is_known_however_it_is_wrapped(number):
+    words = os.strerror(number)
+    for error in (
+        OSError(number, words),
+        chained(OSError(number, words, "file"), ValueError("a save failed"), RuntimeError("ended")),
+        ValueError(f"INTERNAL: Error writing local file: {words} [source locations='x.cc:1']"),
+        ExceptionGroup("two", [ValueError("other"), OSError(number, words)]),
+    ):
+        found = storage.failure(error)
+        assert isinstance(found, storage.DiskError)
+        assert found.exit_code == 2
+        assert str(found).count("\n") == 0
+        assert f"{words}: {storage.REMEDIES[number]}" in str(found)
+
+
+def test_a_chain_of_errors_that_ends_in_itself_is_walked_once():
+    full, wrapped = OSError(errno.ENOSPC, "full"), RuntimeError("a save failed")
+    wrapped.__cause__, full.__cause__ = full, wrapped
+    assert isinstance(storage.failure(wrapped), storage.DiskError)
+    bug = ValueError("bug")
+    bug.__context__ = bug
+    assert storage.failure(bug) is None
+
+
+def test_what_is_refused_without_a_file_is_no_disk():
+    """Such as a signal to somebody else's process, or a device that is not ours."""
+    assert storage.failure(PermissionError(errno.EPERM, "Operation not permitted")) is None
+    assert storage.failure(ValueError("Permission denied by the accelerator's driver")) is None
 
 
 def test_the_cache_lies_where_it_is_told(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The verbs. Nothing heavy is imported until a verb needs it."""
 
 import argparse
+import contextlib
 import errno
 import os
 import shlex
@@ -64,20 +65,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _main(argv)
     except Exception:
-        if not _one_of_several():
+        if not _joined():
             raise
-        traceback.print_exc()
         code = 1
-    if code not in (0, 75) and _one_of_several():
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    if code not in (0, 75) and _joined():
         from gqa_scaling.processes import leave
 
         leave(code)
     return code
 
 
-def _one_of_several() -> bool:
+def _joined() -> bool:
+    """Whether this process belongs to a job, be it the only one in it: from then on threads may
+    wait for peers, for a server or for a disk, and an end by way of the interpreter for them."""
     processes = sys.modules.get("gqa_scaling.processes")
-    return processes is not None and processes.several()
+    return processes is not None and processes.joined()
+
+
+def _one_of_several() -> bool:
+    return _joined() and sys.modules["gqa_scaling.processes"].several()
+
+
+def _say(what: object) -> None:
+    """One line on stderr; where that too lies on a full disk, the exit code has to do."""
+    with contextlib.suppress(OSError):
+        print(f"gqa-scaling: {what}", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Have the interpreter not fail at its end on what stdout holds and nobody can take."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -86,28 +105,33 @@ def _main(argv: Sequence[str] | None) -> int:
         args.command = shlex.join(["gqa-scaling", *(sys.argv[1:] if argv is None else argv)])
         if args.root is not None:
             os.environ["GQA_SCALING_RUNS"] = args.root
-        return VERBS[args.verb][0](args, rest)
+        code = VERBS[args.verb][0](args, rest)
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        print(f"gqa-scaling: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         if _one_of_several():  # a supervisor is gone in the middle of a job
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:
         away = failure(error)
         if away is not None:
-            print(f"gqa-scaling: {away}", file=sys.stderr)
-            return 1
+            _say(away)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_output()
+            return away.exit_code
         if not isinstance(error, OSError):
             raise
-        disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-        if error.errno not in (*disk, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno not in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"gqa-scaling: cannot use the disk{where}: {error.strerror}", file=sys.stderr)
+        _say(f"cannot use the disk{where}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
-        print("gqa-scaling: interrupted; the same command continues", file=sys.stderr)
+        _say("interrupted; the same command continues")
         return 130

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.config import require
-from gqa_scaling.storage import StorageError, as_path, is_remote
+from gqa_scaling.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -207,22 +207,16 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.retry_failed and leads:
         sweep.forget_failures(experiment, root)
     shown = leads and not args.quiet
-    try:
-        with sweep.live_display(experiment, root) if shown else nullcontext():
-            if args.workers > 1:
-                sweep.check(experiment, root)
-                code = sweep.run_workers(_worker_command(args, rest), args.workers, left)
-            else:
-                try:
-                    code = sweep.run_sweep(experiment, root).exit_code
-                except processes.Preempted as stop:
-                    print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
-                    return processes.EXIT_PREEMPTED
-    except StorageError as error:
-        from gqa_scaling.processes import leave
-
-        print(f"gqa-scaling: {error}", file=sys.stderr)
-        leave(1)  # threads of a save would still wait for the server, and complain
+    with sweep.live_display(experiment, root) if shown else nullcontext():
+        if args.workers > 1:
+            sweep.check(experiment, root)
+            code = sweep.run_workers(_worker_command(args, rest), args.workers, left)
+        else:
+            try:
+                code = sweep.run_sweep(experiment, root).exit_code
+            except processes.Preempted as stop:
+                print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
+                return processes.EXIT_PREEMPTED
     if worker or not leads:
         return code
     code = max(code, sweep.report_end(experiment, root))

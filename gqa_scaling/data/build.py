@@ -43,6 +43,7 @@ from gqa_scaling.data.store import (
     open_store,
 )
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer, train_bpe
+from gqa_scaling.data.verification import NOTE
 from gqa_scaling.hardware import cores
 from gqa_scaling.storage import (
     as_path,
@@ -61,7 +62,7 @@ TASK_BYTES = 2**20  # text handed to a worker at once
 def prepare(
     data: DataConfig, *, workers: int | None = None, show: bool = True, rebuild: bool = False
 ) -> TokenStore:
-    """Make the token store of `data`, or return the one that is there.
+    """Make the token store of `data`, or verify and return the one that is there.
 
     The store is the same to the byte for every number of `workers` (default: one for each core;
     for bytes, where encoding costs less than passing text about, one). One means this process.
@@ -109,7 +110,9 @@ def prepare(
             f"a worker died while it tokenised {data.corpus!r}: if it printed nothing above, it most "
             "likely wanted for memory; use fewer workers"
         ) from error
-    return open_store(data)
+    store = open_store(data)
+    store.verify(again=True)
+    return store
 
 
 def _prepare_remote(
@@ -124,7 +127,7 @@ def _prepare_remote(
     (path / "store.json").unlink(
         missing_ok=True
     )  # until all of the new one is there, there is none
-    names = sizes(made.path)
+    names = {n: s for n, s in sizes(made.path).items() if n != NOTE}
     for stale in sizes(path).keys() - names:
         (path / stale).unlink()
     for file in names.keys() - {"store.json"}:
@@ -165,7 +168,7 @@ def _require_no_other_files(path: Path) -> None:
 
 
 def _existing(data: DataConfig, path: Path) -> TokenStore:
-    """The store in place, unless its corpus is at hand and has changed since."""
+    """The store in place, verified, unless its corpus is at hand and has changed since."""
     store = open_store(data)
     if data.corpus == "stdlib" or Path(data.corpus).expanduser().exists():
         require(
@@ -173,6 +176,8 @@ def _existing(data: DataConfig, path: Path) -> TokenStore:
             f"corpus={data.corpus!r} has changed since the token store {path} was made of it: choose "
             f"another data.store or {AGAIN}",
         )
+    if not is_remote(path):  # what lies in a bucket is verified when it is copied from there
+        store.verify(again=True)
     return store
 
 

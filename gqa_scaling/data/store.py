@@ -7,8 +7,8 @@
     heldout-00000.bin ...       the same for the held-out split
     heldout.documents.npy
 
-`build.py` makes one. The files of one in a bucket are copied to this machine's cache when they are
-first read, verified on the way.
+`build.py` makes one, `verification.py` tells whether it still is what was written. The files of one
+in a bucket are copied to this machine's cache when they are first read, verified on the way.
 """
 
 import bisect
@@ -27,6 +27,7 @@ import numpy as np
 
 from gqa_scaling.config import DataConfig, UserError, require
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
+from gqa_scaling.data.verification import verify, verify_file
 from gqa_scaling.storage import as_path, cache_folder, files_of, is_remote, sizes
 
 SCHEMA = 1
@@ -143,13 +144,22 @@ class TokenStore:
             with open(file.with_name(f".{file.name}.lock"), "w") as guard:
                 fcntl.flock(guard, fcntl.LOCK_EX)  # of the processes here one fetches it
                 if not _is_whole(file, entry):
-                    _fetch(self.path / entry["file"], file, entry)
+                    _fetch(self.path / entry["file"], file, entry, self.manifest)
         return file
 
-    def verify(self) -> None:
-        """Read every file and compare its checksum. Raises UserError naming a damaged file."""
-        for entry in _files(self.manifest):
-            _verify(self.path / entry["file"], self.path / entry["file"], entry)
+    def verify(self, again: bool = False) -> None:
+        """Have all tokens on this machine, and every file be what was written.
+
+        Files that have not changed since they were last verified are read only if `again`. Raises
+        UserError naming a damaged file.
+        """
+        if not is_remote(self.path):
+            verify(self.path, self.manifest, _files(self.manifest), AGAIN, again)
+            return
+        self.fetch()
+        shards = [entry for split in SPLITS for entry in self.manifest["splits"][split]["shards"]]
+        remedy = "remove it, and it is copied from the bucket again"
+        verify(cached_store(self.hash), self.manifest, shards, remedy, again)
 
     def describe(self) -> dict[str, Any]:
         """What a result records of its data; the same wherever the store lies."""
@@ -175,24 +185,15 @@ def _is_whole(file: Path, entry: dict[str, Any]) -> bool:
     return file.is_file() and file.stat().st_size == entry["bytes"]
 
 
-def _fetch(remote: Path, file: Path, entry: dict[str, Any]) -> None:
+def _fetch(remote: Path, file: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Copy a file here: aside, verified, renamed."""
     aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         files_of(remote).get_file(os.fspath(remote), os.fspath(aside))
-        _verify(aside, remote, entry)
+        verify_file(aside, entry, manifest, AGAIN, remote)
         aside.rename(file)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _verify(file: Path, named: Path, entry: dict[str, Any]) -> None:
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    require(
-        digest == entry["sha256"],
-        f"{named} is damaged, its sha256 is not the one recorded: {AGAIN}",
-    )
 
 
 def open_store(data: DataConfig) -> TokenStore:

@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ from gqa_scaling.training.watch import NonFiniteLoss, Watch
 def keep_compiled(folder: Path) -> None:
     """Keep compiled programs in a folder that processes share, so that a restart need not wait.
 
-    An entry that a kill cut short would be refused and never replaced: it is removed.
+    An entry that a kill cut short would be refused and never replaced: it is removed. One that the
+    disk refuses costs time only, and a run that needs the disk as well says so itself.
     """
+    refused = r"Error (reading|writing) persistent compilation cache entry .*: \w+: \[Errno"
+    warnings.filterwarnings("ignore", refused)
     for entry in folder.glob("*-cache"):
         try:
             zstandard.ZstdDecompressor().decompress(entry.read_bytes())
@@ -197,6 +201,7 @@ class _Loop:
                 profiler.before(step, watch)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, *layout.place(next(batches)))
+                self.checkpoints.check()
                 watch.read()
                 watch.pending = step, metrics
                 stop = processes.preempted() and step < steps

@@ -134,8 +134,8 @@ class Telemetry:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if not self._writes or (self._remote and error is not None and failure(error)):
-            return  # nobody waits for a server that does not answer
+        if not self._writes or (error is not None and failure(error)):
+            return  # nobody waits for storage that does not answer
         self._file.close()
         self._board.close()
 

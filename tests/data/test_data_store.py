@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from gqa_scaling.config import DataConfig, UserError
-from gqa_scaling.data import build, open_store, prepare
+from gqa_scaling.data import build, open_store, prepare, verification
+from gqa_scaling.data import store as store_module
+from gqa_scaling.data.verification import NOTE
 
 
 def held_out(text, fraction=0.2):
@@ -83,7 +85,7 @@ def test_the_number_of_workers_changes_no_byte(config, tmp_path, monkeypatch, to
         for n in (1, 2)
     ]
     assert stores[0].hash == stores[1].hash
-    files = names(stores[0].path)
+    files = [name for name in names(stores[0].path) if name != NOTE]
     assert filecmp.cmpfiles(stores[0].path, stores[1].path, files, shallow=False)[0] == files
 
 
@@ -206,14 +208,162 @@ def test_store_json_is_held_to_its_own_hash_and_schema(config, store):
         open_store(config())
 
 
-@pytest.mark.parametrize("file", ["train-00000.bin", "heldout.documents.npy"])
-def test_a_flipped_bit_is_found_by_verify(config, store, file):
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def out_of_range(path):
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the files that were read to verify them, in the order of their names."""
+    done = []
+    verify = verification.verify_file
+
+    def noted(file, *rest):
+        done.append(file.name)
+        verify(file, *rest)
+
+    monkeypatch.setattr(verification, "verify_file", noted)
+    return done
+
+
+@pytest.mark.parametrize("damage", [flip, zero, out_of_range])
+@pytest.mark.parametrize("file", ["train-00000.bin", "heldout-00000.bin", "train.documents.npy"])
+def test_what_is_not_as_it_was_written_is_found_also_after_it_was_whole(
+    config, store, file, damage
+):
     path = Path(shutil.copytree(store.path, config().store))
     opened = open_store(config())
     opened.verify()
-    flip(path / file)
-    with pytest.raises(UserError, match=f"{file} is damaged"):
+    damage(path / file)
+    for look in (lambda: open_store(config()).verify(), lambda: prepare(config())):
+        with pytest.raises(UserError, match=f"{file} is damaged.*--rebuild") as caught:
+            look()
+        assert str(caught.value).count("\n") == 0
+    assert opened.hash == prepare(config(), rebuild=True).hash
+    open_store(config()).verify()
+
+
+def test_a_whole_store_is_read_once_and_again_when_a_file_changes(config, reads):
+    files = names(prepare(config()).path)
+    files.remove("store.json")
+    files.remove(NOTE)
+    assert sorted(reads) == files  # when it was made
+    open_store(config()).verify()
+    assert sorted(reads) == files
+    shard = Path(config().store, "train-00000.bin")
+    shard.write_bytes(shard.read_bytes())
+    open_store(config()).verify()
+    assert sorted(reads) == sorted(files * 2)
+    prepare(config())
+    assert sorted(reads) == sorted(files * 3)  # always
+
+
+def test_bits_that_turn_without_a_trace_are_found_by_prepare_and_remembered(config, monkeypatch):
+    """As on a disk that rots: size and times stay as they were."""
+    path = prepare(config()).path
+    state = verification._state
+    before = state(path, open_store(config()).manifest, store_module._files(manifest_of(path)))
+    flip(path / "train-00000.bin")
+    monkeypatch.setattr(verification, "_state", lambda *_: before)
+    open_store(config()).verify()
+    for verb in (prepare, lambda data: open_store(data).verify()):
+        with pytest.raises(UserError, match=r"train-00000\.bin is damaged"):
+            verb(config())
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"[]", b"{}"])
+def test_a_note_that_says_something_else_counts_for_nothing(config, reads, garbage):
+    path = prepare(config()).path
+    (path / NOTE).write_bytes(garbage)
+    reads.clear()
+    open_store(config()).verify()
+    open_store(config()).verify()
+    assert len(reads) == 4
+
+
+def test_where_the_store_cannot_be_written_the_note_is_kept_in_the_cache(
+    config, store, monkeypatch, tmp_path, reads, capsys
+):
+    path = Path(shutil.copytree(store.path, config().store))
+    (path / NOTE).unlink(missing_ok=True)
+    (path / NOTE).mkdir()  # no file can be written there, also not by root
+    monkeypatch.setenv("GQA_SCALING_CACHE", str(tmp_path / "cache"))
+    open_store(config()).verify()
+    open_store(config()).verify()
+    assert len(reads) == 4
+    assert len(names(tmp_path / "cache" / "verified")) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GQA_SCALING_CACHE", str(tmp_path / "file"))  # nor there
+    open_store(config()).verify()
+    open_store(config()).verify()
+    assert len(reads) == 12
+    assert capsys.readouterr() == ("", "")
+
+
+def manifest_of(path):
+    return json.loads((path / "store.json").read_text())
+
+
+def sealed_anew(path, file, change):
+    """The file changed and its checksum with it, as by a program that wrote it wrongly."""
+    manifest = manifest_of(path)
+    change(path / file)
+    for entry in store_module._files(manifest):
+        if entry["file"] == file:
+            entry["sha256"] = hashlib.sha256((path / file).read_bytes()).hexdigest()
+    manifest["hash"] = store_module.content_hash(manifest)
+    (path / "store.json").write_text(json.dumps(manifest))
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(config, store):
+    path = Path(shutil.copytree(store.path, config().store))
+    sealed_anew(path, "heldout-00000.bin", out_of_range)
+    words = r"heldout-00000\.bin holds token 65535, but .* ends at 256: build it again"
+    with pytest.raises(UserError, match=words):
         open_store(config()).verify()
+
+
+@pytest.mark.parametrize("place", [0, 5, -1])
+def test_documents_must_end_one_after_the_other_and_where_the_tokens_do(config, store, place):
+    def change(file):
+        ends = np.load(file)
+        ends[place] += -ends[place] if place == 0 else 10**6
+        np.save(file, ends)
+
+    path = Path(shutil.copytree(store.path, config().store))
+    sealed_anew(path, "train.documents.npy", change)
+    with pytest.raises(UserError, match=r"train\.documents\.npy must say where documents end"):
+        open_store(config()).verify()
+
+
+def test_processes_that_verify_at_once_read_a_store_once(config, store, tmp_path):
+    Path(shutil.copytree(store.path, config().store))
+    (tmp_path / "s" / NOTE).unlink(missing_ok=True)
+    program = (
+        "import sys, time; from gqa_scaling.config import DataConfig\n"
+        "from gqa_scaling.data import open_store, verification\n"
+        "read = verification._read_all\n"
+        "def noted(*a): print('read'); time.sleep(0.5); read(*a)\n"
+        "verification._read_all = noted\n"
+        "data = DataConfig(corpus=sys.argv[1], heldout_fraction=0.2, store=sys.argv[2])\n"
+        "store = open_store(data); print('ready', flush=True); sys.stdin.readline()\n"
+        "store.verify()\n"
+    )
+    line = [sys.executable, "-c", program, config().corpus, config().store]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(line, **pipes) for _ in range(2)]
+    for one in both:
+        assert one.stdout.readline() == "ready\n"
+    for one in both:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    said = [one.communicate()[0] for one in both]
+    assert sorted(said) == ["", "read\n"]
+    assert [one.returncode for one in both] == [0, 0]
 
 
 def test_a_changed_tokenizer_json_is_refused_and_an_absent_one_is_not_needed(config, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints are whole or said not to be: every damage is found, named, and the step before used."""
 
+import errno
 import json
 import os
 import shutil
@@ -192,6 +193,22 @@ def test_a_file_that_cannot_be_read_is_damage(saved: Path, monkeypatch: pytest.M
     found = restored(saved)
     assert found.step == 5
     assert found.damaged[0].endswith("state/manifest.ocdbt cannot be read")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_what_is_refused_just_now_is_no_damage(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Taken for damage, the newest checkpoint would be removed."""
+
+    def refuse(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(checksums, "_sha256", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        restored(saved)
+    monkeypatch.undo()
+    assert restored(saved).step == 10
 
 
 def test_a_folder_that_is_gone_is_told_in_few_words(saved: Path) -> None:
