@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from gqa_scaling.config import UserError, require
 
+EXIT_MENDABLE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>
 HEARTBEAT_SECONDS = 30  # a process not heard from for so long is taken for dead, and all end
 
@@ -38,10 +39,43 @@ def join(alone: bool = False) -> None:
     They are told of by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by Cloud
     TPU, SLURM or GKE. A job of one process joins itself: only then does SIGTERM lead to a saved
     step. Raises UserError when the three variables are incomplete, or a cluster is there that
-    does not tell enough.
+    does not tell enough. A process whose devices do not start ends here, with 2 and one line: its
+    peers may wait for it.
     """
     if jax.distributed.is_initialized():
         return
+    _join(alone)
+    try:
+        require_platform()
+    except UserError as error:
+        print(f"gqa-scaling: {error}", file=sys.stderr)
+        leave(EXIT_MENDABLE)
+
+
+def require_platform() -> None:
+    """Raise UserError unless jax runs on the first platform that JAX_PLATFORMS names.
+
+    Where a machine has no such accelerator jax goes on with the next platform of the list, or
+    raises, and a job that is paid for an accelerator would train on the CPU.
+    """
+    named = os.environ.get("JAX_PLATFORMS", "")
+    wanted = named.partition(",")[0]
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: it tried none of them
+        words = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
+        problem = f"jax cannot start it ({words})" if words else "jax sees none here"
+    else:
+        if not wanted or found == {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted):
+            return
+        problem = f"jax sees none here and would run on the {found}"
+    raise UserError(
+        f"JAX_PLATFORMS={named!r} asks for {wanted or 'any device'}, but {problem}; see that the "
+        "machine has the device, its driver and a jax for it, or set JAX_PLATFORMS=cpu"
+    )
+
+
+def _join(alone: bool) -> None:
     _stop_with_supervisor()
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]

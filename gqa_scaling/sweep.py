@@ -59,9 +59,10 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
     import jax
 
     from gqa_scaling.data.loader import heldout_chunks
-    from gqa_scaling.processes import is_leader
+    from gqa_scaling.processes import is_leader, require_platform
     from gqa_scaling.training.loop import check_data
 
+    require_platform()
     stores: dict[str, TokenStore] = {}
     need = 0
     for run in experiment.runs:

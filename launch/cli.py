@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -37,6 +38,11 @@ OPTIONS: dict[str, dict[str, Any]] = {  # each engine names those that it reads
     "image": {"help": "a container that holds this checkout and its environment"},
     "partition": {"help": "as in sbatch (default: the cluster's own)"},
     "account": {"help": "as in sbatch"},
+    "sbatch": {
+        "action": "append",
+        "metavar": "OPTION=VALUE",
+        "help": "any other option of sbatch, such as qos=high; may be repeated",
+    },
     "setup": {
         "action": "append",
         "metavar": "COMMAND",
@@ -122,20 +128,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Match what is not finished to slices, say what it costs, ask, and submit it."""
+    target = _target(args)
+    engines()[args.target].require_fields(target)
+    root = _root(target)
+    if not (args.dry_run and is_remote(root)):
+        _read_states_from(root)
+        return _launch(args, target, root)
+    with tempfile.TemporaryDirectory() as empty:  # a bucket needs credentials
+        _read_states_from(empty)
+        return _launch(args, target, root)
+
+
+def _launch(args: argparse.Namespace, target: "Target", root: str) -> int:
     from gqa_scaling.experiment import load_experiment
     from gqa_scaling.runs import runs_root
     from gqa_scaling.sweep import forget_failures
     from launch.jobs import group
     from launch.submission import Study
 
-    engine, target = engines()[args.target], _target(args)
-    engine.require_fields(target)
-    _look_into_bucket(target)
+    engine = engines()[args.target]
     experiment = load_experiment(args.experiment, args.overrides).select(args.only)
-    study = Study(args.experiment, experiment.name, tuple(args.overrides), _root(target))
+    study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if target.engine != "slurm":
         _require_to_travel(experiment, study, target)
     left, said = _left_to_launch(experiment, args.retry_failed)
+    if args.dry_run and is_remote(root):
+        said += f" (--dry-run does not look into {root}: it assumes that nothing is finished there)"
     offered = engine.offered(target.largest)
     require(bool(offered), f"{args.target} starts no {target.largest.name}: name a larger slice")
     jobs = group(study.name, left.runs, offered, target.hardware, target.hours)
@@ -171,23 +189,21 @@ def _target(args: argparse.Namespace) -> "Target":
         spot=not getattr(args, "on_demand", True),
         bucket=args.bucket.rstrip("/"),
         setup=tuple(getattr(args, "setup", None) or ()),
+        sbatch=tuple(getattr(args, "sbatch", None) or ()),
         hours=args.hours,
         **{name: getattr(args, name, None) or "" for name in own},
     )
 
 
-def _look_into_bucket(target: "Target") -> None:
-    """Have the states of runs read where the jobs write them."""
-    if target.bucket:
-        os.environ["GQA_SCALING_RUNS"] = f"{target.bucket}/runs"
+def _read_states_from(root: str) -> None:
+    """Have finished runs, and learning rates that they chose, looked for in this folder."""
+    os.environ["GQA_SCALING_RUNS"] = root
 
 
 def _root(target: "Target") -> str:
     """The folder of the runs as every host is told it."""
-    from gqa_scaling.runs import runs_root
-    from gqa_scaling.storage import absolute
-
-    return f"{target.bucket}/runs" if target.bucket else os.fspath(absolute(runs_root()))
+    root = f"{target.bucket}/runs" if target.bucket else os.environ.get("GQA_SCALING_RUNS", "runs")
+    return root if is_remote(root) else os.path.abspath(root)
 
 
 def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target") -> None:

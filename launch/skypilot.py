@@ -59,7 +59,7 @@ def task(job: Job, target: Target, study: Study) -> dict[str, object]:
         "workdir": ".",
         "num_nodes": 1 if place.is_tpu else place.hosts,  # the hosts of a TPU slice are one node
         "resources": resources,
-        "envs": {"GQA_SCALING_RUNS": study.root},
+        "envs": study.environment(job),
         "setup": _script(target.setup_commands),
         "run": _script([*(_PEERS if not place.is_tpu and place.hosts > 1 else ()), command]),
     }

@@ -6,6 +6,7 @@ A job that was preempted or reached its time limit saves, and SLURM starts it ag
 import importlib.util
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -17,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 from gqa_scaling.config import require
 from launch.jobs import Job, by_slice, label
 from launch.submission import Step, Study, require_tool
-from launch.targets import Slice, Target, sizes_up_to
+from launch.targets import GPUS_PER_HOST, Slice, Target, sizes_up_to
 from launch.work import LOST, PREEMPTED, Work, commands
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 ABOUT = "a SLURM cluster with GPUs, as array jobs that are requeued"
-OPTIONS = ("partition", "account", "setup")
+OPTIONS = ("partition", "account", "setup", "sbatch")
+CPUS_PER_GPU = 8  # where a job has part of a node; every node with such GPUs has more than these
+GIB_PER_GPU = 64
 SAVE_SECONDS = 120  # before the time limit: to finish a step and save
 LOST_RESTARTS = 3  # a process that dies on a healthy machine will likely die again
 TIME_LIMITS = 50  # each follows hours of progress, but nothing goes on for ever
@@ -48,6 +51,60 @@ def require_fields(target: Target) -> None:
     )
     found = importlib.util.find_spec("submitit") is not None
     require(found, "slurm needs submitit: pip install -e '.[launch]'")
+    own_options(target)
+
+
+# What --sbatch may not change, and what says it instead.
+OF_THE_SLICE = "the slice decides it"
+OF_THE_LAUNCHER = "starting a job again and reading its log depend on it"
+SET_HERE = {
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node"), OF_THE_SLICE),
+    **dict.fromkeys(("array", "chdir", "job-name", "output", "error"), OF_THE_LAUNCHER),
+    **dict.fromkeys(("open-mode", "requeue", "no-requeue", "signal", "wrap"), OF_THE_LAUNCHER),
+    "partition": "give --partition",
+    "account": "give --account",
+    "time": "give --hours",
+}
+# Each of these, given with --sbatch, takes the place of what is asked for by default.
+INSTEAD_OF = {
+    "exclusive": ("exclusive", "oversubscribe"),
+    "cpus-per-task": ("cpus-per-task", "cpus-per-gpu"),
+    "mem": ("mem", "mem-per-cpu", "mem-per-gpu"),
+}
+
+
+def own_options(target: Target) -> dict[str, str | bool]:
+    """The options of `--sbatch qos=high --sbatch hold` by name; True where one takes no value.
+
+    Raises UserError for what is no option of sbatch by its form, or is set here.
+    """
+    options: dict[str, str | bool] = {}
+    for text in target.sbatch:
+        name, equals, value = text.removeprefix("--").partition("=")
+        name = name.replace("_", "-")
+        valid = re.fullmatch(r"[a-z][a-z0-9-]*", name) and value.isprintable()
+        require(
+            bool(valid) and bool(equals) == bool(value),
+            f"--sbatch {text!r} must be a long option of sbatch and its value, such as qos=high",
+        )
+        require(name not in SET_HERE, f"--sbatch {name} cannot be given: {SET_HERE.get(name)}")
+        options[name] = value if equals else True
+    return options
+
+
+def resources(place: Slice, target: Target) -> dict[str, str | int | bool]:
+    """What is asked for of each node beside its GPUs: all of it, or a fair part of it."""
+    given = own_options(target)
+    chosen: dict[str, str | int | bool] = (
+        {"exclusive": True, "mem": "0"}  # sbatch reads 0 as all memory
+        if place.chips_per_host == GPUS_PER_HOST
+        else {
+            "cpus-per-task": CPUS_PER_GPU * place.chips_per_host,
+            "mem": f"{GIB_PER_GPU * place.chips_per_host}G",
+        }
+    )
+    left = {k: v for k, v in chosen.items() if not given.keys() & set(INSTEAD_OF[k])}
+    return {**left, **given}
 
 
 @dataclass(frozen=True)
@@ -55,13 +112,18 @@ class ArrayTask:
     """A job as submitit pickles it, to be called on each of its nodes."""
 
     todo: tuple[tuple[str, ...], ...]
-    root: str
+    environment: dict[str, str]
     lost_restarts: int = LOST_RESTARTS
+
+    @property
+    def env_command(self) -> list[str]:
+        """The environment as a shell command says it, for people to read."""
+        return ["env", *(f"{name}={value}" for name, value in self.environment.items())]
 
     def __call__(self) -> None:
         """Do the runs; an exit code other than 0 becomes an exception and so SLURM's FAILED."""
         global _work, _lost
-        os.environ["GQA_SCALING_RUNS"] = self.root
+        os.environ.update(self.environment)
         _work, _lost = Work([list(command) for command in self.todo]), False
         signal.signal(signal.SIGTERM, _work.stop)
         code = _work.run()
@@ -106,7 +168,7 @@ def array_tasks(jobs: Sequence[Job], study: Study) -> list[ArrayTask]:
                 tuple(command)
                 for command in commands(study.spec, [r.name for r in job.runs], study.overrides)
             ),
-            study.root,
+            study.environment(job),
         )
         for job in jobs
     ]
@@ -118,6 +180,10 @@ def parameters(jobs: Sequence[Job], target: Target, study: Study) -> dict[str, A
     Twice the predicted time, as SLURM finds room for short jobs sooner; more is had by requeueing.
     """
     place, longest = jobs[0].slice, max(job.seconds for job in jobs)
+    asked = resources(place, target)
+    # srun does not take cpus-per-task over from sbatch, and without it may bind a task to one core
+    cpus = asked.get("cpus-per-task")
+    cores = "--cpu-bind=none" if cpus is None else f"--cpus-per-task={cpus}"
     chosen = {
         "job_name": label(study.name),
         "time": math.ceil(min(60 * target.hours, 30 + 2 * longest / 60)),
@@ -125,8 +191,9 @@ def parameters(jobs: Sequence[Job], target: Target, study: Study) -> dict[str, A
         "ntasks_per_node": 1,
         "gpus_per_node": place.chips_per_host,
         "signal_delay_s": SAVE_SECONDS,
-        "srun_args": ["--kill-on-bad-exit=1"],  # nodes whose peer failed wait for their end
-        "additional_parameters": {"requeue": True},
+        # nodes whose peer failed wait for their end
+        "srun_args": ["--kill-on-bad-exit=1", cores],
+        "additional_parameters": {"requeue": True, **asked},
     }
     optional = {
         "partition": target.partition,
@@ -158,7 +225,7 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
             **parameters(members, target, study),
         )
         tasks = [
-            f"task {i}, {job.name}: {shlex.join(command)}\n"
+            f"task {i}, {job.name}: {shlex.join([*task.env_command, *command])}\n"
             for i, (job, task) in enumerate(zip(members, array_tasks(members, study), strict=True))
             for command in task.todo
         ]

@@ -44,6 +44,14 @@ class Study:
         overrides = ["--", *self.overrides] if self.overrides else []
         return ["-m", "launch.work", self.spec, *(run.name for run in job.runs), *overrides]
 
+    def environment(self, job: Job) -> dict[str, str]:
+        """What every process of the job is told: where the runs are, and its accelerator.
+
+        `gqa-scaling run` ends with 2 where jax does not run on the first of these platforms.
+        """
+        platforms = "tpu,cpu" if job.slice.is_tpu else "cuda,cpu"
+        return {"GQA_SCALING_RUNS": self.root, "JAX_PLATFORMS": platforms}
+
 
 @dataclass(frozen=True)
 class Step:

@@ -85,6 +85,7 @@ class Target:
 
     `largest` is the largest slice a job may take. Runs are kept in `bucket`. `setup` are shell
     commands that make the environment .venv on a fresh machine, `image` a container that has one.
+    `sbatch` are further options of SLURM's sbatch, such as qos=high.
     """
 
     engine: str
@@ -100,6 +101,7 @@ class Target:
     setup: tuple[str, ...] = ()
     partition: str = ""
     account: str = ""
+    sbatch: tuple[str, ...] = ()
     hours: float = 24.0
 
     def __post_init__(self) -> None:
@@ -115,6 +117,7 @@ class Target:
         storage = {"gs": ",gcs", "s3": ",s3"}.get(self.bucket.partition("://")[0], "")
         return self.setup or (
             "python3 -m pip install --quiet --user uv",
+            "rm -rf .venv",  # of a machine that starts again, whole or not; uv refuses both
             "python3 -m uv venv --quiet --python 3.12 .venv",
             "python3 -m uv pip install --quiet --python .venv/bin/python -e "
             f"'.[{'tpu' if self.largest.is_tpu else 'cuda'}{storage}]'",

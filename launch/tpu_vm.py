@@ -1,6 +1,6 @@
 """Cloud TPU queued resources: one slice for each job, with nothing but gcloud.
 
-Every worker of the slice runs the same start-up script, and systemd there acts on exit codes.
+Every worker of the slice runs the same start-up script, which gives the slice back at the end.
 """
 
 import hashlib
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gqa_scaling.config import require
-from launch.jobs import Job
+from launch.jobs import Job, by_slice
 from launch.skypilot import RUNTIME
 from launch.submission import Step, Study, require_google_account, run
 from launch.targets import Slice, Target, sizes_up_to
-from launch.work import DONE, FAILED, MENDABLE, PREEMPTED
+from launch.work import LOST, PREEMPTED
 
 ABOUT = "Cloud TPU queued resources, with nothing but gcloud"
 OPTIONS = ("on-demand", "project", "zone", "setup")
@@ -65,48 +65,74 @@ def code_digest(names: Sequence[str]) -> str:
 
 
 def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
-    """What every worker does when it boots.
+    """What every worker does when it boots: as a start-up script, and then as a service.
 
-    systemd starts the job again when it was preempted or lost a process, STARTS_A_DAY times at
-    most. When it is over the first worker copies its log to the bucket and gives the slice back.
+    The service goes on after the start-up script and hears SIGTERM when the machine is shut down.
+    It starts the job again when it was preempted or lost a process, STARTS_A_DAY times at most.
+    Whatever fails, the worker copies its log to the bucket and deletes the slice; where that is
+    refused the log says what the slice costs.
     """
-    where = ["--project", target.project, "--zone", target.zone]
-    delete = shlex.join([*_QUEUED, "delete", job.name, *where, "--force", "--quiet", "--async"])
-    log = f"{target.bucket}/logs/{job.name}.log"
-    over = "|".join(f"{code}:*-w-0" for code in (DONE, FAILED, MENDABLE))
-    unit = {
-        "Restart": "on-failure",
-        "RestartForceExitStatus": f"{PREEMPTED} 143",
-        "RestartPreventExitStatus": f"{FAILED} {MENDABLE}",
-        "RestartSec": "30",
-        "StartLimitIntervalSec": "1d",
-        "StartLimitBurst": str(STARTS_A_DAY),
-        "StandardOutput": f"append:{HOME}/log",
-        "StandardError": f"append:{HOME}/log",
-    }
-    start = ["systemd-run", "--unit=gqa-scaling", f"--working-directory={HOME}"]
-    start += [f"--property={key}={value}" for key, value in unit.items()]
+    log = f'"{target.bucket}/logs/{job.name}-w-$worker.log"'
+    delete = delete_command(job, target)
+    refused = f"{job.name} could not be deleted. It is billed {billed(job.slice, target)} until you do: {delete}"
+    environment = [f"{name}={shlex.quote(v)}" for name, v in study.environment(job).items()]
+    again = "|".join(map(str, (PREEMPTED, *LOST)))
+    copy = shlex.join(["gcloud", "storage", "rsync", "--recursive", copied, "."])
+    set_up = "\n".join([copy, *target.setup_commands])
     lines = [
         "#!/bin/bash",
-        "set -euo pipefail",
-        "export HOME=/root",
-        f"mkdir -p {HOME}",
-        f"cd {HOME}",
-        shlex.join(["gcloud", "storage", "rsync", "--recursive", copied, "."]),
-        *target.setup_commands,
-        "cat > job.sh <<'END_OF_JOB'",
-        f"export HOME=/root GQA_SCALING_RUNS={shlex.quote(study.root)}",
-        shlex.join([".venv/bin/python", *study.work(job)]),
-        "code=$?",
-        f'case "$code:$(hostname)" in {over})',
-        f"  gcloud storage cp log {shlex.quote(log)}",
-        f"  {delete}  # an idle slice is billed",
-        "esac",
-        "exit $code",
-        "END_OF_JOB",
-        shlex.join([*start, "/bin/bash", "job.sh"]),
+        f"export HOME=/root {' '.join(environment)}",
+        "worker=$(hostname)",
+        "case $worker in *-w-*) worker=${worker##*-w-} ;; *) worker=0 ;; esac",
+        "",
+        "give_back() {  # the slice is billed until it is deleted",
+        '  [ -z "$stopped" ] || exit  # the machine is shut down: its next boot begins again',
+        '  echo "$1: the slice is given back"',
+        f"  gcloud storage cp log {log}",
+        f"  until {delete} --async; do",
+        f"    echo {shlex.quote(refused)}",
+        f"    gcloud storage cp log {log}",
+        "    sleep 600 || break",
+        "  done",
+        "  exit",
+        "}",
+        "",
+        f"mkdir -p {HOME} && cd {HOME} && exec >> log 2>&1 || give_back 'no log can be written'",
+        'if [ "$1" != service ]; then',
+        "  systemctl is-active --quiet gqa-scaling && exit  # somebody ran this script by hand",
+        f'  cp "$0" {HOME}/job.sh &&',
+        f"    systemd-run --unit=gqa-scaling /bin/bash {HOME}/job.sh service && exit",
+        "  give_back 'the service could not be started'",
+        "fi",
+        "",
+        "trap 'stopped=yes' TERM",
+        f"timeout 1h /bin/bash -euo pipefail -c {shlex.quote(set_up)}",  # a command with an open quote fails alone
+        "[ $? = 0 ] || give_back 'the machine could not be set up'",
+        "",
+        'while [ -z "$stopped" ]; do',
+        "  today=$(date +%F)",
+        '  echo "started on $today" >> starts &&',
+        f'    [ "$(grep -c "$today" starts)" -le {STARTS_A_DAY} ] ||',
+        f"    give_back 'the job has ended early {STARTS_A_DAY} times today'",
+        f"  {shlex.join(['.venv/bin/python', *study.work(job)])}",
+        "  code=$?",
+        '  [ -z "$stopped" ] || exit',
+        f"  case $code in {again}) sleep 30 ;; *) break ;; esac",
+        "done",
+        '[ $worker != 0 ] || give_back "the job ended with exit code $code"',
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def delete_command(job: Job, target: Target) -> str:
+    """The shell command that deletes a job's slice and its place in the queue."""
+    where = ["--project", target.project, "--zone", target.zone]
+    return shlex.join([*_QUEUED, "delete", job.name, *where, "--force", "--quiet"])
+
+
+def billed(place: Slice, target: Target) -> str:
+    """What a slice costs, as people read it."""
+    return f"${place.chips * target.hardware.price:,.2f} an hour"
 
 
 _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
@@ -139,15 +165,14 @@ def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
 def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
     """What to type next."""
     where = shlex.join(["--project", target.project, "--zone", target.zone])
-    names = [job.name for job in jobs]
+    costs = ", ".join(f"{place.name} {billed(place, target)}" for place in by_slice(jobs))
     return [
         f"queue:    {shlex.join(_QUEUED)} list {where}",
-        *(
-            f"log:      gcloud compute tpus tpu-vm ssh {name} {where} --worker=0 "
-            f"--command='tail -f {HOME}/log'"
-            for name in names[:1]
-        ),
-        *(f"clean up: {shlex.join(_QUEUED)} delete {n} {where} --force --quiet" for n in names),
-        f"a slice gives itself back when its job is over, and its log is then in {target.bucket}/logs;",
-        "one that was preempted must be deleted, and its job launched again",
+        f"log:      gcloud compute tpus tpu-vm ssh {jobs[0].name} {where} --worker=0 "
+        f"--command='tail -f {HOME}/log'",
+        *(f"clean up: {delete_command(job, target)}" for job in jobs),
+        f"A slice is billed from when it is made until it is deleted ({costs}). It copies its log to",
+        f"{target.bucket}/logs and deletes itself when its job is over or cannot go on. Where it may",
+        "not, the last line of that log says so: clean up. One that was preempted must be deleted,",
+        "and its job launched again.",
     ]

@@ -43,8 +43,8 @@ def require_fields(target: Target) -> None:
 
 def command_line(job: Job, study: Study) -> str:
     """The shell command of the container. `exec`, as xpk sends SIGTERM to its shell only."""
-    environment = f"GQA_SCALING_RUNS={study.root}"
-    line = shlex.join(["exec", "env", environment, "python", *study.work(job)])
+    environment = [f"{name}={value}" for name, value in study.environment(job).items()]
+    line = shlex.join(["exec", "env", *environment, "python", *study.work(job)])
     return line.replace("$", "$$")  # Kubernetes replaces $(NAME) and reads $$ as $
 
 

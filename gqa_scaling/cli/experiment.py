@@ -109,6 +109,9 @@ def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
     else:
         import jax
 
+        from gqa_scaling.processes import require_platform
+
+        require_platform()
         kind, devices = jax.devices()[0].device_kind, jax.device_count()
         row = hardware.detected(kind, devices)
         known = ", ".join(hardware.HARDWARE)

@@ -50,7 +50,7 @@ def tools(tmp_path, monkeypatch):
 def bucket(tmp_path, monkeypatch):
     """gs://mine, whose runs lie in a folder here and whose tokens are there."""
     monkeypatch.setenv("GQA_SCALING_RUNS", str(tmp_path / "bucket"))
-    monkeypatch.setattr(cli, "_look_into_bucket", lambda target: None)
+    monkeypatch.setattr(cli, "_read_states_from", lambda root: None)
     monkeypatch.setattr(cli, "_require_tokens", lambda experiment: None)
     return tmp_path / "bucket"
 

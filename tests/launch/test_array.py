@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def executor(tmp_path, monkeypatch):
 
 def task(*bodies):
     start = "import os, signal, sys, time\n"
-    return ArrayTask(tuple((sys.executable, "-S", "-c", start + b) for b in bodies), "runs")
+    return ArrayTask(tuple((sys.executable, "-S", "-c", start + b) for b in bodies), {})
 
 
 def children(pid):
@@ -151,7 +152,8 @@ def test_two_of_twelve_are_killed_and_all_results_are_those_of_an_undisturbed_sw
     study = Study("twelve.py", "twelve", (), str(tmp_path / "array"))
     runs = load_experiment("twelve.py").runs
     jobs = [Job(run.name, SLICES["1xH100"], (run,), 60.0) for run in runs]
-    tasks = array_tasks(jobs, study)
+    on_cpu = {"GQA_SCALING_RUNS": study.root, "JAX_PLATFORMS": "cpu"}
+    tasks = [replace(each, environment=on_cpu) for each in array_tasks(jobs, study)]
     long = [i for i, run in enumerate(runs) if run.tokens == max(r.tokens for r in runs)]
     assert len(tasks) == 12
     assert len(long) == 2

@@ -104,7 +104,8 @@ def test_xpk_gets_a_workload(workplace, bucket, tools):
     account, call = tools.calls()
     assert account == ACCOUNT
     assert call[:4] == ["xpk", "workload", "create", "--workload"]
-    inside = "exec env GQA_SCALING_RUNS=gs://mine/runs python -m launch.work experiments.tiny L1-h1"
+    inside = "exec env GQA_SCALING_RUNS=gs://mine/runs JAX_PLATFORMS=tpu,cpu python"
+    inside += " -m launch.work experiments.tiny L1-h1"
     assert call[5:] == [
         *("--cluster", "c", "--project", "p", "--zone", "us-west4-a", "--tpu-type", "v5litepod-64"),
         *("--docker-image", "i:1", "--max-restarts", "20", "--restart-on-exit-codes", "75"),

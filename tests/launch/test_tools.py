@@ -70,7 +70,8 @@ def test_skypilot_reads_every_job_of_the_published_grid(largest, spot, grid, tmp
     assert [task[0] for task in tasks] == [job.name for job in jobs]
     for job, (_, script, nodes, envs, resources) in zip(jobs, tasks, strict=True):
         assert nodes == (1 if place.is_tpu else job.slice.hosts)
-        assert envs == {"GQA_SCALING_RUNS": "gs://mine/runs"}
+        platforms = "tpu,cpu" if place.is_tpu else "cuda,cpu"
+        assert envs == {"GQA_SCALING_RUNS": "gs://mine/runs", "JAX_PLATFORMS": platforms}
         (accelerator,) = resources["accelerators"].items()
         kind = f"tpu-{job.slice.cloud_type}" if place.is_tpu else "H100"
         assert accelerator == (kind, 1 if place.is_tpu else job.slice.chips_per_host)
