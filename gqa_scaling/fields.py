@@ -12,6 +12,11 @@ from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 
+# Whatever a config names is computed with as one of these, so that nothing larger can be meant.
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**128 - 2.0**104
+
+
 class UserError(ValueError):
     """Something the user can mend. The command line prints it as one line and exits with 2."""
 
@@ -33,11 +38,13 @@ def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def positive(config: Any, *names: str) -> None:
+def positive(config: Any, *names: str, most: float = math.inf) -> None:
+    """Refuse fields that are not above 0, or above `most`."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name}={value} must be greater than 0")
-        require(value < math.inf, f"{name}={value} must be finite")
+        require(value >= FLOAT32_MIN, f"{name}={value} must be at least {FLOAT32_MIN:.1e}")
+        require(value <= most, f"{name}={value} must be at most {most:,}")
 
 
 def one_of(config: Any, name: str, choices: Iterable[str]) -> None:
@@ -71,7 +78,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _build(cls: type, data: Any, where: str) -> Any:
     at = f" in {where.rstrip('.')}" if where else ""
-    require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {data!r}")
+    require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {_shown(data)}")
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
         require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")
@@ -94,10 +101,28 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else _build(hint, value, where + ".")
     if typing.get_origin(hint) is Literal:  # the class itself checks the choices
         return value
-    if hint is float and type(value) is int:
-        value = float(value)
-    require(type(value) is hint, f"{where}={value!r} must be of type {hint.__name__}")
-    return value
+    shown = f"{where}={_shown(value)}"
+    fits = type(value) is hint or (hint is float and type(value) is int)
+    require(fits, f"{shown} must be of type {hint.__name__}")
+    if hint is int:
+        require(abs(value) <= INT64_MAX, f"{shown} must lie between -2^63 and 2^63")
+    elif hint is float:
+        require(
+            abs(value) <= FLOAT32_MAX,
+            f"{shown} must be finite and, as float32 has it, at most {FLOAT32_MAX:.1e}",
+        )
+    elif hint is str:
+        require("\0" not in value, f"{shown} must not hold a NUL character")
+    return float(value) if hint is float else value
+
+
+def _shown(value: Any, most: int = 200) -> str:
+    """The value for a message of one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def digest_of(value: Any) -> str:
