@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gqa_scaling.config import ModelConfig, RunConfig, UserError, require, round_up
-from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.context_sharding import HeadPattern, mean_keys
+from gqa_scaling.fields import INT32_MAX
 
 Convention = Literal["per_token", "per_sequence"]
 CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")

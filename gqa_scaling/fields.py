@@ -11,7 +11,6 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-
 # Whatever a config names is computed with as one of these, so that nothing larger can be meant.
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**128 - 2.0**104
@@ -78,7 +77,9 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _build(cls: type, data: Any, where: str) -> Any:
     at = f" in {where.rstrip('.')}" if where else ""
-    require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {_shown(data)}")
+    require(
+        isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {_shown(data)}"
+    )
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
         require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gqa_scaling.cli import experiment, study
-from gqa_scaling.cli.shared import Verb
-from gqa_scaling.config import UserError, nearest
-from gqa_scaling.storage import failure
+from gqa_scaling.cli.shared import Verb, print_error
+from gqa_scaling.config import UserError, nearest, require
+from gqa_scaling.storage import NO_PLACE, failure
 
 VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
 OVERRIDES = """\
@@ -85,10 +85,12 @@ def _main(argv: Sequence[str] | None) -> int:
         args, rest = _parser().parse_known_args(argv)
         args.command = shlex.join(["gqa-scaling", *(sys.argv[1:] if argv is None else argv)])
         if args.root is not None:
+            named = bool(args.root) and "\0" not in args.root
+            require(named, f"--root {args.root!r} must name a folder")
             os.environ["GQA_SCALING_RUNS"] = args.root
         return VERBS[args.verb][0](args, rest)
     except UserError as error:
-        print(f"gqa-scaling: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         if _one_of_several():  # a supervisor is gone in the middle of a job
@@ -98,15 +100,15 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         away = failure(error)
         if away is not None:
-            print(f"gqa-scaling: {away}", file=sys.stderr)
+            print_error(away)
             return 1
         if not isinstance(error, OSError):
             raise
-        disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-        if error.errno not in (*disk, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *NO_PLACE)
+        if error.errno == errno.ENOENT or error.errno not in (*disk, errno.EISDIR):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"gqa-scaling: cannot use the disk{where}: {error.strerror}", file=sys.stderr)
+        print_error(f"cannot use the disk{where}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         print("gqa-scaling: interrupted; the same command continues", file=sys.stderr)

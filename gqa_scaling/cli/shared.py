@@ -21,9 +21,17 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
+def print_error(error: object) -> None:
+    """One line on stderr, whatever the error quotes: a newline, or a terminal's control sequence."""
+    said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    print(f"gqa-scaling: {said}", file=sys.stderr)
+
+
 def print_table(*parts: Any) -> None:
+    """Tables and lines as they are: what a name or a note has in brackets is no markup."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    width = None if sys.stdout.isatty() else 140
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
-        console.print(part, markup=not isinstance(part, str))  # a note may hold brackets
+        console.print(part)

@@ -47,6 +47,7 @@ from gqa_scaling.storage import (
     as_path,
     cache_folder,
     check_writable,
+    expanded,
     files_of,
     is_remote,
     sizes,
@@ -138,7 +139,7 @@ def _prepare_remote(
 def _existing(data: DataConfig, path: Path) -> TokenStore:
     """The store in place, unless its corpus is at hand and has changed since."""
     store = open_store(data)
-    if data.corpus == "stdlib" or Path(data.corpus).expanduser().exists():
+    if data.corpus == "stdlib" or expanded(data.corpus).exists():
         require(
             open_corpus(data).fingerprint == store.manifest["corpus"]["fingerprint"],
             f"corpus={data.corpus!r} has changed since the token store {path} was made of it: choose "

@@ -27,7 +27,7 @@ import numpy as np
 
 from gqa_scaling.config import DataConfig, UserError, require
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
-from gqa_scaling.storage import as_path, cache_folder, files_of, is_remote, sizes
+from gqa_scaling.storage import as_path, cache_folder, expanded, files_of, is_remote, sizes
 
 SCHEMA = 1
 
@@ -217,8 +217,8 @@ def open_store(data: DataConfig) -> TokenStore:
             size == entry["bytes"],
             f"{file} has {size} bytes but must have {entry['bytes']}: {AGAIN}",
         )
-    if data.tokenizer.endswith(".json") and Path(data.tokenizer).expanduser().is_file():
-        now = hashlib.sha256(Path(data.tokenizer).expanduser().read_bytes()).hexdigest()
+    if data.tokenizer.endswith(".json") and expanded(data.tokenizer).is_file():
+        now = hashlib.sha256(expanded(data.tokenizer).read_bytes()).hexdigest()
         require(
             now == manifest["tokenizer"]["sha256"],
             f"tokenizer={data.tokenizer!r} has changed since the token store {path} was made with "
