@@ -93,8 +93,8 @@ def _own_errors(spec: str) -> Iterator[None]:
         if failure(error) is not None:  # a bucket that it reads is away
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if not _is_machinery(frame.filename)]
-        where = f" ({theirs[-1].filename} line {theirs[-1].lineno})" if theirs else ""
+        own = [frame for frame in frames if _is_own(Path(frame.filename))]
+        where = f" ({own[-1].filename} line {own[-1].lineno})" if own else ""
         if isinstance(error, SystemExit):
             ended = f"{spec} ends the program (exit code {error.code}){where}: an experiment only"
             raise UserError(f"{ended} declares its runs") from error
@@ -102,8 +102,10 @@ def _own_errors(spec: str) -> Iterator[None]:
         raise UserError(f"{spec} cannot be loaded: {said}{where}") from error
 
 
-def _is_machinery(file: str) -> bool:
-    return file == __file__ or file.startswith("<") or Path(file).parent.name == "importlib"
+def _is_own(file: Path) -> bool:
+    """Whether code is the user's: below the working directory, installed nowhere, none of ours."""
+    installed = "site-packages" in file.parts or Path(__file__).parent in file.parents
+    return Path.cwd() in file.absolute().parents and not installed and file.suffix == ".py"
 
 
 def _shadowed(spec: str, module: ModuleType) -> str:

@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 # Whatever a config names is computed with as one of these, so that nothing larger can be meant.
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -82,7 +82,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
     )
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
-        require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")
+        require(name in fields, f"unknown field {where}{name}{nearest(str(name), fields)}")
     values = {}
     for name, f in fields.items():
         if name in data:
@@ -139,3 +139,39 @@ def non_default(config: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
         if f.name not in leave_out and (f.default is dataclasses.MISSING or value != f.default):
             out[f.name] = non_default(value) if isinstance(value, Json) else value
     return out
+
+
+# ---------------------------------------------------------------------- JSON that others may have damaged
+
+# What a JSON value must be: a type; a list of one kind of elements; a table of fields, the optional ones
+# with a question mark after their name, "*" for any name; (shape,) may also be null.
+Shape: TypeAlias = Any
+_NAMES = {dict: "a table", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+
+
+def misfit(value: Any, shape: Shape, where: str = "") -> str:
+    """What is wrong with a JSON value that must have this shape, in words; "" for nothing."""
+    if isinstance(shape, tuple):
+        return "" if value is None else misfit(value, shape[0], where)
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool):
+        return f"{where or 'it'} must be {_NAMES[kind]}, not {_shown(value, 40)}"
+    if isinstance(value, int) and abs(value) > INT64_MAX:
+        return f"{where}={_shown(value, 40)} is too large"
+    if isinstance(shape, list):
+        return next(filter(None, (misfit(v, shape[0], f"each of {where}") for v in value)), "")
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.removesuffix("?")
+        below = f"{where}.{key}" if where else key
+        found = ""
+        if name == "*":
+            each = (misfit(v, inner, f"{where}.{k}") for k, v in value.items())
+            found = next(filter(None, each), "")
+        elif key in value:
+            found = misfit(value[key], inner, below)
+        elif key == name:
+            found = f"{below} is missing"
+        if found:
+            return found
+    return ""

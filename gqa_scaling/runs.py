@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from gqa_scaling.config import (
     SCHEMA_VERSION,
@@ -35,7 +35,7 @@ from gqa_scaling.config import (
     differing_fields,
     require,
 )
-from gqa_scaling.fields import INT64_MAX
+from gqa_scaling.fields import Shape, misfit
 from gqa_scaling.storage import (
     as_path,
     create,
@@ -59,51 +59,22 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-# What must be in the files, as far as anything reads it: tables of their fields, the optional ones
-# with a question mark, "*" for any name; a list of one kind of elements; or a plain type.
-Shape: TypeAlias = Any
+# What must be in the files, as far as anything reads it.
 _ATTEMPT: Shape = {"began": float, "first_step": int, "layout": {"device": str}}
 _LINE: Shape = {"step": int}  # further fields whose names hold a / are numbers
 _RESULT: Shape = {
     "result": {
-        "evaluations": {"*": {"loss": float}},
-        "data?": dict,
-        "versions?": dict,
+        "evaluations": {"*": {"loss": float, "hash?": str, "loss_by_position?": [float]}},
+        "data?": {"tokenizer_hash?": str, "corpus_hash?": str, "store_hash?": str},
+        "epochs?": (float,),
+        "versions?": (dict,),
         "skipped_steps?": int,
     },
-    "timing?": dict,
-    "attempts?": [{"layout?": dict}],
+    "timing?": ({"training_seconds?": (float,), "finished?": float},),
+    "attempts?": ([{"layout?": {"device?": str}}],),
 }
 _CONFIG: Shape = {"schema": int, "config": dict, "data": dict}
 _FAILURE: Shape = {"kind": str, "traceback": str, "time": float}
-
-
-def _misfit(value: Any, shape: Shape, where: str = "") -> str:
-    """What is wrong with a JSON value that must have this shape, in words; "" for nothing."""
-    kind = type(shape) if isinstance(shape, dict | list) else shape
-    kinds = {float: (int, float)}.get(kind, kind)
-    named = {dict: "a table", list: "a list", str: "a text", int: "a whole number"}
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        words = f"{where or 'it'} must be {named.get(kind, 'a number')}, not {value!r:.40}"
-        return " ".join(words.split())
-    if isinstance(value, int) and abs(value) > INT64_MAX:
-        return f"{where} is too large"
-    if isinstance(shape, list):
-        return next(filter(None, (_misfit(v, shape[0], f"each of {where}") for v in value)), "")
-    if not isinstance(shape, dict):
-        return ""
-    for name, inner in shape.items():
-        key = name.removesuffix("?")
-        if name == "*":
-            found = (_misfit(v, inner, f"{where}.{k}") for k, v in value.items())
-            if wrong := next(filter(None, found), ""):
-                return wrong
-        elif key in value:
-            if wrong := _misfit(value[key], inner, f"{where}.{key}".lstrip(".")):
-                return wrong
-        elif key == name:
-            return f"{where}.{key} is missing".lstrip(".")
-    return ""
 
 
 def _parse(text: bytes, shape: Shape) -> tuple[Any, str]:
@@ -112,10 +83,10 @@ def _parse(text: bytes, shape: Shape) -> tuple[Any, str]:
         value = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         return None, str(error)
-    wrong = _misfit(value, shape)
+    wrong = misfit(value, shape)
     if shape is _LINE and not wrong:
         numbers = {k: v for k, v in value.items() if "/" in k or k == "time"}
-        wrong = _misfit(numbers, dict.fromkeys(numbers, float))
+        wrong = misfit(numbers, dict.fromkeys(numbers, float))
     return value, wrong
 
 

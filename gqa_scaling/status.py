@@ -96,7 +96,7 @@ def _status(run: RunConfig, directory: RunDirectory, steps: int) -> RunStatus:
         assert result is not None
         evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
         loss = evaluation["loss"] if evaluation else None
-        ended = result.get("timing", {}).get("finished")
+        ended = (result.get("timing") or {}).get("finished")
     if state in ("failed", "done"):  # judging a trained model anew can fail as well
         told = directory.failure()
         if told is not None:

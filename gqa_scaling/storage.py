@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,14 @@ NO_PLACE += (errno.ENOTDIR, errno.EPERM)
 def require_folder(path: Path) -> None:
     """Raises UserError where a file is at the place of this folder of this machine, or above it."""
     for place in (path, *path.parents):
-        in_the_way = os.path.lexists(place) and not place.is_dir()
+        try:
+            in_the_way = not stat.S_ISDIR(os.stat(place).st_mode)
+        except FileNotFoundError:
+            in_the_way = place.is_symlink()
+        except NotADirectoryError:  # which of those above it, is found next
+            in_the_way = False
+        except OSError as error:
+            raise UserError(f"{path} cannot be a folder: {error.strerror}; name another") from None
         require(not in_the_way, f"{path} cannot be a folder: {place} is none; name another")
 
 

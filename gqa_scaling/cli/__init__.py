@@ -12,6 +12,7 @@ from typing import NoReturn
 from gqa_scaling.cli import experiment, study
 from gqa_scaling.cli.shared import Verb, print_error
 from gqa_scaling.config import UserError, nearest, require
+from gqa_scaling.runs import runs_root
 from gqa_scaling.storage import NO_PLACE, failure
 
 VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
@@ -88,6 +89,7 @@ def _main(argv: Sequence[str] | None) -> int:
             named = bool(args.root) and "\0" not in args.root
             require(named, f"--root {args.root!r} must name a folder")
             os.environ["GQA_SCALING_RUNS"] = args.root
+            runs_root()  # refused for every verb, before any work
         return VERBS[args.verb][0](args, rest)
     except UserError as error:
         print_error(error)
