@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from gqa_scaling.context_sharding import ContextSharding, LayerPattern
 from gqa_scaling.fields import (
+    INT32_MAX,
     Json,
     UserError,
     digest_of,
@@ -43,6 +44,12 @@ __all__ = [  # what others take from here
     "round_up",
 ]
 SCHEMA_VERSION = 1
+# The limits of what a run may name, each far above anything built. Sizes of arrays and the seed are
+# int32 on the devices; token counts and the like are int64 (`fields.py`, which also bounds floats).
+MOST_LAYERS = MOST_HEADS = 10_000
+MOST_DEVICES = 10**6  # along one axis of a mesh
+MOST_BPE_TOKENS = 2**22  # its trainer takes memory for all of them at once
+MOST_NAME_BYTES = 255 - len("-0123456789ab")  # the file system's, less what a folder adds
 Implementation = Literal["reference", "blockwise", "splash", "triton", "cudnn"]
 
 
@@ -71,7 +78,9 @@ class ModelConfig(Json):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+        positive(self, "n_layers", most=MOST_LAYERS)
+        positive(self, "n_heads", "n_kv_heads", most=MOST_HEADS)
+        positive(self, "d_model", "head_dim", "vocab_size", most=INT32_MAX)
         positive(self, "rope_theta", "norm_eps")
         one_of(self, "dtype", ("bfloat16", "float32"))
         require(
@@ -81,7 +90,7 @@ class ModelConfig(Json):
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         if self.d_ff is not None:
-            positive(self, "d_ff")
+            positive(self, "d_ff", most=INT32_MAX)
             if self.d_ff == round_up(8 * self.d_model / 3, 32):  # one spelling, one digest
                 object.__setattr__(self, "d_ff", None)
         if self.pattern is not None:
@@ -132,9 +141,11 @@ class DataConfig(Json):
         )
         if self.tokenizer.startswith("bpe-") and not self.tokenizer.endswith(".json"):
             size = self.tokenizer.removeprefix("bpe-")
+            digits = size.isascii() and size.isdecimal() and len(size) < 10
             require(
-                size.isdecimal() and int(size) >= 258,
-                f"tokenizer={self.tokenizer!r} must be bpe-N with N >= 258 (256 bytes, EOS and a merge)",
+                digits and 258 <= int(size) <= MOST_BPE_TOKENS,
+                f"tokenizer={self.tokenizer!r} must be bpe-N with N >= 258 (256 bytes, EOS and a "
+                f"merge) and <= {MOST_BPE_TOKENS:,}",
             )
         else:
             require(
@@ -252,7 +263,9 @@ class ParallelConfig(Json):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.data == -1 or self.data > 0, f"data={self.data} must be -1 or greater than 0")
-        positive(self, "fsdp", "context", "tensor", "accumulation")
+        positive(self, "fsdp", "context", "tensor", most=MOST_DEVICES)
+        require(self.data <= MOST_DEVICES, f"data={self.data} must be at most {MOST_DEVICES:,}")
+        positive(self, "accumulation")
         one_of(self, "remat", ("none", "dots", "full"))
         one_of(self, "attention", ("auto", *typing.get_args(Implementation)))
 
@@ -304,10 +317,16 @@ class RunConfig(Json):
             all(c.isalnum() or c in "-_.+" for c in self.name) and self.name[0].isalnum(),
             f"name={self.name!r} may hold letters, digits and -_.+ and begins with a letter or digit",
         )
-        positive(self, "context_length", "batch_tokens")
+        require(
+            len(self.name.encode()) <= MOST_NAME_BYTES,
+            f"name={self.name!r} has {len(self.name.encode())} bytes and may have at most "
+            f"{MOST_NAME_BYTES}: it names a folder",
+        )
+        positive(self, "context_length", "batch_tokens", most=INT32_MAX)
         for name in ("seed", "max_nonfinite_steps"):
             value = getattr(self, name)
             require(value >= 0, f"{name}={value} must not be negative")
+        require(self.seed <= INT32_MAX, f"seed={self.seed} must be at most {INT32_MAX:,}")
         require(
             (self.tokens is None) != (self.tokens_per_param is None),
             "give exactly one of tokens and tokens_per_param",
@@ -350,7 +369,7 @@ class RunConfig(Json):
         """The steps to trace, counted from 1; none by default."""
         if not self.profile:
             return range(0)
-        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", self.profile)
         first, last = map(int, found.groups()) if found else (0, 0)
         require(
             1 <= first <= last,

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from gqa_scaling.fields import Json, require
+from gqa_scaling.fields import INT32_MAX, Json, require
+
+MOST_PATTERN_HEADS = 2**16  # KV heads of all layers that a pattern is worked out for, one by one
 
 Blocks: TypeAlias = Any  # an integer or an array of them
 
@@ -292,6 +294,11 @@ class ContextSharding(Json):
             f"dense_kv_heads={self.dense_kv_heads} must be less than n_kv_heads={n_kv_heads}: leave "
             "out the pattern for a dense model",
         )
+        require(
+            n_layers * n_kv_heads <= MOST_PATTERN_HEADS,
+            f"a pattern may have at most {MOST_PATTERN_HEADS:,} KV heads in all layers, not n_layers="
+            f"{n_layers} times n_kv_heads={n_kv_heads}",
+        )
         stride = self.stride or 1
         turns = -(-stride // n)
         out: list[LayerPattern] = []
@@ -344,7 +351,10 @@ class ContextSharding(Json):
         *words, number = term.split()
         word = " ".join(words)
         require(
-            word in ("first", "last", "every", "") and number.isascii() and number.isdecimal(),
+            word in ("first", "last", "every", "")
+            and number.isascii()
+            and number.isdecimal()
+            and len(number) < 10,
             f"dense_layers={self.dense_layers!r} must be a list of layer numbers, first K, last K "
             f"and every K, such as 'first 2, every 4'; {term!r} is none of them",
         )
@@ -411,7 +421,9 @@ def keys_by_depth(
     sparse = replace(pattern, dense_layers="")
     turns = -(-(pattern.stride or 1) // (n_kv_heads - pattern.dense_kv_heads))
     mean = mean_keys if training else effective_context
-    turn = [mean([layer], context) for layer in sparse.layers(turns, n_kv_heads)]
+    # more layers than there are would not be read
+    shown = sparse.layers(max(1, min(turns, most)), n_kv_heads)
+    turn = [mean([layer], context) for layer in shown]
     sums = list(itertools.accumulate(itertools.islice(itertools.cycle(turn), most), initial=0.0))
     dense = mean([(None,)], context)
     named, last = pattern._named(most)
@@ -479,8 +491,8 @@ def _check_blocks(pattern: Any) -> None:
 def _whole(pattern: Any, name: str, least: int) -> None:
     value = getattr(pattern, name)
     require(
-        type(value) is int and value >= least,
-        f"{name}={value!r} must be an integer of at least {least}",
+        type(value) is int and least <= value <= INT32_MAX,
+        f"{name}={value!r} must be an integer of at least {least} and at most {INT32_MAX:,}",
     )
 
 

@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import io
 import sys
+import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from gqa_scaling.config import Question, RunConfig, UserError, nearest, require
 from gqa_scaling.grid import unique
+from gqa_scaling.storage import failure
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Experiment:
             )
         if shard is not None:
             i, _, n = shard.partition("/")
-            valid = i.isdecimal() and n.isdecimal() and 0 <= int(i) < int(n)
+            digits = i.isdecimal() and n.isdecimal() and max(len(i), len(n)) < 10
+            valid = digits and 0 <= int(i) < int(n)
             require(valid, f"--shard {shard!r} must be i/n with 0 <= i < n, such as 0/4")
             runs = runs[int(i) :: int(n)]
         return replace(self, runs=runs)
@@ -49,20 +52,68 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
     The working directory is on the path. `overrides` are pairs such as --model.n-layers 4 and
     change every run. Raises UserError for an unknown experiment, field or value.
     """
-    module = _import(spec)
-    require(
-        callable(getattr(module, "runs", None)), f"{spec} is no experiment: it defines no runs()"
-    )
+    with _own_errors(spec):
+        module = _import(spec)
+    own = callable(getattr(module, "runs", None))
+    require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    declared = module.runs()
-    proper = isinstance(declared, list) and all(isinstance(run, RunConfig) for run in declared)
-    require(proper and bool(declared), f"{spec}: runs() must return a list of RunConfig, not empty")
+    with _own_errors(spec):
+        declared = module.runs()
+    must = f"{spec}: runs() must return a list of RunConfig, not empty"
+    require(isinstance(declared, list), f"{must}: it returned {_kind(declared)}")
+    require(bool(declared), must)
+    other = next((run for run in declared if not isinstance(run, RunConfig)), None)
+    require(all(isinstance(run, RunConfig) for run in declared), f"{must}: one is {_kind(other)}")
     changed = [apply_overrides(run, changes) for run in declared]
     # overrides may leave one run of a grid, as those of `overrides_to` do
     runs = unique(dict.fromkeys(changed) if changes else changed)
     question = getattr(module, "QUESTION", Question())
+    is_one = isinstance(question, Question)
+    require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
     about = (module.__doc__ or "").strip().split("\n")[0]
-    return Experiment(module.__name__.rpartition(".")[2], tuple(runs), question, about)
+    name = module.__name__.rpartition(".")[2]
+    require(bool(name), f"{spec} names no folder for its runs: rename the file")
+    return Experiment(name, tuple(runs), question, about)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+@contextlib.contextmanager
+def _own_errors(spec: str) -> Iterator[None]:
+    """What an experiment's own code raises, as a UserError that names the line; what it prints goes to
+    stderr, as stdout may be read by a program."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if failure(error) is not None:  # a bucket that it reads is away
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if _is_own(Path(frame.filename))]
+        where = f" ({own[-1].filename} line {own[-1].lineno})" if own else ""
+        if isinstance(error, SystemExit):
+            ended = f"{spec} ends the program (exit code {error.code}){where}: an experiment only"
+            raise UserError(f"{ended} declares its runs") from error
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise UserError(f"{spec} cannot be loaded: {said}{where}") from error
+
+
+def _is_own(file: Path) -> bool:
+    """Whether code is the user's: below the working directory, installed nowhere, none of ours."""
+    installed = "site-packages" in file.parts or Path(__file__).parent in file.parents
+    return Path.cwd() in file.absolute().parents and not installed and file.suffix == ".py"
+
+
+def _shadowed(spec: str, module: ModuleType) -> str:
+    """A hint where Python's own module of that name was taken for the user's file."""
+    file = Path(*spec.split(".")).with_suffix(".py")
+    theirs = getattr(module, "__file__", None)
+    same = theirs is not None and Path(theirs).resolve() == file.resolve()
+    return f"; for the file here, name it {file}" if file.is_file() and not same else ""
 
 
 def _import(spec: str) -> ModuleType:
@@ -81,7 +132,7 @@ def _import(spec: str) -> ModuleType:
         sys.modules[loaded.name] = module  # dataclasses look their module up there
         loaded.loader.exec_module(module)
         return module
-    known = bool(spec) and not spec.startswith(".")
+    known = all(part.isidentifier() for part in spec.split("."))
     require(known, f"unknown experiment {spec!r}{_experiments_hint(spec)}")
     try:
         return importlib.import_module(spec)
@@ -89,7 +140,7 @@ def _import(spec: str) -> ModuleType:
         parts = spec.split(".")
         parents = {".".join(parts[: k + 1]) for k in range(len(parts))}
         if error.name not in parents:
-            raise  # the experiment itself imports something that is missing
+            raise  # the experiment itself imports something that is missing: `_own_errors` says what
         raise UserError(f"unknown experiment {spec!r}{_experiments_hint(spec)}") from None
 
 
@@ -162,6 +213,8 @@ def _parse_value(flag: str, hint: Any, value: str) -> Any:
 
     if value.lower() == "none" and type(None) in typing.get_args(hint):
         return None
+    if str in (hint, *typing.get_args(hint)):
+        return value  # also one that begins with a dash
     value = value.lower() if hint == Literal["none"] else value
     said = io.StringIO()
     try:

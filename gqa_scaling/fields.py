@@ -9,7 +9,11 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
+
+# Whatever a config names is computed with as one of these, so that nothing larger can be meant.
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**128 - 2.0**104
 
 
 class UserError(ValueError):
@@ -33,11 +37,13 @@ def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def positive(config: Any, *names: str) -> None:
+def positive(config: Any, *names: str, most: float = math.inf) -> None:
+    """Refuse fields that are not above 0, or above `most`."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name}={value} must be greater than 0")
-        require(value < math.inf, f"{name}={value} must be finite")
+        require(value >= FLOAT32_MIN, f"{name}={value} must be at least {FLOAT32_MIN:.1e}")
+        require(value <= most, f"{name}={value} must be at most {most:,}")
 
 
 def one_of(config: Any, name: str, choices: Iterable[str]) -> None:
@@ -71,10 +77,12 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _build(cls: type, data: Any, where: str) -> Any:
     at = f" in {where.rstrip('.')}" if where else ""
-    require(isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {data!r}")
+    require(
+        isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {_shown(data)}"
+    )
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
-        require(name in fields, f"unknown field {where}{name}{nearest(name, fields)}")
+        require(name in fields, f"unknown field {where}{name}{nearest(str(name), fields)}")
     values = {}
     for name, f in fields.items():
         if name in data:
@@ -94,10 +102,28 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else _build(hint, value, where + ".")
     if typing.get_origin(hint) is Literal:  # the class itself checks the choices
         return value
-    if hint is float and type(value) is int:
-        value = float(value)
-    require(type(value) is hint, f"{where}={value!r} must be of type {hint.__name__}")
-    return value
+    shown = f"{where}={_shown(value)}"
+    fits = type(value) is hint or (hint is float and type(value) is int)
+    require(fits, f"{shown} must be of type {hint.__name__}")
+    if hint is int:
+        require(abs(value) <= INT64_MAX, f"{shown} must lie between -2^63 and 2^63")
+    elif hint is float:
+        require(
+            abs(value) <= FLOAT32_MAX,
+            f"{shown} must be finite and, as float32 has it, at most {FLOAT32_MAX:.1e}",
+        )
+    elif hint is str:
+        require("\0" not in value, f"{shown} must not hold a NUL character")
+    return float(value) if hint is float else value
+
+
+def _shown(value: Any, most: int = 200) -> str:
+    """The value for a message of one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def digest_of(value: Any) -> str:
@@ -113,3 +139,39 @@ def non_default(config: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
         if f.name not in leave_out and (f.default is dataclasses.MISSING or value != f.default):
             out[f.name] = non_default(value) if isinstance(value, Json) else value
     return out
+
+
+# ---------------------------------------------------------------------- JSON that others may have damaged
+
+# What a JSON value must be: a type; a list of one kind of elements; a table of fields, the optional ones
+# with a question mark after their name, "*" for any name; (shape,) may also be null.
+Shape: TypeAlias = Any
+_NAMES = {dict: "a table", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+
+
+def misfit(value: Any, shape: Shape, where: str = "") -> str:
+    """What is wrong with a JSON value that must have this shape, in words; "" for nothing."""
+    if isinstance(shape, tuple):
+        return "" if value is None else misfit(value, shape[0], where)
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool):
+        return f"{where or 'it'} must be {_NAMES[kind]}, not {_shown(value, 40)}"
+    if isinstance(value, int) and abs(value) > INT64_MAX:
+        return f"{where}={_shown(value, 40)} is too large"
+    if isinstance(shape, list):
+        return next(filter(None, (misfit(v, shape[0], f"each of {where}") for v in value)), "")
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.removesuffix("?")
+        below = f"{where}.{key}" if where else key
+        found = ""
+        if name == "*":
+            each = (misfit(v, inner, f"{where}.{k}") for k, v in value.items())
+            found = next(filter(None, each), "")
+        elif key in value:
+            found = misfit(value[key], inner, below)
+        elif key == name:
+            found = f"{below} is missing"
+        if found:
+            return found
+    return ""

@@ -41,7 +41,8 @@ class Hardware:
             value = getattr(self, name)
             require(value > 0, f"{name}={value} must be greater than 0")
         require(0 < self.mfu <= 1, f"mfu={self.mfu} must lie in (0, 1]")
-        require(self.price >= 0, f"price={self.price} must not be negative")
+        finite = 0 <= self.price < math.inf
+        require(finite, f"price={self.price} must not be negative, and finite")
 
     @property
     def platform(self) -> str:
@@ -107,7 +108,7 @@ def topology(name: str) -> Topology:
 
     Raises UserError for a kind or shape that no slice has, naming those there are.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)+)", name)
+    found = re.fullmatch(r"(?:(\d{1,6})x)?(\w+):(\d{1,6}(?:x\d{1,6})+)", name)
     example = "such as v5e:16x16, v5p:4x4x8 or, for two slices, 2xv5e:16x16"
     require(found is not None, f"topology {name!r} must be KIND:SHAPE, {example}")
     assert found is not None

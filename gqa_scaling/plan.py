@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gqa_scaling import costs
-from gqa_scaling.config import RunConfig, UserError, require
+from gqa_scaling.config import MOST_DEVICES, RunConfig, UserError, require
 from gqa_scaling.experiment import Experiment
+from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.layout import axis_sizes
 from gqa_scaling.units import byte_size, duration, quantity
@@ -143,7 +144,9 @@ def make_plan(
     """
     known = train_tokens or {}
     require(devices > 0, f"devices={devices} must be greater than 0")
+    require(devices <= MOST_DEVICES, f"devices={devices} must be at most {MOST_DEVICES:,}")
     for run in experiment.runs:
+        check_steps(run)
         check_profile(run)
         try:
             check_layout(run, devices)
@@ -156,6 +159,17 @@ def make_plan(
         plan_run(run, hardware, devices, known.get(run.data.store_path)) for run in experiment.runs
     )
     return Plan(experiment.name, hardware, devices, runs)
+
+
+def check_steps(run: RunConfig) -> None:
+    """Refuse more steps than the optimizer counts."""
+    steps = costs.training_steps(run)
+    require(
+        steps <= INT32_MAX,
+        f"{run.name}: {costs.training_tokens(run):,} tokens in batches of {run.batch_tokens:,} are "
+        f"{steps:,} steps and at most {INT32_MAX:,} can be counted: take fewer tokens or larger "
+        "batches",
+    )
 
 
 def check_profile(run: RunConfig) -> None:

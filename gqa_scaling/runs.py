@@ -35,6 +35,7 @@ from gqa_scaling.config import (
     differing_fields,
     require,
 )
+from gqa_scaling.fields import Shape, misfit
 from gqa_scaling.storage import (
     NO_VERSION,
     as_path,
@@ -44,12 +45,13 @@ from gqa_scaling.storage import (
     modified,
     remove_folder,
     replace,
+    require_folder,
     tail,
     version,
     write_atomic,
 )
 
-State = Literal["done", "running", "stale", "failed", "pending"]
+State = Literal["done", "running", "stale", "failed", "pending", "damaged"]
 STALE_SECONDS = 600  # a claim from another machine that has not been renewed for this long
 RENEW_SECONDS = 30
 SETTLE_SECONDS = 5  # between taking a claim over and counting on it, where the server cannot decide
@@ -59,24 +61,68 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in a file; a damaged one is refused by name."""
+# What must be in the files, as far as anything reads it.
+_ATTEMPT: Shape = {"began": float, "first_step": int, "layout": {"device": str}}
+_LINE: Shape = {"step": int}  # further fields whose names hold a / are numbers
+_RESULT: Shape = {
+    "result": {
+        "evaluations": {"*": {"loss": float, "hash?": str, "loss_by_position?": [float]}},
+        "data?": {"tokenizer_hash?": str, "corpus_hash?": str, "store_hash?": str},
+        "epochs?": (float,),
+        "versions?": (dict,),
+        "skipped_steps?": int,
+    },
+    "timing?": ({"training_seconds?": (float,), "finished?": float},),
+    "attempts?": ([{"layout?": {"device?": str}}],),
+}
+_CONFIG: Shape = {"schema": int, "config": dict, "data": dict}
+_FAILURE: Shape = {"kind": str, "traceback": str, "time": float}
+
+
+def _parse(text: bytes, shape: Shape) -> tuple[Any, str]:
+    """The JSON value, and what is wrong with it in words."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        return None, str(error)
+    wrong = misfit(value, shape)
+    if shape is _LINE and not wrong:
+        numbers = {k: v for k, v in value.items() if "/" in k or k == "time"}
+        wrong = misfit(numbers, dict.fromkeys(numbers, float))
+    return value, wrong
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read(path: Path) -> bytes:
+    with _reading(path):
+        return path.read_bytes()
+
+
+def read_json(path: Path, shape: Shape = dict, remedy: str = "remove it and run again") -> Any:
+    """The JSON in a file; UserError names a damaged one, what is wrong, and the remedy."""
+    value, wrong = _parse(_read(path), shape)
+    require(not wrong, f"{path} is damaged ({wrong}); {remedy}")
+    return value
+
+
+def _json_lines(path: Path, shape: Shape) -> list[dict[str, Any]]:
     """The lines of a JSONL file but for a last one cut short; any other damage is named."""
     if not path.exists():
         return []
-    lines, out = path.read_text(encoding="utf-8").splitlines(), []
+    lines, out = _read(path).splitlines(), []
     for number, line in enumerate(lines, 1):
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
-            require(number == len(lines), f"{path} line {number} is damaged; remove the run")
+        value, wrong = _parse(line, shape)
+        cut_short = value is None and number == len(lines)
+        damaged = f"{path} line {number} is damaged ({wrong}); remove that line from the file"
+        require(not wrong or cut_short, damaged)
+        out += [value] if not cut_short else []
     return out
 
 
@@ -120,16 +166,33 @@ class RunDirectory:
 
     def result(self) -> dict[str, Any] | None:
         """The whole result file, or None while the run is unfinished."""
-        return read_json(self.result_file) if self.result_file.exists() else None
+        if not self.result_file.exists():
+            return None
+        made_anew = f"remove it, and the run makes it anew from {self.parameters}"
+        return read_json(self.result_file, _RESULT, made_anew)
 
-    def config(self) -> RunConfig:
-        stored = read_json(self.config_file)
+    def failure(self) -> dict[str, Any] | None:
+        """Why the run stopped, or None where it has not failed."""
+        try:
+            return read_json(self.failure_file, _FAILURE, "remove it, and the run is tried again")
+        except FileNotFoundError:  # it may be tried again just now
+            return None
+
+    def _stored(self) -> dict[str, Any]:
+        stored = read_json(self.config_file, _CONFIG, "remove it, and the run writes it anew")
         require(
-            stored.get("schema") == SCHEMA_VERSION,
-            f"{self.config_file} has schema {stored.get('schema')}, this version reads "
+            stored["schema"] == SCHEMA_VERSION,
+            f"{self.config_file} has schema {stored['schema']}, this version reads "
             f"{SCHEMA_VERSION}",
         )
-        return RunConfig.from_dict(stored["config"])
+        return stored
+
+    def config(self) -> RunConfig:
+        stored = self._stored()
+        try:
+            return RunConfig.from_dict(stored["config"])
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {error}") from None
 
     def begin(self, config: RunConfig, data: dict[str, Any]) -> None:
         """Create the directory, or check that the one there was made from the same run and data.
@@ -139,7 +202,7 @@ class RunDirectory:
         if self.config_file.exists():
             changes = differing_fields(self.config(), config)
             require(not changes, f"{self.path} was made by another config: {'; '.join(changes)}")
-            self.require_same_data(read_json(self.config_file)["data"], data)
+            self.require_same_data(self._stored()["data"], data)
         make_folder(self.path)
         write_json(
             self.config_file,
@@ -162,18 +225,20 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged lines; a last line cut short by a kill is left out."""
-        return _json_lines(self.metrics_file)
+        return _json_lines(self.metrics_file, _LINE)
 
     def last_metrics(self, tag: str) -> dict[str, Any]:
         """The last logged line that holds `tag`, read from the end of the file; {} if none."""
         if not self.metrics_file.exists():
             return {}
-        lines = tail(self.metrics_file, 8192).decode("utf-8", errors="replace").splitlines()
-        for line in reversed(lines):
-            with contextlib.suppress(json.JSONDecodeError):  # the first and last may be cut
-                values = json.loads(line)
-                if isinstance(values, dict) and tag in values:
-                    return values
+        with _reading(self.metrics_file):
+            lines = tail(self.metrics_file, 8192).splitlines()
+        for i, line in reversed(list(enumerate(lines))):
+            values, wrong = _parse(line, _LINE)
+            if not wrong and tag in values:
+                return values
+            if wrong and 0 < i < len(lines) - 1:  # the first and last may be cut
+                self.metrics()  # names the damaged line
         return {}
 
     def truncate_metrics(self, step: int) -> None:
@@ -184,13 +249,14 @@ class RunDirectory:
 
     def attempts(self) -> list[dict[str, Any]]:
         """One entry for each start of training."""
-        return _json_lines(self.attempts_file)
+        return _json_lines(self.attempts_file, _ATTEMPT)
 
     def add_attempt(self, attempt: dict[str, Any]) -> None:
         lines = self.attempts() + [attempt]
         write_atomic(self.attempts_file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def state(self) -> State:
+        """How far the run is, by which files are there; whether one is damaged, who reads it says."""
         if self.result_file.exists():
             return "done"
         holder = _holder(self.claim_file)
@@ -222,8 +288,16 @@ class RunDirectory:
 
 
 def runs_root() -> Path:
-    """Where experiments keep their runs: $GQA_SCALING_RUNS, or ./runs."""
-    return as_path(os.environ.get("GQA_SCALING_RUNS", "runs"))
+    """Where experiments keep their runs: $GQA_SCALING_RUNS, or ./runs.
+
+    Raises UserError where a file is in the way of that folder.
+    """
+    text = os.environ.get("GQA_SCALING_RUNS", "runs")
+    require(bool(text), "the folder of the runs is '' in --root or GQA_SCALING_RUNS: name one")
+    root = as_path(text)
+    if not is_remote(root):
+        require_folder(root)
+    return root
 
 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:

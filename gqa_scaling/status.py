@@ -1,6 +1,5 @@
 """Where a grid stands, from the files on disk alone."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,24 +16,28 @@ from rich.text import Text
 
 from gqa_scaling import costs
 from gqa_scaling.checksums import Kept, examine_run, few
-from gqa_scaling.config import RunConfig
+from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.grid import learning_rate_choices
-from gqa_scaling.runs import RunDirectory, State, read_json, run_directory
+from gqa_scaling.runs import RunDirectory, State, run_directory
 from gqa_scaling.storage import is_remote
 from gqa_scaling.units import byte_size, duration, quantity
 
-ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending")
+ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending", "damaged")
+ENDED = ("done", "failed", "damaged")
 STEP_SECONDS = "perf/step_time_seconds"
 REQUESTS = 16  # to a bucket at once
 LOOK_SECONDS, REMOTE_LOOK_SECONDS = 2.0, 10.0  # a look asks a bucket several times for every run
-COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red", "pending": "dim"}
+COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red"}
+COLOURS |= {"pending": "dim", "damaged": "red"}
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """One run: how far it is, its last loss in nats, how well its time is used, why it failed.
 
+    Of a run one of whose files is damaged nothing is told but which file, and the remedy, in
+    `failure`.
     `mfu` is None where the peak of the hardware is not known. `seconds_left` is for a running one, to
     the last step.
     """
@@ -67,7 +70,15 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
     """The status of every run of the experiment, in its order."""
 
     def status(run: RunConfig) -> RunStatus:
-        return _status(run, run_directory(root, experiment.name, run))
+        directory = run_directory(root, experiment.name, run)
+        steps = costs.training_steps(run)
+        try:
+            return _status(run, directory, steps)
+        except UserError as error:
+            unknown, where = [None] * 4, str(directory.path)
+            return RunStatus(
+                run.name, "damaged", 0, steps, *unknown, 0, None, None, str(error), where
+            )
 
     if not is_remote(root):
         return [status(run) for run in experiment.runs]
@@ -75,8 +86,8 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
         return list(pool.map(status, experiment.runs))
 
 
-def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
-    state, steps = directory.state(), costs.training_steps(run)
+def _status(run: RunConfig, directory: RunDirectory, steps: int) -> RunStatus:
+    state = directory.state()
     last, attempts = directory.last_metrics("learning/loss"), directory.attempts()
     step = steps if state == "done" else last.get("step", 0)
     loss, failure, ended = None, "", last.get("time")
@@ -85,11 +96,11 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
         assert result is not None
         evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
         loss = evaluation["loss"] if evaluation else None
-        ended = result["timing"].get("finished")
+        ended = (result.get("timing") or {}).get("finished")
     if state in ("failed", "done"):  # judging a trained model anew can fail as well
-        with contextlib.suppress(FileNotFoundError):  # it is being tried again just now
-            told = read_json(directory.failure_file)
-            said = told["traceback"].strip().splitlines()[-1]
+        told = directory.failure()
+        if told is not None:
+            said = (told["traceback"].strip().splitlines() or [""])[-1]
             failure = said if told["kind"] in said else f"{told['kind']}: {said}"
             ended = told["time"] if state == "failed" else ended
     seconds = last.get(STEP_SECONDS) if state == "running" else None
@@ -168,7 +179,7 @@ def status_table(experiment: str, rows: list[RunStatus]) -> Table:
     for r in rows:
         table.add_row(
             r.name,
-            f"[{COLOURS[r.state]}]{r.state}[/]",
+            Text(r.state, style=COLOURS[r.state]),
             f"{r.step:,}/{r.steps:,}",
             "" if r.loss is None else f"{r.loss:.4f}",
             "" if r.evaluation_loss is None else f"{r.evaluation_loss:.4f}",
@@ -186,7 +197,7 @@ def watch(
     console: Console,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[RunStatus]:
-    """Show the status, again and again, until every run is done or failed; it is returned."""
+    """Show the status, again and again, until no run is left to wait for; it is returned."""
     seconds = REMOTE_LOOK_SECONDS if is_remote(root) else LOOK_SECONDS
     done: dict[str, RunStatus] = {}  # their results, which may be large, are read once
     with Live(console=console, auto_refresh=False) as live:
@@ -196,7 +207,7 @@ def watch(
             rows = [done.get(run.name) or read[run.name] for run in experiment.runs]
             done = {r.name: r for r in rows if r.state == "done"}
             live.update(watch_table(experiment.name, rows, console.height), refresh=True)
-            if all(r.state in ("done", "failed") for r in rows):
+            if all(r.state in ENDED for r in rows):
                 return rows
             pause(seconds)
 
@@ -208,7 +219,7 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
     those that are done, then those that have not begun.
     """
     failures = [r for r in rows if r.failure][: height // 4]
-    order = ("failed", "stale", "running", "pending", "done")
+    order = ("damaged", "failed", "stale", "running", "pending", "done")
     room = max(1, height - 7 - len(failures))  # title, head, last line, cursor
     chosen = sorted(range(len(rows)), key=lambda i: order.index(rows[i].state))[:room]
     shown = [rows[i] for i in sorted(chosen)]
@@ -238,7 +249,10 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
         table.add_row(*cells)
     hidden = [r for i, r in enumerate(rows) if i not in chosen]
     more = [Text(f"and {len(hidden)} more: {_counts(hidden)}", style="dim")] if hidden else []
-    said = [Text(f"{r.name} failed: {r.failure}", style="red") for r in failures]
+    said = [
+        Text(f"{r.name} {'' if r.state == 'damaged' else 'failed: '}{r.failure}", style="red")
+        for r in failures
+    ]
     for line in said:
         line.no_wrap, line.overflow = True, "ellipsis"
     return Group(Text(_title(experiment, rows), style="bold"), table, *more, *said)

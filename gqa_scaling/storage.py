@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     Raises UserError where this installation cannot reach it.
     """
     text = os.fspath(place)
+    require("\0" not in text, f"the path {text!r} must not hold a NUL character")
     scheme, remote, rest = text.partition("://")
     if not remote:
         return Path(text)
@@ -64,6 +66,14 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     # Others write there too: a listing that is kept tells of what was. Orbax's own included.
     fsspec.config.conf.setdefault(package.removesuffix("fs"), {})["use_listings_cache"] = False
     return epath.Path(text)
+
+
+def expanded(place: str | os.PathLike[str]) -> Path:
+    """A path of this machine with ~ and ~name as the home folder. Raises UserError where none is."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{os.fspath(place)!r} names no home folder here: {error}") from None
 
 
 def absolute(path: Path) -> Path:
@@ -168,10 +178,39 @@ class GrowingFile:
         self.flush()
 
 
+NO_PLACE = (errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT)
+NO_PLACE += (errno.ENOTDIR, errno.EPERM)
+
+
+def require_folder(path: Path) -> None:
+    """Raises UserError where a file is at the place of this folder of this machine, or above it."""
+    for place in (path, *path.parents):
+        try:
+            in_the_way = not stat.S_ISDIR(os.stat(place).st_mode)
+        except FileNotFoundError:
+            in_the_way = place.is_symlink()
+        except NotADirectoryError:  # which of those above it, is found next
+            in_the_way = False
+        except OSError as error:
+            raise UserError(f"{path} cannot be a folder: {error.strerror}; name another") from None
+        require(not in_the_way, f"{path} cannot be a folder: {place} is none; name another")
+
+
 def make_folder(path: Path) -> None:
-    """The folder and those above it; buckets need none and are never made."""
-    if not is_remote(path):
+    """The folder and those above it; buckets need none and are never made.
+
+    Raises UserError where none can be made, whoever tries again. A full disk is an OSError.
+    """
+    if is_remote(path):
+        return
+    try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise UserError(
+            f"cannot make the folder {path}: {error.strerror}; name another place"
+        ) from error
 
 
 def remove_folder(path: Path) -> None:

@@ -22,7 +22,7 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import HARDWARE, cores
-from gqa_scaling.plan import check_epochs, check_layout, check_profile
+from gqa_scaling.plan import check_epochs, check_layout, check_profile, check_steps
 from gqa_scaling.runs import RunDirectory, claim, run_directory, waited_for
 from gqa_scaling.status import REMOTE_LOOK_SECONDS, RunStatus, read_status
 from gqa_scaling.storage import (
@@ -31,6 +31,7 @@ from gqa_scaling.storage import (
     failure,
     failures_are_fine,
     is_remote,
+    make_folder,
 )
 from gqa_scaling.units import byte_size, duration, quantity
 
@@ -71,6 +72,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
             stores[path] = open_store(run.data)
             stores[path].verify()
         check_layout(run, jax.device_count())
+        check_steps(run)
         check_profile(run)
         check_epochs(run, stores[path].train_tokens)
         check_data(run, stores[path])
@@ -83,7 +85,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         if is_leader():
             check_writable(root)
         return stores
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     free = shutil.disk_usage(root).free
     require(
         free >= need,
@@ -265,7 +267,11 @@ def check_worker() -> None:
 
 def report_end(experiment: Experiment, root: Path) -> int:
     """Say on stderr which runs failed and why; 1 when there are any, else 0."""
-    failed = [r for r in read_status(root, experiment) if r.failure]
+    rows = read_status(root, experiment)
+    failed = [r for r in rows if r.failure and r.state != "damaged"]
+    for r in rows:
+        if r.state == "damaged":
+            print(f"{r.name}: {r.failure}", file=sys.stderr)
     for r in failed:
         print(f"{r.name} failed: {r.failure} (whole traceback in {r.path})", file=sys.stderr)
     if failed:
@@ -324,7 +330,7 @@ def _show_bar(experiment: Experiment, root: Path, console: Console, stop: thread
     weights, began = _predicted_seconds(experiment), time.monotonic()
     start = None
     columns = (
-        TextColumn(experiment.name),
+        TextColumn("{task.description}", markup=False),
         BarColumn(12),
         TextColumn("{task.percentage:>3.0f}%"),
         _Details(),
@@ -332,7 +338,7 @@ def _show_bar(experiment: Experiment, root: Path, console: Console, stop: thread
     with Progress(
         *columns, console=console, redirect_stdout=False, redirect_stderr=False
     ) as progress:
-        task = progress.add_task("", total=sum(weights), details="starting")
+        task = progress.add_task(experiment.name, total=sum(weights), details="starting")
         while True:
             last = stop.is_set()
             rows = read_status(root, experiment)

@@ -28,6 +28,8 @@ def byte_size(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 5 s, 7 h 20 min, 12 d 3 h."""
+    if not math.isfinite(seconds):
+        return "never"
     seconds = round(seconds)
     if seconds < 90:
         return f"{seconds} s"

@@ -194,13 +194,22 @@ def test_training_without_prepared_data_is_refused_before_anything_is_made(call,
     assert not (workplace / "runs").exists()
 
 
-def test_a_damaged_result_is_named(call):
-    first = directories()[0]
-    finish(first)
+def test_a_damaged_result_is_named_and_the_other_runs_are_shown(call):
+    first, second = directories()[:2]
+    for directory in (first, second):
+        finish(directory)
     first.result_file.write_text('{"schema": 1, "resu')
-    code, _, err = call("status", TINY)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "result.json is damaged" in err
+    code, out, err = call("status", TINY, "--json")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{first.result_file} is damaged (Unterminated string" in err
+    assert f"remove it, and the run makes it anew from {first.parameters}" in err
+    status = json.loads(out)
+    assert [row["state"] for row in status["runs"][:3]] == ["damaged", "done", "pending"]
+    assert status["counts"]["damaged"] == 1
+    assert status["runs"][0]["failure"] in err
+    code, out, err = call("fit", TINY)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{first.result_file} is damaged" in err
 
 
 @pytest.mark.parametrize("number", sorted(storage.REMEDIES), ids=errno.errorcode.get)
@@ -315,7 +324,14 @@ def test_status_tells_the_states_apart(call):
         _, table, _ = call("status", TINY)
     assert (code, err) == (0, "")
     status = json.loads(out)
-    assert status["counts"] == {"done": 1, "running": 1, "stale": 0, "failed": 1, "pending": 3}
+    assert status["counts"] == {
+        "done": 1,
+        "running": 1,
+        "stale": 0,
+        "failed": 1,
+        "pending": 3,
+        "damaged": 0,
+    }
     rows = {r["name"]: r for r in status["runs"]}
     assert (rows["L1-h1"]["state"], rows["L1-h1"]["evaluation_loss"]) == ("done", 2.25)
     assert rows["L1-h1"]["step"] == rows["L1-h1"]["steps"] == 10

@@ -79,7 +79,7 @@ def models(draw):
     n_kv_heads = draw(st.integers(1, 64))
     pattern = draw(st.none() | patterns())
     return ModelConfig(
-        n_layers=draw(counts if pattern is None else st.integers(2, 64)),
+        n_layers=draw(st.integers(1, 10**4) if pattern is None else st.integers(2, 64)),
         d_model=draw(counts),
         n_heads=n_kv_heads * draw(st.integers(1, 64)),
         n_kv_heads=n_kv_heads,
@@ -134,7 +134,7 @@ def configs(draw):
         batch_tokens=context * sequences * accumulation,
         tokens=tokens,
         tokens_per_param=draw(positive) if tokens is None else None,
-        seed=draw(st.integers(0, 2**40)),
+        seed=draw(st.integers(0, 2**31 - 1)),
         data=DataConfig(
             corpus=draw(paths),
             tokenizer=draw(tokenizers | st.integers(258, 10**6).map("bpe-{}".format)),

@@ -83,10 +83,12 @@ def test_a_module_that_is_no_experiment(workplace, spec):
         load_experiment(spec)
 
 
-def test_what_an_experiment_itself_cannot_import_is_shown_as_it_is(workplace):
-    (workplace / "experiments/broken.py").write_text("import not_there_at_all\n")
-    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+def test_what_an_experiment_itself_cannot_import_is_said_with_its_line(workplace):
+    (workplace / "experiments/broken.py").write_text("\nimport not_there_at_all\n")
+    said = r"ModuleNotFoundError: .*not_there_at_all.*experiments/broken\.py line 2"
+    with pytest.raises(UserError, match=said) as caught:
         load_experiment("experiments.broken")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
 def test_an_empty_experiment_and_twin_runs_are_refused(workplace):

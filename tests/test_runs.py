@@ -32,6 +32,10 @@ def run(name: str = "a", **changes) -> RunConfig:
     return RunConfig(name=name, context_length=64, batch_tokens=256, **fields)
 
 
+def attempt(first: int) -> dict:
+    return {"began": NOW, "first_step": first, "layout": {"device": "cpu"}}
+
+
 @pytest.fixture
 def directory(tmp_path) -> RunDirectory:
     return RunDirectory(tmp_path / "a-0123456789ab")
@@ -214,25 +218,25 @@ def test_last_metrics_reads_the_end_of_a_long_file(directory):
 def test_attempts_are_added(directory):
     directory.path.mkdir()
     assert directory.attempts() == []
-    directory.add_attempt({"devices": 1})
-    directory.add_attempt({"devices": 8})
-    assert directory.attempts() == [{"devices": 1}, {"devices": 8}]
+    directory.add_attempt(attempt(1))
+    directory.add_attempt(attempt(8))
+    assert directory.attempts() == [attempt(1), attempt(8)]
 
 
 def test_finish_writes_the_result_and_drops_what_only_an_unfinished_run_needs(directory):
     directory.begin(run(), {})
-    directory.add_attempt({"devices": 1})
+    directory.add_attempt(attempt(1))
     directory.fail("Traceback\nValueError: no\n", "ValueError")
     for kept in ("checkpoints", "parameters"):
         (directory.path / kept / "5").mkdir(parents=True)
     assert directory.result() is None
-    directory.finish({"loss": 2.5}, {"seconds": 1.0})
+    directory.finish({"evaluations": {}}, {"seconds": 1.0})
     whole = directory.result()
     assert whole == {
         "schema": 1,
-        "result": {"loss": 2.5},
+        "result": {"evaluations": {}},
         "timing": {"seconds": 1.0},
-        "attempts": [{"devices": 1}],
+        "attempts": [attempt(1)],
     }
     assert listed(directory.path) == [
         "attempts.jsonl",

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gqa_scaling.cli import experiment, study
-from gqa_scaling.cli.shared import Verb
-from gqa_scaling.config import UserError, nearest
-from gqa_scaling.storage import failure
+from gqa_scaling.cli.shared import Verb, print_error
+from gqa_scaling.config import UserError, nearest, require
+from gqa_scaling.runs import runs_root
+from gqa_scaling.storage import NO_PLACE, failure
 
 VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
 OVERRIDES = """\
@@ -88,12 +89,6 @@ def _one_of_several() -> bool:
     return _joined() and sys.modules["gqa_scaling.processes"].several()
 
 
-def _say(what: object) -> None:
-    """One line on stderr; where that too lies on a full disk, the exit code has to do."""
-    with contextlib.suppress(OSError):
-        print(f"gqa-scaling: {what}", file=sys.stderr)
-
-
 def _drop_output() -> None:
     """Have the interpreter not fail at its end on what stdout holds and nobody can take."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,12 +99,15 @@ def _main(argv: Sequence[str] | None) -> int:
         args, rest = _parser().parse_known_args(argv)
         args.command = shlex.join(["gqa-scaling", *(sys.argv[1:] if argv is None else argv)])
         if args.root is not None:
+            named = bool(args.root) and "\0" not in args.root
+            require(named, f"--root {args.root!r} must name a folder")
             os.environ["GQA_SCALING_RUNS"] = args.root
+            runs_root()  # refused for every verb, before any work
         code = VERBS[args.verb][0](args, rest)
         sys.stdout.flush()
         return code
     except UserError as error:
-        _say(error)
+        print_error(error)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         if _one_of_several():  # a supervisor is gone in the middle of a job
@@ -119,7 +117,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         away = failure(error)
         if away is not None:
-            _say(away)
+            print_error(away)
             try:
                 sys.stdout.flush()
             except OSError:
@@ -127,11 +125,11 @@ def _main(argv: Sequence[str] | None) -> int:
             return away.exit_code
         if not isinstance(error, OSError):
             raise
-        if error.errno not in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno == errno.ENOENT or error.errno not in (*NO_PLACE, errno.EISDIR):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _say(f"cannot use the disk{where}: {error.strerror}")
+        print_error(f"cannot use the disk{where}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; the same command continues")
+        print_error("interrupted; the same command continues")
         return 130

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, print_error, print_json, print_table
 from gqa_scaling.config import require
 from gqa_scaling.storage import as_path, is_remote
 
@@ -250,11 +250,14 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.json:
         whole = status_dict(experiment.name, rows)
         print_json(whole | {"beside": status_dict(experiment.name, others)["runs"]})
-        return 0
-    print_table(status_table(experiment.name, rows))
-    if others:
-        print_table(status_table(f"{experiment.name}, beside its grid", others))
-    return 0
+    else:
+        print_table(status_table(experiment.name, rows))
+        if others:
+            print_table(status_table(f"{experiment.name}, beside its grid", others))
+    damaged = [row for row in (*rows, *others) if row.state == "damaged"]
+    for row in damaged:
+        print_error(row.failure)
+    return 1 if damaged else 0
 
 
 def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> int:
@@ -263,7 +266,7 @@ def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> 
     from gqa_scaling.status import watch
 
     require(not args.json, "--watch is for people and --json for programs: choose one of the two")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     require(console.is_terminal, "--watch needs a terminal; without one, status prints it once")
     return 1 if any(row.failure for row in watch(root, experiment, console)) else 0
 

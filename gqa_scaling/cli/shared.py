@@ -1,6 +1,7 @@
 """What several verbs take and print."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +22,21 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
+def print_error(error: object) -> None:
+    """One line on stderr, whatever the error quotes: a newline, or a terminal's control sequence.
+
+    Where stderr too lies on a full disk, the exit code has to do.
+    """
+    said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    with contextlib.suppress(OSError):
+        print(f"gqa-scaling: {said}", file=sys.stderr)
+
+
 def print_table(*parts: Any) -> None:
+    """Tables and lines as they are: what a name or a note has in brackets is no markup."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    width = None if sys.stdout.isatty() else 140
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
-        console.print(part, markup=not isinstance(part, str))  # a note may hold brackets
+        console.print(part)

@@ -49,6 +49,7 @@ from gqa_scaling.storage import (
     as_path,
     cache_folder,
     check_writable,
+    expanded,
     files_of,
     is_remote,
     sizes,
@@ -170,7 +171,7 @@ def _require_no_other_files(path: Path) -> None:
 def _existing(data: DataConfig, path: Path) -> TokenStore:
     """The store in place, verified, unless its corpus is at hand and has changed since."""
     store = open_store(data)
-    if data.corpus == "stdlib" or Path(data.corpus).expanduser().exists():
+    if data.corpus == "stdlib" or expanded(data.corpus).exists():
         require(
             open_corpus(data).fingerprint == store.manifest["corpus"]["fingerprint"],
             f"corpus={data.corpus!r} has changed since the token store {path} was made of it: choose "

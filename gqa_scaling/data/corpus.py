@@ -18,7 +18,7 @@ from typing import BinaryIO
 import zstandard
 
 from gqa_scaling.config import DataConfig, UserError, require
-from gqa_scaling.storage import is_remote
+from gqa_scaling.storage import expanded, is_remote
 
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -89,7 +89,7 @@ def open_corpus(data: DataConfig) -> Corpus:
         f"corpus={data.corpus!r} must lie on this machine: copy it here; the tokens that are made of "
         "it may be remote (data.store)",
     )
-    root, left_out = Path(data.corpus).expanduser(), 0
+    root, left_out = expanded(data.corpus), 0
     if data.corpus == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, _NOT_LIBRARY) if path.suffix == ".py"]
@@ -104,9 +104,9 @@ def open_corpus(data: DataConfig) -> Corpus:
             f"{', '.join(RECORDS)} file",
         )
         require(
-            root.name.endswith(RECORDS),
-            f"corpus={data.corpus!r} must end in one of {', '.join(RECORDS)}: a single file holds "
-            "one record for each document",
+            root.name.endswith(RECORDS) and root.is_file(),
+            f"corpus={data.corpus!r} must end in one of {', '.join(RECORDS)}, and be a plain file: a "
+            "single file holds one record for each document",
         )
         root, files = root.parent, [root]
     require(
@@ -156,7 +156,7 @@ def _jsonl(path: Path, field: str) -> Iterator[tuple[str, str, float]]:
             where = f"line {number} of {path}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
+            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8, or nested deep
                 raise UserError(f"{where} is not valid JSON ({error}): mend or remove it") from None
             require(isinstance(record, dict), f"{where} must be a JSON object with a text field")
             require(

@@ -28,12 +28,24 @@ import numpy as np
 from gqa_scaling.config import DataConfig, UserError, require
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
 from gqa_scaling.data.verification import verify, verify_file
-from gqa_scaling.storage import as_path, cache_folder, files_of, is_remote, sizes
+from gqa_scaling.fields import Shape, misfit
+from gqa_scaling.storage import as_path, cache_folder, expanded, files_of, is_remote, sizes
 
 SCHEMA = 1
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+_FILE: Shape = {"file": str, "bytes": int, "sha256": str}
+_SPLIT: Shape = {"tokens": int, "text_bytes": int, "shards": [_FILE], "documents_file": _FILE}
+_MANIFEST: Shape = {
+    "hash": str,
+    "dtype": str,
+    "declaration": dict,
+    "corpus": {"sha256": str, "fingerprint": str},
+    "tokenizer": {"name": str, "sha256": str, "vocab_size": int, "eos": int, "file": (_FILE,)},
+    "splits": {"train": _SPLIT, "heldout": _SPLIT},
+}
 
 AGAIN = "build it again with `gqa-scaling prepare EXPERIMENT --rebuild`"
 
@@ -218,8 +230,8 @@ def open_store(data: DataConfig) -> TokenStore:
             size == entry["bytes"],
             f"{file} has {size} bytes but must have {entry['bytes']}: {AGAIN}",
         )
-    if data.tokenizer.endswith(".json") and Path(data.tokenizer).expanduser().is_file():
-        now = hashlib.sha256(Path(data.tokenizer).expanduser().read_bytes()).hexdigest()
+    if data.tokenizer.endswith(".json") and expanded(data.tokenizer).is_file():
+        now = hashlib.sha256(expanded(data.tokenizer).read_bytes()).hexdigest()
         require(
             now == manifest["tokenizer"]["sha256"],
             f"tokenizer={data.tokenizer!r} has changed since the token store {path} was made with "
@@ -232,11 +244,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "store.json"
     try:
         manifest = json.loads(file.read_bytes())
-        schema = manifest["schema"]
-        whole = schema != SCHEMA or manifest["hash"] == content_hash(manifest)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: {AGAIN}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): {AGAIN}") from None
+    wrong = misfit(manifest, {"schema": int})
+    require(not wrong, f"{file} is damaged ({wrong}): {AGAIN}")
+    schema = manifest["schema"]
     require(schema == SCHEMA, f"{file} has schema {schema}, this version reads {SCHEMA}: {AGAIN}")
+    wrong = misfit(manifest, _MANIFEST)
+    require(not wrong, f"{file} is damaged ({wrong}): {AGAIN}")
+    whole = manifest["hash"] == content_hash(manifest)
     require(whole, f"{file} is damaged, its hash is not that of its content: {AGAIN}")
     return manifest
 
@@ -270,7 +286,7 @@ def declaration(data: DataConfig) -> dict[str, Any]:
 
 
 def _same_declaration(data: DataConfig, path: Path, manifest: dict[str, Any]) -> None:
-    made, wanted = manifest.get("declaration", {}), declaration(data)
+    made, wanted = manifest["declaration"], declaration(data)
     differing = [f"{k}: {made.get(k)!r} -> {v!r}" for k, v in wanted.items() if made.get(k) != v]
     require(
         not differing,

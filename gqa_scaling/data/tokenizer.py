@@ -13,6 +13,7 @@ import tokenizers
 from numpy.typing import ArrayLike
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.storage import expanded
 
 EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -66,8 +67,11 @@ def bytes_tokenizer() -> Tokenizer:
 
 def read_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer:
     """A tokenizer.json. Raises UserError when it cannot be read or names no EOS token."""
+    file = expanded(path)
+    plain = file.is_file() or not file.exists()  # a pipe would be waited for
+    require(plain, f"cannot read tokenizer={str(path)!r}: it is no plain file")
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read tokenizer={str(path)!r}: {error.strerror}") from error
     try:
