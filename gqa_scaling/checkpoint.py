@@ -7,6 +7,7 @@ whole way between: layout, compression, storage and the mesh that it is restored
 """
 
 import functools
+import json
 import math
 import shutil
 import sys
@@ -37,9 +38,10 @@ from gqa_scaling.checksums import (
     what_is_wrong,
 )
 from gqa_scaling.config import UserError
-from gqa_scaling.storage import absolute, as_path, failure, is_remote
+from gqa_scaling.storage import absolute, as_path, failure, is_remote, write_atomic
 
 PyTree = Any
+POSITION_NAME = "position.json"  # beside trained parameters
 REMOVED = "removed"  # where a checkpoint goes, at one stroke, before its files are deleted
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by the bytes of an element
 
@@ -115,17 +117,22 @@ class _Sealer:
     """Seals each save on the primary process, in the background, just before it is committed."""
 
     def __init__(self) -> None:
-        self._next: tuple[Path, ArrayChecksums] | None = None
+        self._next: tuple[Path, ArrayChecksums, dict[str, Any] | None] | None = None
 
-    def expect(self, folder: Path, tree: PyTree) -> None:
-        """The next save is that of `tree` into `folder`; no other may be under way."""
+    def expect(self, folder: Path, tree: PyTree, position: dict[str, Any] | None = None) -> None:
+        """The next save is that of `tree` into `folder`; no other may be under way.
+
+        A `position` that Orbax does not write itself is written beside the tree.
+        """
         if not is_remote(folder):  # there it is written in place
             folder = folder.with_name(folder.name + UNFINISHED_SUFFIX)
-        self._next = (folder, array_checksums(tree))
+        self._next = (folder, array_checksums(tree), position)
 
     def __call__(self) -> None:
         assert self._next is not None
-        folder, arrays = self._next
+        folder, arrays, position = self._next
+        if position is not None:
+            write_atomic(folder / POSITION_NAME, json.dumps(position))
         seal(folder, arrays.values())
 
 
@@ -189,7 +196,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
-        """Save in the background. `position` says where data and randomness stand, as JSON.
+        """Save in the background. `position` is what must be known beside the state, as JSON.
 
         `state` may be donated as soon as this returns. Raises what the save before it raised.
         """
@@ -318,15 +325,18 @@ def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
 # -------------------------------------------------------------------------------- parameters
 
 
-def save_parameters(path: Path, parameters: PyTree) -> None:
-    """Write the trained parameters; an earlier, perhaps unfinished, copy is replaced."""
+def save_parameters(path: Path, parameters: PyTree, position: dict[str, Any] | None = None) -> None:
+    """Write the trained parameters, and what must be known beside them as JSON.
+
+    An earlier, perhaps unfinished, copy is replaced.
+    """
     path, sealer = absolute(path), _Sealer()
     with ocp.AsyncCheckpointer(
         ocp.StandardCheckpointHandler(),
         async_options=_in_background(sealer),
         temporary_path_class=_committed_in(path),
     ) as saving:
-        sealer.expect(path, parameters)
+        sealer.expect(path, parameters, position)
         saving.save(path, args=ocp.args.StandardSave(parameters), force=True)
         saving.wait_until_finished()
 
@@ -347,3 +357,9 @@ def load_parameters(path: Path, like: PyTree) -> PyTree:
     except DamagedError as error:
         raise UserError(f"{path} is damaged: {error}; {remedy}") from None
     return parameters
+
+
+def position_of(path: Path) -> dict[str, Any]:
+    """What was saved beside parameters that `load_parameters` found whole; {} if nothing was."""
+    file = path / POSITION_NAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -180,7 +180,7 @@ class OptimizerConfig(Json):
     to `final_fraction` of it. With schedule "cosine" the decay begins where the warmup ends.
     Weight decay acts on matrices only.
     `spike_factor` > 0 skips steps whose gradient norm exceeds that many times its running mean: off
-    by default, as it changes what is learned.
+    by default, as it changes what is learned. Each step skipped so raises that mean by a tenth.
     """
 
     learning_rate: float = 1e-3
@@ -289,9 +289,10 @@ class RunConfig(Json):
 
     `name` and `note` are for people: neither is part of the digest and neither is ever parsed.
     A step whose loss or gradient is not finite is skipped, and `max_nonfinite_steps` of them in a
-    row stop the run, 0 and 1 at the first; a run that ends does so with any higher limit too, so
-    it may change when a run is resumed. `profile` names steps to trace, the first and the last,
-    such as "20:30".
+    row stop the run, 0 and 1 at the first. So do `max_spike_steps` in a row that were skipped for
+    their gradient norm (`optimizer.spike_factor`). A run that ends does so with any higher limit
+    too, so both may change when a run is resumed. `profile` names steps to trace, the first and the
+    last, such as "20:30".
     """
 
     name: str
@@ -307,6 +308,7 @@ class RunConfig(Json):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     max_nonfinite_steps: int = 0
+    max_spike_steps: int = 50
     profile: str = ""
     note: str = ""
 
@@ -323,7 +325,7 @@ class RunConfig(Json):
             f"{MOST_NAME_BYTES}: it names a folder",
         )
         positive(self, "context_length", "batch_tokens", most=INT32_MAX)
-        for name in ("seed", "max_nonfinite_steps"):
+        for name in ("seed", "max_nonfinite_steps", "max_spike_steps"):
             value = getattr(self, name)
             require(value >= 0, f"{name}={value} must not be negative")
         require(self.seed <= INT32_MAX, f"seed={self.seed} must be at most {INT32_MAX:,}")
@@ -392,6 +394,7 @@ class RunConfig(Json):
                     "parallel",
                     "checkpoint",
                     "max_nonfinite_steps",
+                    "max_spike_steps",
                     "profile",
                 ),
             ),
@@ -417,7 +420,8 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     a, b = _flat(old.to_dict()), _flat(new.to_dict())
     for flat, run in ((a, old), (b, new)):  # a corpus may move, as in the digest
         flat |= {f"data.{k}": _base(getattr(run.data, k)) for k in ("corpus", "tokenizer")}
-    free = {"data.store", "data.allow_repeats", "name", "note", "max_nonfinite_steps", "profile"}
+    free = {"data.store", "data.allow_repeats", "name", "note", "profile"}
+    free |= {"max_nonfinite_steps", "max_spike_steps"}
     skip = ("evaluation.", "parallel.", "checkpoint.")
     return [
         f"{key}: {a.get(key)} -> {b.get(key)}"

@@ -180,6 +180,7 @@ def test_golden_digest():
 
 FREE = {
     "max_nonfinite_steps": 5,
+    "max_spike_steps": 5,
     "profile": "20:30",
     "name": "renamed",
     "note": "said aloud",

@@ -22,7 +22,7 @@ Any field of a run can be changed for the whole grid, after the other arguments:
   --model.n-layers 4 --optimizer.learning-rate 3e-4 --tokens 1000000 --parallel.remat full
 The fields are those of RunConfig in gqa_scaling/config.py: model, data, optimizer, evaluation,
 parallel and checkpoint, each with its own, and context_length, batch_tokens, tokens,
-tokens_per_param, seed, max_nonfinite_steps, profile.
+tokens_per_param, seed, max_nonfinite_steps, max_spike_steps, profile.
 """
 
 

@@ -26,6 +26,7 @@ from gqa_scaling.checkpoint import (
     Restored,
     load_parameters,
     open_checkpoints,
+    position_of,
     save_parameters,
 )
 from gqa_scaling.checksums import is_saved
@@ -45,7 +46,7 @@ from gqa_scaling.training.step import (
     train_step,
 )
 from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
-from gqa_scaling.training.watch import NonFiniteLoss, Watch
+from gqa_scaling.training.watch import NonFiniteLoss, Tally, Watch, position_at
 
 
 def keep_compiled(folder: Path) -> None:
@@ -75,12 +76,18 @@ def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
     return TrainingData(store, run.context_length, run.batch_size, run.seed)
 
 
-def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+def train(
+    run: RunConfig,
+    directory: RunDirectory,
+    store: TokenStore,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Train and evaluate the run in its directory, from its last checkpoint if there is one.
 
     Its result.json is then on disk. Called by every process of a job; the first one writes. Raises
-    UserError when run, data and directory do not go together, NonFiniteLoss when training diverges,
-    Preempted once the state is saved.
+    UserError when run, data and directory do not go together, NonFiniteLoss or LastingSpike when
+    training diverges, Preempted once the state is saved. Speeds are measured by the clock, in
+    seconds.
     """
     began, leader = time.time(), processes.is_leader()
     data, mesh = check_data(run, store), parallel.make_mesh(run)
@@ -105,9 +112,11 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
         evaluate = evaluator(run, graph, store, mesh)
         if trained:  # and interrupted in its evaluation
             parameters = load_parameters(directory.parameters, like)
+            saved, steps = position_of(directory.parameters), costs.training_steps(run)
+            tally = Tally.of(position_at(run, directory, steps, saved))
         else:
             with open_checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
-                loop = _Loop(run, directory, data, checkpoints, graph, mesh, evaluate)
+                loop = _Loop(run, directory, data, checkpoints, graph, mesh, evaluate, clock)
                 start = loop.begin()
                 if leader:
                     directory.add_attempt(
@@ -121,15 +130,16 @@ def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
                             "checkpoint": run.checkpoint.to_dict(),
                         }
                     )
-                parameters = loop.take_steps(start)
+                parameters, tally = loop.take_steps(start)
                 checkpoints.wait()
-            save_parameters(directory.parameters, parameters)
+            position = _position(run, costs.training_steps(run), tally)
+            save_parameters(directory.parameters, parameters, position)
         value = evaluate(parameters)
     require_finite(value)
     if leader:
         metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
         write_hparams(directory, run, metrics)
-        result = _result(run, directory, store, value, layout)
+        result = _result(run, store, tally, value, layout)
         directory.finish(result, _timing(run, directory))
     processes.wait_for_all("result")
 
@@ -141,13 +151,20 @@ def require_finite(value: Evaluation) -> None:
 
 
 def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
-    """How fast it went: means over the last attempt, and from them the time of all steps."""
+    """How fast it went: steps on average and what was done apart from them, both of the last
+    attempt, and from the average the time of all steps.
+    """
     last = directory.last_metrics("perf/step_time_seconds")
     timing = {k.removeprefix("perf/"): v for k, v in last.items() if k.startswith("perf/")}
     if last:
         steps = costs.training_steps(run)
         timing["training_seconds"] = steps * last["perf/step_time_seconds"]
     return {**timing, "finished": time.time()}
+
+
+def _position(run: RunConfig, step: int, tally: Tally) -> dict[str, Any]:
+    """What is saved with the state of a step, as JSON."""
+    return {"step": step, "seed": run.seed, "digest": run.digest, **dataclasses.asdict(tally)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +178,7 @@ class _Loop:
     graph: nnx.GraphDef
     mesh: jax.sharding.Mesh
     evaluate: Callable[[Any], Evaluation]
+    clock: Callable[[], float]
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -175,13 +193,14 @@ class _Loop:
             return Restored(0, parallel.create_sharded(build, self.mesh), {}, ())
         digest, path = restored.position["digest"], self.directory.checkpoints
         require(digest == self.run.digest, f"{path} holds digest {digest}, not {self.run.digest}")
-        return restored
+        position = position_at(self.run, self.directory, restored.step, restored.position)
+        return dataclasses.replace(restored, position=position)
 
-    def take_steps(self, start: Restored) -> Any:
-        """Take the steps that are left and return the trained parameters.
+    def take_steps(self, start: Restored) -> tuple[Any, Tally]:
+        """Take the steps that are left and return the trained parameters and the tally.
 
-        Metrics are read one step late, so the device never waits. Raises NonFiniteLoss, and
-        Preempted once the state is saved.
+        Metrics are read one step late, so the device never waits for the host. Raises
+        NonFiniteLoss, LastingSpike, and Preempted once the state is saved.
         """
         state, first = start.state, start.step
         run, steps = self.run, costs.training_steps(self.run)
@@ -195,8 +214,7 @@ class _Loop:
             Profiler(run, self.directory, leader) as profiler,
         ):
             telemetry.introduce(run)
-            watch = Watch(run, self.checkpoints, self.data, telemetry)
-            watch.last_saved, watch.in_a_row = first, start.position.get("nonfinite_in_a_row", 0)
+            watch = Watch(run, self.checkpoints, self.data, telemetry, start, self.clock)
             for step in range(first + 1, steps + 1):
                 profiler.before(step, watch)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -207,45 +225,44 @@ class _Loop:
                 stop = processes.preempted() and step < steps
                 every = run.evaluation.every_steps
                 if every and step % every == 0 and step < steps:
-                    telemetry.log(step, {"evaluation/loss": self.evaluate(state[0]).loss})
+                    with watch.apart("evaluation"):
+                        loss = self.evaluate(state[0]).loss
+                    telemetry.log(step, {"evaluation/loss": loss})
                 if stop or (step % run.checkpoint.every_steps == 0 and step < steps):
-                    watch.read()  # what is saved has been judged
-                    position = {"step": step, "seed": run.seed, "digest": run.digest}
-                    position["nonfinite_in_a_row"] = watch.in_a_row
-                    telemetry.flush()
-                    self.checkpoints.save(step, state, position)
+                    with watch.apart("checkpoint"):  # what is saved has been judged
+                        telemetry.flush()
+                        self.checkpoints.save(step, state, _position(run, step, watch.tally))
                     watch.last_saved = step
                 if stop:
                     self.checkpoints.wait()
                     raise processes.Preempted(f"{run.name}: saved step {step} of {steps}")
             watch.read()
-        return state[0]
+        return state[0], watch.tally
 
 
 def _result(
     run: RunConfig,
-    directory: RunDirectory,
     store: TokenStore,
+    tally: Tally,
     value: Evaluation,
     layout: dict[str, Any],
 ) -> dict[str, Any]:
     """What the run is worth; equal to the byte however often it was interrupted."""
     steps = costs.training_steps(run)
-    metrics = directory.metrics()
-    losses = [m["learning/loss"] for m in metrics if "learning/loss" in m]
-    tail = losses[-max(1, len(losses) // 20) :]
+    config = dataclasses.replace(run, profile="").to_dict()  # tracing changes no result
+    del config["max_spike_steps"]  # nor does a limit that was not reached
     return {
         "name": run.name,
         "digest": run.digest,
-        "config": dataclasses.replace(run, profile="").to_dict(),  # tracing changes no result
+        "config": config,
         "n_exact": costs.n_exact(run.model),
         "n_total": costs.parameters(run.model).total,
         "tokens": costs.training_tokens(run),
         "steps": steps,
         "training_flops": costs.training_flops(run),
         "epochs": costs.training_tokens(run) / store.train_tokens,
-        "train_loss": sum(tail) / len(tail),
-        "skipped_steps": sum("skipped" in m for m in metrics),
+        "train_loss": tally.train_loss,
+        "skipped_steps": tally.skipped_steps,
         "data": store.describe(),
         "evaluations": {run.evaluation_digest: dataclasses.asdict(value)},
         "versions": versions(),

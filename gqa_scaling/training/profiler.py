@@ -30,12 +30,11 @@ class Profiler:
         """Begin or end the trace if this step is the first one in it, or after it."""
         if (step in self._steps) == (self._trace is not None):
             return
-        watch.read()  # the device is still at the step before
-        if self._trace is None:
-            self._begin()
-        else:
-            self._end()
-            watch.meter.restart()  # traced steps and writing the trace are slow
+        began = self._trace is not None
+        with watch.apart("profiling"):  # when the device is done with the step before
+            self._end() if began else self._begin()
+        if began:
+            watch.meter.restart()  # traced steps are slow
 
     def _begin(self) -> None:
         with ExitStack() as stack:

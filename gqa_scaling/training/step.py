@@ -22,18 +22,28 @@ from gqa_scaling.training.optimizer import make_optimizer
 
 State = tuple[Any, Any]
 NORMS_REMEMBERED = 100  # steps over which a usual gradient norm is averaged
+SPIKE_GROWTH = 1.1  # times which the mean grows at each step skipped for its norm
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step; when not `taken`, the state is as it was."""
+    """Scalars of one step; when not `taken`, parameters and moments are as they were.
+
+    `usual_norm` is the mean that the gradient norm was held against; None without spike skipping.
+    """
 
     loss: jax.Array
     gradient_norm: jax.Array
     taken: jax.Array
+    usual_norm: jax.Array | None = None
 
 
 class Norms(NamedTuple):
-    """Running mean of the gradient norms of the steps taken, and how many, as float32."""
+    """Running mean of the gradient norms of the steps taken, and how many, as float32.
+
+    A step that is skipped for its norm raises the mean to `SPIKE_GROWTH` times what it was, however
+    large the norm: one spike hardly moves it, and a rise that lasts is followed. A norm that stays
+    at ten times the limit is taken after 25 skipped steps.
+    """
 
     mean: jax.Array
     count: jax.Array
@@ -75,25 +85,29 @@ def train_step(
         parameters, moments = state
         loss, grads = gradients(parameters, inputs_BT, targets_BT)
         norm = optax.tree.norm(grads)
-        taken = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        taken, usual_norm = finite, None
         factor = run.optimizer.spike_factor
         if factor:
             moments, norms = moments
-            usual = (norms.count < NORMS_REMEMBERED) | (norm <= factor * norms.mean)
-            taken &= usual
+            usual_norm = norms.mean
+            taken &= (norms.count < NORMS_REMEMBERED) | (norm <= factor * norms.mean)
         updates, new_moments = optimizer.update(grads, moments, parameters)
         new = optax.apply_updates(parameters, updates), new_moments
         old = parameters, moments
         if factor:
             count = jnp.minimum(norms.count + 1, NORMS_REMEMBERED)
             new_norms = Norms(norms.mean + (norm - norms.mean) / count, count)
+            followed = jnp.minimum(norm, SPIKE_GROWTH * norms.mean)
+            norms = Norms(jnp.where(finite, followed, norms.mean), norms.count)  # when skipped
             new, old = (new[0], (new[1], new_norms)), (old[0], (old[1], norms))
 
         def unless_skipped(new: jax.Array, old: jax.Array) -> jax.Array:
             # counters go on: the learning rate is that of the step's number
             return jnp.where(taken, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
-        return jax.tree.map(unless_skipped, new, old), StepMetrics(loss, norm, taken)
+        metrics = StepMetrics(loss, norm, taken, usual_norm)
+        return jax.tree.map(unless_skipped, new, old), metrics
 
     return jax.jit(step, donate_argnums=0)
 
