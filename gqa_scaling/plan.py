@@ -11,7 +11,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import Hardware
-from gqa_scaling.layout import axis_sizes
+from gqa_scaling.layout import check_layout
 from gqa_scaling.units import byte_size, duration, quantity
 
 MAX_EPOCHS = 4.0
@@ -122,14 +122,6 @@ def hardware_flops(run: RunConfig) -> int:
     return per_token * costs.training_tokens(run)
 
 
-def check_layout(run: RunConfig, devices: int) -> None:
-    """Refuse a mesh that `devices` or the model's sizes cannot be divided over."""
-    try:
-        axis_sizes(run, devices)
-    except UserError as error:
-        raise UserError(f"{run.name}: {error}") from None
-
-
 def make_plan(
     experiment: Experiment,
     hardware: Hardware,
@@ -138,15 +130,15 @@ def make_plan(
 ) -> Plan:
     """The plan of every run; `train_tokens` by store path, for the corpora that are prepared.
 
-    Raises UserError when a run cannot be laid out over the devices, or would see its corpus more
-    than 4 times and does not allow it.
+    Raises UserError when a run cannot be laid out over the devices, asks for an attention that they
+    do not have, or would see its corpus more than 4 times and does not allow it.
     """
     known = train_tokens or {}
     require(devices > 0, f"devices={devices} must be greater than 0")
     for run in experiment.runs:
         check_profile(run)
         try:
-            check_layout(run, devices)
+            check_layout(run, devices, hardware.platform)
         except UserError as error:
             other = "plan for other devices with --hardware NAME --devices N"
             raise UserError(f"{error}; {other}") from None
