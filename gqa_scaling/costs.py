@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 from gqa_scaling.config import ModelConfig, RunConfig, UserError, require, round_up
 from gqa_scaling.context_sharding import HeadPattern, mean_keys
+from gqa_scaling.kernel_limits import LANES
+from gqa_scaling.layout import attention_implementation
 
 Convention = Literal["per_token", "per_sequence"]
 CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")
@@ -262,7 +264,6 @@ class TrainingBytes:
 
 LOGIT_BUDGET_BYTES = 64 * 2**20
 HEAP_GAPS = 0.2  # and what is not counted, to agree with programs compiled for TPUs (docs/pods.md)
-LANES = 128  # splash lays out heads in rows of so many values
 TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
 
 
@@ -288,15 +289,15 @@ def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> T
     activations = tokens * width * kept * L
     weights = 3 * D * F * (width + 4) + 4 * tokens * width * F  # the FFN: weights, their gradients
     again = 0 if axes.remat == "none" else tokens * width * layer_outputs
-    if axes.attention == "reference":
+    implementation = attention_implementation(run, platform)
+    if implementation == "reference":
         attention = 3 * 4 * tokens * run.context_length * q / m.head_dim
     else:  # K and V as tiles; their gradients as tiles and as rows
         each = max(
             sum(width * tiles + 4 * tiles + 4 for tiles in (_tiles(h, run) for h in layer))
             for layer in set(m.layer_patterns)
         )
-        splash = platform == "tpu" and axes.attention in ("auto", "splash")
-        lanes = round_up(m.head_dim, LANES) / m.head_dim if splash else 1
+        lanes = round_up(m.head_dim, LANES) / m.head_dim if implementation == "splash" else 1
         attention = tokens * axes.context * 2 * kv * lanes * each / m.n_kv_heads
     tables = p.embedding / axes.tensor
     logits = 3 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)

@@ -4,11 +4,11 @@ Told without any device, so that a plan can refuse what would fail on a pod.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from gqa_scaling.config import Implementation, RunConfig, require
+from gqa_scaling.config import Implementation, RunConfig, UserError, require
+from gqa_scaling.kernel_limits import cudnn_limit, splash_limit, triton_limit
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -84,8 +84,9 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
     """The attention that a run gets on devices of a platform: "cpu", "gpu" or "tpu".
 
     "auto" is blockwise on a CPU, splash on a TPU and, on a GPU, cudnn for dense models in bfloat16
-    and triton for others; where such a kernel cannot take the model, blockwise, which can do all.
-    Raises `UserError` where the run asks for one that the platform or the model rules out.
+    and triton for others; where such a kernel cannot take the run, blockwise, which can do all.
+    Raises `UserError` where the run asks for one that the platform, the model, its context length
+    or its layout rules out.
     """
     wanted = run.parallel.attention
     if wanted in ("reference", "blockwise"):
@@ -101,30 +102,29 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
     return next(fit, "blockwise")
 
 
+def check_layout(run: RunConfig, devices: int, platform: str) -> None:
+    """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices."""
+    try:
+        axis_sizes(run, devices)
+        attention_implementation(run, platform)
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from None
+
+
 def _unfit(name: str, run: RunConfig, platform: str) -> str:
     """Why a kernel cannot serve this run; "" where it can."""
-    m, context = run.model, run.parallel.context
+    m, T, context = run.model, run.context_length, run.parallel.context
     needed = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}[name]
     if platform != needed:
         return f"needs a {needed.upper()}, and this is a {platform.upper()}"
     if name == "cudnn":
-        if m.pattern is not None:
-            return "is dense only, and the model has a pattern"
-        if m.dtype != "bfloat16":
-            return f"needs dtype=bfloat16, not {m.dtype}"
-        if m.head_dim % 8 or m.head_dim > 128:
-            return f"needs a head_dim that is a multiple of 8 up to 128, not {m.head_dim}"
-        if context > 1:
-            return f"needs context=1, not {context}"
+        return cudnn_limit(m.head_dim, m.dtype, m.pattern is not None, context)
+    parts = 1 if context == 1 else 2
     if name == "triton":
-        if m.head_dim not in (16, 32, 64, 128):
-            return f"needs a head_dim of 16, 32, 64 or 128, not {m.head_dim}"
-        if m.pattern is not None and m.pattern.block % 16:
-            return f"needs a pattern.block that is a multiple of 16, not {m.pattern.block}"
-        part = run.context_length // (2 * context)
-        if context > 1 and part % 16:
-            return f"needs parts of a multiple of 16 positions, and context={context} makes {part}"
-    return ""
+        block = m.pattern.block if m.pattern else None
+        return triton_limit(m.head_dim, block, T // (2 * context) if parts > 1 else None)
+    kinds = {replace(h, offset=0) if h else None for layer in m.layer_patterns for h in layer}
+    return splash_limit(T // context, T, parts, kinds)
 
 
 def zigzag(positions_T: Any, context: int) -> Any:
@@ -135,6 +135,8 @@ def zigzag(positions_T: Any, context: int) -> Any:
     """
     if context == 1:
         return positions_T
+    import numpy as np  # here: costs are counted, and experiments declared, without arrays
+
     order = np.ravel([(i, 2 * context - 1 - i) for i in range(context)])
     return positions_T.reshape(2 * context, -1)[order].reshape(-1)
 

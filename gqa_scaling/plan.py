@@ -12,7 +12,7 @@ from gqa_scaling.config import MOST_DEVICES, RunConfig, UserError, require
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.hardware import Hardware
-from gqa_scaling.layout import axis_sizes
+from gqa_scaling.layout import check_layout
 from gqa_scaling.units import byte_size, duration, quantity
 
 MAX_EPOCHS = 4.0
@@ -123,14 +123,6 @@ def hardware_flops(run: RunConfig) -> int:
     return per_token * costs.training_tokens(run)
 
 
-def check_layout(run: RunConfig, devices: int) -> None:
-    """Refuse a mesh that `devices` or the model's sizes cannot be divided over."""
-    try:
-        axis_sizes(run, devices)
-    except UserError as error:
-        raise UserError(f"{run.name}: {error}") from None
-
-
 def make_plan(
     experiment: Experiment,
     hardware: Hardware,
@@ -139,8 +131,8 @@ def make_plan(
 ) -> Plan:
     """The plan of every run; `train_tokens` by store path, for the corpora that are prepared.
 
-    Raises UserError when a run cannot be laid out over the devices, or would see its corpus more
-    than 4 times and does not allow it.
+    Raises UserError when a run cannot be laid out over the devices, asks for an attention that they
+    do not have, or would see its corpus more than 4 times and does not allow it.
     """
     known = train_tokens or {}
     require(devices > 0, f"devices={devices} must be greater than 0")
@@ -149,7 +141,7 @@ def make_plan(
         check_steps(run)
         check_profile(run)
         try:
-            check_layout(run, devices)
+            check_layout(run, devices, hardware.platform)
         except UserError as error:
             other = "plan for other devices with --hardware NAME --devices N"
             raise UserError(f"{error}; {other}") from None

@@ -23,7 +23,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import ParallelConfig, RunConfig, UserError, require
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import Topology, hardware
-from gqa_scaling.layout import AXES, axis_sizes
+from gqa_scaling.layout import AXES, attention_implementation, axis_sizes
 from gqa_scaling.units import byte_size, quantity
 
 INSTALL = "pip install -e '.[tpu]'"
@@ -172,10 +172,12 @@ def shapes(runs: tuple[RunConfig, ...]) -> list[tuple[RunConfig, ...]]:
 
 
 def check(experiment: Experiment, place: Topology) -> None:
-    """Raise UserError unless every run can be laid out over the chips and the compiler is there."""
+    """Raise UserError unless every run can be laid out over the chips, with the attention that it
+    asks for, and the compiler is there."""
     for first, *_ in shapes(experiment.runs):
         try:
             axis_sizes(first, place.chips)
+            attention_implementation(first, "tpu")
         except UserError as error:
             raise UserError(f"{first.name} on {place.name}: {error}") from None
     require_compiler()
@@ -262,6 +264,7 @@ def _powers(most: int) -> list[int]:
 def _possible(run: RunConfig, place: Topology) -> tuple[int, int, int, int] | None:
     try:
         sizes = axis_sizes(run, place.chips)
+        attention_implementation(run, "tpu")
     except UserError:
         return None
     return sizes if sizes[0] % place.slices == 0 else None

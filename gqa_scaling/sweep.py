@@ -22,7 +22,8 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.hardware import HARDWARE, cores
-from gqa_scaling.plan import check_epochs, check_layout, check_profile, check_steps
+from gqa_scaling.layout import check_layout
+from gqa_scaling.plan import check_epochs, check_profile, check_steps
 from gqa_scaling.runs import RunDirectory, claim, run_directory, waited_for
 from gqa_scaling.status import REMOTE_LOOK_SECONDS, RunStatus, read_status
 from gqa_scaling.storage import (
@@ -71,7 +72,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         if path not in stores:
             stores[path] = open_store(run.data)
             stores[path].verify()
-        check_layout(run, jax.device_count())
+        check_layout(run, jax.device_count(), jax.default_backend())
         check_steps(run)
         check_profile(run)
         check_epochs(run, stores[path].train_tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.hardware import Hardware
-from gqa_scaling.layout import axis_sizes
+from gqa_scaling.layout import attention_implementation, axis_sizes
 from gqa_scaling.plan import plan_run
 from gqa_scaling.units import byte_size
 from launch.targets import Slice
@@ -35,12 +35,18 @@ class Job:
 
 
 def fits(run: RunConfig, place: Slice, row: Hardware) -> bool:
-    """Whether the run can be laid out over the slice and its memory holds it."""
+    """Whether the slice can take the run (`refusal`) and its memory holds it."""
+    return not refusal(run, place, row) and memory_needed(run, place, row) <= row.memory
+
+
+def refusal(run: RunConfig, place: Slice, row: Hardware) -> str:
+    """Why the run cannot be laid out over the slice, or not have its attention there; else ""."""
     try:
         axis_sizes(run, place.chips)
-    except UserError:
-        return False
-    return memory_needed(run, place, row) <= row.memory
+        attention_implementation(run, row.platform)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def memory_needed(run: RunConfig, place: Slice, row: Hardware) -> int:
@@ -50,19 +56,14 @@ def memory_needed(run: RunConfig, place: Slice, row: Hardware) -> int:
 
 def why_nowhere(run: RunConfig, offered: Sequence[Slice], row: Hardware) -> str:
     """What keeps the run from the largest slice it can be laid out over, or else from the largest."""
-    layouts = []
     for place in reversed(offered):
-        try:
-            axis_sizes(run, place.chips)
-        except UserError as error:
-            layouts.append(f"on {place.name} {error}")
-            continue
-        return (
-            f"on {place.name} it needs {byte_size(memory_needed(run, place, row))} on each chip, which has "
-            f"{byte_size(row.memory)}: try --parallel.remat full, --parallel.accumulation 2, "
-            "--parallel.context 2 or larger chips"
-        )
-    return f"{layouts[0]}; or name a larger slice"
+        if not refusal(run, place, row):
+            return (
+                f"on {place.name} it needs {byte_size(memory_needed(run, place, row))} on each chip, "
+                f"which has {byte_size(row.memory)}: try --parallel.remat full, "
+                "--parallel.accumulation 2, --parallel.context 2 or larger chips"
+            )
+    return f"on {offered[-1].name} {refusal(run, offered[-1], row)}; or name another slice"
 
 
 def choose(

@@ -166,6 +166,18 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
             "leave out --hardware and --devices",
         ),
         ("plan experiments.tiny --compile v5e:4x4", "must divide the 4 sequences"),
+        (
+            "plan experiments.tiny --hardware v5e --parallel.attention triton",
+            "attention=triton needs a GPU, and this is a TPU",
+        ),
+        (
+            "plan experiments.tiny --compile v5e:1x1 --parallel.attention cudnn",
+            "on v5e:1x1: attention=cudnn needs a GPU, and this is a TPU",
+        ),
+        (
+            "plan experiments.tiny --hardware h100 --parallel.attention splash",
+            "attention=splash needs a TPU, and this is a GPU",
+        ),
         ("plan experiments.tiny --profile 8", "profile='8' must be FIRST:LAST"),
         ("plan experiments.tiny --hardware v5e --profile 8:11", "ends after its last step 10"),
         ("plan experiments.tiny --root", "expected one argument"),

@@ -21,9 +21,9 @@ FLOORS = (
     ("experiment",),
     ("grid",),
     ("runs",),
-    ("hardware", "ladder", "costs", "layout", "checksums", "hlo", "orbax_s3"),
-    ("storage",),
-    ("config",),
+    ("hardware", "ladder", "costs", "checksums", "hlo", "orbax_s3"),
+    ("storage", "layout"),
+    ("config", "kernel_limits"),
     ("context_sharding",),
     ("fields", "units"),
 )

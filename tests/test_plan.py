@@ -79,6 +79,39 @@ def test_a_layout_that_cannot_be_is_refused():
         make_plan(experiment(run()), CHIP, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "attention", "said"),
+    [
+        ("v5e", "triton", "a: attention=triton needs a GPU, and this is a TPU: take auto"),
+        ("v5p", "cudnn", "a: attention=cudnn needs a GPU, and this is a TPU: take auto"),
+        ("h100", "splash", "a: attention=splash needs a TPU, and this is a GPU: take auto"),
+        ("cpu", "splash", "this is a CPU: .* plan for other devices with --hardware NAME"),
+    ],
+)
+def test_an_attention_that_the_hardware_does_not_have_is_refused(name, attention, said):
+    asked = run(parallel=ParallelConfig(attention=attention))
+    with pytest.raises(Refused, match=said):
+        make_plan(experiment(run("fine"), asked), hardware(name))
+
+
+def test_splash_is_refused_where_its_tables_do_not_fit_and_auto_takes_blockwise():
+    """A million dense tokens on one chip; four that share them have room."""
+    million = dataclasses.replace(run(), context_length=2**20, batch_tokens=2**20)
+
+    def with_attention(name, context=1):
+        parallel = ParallelConfig(attention=name, context=context, remat="full")
+        return experiment(dataclasses.replace(million, parallel=parallel, tokens=2**21))
+
+    with pytest.raises(Refused, match=r"needs 3,145,728 bytes of tables .* has room for 983,040"):
+        make_plan(with_attention("splash"), hardware("v5e"))
+    auto, blockwise = (
+        make_plan(with_attention(name), hardware("v5e")).runs[0].training_bytes
+        for name in ("auto", "blockwise")
+    )
+    assert auto == blockwise
+    assert make_plan(with_attention("splash", 4), hardware("v5e"), 4).runs
+
+
 def test_a_shard_without_runs_can_be_planned():
     totals = make_plan(experiment(), CHIP).to_dict()["totals"]
     assert (totals["runs"], totals["hours"], totals["disk_bytes"]) == (0, 0, 0)

@@ -29,11 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gqa_scaling.context_sharding import HeadPattern
+from gqa_scaling.kernel_limits import triton_limit
 from gqa_scaling.model.operands import check_operands
 
 _MASKED = -1e30  # finite, so that exp2(masked - masked) is no NaN
 _NEVER = 2**29  # blocks: more than any sequence has
-_HEAD_SIZES = (16, 32, 64, 128)
 _LOG2_E = math.log2(math.e)
 
 
@@ -57,8 +57,7 @@ def forward(
 
     Any T where there is one run: what lacks to whole tiles is padded. Softmax in float32, scores
     scaled by 1/sqrt(H); memory is O(S). `interpret` runs the kernels anywhere, slowly. Raises
-    `ValueError` where the shapes do not fit each other, H is no power of two from 16 to 128, or a
-    block, or one of two runs, is no multiple of 16.
+    `ValueError` where the shapes do not fit each other, or `triton_limit` names what does not fit.
     """
     check_operands(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
     t = _tiling(q_BTKGH, kind, starts)
@@ -141,22 +140,9 @@ def _tiling(q_BTKGH: jax.Array, kind: HeadPattern | None, starts: jax.Array) -> 
     """Tiles are a power of two of positions, up to 64, that divides blocks and runs; of float32,
     which must do without tensor cores, up to 32."""
     (T, _, G, H), parts = q_BTKGH.shape[1:], starts.size
-    if H not in _HEAD_SIZES:
-        raise ValueError(
-            f"head_dim={H} must be one of {', '.join(map(str, _HEAD_SIZES))} for this kernel: "
-            "change it, or take another implementation"
-        )
-    if kind is not None and kind.block % 16:
-        raise ValueError(
-            f"block={kind.block} must be a multiple of 16 for this kernel, better of 64: "
-            "change it, or take another implementation"
-        )
-    if parts > 1 and T // parts % 16:
-        raise ValueError(
-            f"a context axis cuts the sequence into parts of {T // parts} positions, which must be "
-            "a multiple of 16 for this kernel, better of 64: change it, or take another "
-            "implementation"
-        )
+    reason = triton_limit(H, kind.block if kind else None, T // parts if parts > 1 else None)
+    if reason:
+        raise ValueError(f"this kernel {reason}: change it, or take another implementation")
     most = 32 if q_BTKGH.dtype == jnp.float32 else 64
     tile = math.gcd(most, kind.block if kind else 0, T // parts if parts > 1 else 0)
     run = -(-T // parts // tile)

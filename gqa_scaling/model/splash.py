@@ -8,8 +8,8 @@ natural order. Each key there is seen by one range of queries, which a mask func
 registers: masks are stored nowhere, tiles stay large, and pattern blocks of any size do, powers of
 two best. A mask function sees no traced value but the positions of queries: where the stripe
 begins rides in their upper bits. Scalar memory holds which tiles of keys each tile of queries
-visits, of one head: 98 KB for 131,072 tokens with W = 1024 and s = 16 (`metadata_bytes`). Heads
-with stripes run one after the other.
+visits, of one head: 98 KB for 131,072 tokens with W = 1024 and s = 16
+(`kernel_limits.metadata_bytes`). Heads with stripes run one after the other.
 
 The library's public entry takes one table for the gradients of all keys. As distant keys are seen
 by every later query and natural ones by a window, that table would be mostly empty, and its empty
@@ -20,9 +20,8 @@ Heterogeneous context sharding: arXiv 2407.17678, patterns in `gqa_scaling.conte
 kernels compile for v5e and v6e; they have not been timed on one.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +30,10 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from gqa_scaling import kernel_limits
 from gqa_scaling.context_sharding import HeadPattern
+from gqa_scaling.kernel_limits import DENSE, LANES, NEVER, Walk, position_bits
 from gqa_scaling.model.operands import check_operands
-
-_LANES = 128
-_NEVER = 2**30  # a position after every query
-_DENSE = HeadPattern(block=_NEVER, local=1)
-SCALAR_MEMORY = 2**20 - 2**16  # bytes of a TPU core, less some for the compiler
 
 
 def forward(
@@ -154,73 +150,7 @@ def backward(
     return _positions(dq, G, walk) * scale, dk, dv
 
 
-def metadata_bytes(T: int, kind: HeadPattern | None, parts: int = 1, S: int | None = None) -> int:
-    """Bytes of scalar memory for one head's tables, in the kernel that needs most.
-
-    T queries in that many runs, S keys (default T). The compiler rounds the rows of a table up to
-    128 entries and their number to 8.
-    """
-    walk = _walk(T, parts, S or T, kind)
-    far, near, rows = walk.far // walk.block, walk.near // walk.block, walk.rows
-
-    def held(lines: int, entries: int, most: int) -> int:
-        return _up(lines, 8) * _up(entries, _LANES) * (1 + _integer(most).itemsize)
-
-    return max(
-        held(rows, far + walk.near_rows, far + near),
-        held(rows, far, rows),
-        held(walk.near_columns, near, rows),
-    )
-
-
 # --------------------------------------------------------------------------- what is visited
-
-
-class _Walk(NamedTuple):
-    """How a device's queries walk over the keys of a head: `far` places for distant keys, then
-    `near` for natural ones, both whole tiles of `block`."""
-
-    kind: HeadPattern
-    parts: int  # runs of queries
-    run: int  # queries of each
-    block: int
-    rows: int  # tiles of queries
-    sinks: int  # distant blocks
-    stripe: int
-    far: int
-    near: int
-    near_rows: int  # the most tiles of natural keys that one of queries sees
-    near_columns: int  # the most tiles of queries that see one of natural keys
-
-
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
-def _block(run: int, S: int, kind: HeadPattern) -> int:
-    """Positions on a tile's side. A step of the grid has a fixed cost, also where it does nothing:
-    large tiles for dense heads, whose grid is half empty."""
-    most = 1024 if kind == _DENSE and S > 4096 else 512
-    return _up(-(-run // -(-run // most)), _LANES)
-
-
-@functools.lru_cache(maxsize=1024)
-def _walk(T: int, parts: int, S: int, kind: HeadPattern | None) -> _Walk:
-    if kind is None or kind.window >= S or kind.stride == 1:  # it hides nothing
-        kind = _DENSE
-    run = T // parts
-    block = _block(run, S, kind)
-    beyond = -(-S // kind.block) - kind.local  # blocks that leave some query's window
-    sinks = min(kind.sinks, beyond)
-    stripe = -(-(beyond - sinks) // kind.stride) if kind.stride else 0
-    far = _up((sinks + stripe) * kind.block, block)
-    rows, near = parts * _up(run, block) // block, _up(S, block)
-    tiles = (np.arange(0, S, run)[:, None] + np.arange(0, run, block)).ravel()  # of all devices
-    first, end = _keys_seen(tiles, kind, block, near)
-    near_rows = int((end - first).max())
-    first, end = _queries_seeing(tiles, kind, block, near)
-    near_columns = min(rows, int((end - first).max()))
-    return _Walk(kind, parts, run, block, rows, sinks, stripe, far, near, near_rows, near_columns)
 
 
 def _keys_seen(tiles: Any, kind: HeadPattern, block: int, near: int) -> tuple[Any, Any]:
@@ -238,24 +168,24 @@ def _queries_seeing(tiles: Any, kind: HeadPattern, block: int, near: int) -> tup
     return (tiles[:, None] + block <= start).sum(0), (tiles[:, None] < until).sum(0)
 
 
-def _since(n: Any, residue: Any, walk: _Walk) -> jax.Array:
+def _since(n: Any, residue: Any, walk: Walk) -> jax.Array:
     """The position from which on queries see the n-th distant block: it has left their window.
 
     The stripe begins `residue` blocks after the sinks. Past the last block, after all queries.
     """
     b, w, sinks = walk.kind.block, walk.kind.local, walk.sinks
     if not walk.stripe:
-        return jnp.where(n < sinks, (n + w) * b, _NEVER)
+        return jnp.where(n < sinks, (n + w) * b, NEVER)
     block = sinks + residue + (n - sinks) * walk.kind.stride
     return (jnp.where(n < sinks, n, block) + w) * b
 
 
-def _tiles(walk: _Walk, starts: jax.Array) -> jax.Array:
+def _tiles(walk: Walk, starts: jax.Array) -> jax.Array:
     """Where tiles of queries begin, ascending."""
     return (starts[:, None] + jnp.arange(0, walk.run, walk.block)).reshape(-1)
 
 
-def _rows(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
+def _rows(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
     """For each tile of queries the tiles of keys that it visits, distant ones first; the entries
     after them fetch what the next one needs first."""
     block, n = walk.block, walk.far // walk.block
@@ -269,26 +199,26 @@ def _rows(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
     return _table(visits, n + walk.near // block, busy, walk, starts, residue)
 
 
-def _columns_near(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
+def _columns_near(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
     """For each tile of natural keys the tiles of queries that visit it."""
     seen = _queries_seeing(_tiles(walk, starts), walk.kind, walk.block, walk.near)
     return _columns(*seen, walk.near_columns, walk, starts, residue)
 
 
-def _columns_far(walk: _Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
+def _columns_far(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
     """For each tile of distant keys the tiles of queries that visit it."""
     tiles = _tiles(walk, starts)[:, None]
     first = (tiles + walk.block <= _far_since(walk, residue)).sum(0)
     return _columns(first, walk.rows, walk.rows, walk, starts, residue)
 
 
-def _far_since(walk: _Walk, residue: jax.Array) -> jax.Array:
+def _far_since(walk: Walk, residue: jax.Array) -> jax.Array:
     """The position from which on queries see some key of each tile of distant keys."""
     return _since(np.arange(0, walk.far, walk.block) // walk.kind.block, residue, walk)
 
 
 def _columns(
-    first: Any, end: Any, most: int, walk: _Walk, starts: jax.Array, residue: jax.Array
+    first: Any, end: Any, most: int, walk: Walk, starts: jax.Array, residue: jax.Array
 ) -> MaskInfo:
     """The tiles of queries from `first` up to `end`, below each other; the entries after them fetch
     nothing: what comes next is of another head."""
@@ -298,12 +228,12 @@ def _columns(
 
 
 def _table(
-    visits: jax.Array, most: int, busy: jax.Array, walk: _Walk, starts: jax.Array, residue: Any
+    visits: jax.Array, most: int, busy: jax.Array, walk: Walk, starts: jax.Array, residue: Any
 ) -> MaskInfo:
     """Of numbers below `most`, with the positions of the queries."""
     positions = starts[:, None] + jnp.arange(walk.rows * walk.block // walk.parts)
     if walk.stripe:
-        positions += residue << _position_bits(walk)
+        positions += residue << position_bits(walk)
     return MaskInfo(
         visits.astype(_integer(most))[None],
         None,
@@ -315,21 +245,17 @@ def _table(
 
 def _integer(most: int) -> np.dtype:
     """The smallest type for numbers below `most`."""
-    return np.dtype(np.int8 if most <= 2**7 else np.int16 if most <= 2**15 else np.int32)
+    return np.dtype(f"int{8 * kernel_limits.entry_bytes(most)}")
 
 
-def _position_bits(walk: _Walk) -> int:
-    return (walk.near + walk.block).bit_length()
-
-
-def _mask(walk: _Walk, start: int = 0) -> Callable:
+def _mask(walk: Walk, start: int = 0) -> Callable:
     """The mask function of a kernel whose keys begin at the place `start`: whether the queries of
     a `_table` see the keys at `place`."""
-    kind, bits = walk.kind, _position_bits(walk)
+    kind, bits = walk.kind, position_bits(walk)
 
     def visible(q: jax.Array, place: jax.Array) -> jax.Array:
         place = place + start
-        if kind == _DENSE:
+        if kind == DENSE:
             return place <= q
         t = place - walk.far
         until = (_over(t, kind.block) + kind.local) * kind.block
@@ -337,7 +263,7 @@ def _mask(walk: _Walk, start: int = 0) -> Callable:
             return (t <= q) & (q < until)
         distant, n = place < walk.far, _over(place, kind.block)
         since = jnp.where(distant, _since(n, 0, walk), t)
-        until = jnp.where(distant, _NEVER, until)
+        until = jnp.where(distant, NEVER, until)
         late = q
         if walk.stripe:  # queries move back by the residue, so that what depends on keys is static
             residue, q = q >> bits, q & (2**bits - 1)
@@ -363,7 +289,7 @@ _PLAIN = {
 
 def _part(block: int) -> int:
     """Keys of a tile that a kernel works on at once."""
-    return block // 2 if block > 512 and block % (2 * _LANES) == 0 else block
+    return block // 2 if block > 512 and block % (2 * LANES) == 0 else block
 
 
 def _checked(
@@ -373,25 +299,17 @@ def _checked(
     kind: HeadPattern | None,
     offset_K: jax.Array,
     starts: jax.Array,
-) -> _Walk:
+) -> Walk:
     """The walk; what cannot be walked raises `ValueError`."""
     check_operands(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
-    shape = q_BTKGH.shape[1], starts.size, k_BSKH.shape[1]
-    walk, needed = _walk(*shape, kind), metadata_bytes(shape[0], kind, *shape[1:])
-    if needed > SCALAR_MEMORY:
-        raise ValueError(
-            f"{shape[0]} queries of T={shape[2]} need {needed:,} bytes of tables for "
-            f"{kind or 'a dense head'}, but the scalar memory of a TPU core has room for "
-            f"{SCALAR_MEMORY:,}: take a shorter context, a larger context axis or a sparser pattern"
-        )
-    if walk.stripe and walk.kind.stride.bit_length() + _position_bits(walk) > 31:
-        raise ValueError(
-            f"stride={walk.kind.stride} of T={shape[2]} does not fit 31 bits: take a smaller one"
-        )
-    return walk
+    T, S, parts = q_BTKGH.shape[1], k_BSKH.shape[1], starts.size
+    reason = kernel_limits.splash_limit(T, S, parts, (kind,))
+    if reason:
+        raise ValueError(f"splash {reason}: take a shorter context or another implementation")
+    return kernel_limits.walk(T, parts, S, kind)
 
 
-def _each_head(head: Callable, walk: _Walk, offset_K: jax.Array, *xs: jax.Array) -> Any:
+def _each_head(head: Callable, walk: Walk, offset_K: jax.Array, *xs: jax.Array) -> Any:
     """`head(*x, residue)` for each KV head x of xs, one after the other where their tables differ.
 
     xs begin with the KV heads, followed by batch, or batch and query heads; so do the results.
@@ -403,7 +321,7 @@ def _each_head(head: Callable, walk: _Walk, offset_K: jax.Array, *xs: jax.Array)
     return lax.map(lambda x: head(*x), (*xs, residue_K))
 
 
-def _queries(x_BTKG: jax.Array, walk: _Walk) -> jax.Array:
+def _queries(x_BTKG: jax.Array, walk: Walk) -> jax.Array:
     """(K, B G, tiles of queries, ...), 0 past the end of a run."""
     B, _, K, G, *rest = x_BTKG.shape
     padding = walk.rows * walk.block // walk.parts - walk.run
@@ -413,7 +331,7 @@ def _queries(x_BTKG: jax.Array, walk: _Walk) -> jax.Array:
     return x.reshape(K, B * G, walk.rows * walk.block, *rest)
 
 
-def _positions(x_KNT: jax.Array, G: int, walk: _Walk) -> jax.Array:
+def _positions(x_KNT: jax.Array, G: int, walk: Walk) -> jax.Array:
     """The inverse of `_queries`."""
     K, N, _, *rest = x_KNT.shape
     x = x_KNT.reshape(K, N // G, G, walk.parts, -1, *rest)[:, :, :, :, : walk.run]
@@ -425,7 +343,7 @@ def _heads(x_BSKH: jax.Array) -> jax.Array:
     return x_BSKH.transpose(2, 0, 1, 3)
 
 
-def _laid(x_NSH: jax.Array, walk: _Walk, residue: jax.Array) -> jax.Array:
+def _laid(x_NSH: jax.Array, walk: Walk, residue: jax.Array) -> jax.Array:
     """A head's distant keys, then all in natural order, each padded by 0."""
     N, _, H = x_NSH.shape
 

@@ -117,9 +117,21 @@ def test_what_fits_nowhere_is_refused_before_anything_else():
         group("x", [run("ok"), *huge], sizes_up_to(slice_of("v5e-16")), V5E, 24)
     odd = run("odd", parallel=ParallelConfig(fsdp=64))
     with pytest.raises(
-        UserError, match=r"odd; on v5e-16 .*must divide the 16 devices.* larger slice"
+        UserError, match=r"odd; on v5e-16 .*must divide the 16 devices.* another slice"
     ):
         group("x", [odd], sizes_up_to(slice_of("v5e-16")), V5E, 24)
+
+
+@pytest.mark.parametrize(
+    ("largest", "attention"), [("8xH100", "splash"), ("v5e-16", "triton"), ("v6e-8", "cudnn")]
+)
+def test_no_job_is_made_for_an_attention_that_its_chips_do_not_have(largest, attention):
+    asked = run("asked", parallel=ParallelConfig(attention=attention))
+    place = slice_of(largest)
+    with pytest.raises(
+        UserError, match=f"asked; on {largest} attention={attention} needs a .* another slice"
+    ):
+        group("x", [run("ok"), asked], sizes_up_to(place), hardware(place.accelerator), 24)
 
 
 @given(

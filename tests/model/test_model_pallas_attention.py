@@ -140,12 +140,12 @@ def test_lowers_for_cuda(H, kind):
 def test_what_does_not_fit_is_told():
     offset, start, two = jnp.zeros(1, int), jnp.zeros(1, int), jnp.array([0, 24])
     q, k, v, _ = operands(1, 32, 1, 1, 24)
-    with pytest.raises(ValueError, match="head_dim=24 must be one of 16, 32, 64, 128"):
+    with pytest.raises(ValueError, match="needs a head_dim of 16, 32, 64 or 128, not 24"):
         pallas_attention.forward(q, k, v, None, offset, start)
     q, k, v, _ = operands(1, 48, 1, 1, 16)
-    with pytest.raises(ValueError, match="block=24 must be a multiple of 16"):
+    with pytest.raises(ValueError, match=r"pattern\.block that is a multiple of 16, not 24"):
         pallas_attention.forward(q, k, v, HeadPattern(24, 2), offset, start)
-    with pytest.raises(ValueError, match="parts of 24 positions, which must be a multiple of 16"):
+    with pytest.raises(ValueError, match=r"parts of a multiple of 16 positions, and .* makes 24"):
         pallas_attention.forward(q, k, v, None, offset, two)
     with pytest.raises(ValueError, match="48 queries of 48 positions cannot lie in 3 equal runs"):
         pallas_attention.forward(q, k, v, None, offset, jnp.arange(3) * 16)

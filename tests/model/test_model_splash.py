@@ -20,6 +20,7 @@ from kernel_attention import (
 )
 from masked_attention import operands
 
+from gqa_scaling import kernel_limits
 from gqa_scaling.context_sharding import BlockPattern, HeadPattern, strided
 from gqa_scaling.hardware import topology
 from gqa_scaling.model import splash
@@ -31,10 +32,10 @@ from gqa_scaling.pods import compiler_environment
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles at a length that the interpreter can walk."""
-    splash._walk.cache_clear()
-    monkeypatch.setattr(splash, "_block", lambda run, S, kind: 128)
+    kernel_limits.walk.cache_clear()
+    monkeypatch.setattr(kernel_limits, "tile_side", lambda run, S, kind: 128)
     yield
-    splash._walk.cache_clear()
+    kernel_limits.walk.cache_clear()
 
 
 CASES = {
@@ -68,13 +69,13 @@ def test_equals_the_masked_reference_everywhere():
     def check(heads, parts, B, G, context, odd, small, seed):
         T = 8 * parts + (odd if context == 1 else 0)
         with pytest.MonkeyPatch.context() as patch:
-            splash._walk.cache_clear()
+            kernel_limits.walk.cache_clear()
             if small:
-                patch.setattr(splash, "_block", lambda run, S, kind: 128)
+                patch.setattr(kernel_limits, "tile_side", lambda run, S, kind: 128)
             assert_equals_masked(splash, *heads, (B, T, G, 16), context, seed)
 
     check()
-    splash._walk.cache_clear()
+    kernel_limits.walk.cache_clear()
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_each_visible_key_is_seen_in_one_place_and_its_tile_visited(heads, T, co
     (kind, (offset, *_)), parts = heads, 1 if context == 1 else 2
     run = -(-T // (parts * context))
     S = run * parts * context
-    walk = splash._walk(run * parts, parts, S, kind)
+    walk = kernel_limits.walk(run * parts, parts, S, kind)
     residue = -(offset + walk.sinks) % walk.kind.stride if walk.stripe else 0
     starts = np.array([device % context, 2 * context - 1 - device % context])[:parts] * run
     with pytest.MonkeyPatch.context() as patch:
@@ -144,10 +145,10 @@ def test_each_visible_key_is_seen_in_one_place_and_its_tile_visited(heads, T, co
 
 
 def test_tables_are_small():
-    assert splash.metadata_bytes(131_072, DEFAULT) == 98_304
-    assert splash.metadata_bytes(32_768, DEFAULT, parts=2, S=131_072) == 24_576
-    assert splash.metadata_bytes(131_072, None) == 32_768
-    walk = splash._walk(131_072, 1, 131_072, DEFAULT)
+    assert kernel_limits.metadata_bytes(131_072, DEFAULT) == 98_304
+    assert kernel_limits.metadata_bytes(32_768, DEFAULT, parts=2, S=131_072) == 24_576
+    assert kernel_limits.metadata_bytes(131_072, None) == 32_768
+    walk = kernel_limits.walk(131_072, 1, 131_072, DEFAULT)
     starts = jnp.zeros(1, jnp.int32)
     rows = splash._rows(walk, starts, 3)
     assert rows.data_next.shape == rows.block_mask.shape == (1, 256, 19)
@@ -165,12 +166,17 @@ def test_what_does_not_fit_is_told():
         ((q, k, v, BlockPattern(32, ((0,),)), none, start), "BlockPattern: it must be a HeadPatt"),
         ((q, k, v, stripes, none[:1], start), r"offsets \(1,\) must be one for each of 2 KV heads"),
         ((q[:, :16], k, v, None, none, start), "16 queries of 32 positions cannot lie in 1 equal"),
-        ((q, k, v, HeadPattern(8, 2, 2**26), none, start), "stride=67108864 .* take a smaller"),
+        (
+            (q, k, v, HeadPattern(8, 2, 2**26), none, start),
+            "a stride that fits 31 bits beside T=32, not 67108864",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             splash.forward(*wrong)
     long = [jax.ShapeDtypeStruct((1, 2**21, 1, *rest, 8), jnp.float32) for rest in ((1,), (), ())]
-    with pytest.raises(ValueError, match=r"T=2097152 need .* bytes of tables for a dense head"):
+    with pytest.raises(
+        ValueError, match=r"needs .* bytes of tables for a dense head and 2,097,152 queries"
+    ):
         jax.eval_shape(lambda *x: splash.forward(*x, None, none[:1], start), *long)
 
 

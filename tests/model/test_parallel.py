@@ -133,6 +133,9 @@ def test_what_cannot_be_divided_is_refused_in_one_line(run, devices, message):
         (MODEL, "tpu", "cudnn", "cudnn needs a GPU, and this is a TPU"),
         (SHARDED, "gpu", "cudnn", "is dense only, and the model has a pattern"),
         (replace(MODEL, head_dim=24), "gpu", "triton", "needs a head_dim of 16, 32, 64 or 128"),
+        (replace(MODEL, head_dim=96), "gpu", "auto", "cudnn"),
+        (replace(MODEL, head_dim=144), "gpu", "auto", "blockwise"),
+        (replace(SHARDED, head_dim=64), "tpu", "auto", "splash"),
     ],
 )
 def test_the_attention_of_a_platform(model, platform, asked, got):

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_attention import attention, both, on_mesh
 
+from gqa_scaling import kernel_limits
 from gqa_scaling.context_sharding import strided
 from gqa_scaling.model import splash
 
@@ -73,7 +74,7 @@ def found(kind, T, K, G, H, context=1, dtype="bfloat16"):
         "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
         "tracing": traced - began,
         "compiling": time.time() - traced,
-        "metadata": max(splash.metadata_bytes(T, head, **shape) for head in (SPARSE, None)),
+        "metadata": max(kernel_limits.metadata_bytes(T, head, **shape) for head in (SPARSE, None)),
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }

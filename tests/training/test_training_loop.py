@@ -171,6 +171,16 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_is_written(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_attention_of_other_hardware_is_refused_before_any_run_is_trained(
+    tmp_path: Path,
+) -> None:
+    run = tiny_run()
+    other = dataclasses.replace(run, name="other", parallel=ParallelConfig(attention="splash"))
+    with pytest.raises(UserError, match="other: attention=splash needs a TPU, and this is a CPU"):
+        sweep.run_sweep(experiment(run, other), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failure_is_recorded_and_the_sweep_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
