@@ -10,7 +10,6 @@ to compile; answers are appended to the file, and shapes that it has are not com
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from gqa_scaling import costs
@@ -19,7 +18,6 @@ from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.hardware import topology
 from gqa_scaling.layout import axis_sizes
 from gqa_scaling.pods import compile_run
-from gqa_scaling.units import byte_size
 
 
 def shape(

@@ -152,7 +152,7 @@ def configs(draw):
             remat=draw(st.sampled_from(["none", "dots", "full"])),
         ),
         checkpoint=CheckpointConfig(every_steps=draw(counts)),
-        note=draw(st.text()),
+        note=draw(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))),
     )
 
 
