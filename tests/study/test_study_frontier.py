@@ -627,7 +627,7 @@ def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
         (12345, "12.3k"),
         (0.5, "0.5"),
         (2.21e14, "221T"),
-        (math.inf, "never"),
+        (math.inf, "out of reach"),
     ],
 )
 def test_quantities_have_three_digits_and_a_prefix(value, text):
