@@ -149,8 +149,7 @@ def _aligned(
         return
     try:
         whole = aligned(found.tokens, results, question, **serving)
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:  # a loss that the baseline never reaches; the other answers stand
         return
     console.print(aligned_tables(whole))
     yield whole.to_dict()
