@@ -122,10 +122,25 @@ def main() -> None:
                 continue
             try:
                 found = compile_run(run, topology(place))
-                row = {"key": key(place, run), "name": run.name, "needed": found.needed, "arguments": found.arguments, "temporaries": found.temporaries, "code": found.code, "seconds": found.seconds}
+                row = {
+                    "key": key(place, run),
+                    "name": run.name,
+                    "needed": found.needed,
+                    "arguments": found.arguments,
+                    "temporaries": found.temporaries,
+                    "code": found.code,
+                    "seconds": found.seconds,
+                }
             except Exception as e:
                 row = {"key": key(place, run), "name": run.name, "needed": None, "error": str(e)}
-            print(row["name"], row["needed"] and row["needed"]/2**30, costs.training_bytes(run, topology(place).chips, "tpu").total/2**30, row.get("seconds"), row.get("error"), flush=True)
+            print(
+                row["name"],
+                row["needed"] and row["needed"] / 2**30,
+                costs.training_bytes(run, topology(place).chips, "tpu").total / 2**30,
+                row.get("seconds"),
+                row.get("error"),
+                flush=True,
+            )
             with args.results.open("a") as f:
                 f.write(json.dumps(row) + "\n")
 

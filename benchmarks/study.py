@@ -1,6 +1,6 @@
 """How good the study's estimates and decisions are, on synthetic data with a known truth.
 
-    python benchmarks/study.py recovery|speed|laws|robust|choice|coverage|bound|suggest|sparsity
+    python benchmarks/study.py recovery|speed|laws|robust|choice|coverage|bound|suggest|sparsity|limits
         [--sets 1000]
 
 Truths are the curves fitted to the 40 published points of Chen et al. 2025 unless said otherwise;
@@ -12,8 +12,13 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,16 +27,19 @@ from scipy.optimize import least_squares
 
 from gqa_scaling.config import ModelConfig, Question, RunConfig
 from gqa_scaling.context_sharding import ContextSharding, density
-from gqa_scaling.costs import n_formula, training_flops
+from gqa_scaling.costs import n_exact, n_formula, training_flops
+from gqa_scaling.experiment import load_experiment
 from gqa_scaling.grid import head_candidates
 from gqa_scaling.ladder import FIGURE_2_LADDER
+from gqa_scaling.runs import run_directory, write_json
+from gqa_scaling.storage import make_folder
 from gqa_scaling.study import additive
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.context import context_law
 from gqa_scaling.study.fit import BOOTSTRAPS, Fit, fit, interval
 from gqa_scaling.study.frontier import costs_at, decide, frontier, scale_of, tied
-from gqa_scaling.study.models import Separate, solve_point
+from gqa_scaling.study.models import LAWS, Separate, solve_point
 from gqa_scaling.study.results import Heads, Results, published
 from gqa_scaling.study.suggest import Belief, Decider, Runs
 from gqa_scaling.study.suggest import suggest as suggested
@@ -462,10 +470,110 @@ def suggest(sets: int, seed: int) -> None:
         )
 
 
+def _two_hundred(kind: str, seed: int) -> str:
+    """200 runs as a CSV file: many curves of few sizes, few of many, with patterns, with several
+    context lengths, or with several token budgets."""
+    curves = {"curves": 50, "sizes": 2, "patterns": 20, "contexts": 10, "budgets": 10}[kind]
+    lengths, ratios = {
+        "contexts": ((2048, 8192, 32768, 131072), (20,)),
+        "budgets": ((8192,), (10, 20, 40, 80)),
+    }.get(kind, ((8192,), (20,)))
+    sizes = 200 // (curves * len(lengths) * len(ratios))
+    known = [(h, kv) for h in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) for kv in range(1, h + 1)]
+    heads = [pair for pair in known if pair[0] % pair[1] == 0]
+    pattern = "64,16,16,every 2"
+    rng, lines = np.random.default_rng(seed), []
+    for i, (h, kv) in enumerate(heads[:curves]):
+        for j in range(sizes):
+            layers, width = 4 + 32 * j // sizes, 256 + 64 * (30 * j // sizes)
+            n = n_formula(layers, width, h, kv)
+            for length, ratio in itertools.product(lengths, ratios):
+                loss = 1.7 + (1e8 / n) ** 0.2 * (1 - 0.02 * np.log2(h)) + 0.3 * ratio**-0.5
+                loss *= 1 + 0.002 * rng.standard_normal()
+                own = pattern if kind == "patterns" and i % 2 else ",,,"
+                lines.append(f"{h},{kv},{layers},{width},{length},{ratio},{loss},{own}")
+    header = "n_heads,n_kv_heads,n_layers,d_model,context_length,tokens_per_param,loss"
+    patterns = "pattern_block,pattern_local,pattern_stride,pattern_dense_layers"
+    return "\n".join([f"{header},{patterns}", *lines]) + "\n"
+
+
+_EXPERIMENT = """
+from gqa_scaling.config import ModelConfig, RunConfig
+
+def runs():
+    return [
+        RunConfig(
+            name=f"L{layers}-h{h}-kv{kv}",
+            model=ModelConfig(layers, 64 * layers, h, kv),
+            context_length=8192,
+            batch_tokens=2**19,
+            tokens_per_param=20.0,
+        )
+        for layers in range(12, 32)
+        for h, kv in [(h, kv) for h in (1, 2, 4, 8, 16) for kv in (1, 2, 4, 8, 16) if kv <= h]
+    ]
+"""
+
+
+def _finish(root: Path, seed: int) -> None:
+    """The first 200 of the experiment's 300 runs as finished, with losses of a law."""
+    experiment, rng = load_experiment(str(root / "study_of_200.py")), np.random.default_rng(seed)
+    for run in experiment.runs[:200]:
+        n = n_exact(run.model)
+        loss = 1.7 + (1e8 / n) ** 0.2 + 0.003 * rng.standard_normal()
+        judged = {"loss": loss, "hash": "e"}
+        result = {"n_exact": n, "tokens": 20.0 * n, "evaluations": {run.evaluation_digest: judged}}
+        directory = run_directory(root / "runs", experiment.name, run)
+        make_folder(directory.path)
+        write_json(directory.result_file, {"result": result, "timing": {}, "attempts": []})
+
+
+def limits(sets: int, seed: int) -> None:
+    """Time and peak memory of each verb, started anew, on studies of 200 runs and 1,000 refits.
+
+    A user may wait 30 s and have 1 GiB. Time is that of the process's own threads together: what it
+    takes on one core of a machine that does nothing else.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for kind in ("curves", "sizes", "patterns", "contexts", "budgets"):
+            (root / f"{kind}.csv").write_text(_two_hundred(kind, seed), encoding="utf-8")
+            for law in LAWS if kind not in ("contexts", "budgets") else LAWS[:1]:
+                for verb in ("fit", "frontier", "report"):
+                    _timed(root, kind, verb, f"{kind}.csv", "--law", law)
+        (root / "study_of_200.py").write_text(_EXPERIMENT, encoding="utf-8")
+        _finish(root, seed)
+        _timed(root, "experiment", "suggest", "study_of_200.py")
+
+
+def _timed(root: Path, kind: str, *arguments: str) -> None:
+    """Print what one command takes; an exit code other than 0 is told with its line."""
+    command = [sys.executable, "-m", "gqa_scaling", *arguments]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, gib = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+    end = "" if process.returncode == 0 else f"; exit {process.returncode}: {told.strip()[-200:]}"
+    far = " ABOVE 30 s OR 1 GiB" if seconds > 30 or gib > 1 else ""
+    print(
+        f"200 runs, {kind}: {' '.join(arguments)}: {seconds:.1f} s, {gib:.2f} GiB{far}{end}",
+        flush=True,
+    )
+
+
 if __name__ == "__main__":
     every = {
         f.__name__: f
-        for f in (recovery, speed, laws, robust, choice, coverage, bound, suggest, sparsity)
+        for f in (recovery, speed, laws, robust, choice, coverage, bound, suggest, sparsity, limits)
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", metavar="|".join(every))

@@ -38,6 +38,7 @@ __all__ = [  # what others take from here
     "Question",
     "RunConfig",
     "UserError",
+    "between",
     "differing_fields",
     "nearest",
     "require",
@@ -437,6 +438,24 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+# What a study may be told and asked. The limits are far outside anything that is measured, and
+# near enough that no cost computed from them leaves the range of a float.
+LOSSES = (0.01, 100.0)  # nats per token
+POWERS = (0.01, 4.0)  # of memory and FLOPs in Z
+MOST_CONTEXT = 10**12
+MOST_TOKENS = 1e18  # of training
+
+
+def between(name: str, value: Any, low: float, high: float, unit: str = "") -> None:
+    """Refuse a value that is no number from `low` to `high`, NaN included."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:37]}..."
+    require(
+        number and low <= value <= high,
+        f"{name}={shown} must be a number from {low:g} to {high:g} {unit}".rstrip(),
+    )
+
+
 @dataclass(frozen=True)
 class Question:
     """What a study asks of its runs: the cheapest configuration for each loss and context.
@@ -461,7 +480,11 @@ class Question:
     def __post_init__(self) -> None:
         require(bool(self.contexts), "contexts must name at least one context length")
         for context in self.contexts:
-            require(context > 0, f"context {context} must be greater than 0")
+            between("context", context, 1, MOST_CONTEXT, "tokens")
+            require(context == int(context), f"context={context} must be a whole number of tokens")
         for loss in self.losses or ():
-            require(0 < loss < math.inf, f"target loss {loss} must be a number of nats above 0")
+            between("target loss", loss, *LOSSES, "nats per token")
         one_of(self, "convention", ("per_token", "per_sequence"))
+        between("lambda", self.weight, 0, 1)
+        between("alpha", self.memory_power, *POWERS)
+        between("beta", self.compute_power, *POWERS)

@@ -11,7 +11,6 @@ Symbols: T context length in tokens, b block size in tokens, w local blocks, W =
 blocks, i query block, j key block. Layers and heads count from 0.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -302,21 +301,24 @@ class ContextSharding(Json):
         stride = self.stride or 1
         turns = -(-stride // n)
         out: list[LayerPattern] = []
+        made: list[LayerPattern] = []  # of the sparse layers, which repeat after `turns`
         sparse = 0
         for layer in range(n_layers):
             if layer in dense:
                 out.append((None,) * n_kv_heads)
                 continue
-            offsets = [(h * stride // n + sparse % turns) % stride for h in range(n)]
-            heads = [
-                HeadPattern(self.block, self.local, self.stride, offset, self.sinks)
-                for offset in offsets
-            ]
-            left = iter(heads)
-            # the last heads of equal parts, so that devices which share the heads have the same work
-            parts = math.gcd(n_kv_heads, self.dense_kv_heads)
-            part = (True,) * (n // parts) + (False,) * (self.dense_kv_heads // parts)
-            out.append(tuple(next(left) if is_sparse else None for is_sparse in part * parts))
+            if sparse < turns:
+                offsets = [(h * stride // n + sparse) % stride for h in range(n)]
+                heads = [
+                    HeadPattern(self.block, self.local, self.stride, offset, self.sinks)
+                    for offset in offsets
+                ]
+                left = iter(heads)
+                # the last heads of equal parts, so that devices which share them have the same work
+                parts = math.gcd(n_kv_heads, self.dense_kv_heads)
+                part = (True,) * (n // parts) + (False,) * (self.dense_kv_heads // parts)
+                made.append(tuple(next(left) if is_sparse else None for is_sparse in part * parts))
+            out.append(made[sparse % turns])
             sparse += 1
         return tuple(out)
 
@@ -409,7 +411,6 @@ def coverage(layers: Iterable[Sequence[Head]], n_blocks: int) -> float:
     return len(seen) / n_blocks
 
 
-@functools.lru_cache(maxsize=1024)
 def keys_by_depth(
     pattern: ContextSharding, n_kv_heads: int, context: int, most: int, training: bool = False
 ) -> tuple[float, ...]:

@@ -2,6 +2,11 @@
 
 A ladder is a sequence of (L, d). Between its sizes the aspect ratio d/L is interpolated linearly
 in N, and L follows from the parameter count (Chen et al. 2025, section 4.1, step 3).
+
+What can be built is bounded here, once for everything that reads, seeks or answers with a size. The
+absolute limits are far above any model ever trained. A study is bounded more tightly, by what it
+has trained (`REACH`): a curve says nothing of a model a million times larger than all that it rests
+on, and the costs of such a model are numbers without meaning.
 """
 
 import itertools
@@ -11,6 +16,10 @@ from dataclasses import dataclass
 
 from gqa_scaling.config import require
 from gqa_scaling.costs import n_formula
+
+MOST_LAYERS = MOST_HEADS = 10_000
+MOST_PARAMETERS = 1e15  # without embeddings
+REACH = (1e-4, 1e6)  # of a study: times the least and the largest N that it has trained
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def interpolate(
     The aspect ratio d/L is linear in N between the two nearest sizes, counted at these heads, and
     constant beyond the ladder's ends.
     """
-    require(n > 0, f"N={n} must be greater than 0")
+    require(0 < n < math.inf, f"N={n} must be greater than 0 and finite")
     points = sorted((n_formula(L, d, n_heads, n_kv_heads, head_dim), d / L) for L, d in ladder)
     ratio = points[0][1] if n <= points[0][0] else points[-1][1]
     for (low, a), (high, b) in itertools.pairwise(points):

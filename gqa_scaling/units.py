@@ -6,7 +6,7 @@ import math
 def quantity(value: float) -> str:
     """Three significant digits with an SI prefix, such as 1.69G; the unit stands beside it."""
     if not math.isfinite(value):
-        return "never" if value > 0 else "-"
+        return "out of reach" if value > 0 else "-"
     if abs(value) >= 1e18:
         return f"{value:.3g}"
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -434,6 +434,6 @@ def test_derived_quantities():
 
 def test_question_refuses_nonsense():
     refused(lambda: Question(contexts=()), "contexts")
-    refused(lambda: Question(contexts=(8192, 0)), "context 0")
-    refused(lambda: Question(losses=(2.5, -1.0)), "target loss -1.0")
+    refused(lambda: Question(contexts=(8192, 0)), "context=0")
+    refused(lambda: Question(losses=(2.5, -1.0)), "target loss=-1.0")
     refused(lambda: Question(convention="per_batch"), "convention='per_batch'")

@@ -17,7 +17,7 @@ from gqa_scaling.units import byte_size, duration, quantity
         (1.2e9, "1.20G"),
         (999.9e9, "1.00T"),
         (2.5e18, "2.5e+18"),
-        (float("inf"), "never"),
+        (float("inf"), "out of reach"),
     ],
 )
 def test_quantity(value, text):

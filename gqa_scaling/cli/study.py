@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
-from gqa_scaling.config import Question, UserError, require
+from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.storage import as_path
 
 if TYPE_CHECKING:
@@ -158,7 +158,6 @@ def _is_experiment(source: str) -> bool:
 def _estimates_of(args: argparse.Namespace, results: "Results") -> "Estimates":
     from gqa_scaling.study.estimates import estimate
 
-    require(args.refits > 0, f"--refits {args.refits} must be greater than 0")
     return estimate(
         results,
         context_length=args.context,
@@ -200,10 +199,13 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
 
 
 def _serving(args: argparse.Namespace) -> "Serving":
+    """How the models are to be served; UserError where that or the objective cannot be."""
     from gqa_scaling.hardware import GIB, changed, hardware
-    from gqa_scaling.study.frontier import Serving
+    from gqa_scaling.study.frontier import Serving, require_costs
 
-    return Serving(
+    if args.fit_gib is not None:
+        between("--fit-gib", args.fit_gib, 1e-6, 1e12, "GiB")
+    serving = Serving(
         batch=args.batch,
         weight_bytes=args.weight_bytes,
         cache_bytes=args.cache_bytes,
@@ -211,6 +213,8 @@ def _serving(args: argparse.Namespace) -> "Serving":
         limit_bytes=float("inf") if args.fit_gib is None else args.fit_gib * GIB,
         kv_multiple=args.kv_multiple,
     )
+    require_costs(args.objective, serving)
+    return serving
 
 
 def _answer(
@@ -218,9 +222,11 @@ def _answer(
 ) -> tuple["Results", Question, "Estimates", "Frontier"]:
     from gqa_scaling.study.frontier import frontier
 
+    serving = _serving(args)
     results, question = _source(args, rest)
-    question, found = _asked(args, question), _estimates_of(args, results)
-    answer = frontier(found.fit, results, question, args.objective, _serving(args))
+    question = _asked(args, question)
+    found = _estimates_of(args, results)
+    answer = frontier(found.fit, results, question, args.objective, serving)
     if _is_experiment(args.source):
         answer = _with_training(args, rest, results, found, answer)
     return results, question, found, answer
@@ -351,6 +357,8 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     require(
         _is_experiment(args.source), f"suggest needs the grid of an experiment, not {args.source}"
     )
+    between("--most", args.most, 1, 1e6, "runs")
+    require(args.budget_flops > 0, f"--budget-flops={args.budget_flops} must be greater than 0")
     results, question = _source(args, rest)
     if args.context is not None:
         results = results.select(results.context_length == args.context)
@@ -372,8 +380,10 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.align:
+        _serving(args)  # what cannot be is said before anything is estimated
         results, question = _source(args, rest)
-        found, question = _estimates_of(args, results), _asked(args, question)
+        question = _asked(args, question)
+        found = _estimates_of(args, results)
         aligned = _aligned(args, results, question, found)
         if args.json:
             print_json(aligned.to_dict())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import Question, require
+from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, between, require
 from gqa_scaling.costs import training_flops_formula
 from gqa_scaling.study.fit import Interval, interval, plain
 from gqa_scaling.study.frontier import (
@@ -27,6 +27,7 @@ from gqa_scaling.study.frontier import (
     costs_at,
     decide,
     default_baseline,
+    require_costs,
     scale_of,
     units,
 )
@@ -37,7 +38,7 @@ from gqa_scaling.units import quantity
 
 TRAINING = "6 N D + 6 T L d_h n_h D (causal, Tbar = T/2, without the output matrix)"
 SHARDED = "; with a pattern 12 Tbar for 6 T, Tbar the mean number of keys that are read"
-_SPAN, _STEP = math.log(1000), 0.05  # how far from the fitted sizes N is looked for, in ln N
+_STEP = 0.05  # between the sizes that are looked at, in ln N
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _SLACK = 1.1
 _SPARED = 0.05  # a larger share of refits without an answer is said so
@@ -179,6 +180,12 @@ class Trainer:
         """Loss for the total at N, of shape (rows,) or (rows, more), in nats."""
         return self.surface.loss(self.k, n, self.tokens(n, flops))
 
+    @property
+    def grid(self) -> np.ndarray:
+        """ln N of all sizes that can be built, a step apart."""
+        low, high = np.log(self.scale.reach(self.heads))
+        return np.linspace(low, high, round((high - low) / _STEP) + 1)
+
     def lowest(self, flops: float, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The N of lowest loss for the total, within the grid of ln N, and that loss (rows,)."""
         losses = self.loss(np.exp(grid)[None], flops)
@@ -192,14 +199,12 @@ class Trainer:
         n = np.exp((low + high) / 2)
         return n, self.loss(n, flops)
 
-    def smallest(
-        self, flops: float, target: np.ndarray, grid: np.ndarray, best: tuple
-    ) -> np.ndarray:
+    def smallest(self, flops: float, target: np.ndarray, best: tuple) -> np.ndarray:
         """The least N (rows,) that reaches the target loss for the total; inf where none does.
 
         `best` is what `lowest` gives. Left of it the loss falls with N, so the root is bracketed.
         """
-        n_best, least = best
+        (n_best, least), grid = best, self.grid
         above = self.loss(np.exp(grid)[None], flops) > target[:, None]
         above &= grid[None] < np.log(n_best)[:, None]
         last = len(grid) - 1 - above[:, ::-1].argmax(1)
@@ -232,27 +237,22 @@ def aligned(
     configurations share. Raises UserError for a baseline, objective or length that cannot be.
     """
     q, s = question or Question(), serving or Serving()
-    require(
-        objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}"
-    )
-    require(
-        s.hardware is not None or objective not in ("seconds", "dollars"),
-        f"objective={objective!r} needs hardware: name a row such as v5e or h100",
-    )
+    require_costs(objective, s)
     trained_at = law.fit.context_length or 0
     context = trained_at if train_context is None else train_context
     require(
-        context > 0,
+        context != 0,
         f"{law.fit.source}: training FLOPs need the training context length: fill in column "
-        "context_length, or name one above 0 with --train-context",
+        "context_length, or name one with --train-context",
     )
+    between("train_context", context, 1, MOST_CONTEXT, "tokens")
     baseline = tuple(q.baseline) if q.baseline else default_baseline(law.heads)
     base, scale = law.fit.index(baseline), scale_of(results)
     surface = law.best.first(law.draws)
     trainers = [Trainer(surface, k, h, scale, context) for k, h in enumerate(law.heads)]
     goals = tuple(
         _goal(law, trainers, base, n, tokens, q, objective, s)
-        for n, tokens in _baseline_runs(law, base, q, baseline_run)
+        for n, tokens in _baseline_runs(law, base, scale, q, baseline_run)
     )
     return Aligned(
         source=law.fit.source,
@@ -270,14 +270,19 @@ def aligned(
 
 
 def _baseline_runs(
-    law: TokenLaw, base: int, q: Question, named: tuple[float, float] | None
+    law: TokenLaw, base: int, scale: Scale, q: Question, named: tuple[float, float] | None
 ) -> list[tuple[float, float]]:
     """(N, D) of every baseline run that is asked about."""
     mine = law.fit.points.curve == base
     n, tokens = law.fit.points.n[mine], law.tokens[mine]
     if named is not None:
-        good = len(named) == 2 and all(math.isfinite(v) and v > 0 for v in named)
-        require(good, f"baseline_run={named} must be N and D, both above 0")
+        low, high = scale.reach(law.heads[base])
+        require(
+            low <= named[0] <= high and 1 <= named[1] <= MOST_TOKENS,
+            f"baseline_run={named[0]:g},{named[1]:g} must be N and D: N from {low:.3g} to {high:.3g} "
+            f"parameters, within reach of the sizes that were trained, and D from 1 to "
+            f"{MOST_TOKENS:g} tokens",
+        )
         return [(float(named[0]), float(named[1]))]
     if not q.losses:
         budgets = np.sort(tokens[n == n.max()])
@@ -285,7 +290,7 @@ def _baseline_runs(
     ratio = float(np.median(tokens / n))
     out = []
     for loss in q.losses:
-        low, high = np.log(n.min()) - _SPAN, np.log(n.max()) + _SPAN
+        low, high = np.log(scale.reach(law.heads[base]))
 
         def at(x: float) -> float:
             return float(law.best.loss(base, np.exp(x), ratio * np.exp(x))[0])
@@ -318,11 +323,9 @@ def _goal(
     flops = float(trainers[base].flops_per_token(n)) * tokens
     surface = trainers[base].surface
     loss = surface.loss(base, n, tokens)  # of the best parameters, then of every refit
-    ends = np.log(law.fit.points.n.min()) - _SPAN, np.log(law.fit.points.n.max()) + _SPAN
-    grid = np.linspace(*ends, round((ends[1] - ends[0]) / _STEP) + 1)
     allowed = [t for t in trainers if t.heads[1] % serving.kv_multiple == 0]
     require(bool(allowed), f"no configuration has n_kv a multiple of {serving.kv_multiple}")
-    free = [t.lowest(flops, grid) for t in allowed]
+    free = [t.lowest(flops, t.grid) for t in allowed]
     best = []
     for t in allowed:  # no N is recommended that nothing near was trained at
         low, high = law.fit.points.range_n(t.k)
@@ -354,7 +357,7 @@ def _goal(
                 tokens_outside=outside(t.k, size, budget)[1],
             )
         )
-    least = [t.smallest(flops, loss, grid, b) for t, b in zip(allowed, free, strict=True)]
+    least = [t.smallest(flops, loss, b) for t, b in zip(allowed, free, strict=True)]
     served = {
         context: _served(
             allowed, least, trainers[base].heads, n, flops, context, q, objective, serving, outside

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gqa_scaling.config import require
+from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, between, require
 from gqa_scaling.study.context import (
     FLAT_FROM,
     ContextLaw,
@@ -12,7 +12,7 @@ from gqa_scaling.study.context import (
     flatness,
     spans_contexts,
 )
-from gqa_scaling.study.fit import Bootstrap, Fit, fit
+from gqa_scaling.study.fit import REFITS, Bootstrap, Fit, fit
 from gqa_scaling.study.models import Law
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.tokens import TokenLaw, spans_budgets, token_law
@@ -56,6 +56,10 @@ def estimate(
     Runs of several lengths are tested for `flatness` from `flat_from` tokens on, also when one is
     named. Raises UserError as those do, and when a joint or robust fit is asked of the wide laws.
     """
+    between("refits", refits, *REFITS)
+    between("flat_from", flat_from, 1, MOST_CONTEXT, "tokens")
+    if at_tokens is not None:
+        between("at_tokens", at_tokens, 1, MOST_TOKENS, "tokens")
     r = results
     chosen = r if context_length is None else r.select(r.context_length == context_length)
     wide = spans_contexts(chosen) or spans_budgets(chosen)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import require
+from gqa_scaling.config import between, require
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import n_formula
+from gqa_scaling.ladder import MOST_PARAMETERS
 from gqa_scaling.study import laws
 from gqa_scaling.study.models import (
     LAWS,
@@ -36,6 +37,7 @@ from gqa_scaling.study.shapes import shapes
 Bootstrap = Literal["shared", "residual", "pairs"]
 BOOTSTRAPS: tuple[Bootstrap, ...] = ("shared", "residual", "pairs")
 LEVEL = 0.90  # of every interval that is printed
+REFITS = (100, 10_000)  # fewer give no interval, more narrow none and take memory
 MIN_SIZES = 3
 SUSPICIOUS = 0.05  # p-value below which errors are said to be shared
 MANY_FAILED = 0.05  # a larger share of failed refits is said to spoil the intervals
@@ -399,7 +401,7 @@ def fit(
     require(
         bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
     )
-    require(refits >= 100, f"refits={refits} must be at least 100 for an interval")
+    between("refits", refits, *REFITS)
     require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
     p = points(results, context_length)
     weights = p.replicates.astype(float)
@@ -547,7 +549,13 @@ def _backbone(p: Points, head_dim: int) -> Backbone:
     """N against N_b along the study's own ladder, for each configuration."""
     ladder = sorted(set(zip(p.n_layers.tolist(), p.d_model.tolist(), strict=True)))
     at = np.log(n_formula(p.n_layers, p.d_model, 0, 0))
-    grid = np.unique(np.r_[np.linspace(at.min() - 12, at.max() + 12, 600), at])
+    grid = np.linspace(at.min() - 12, at.max() + 12, 600)
+    # as far as any size that a study may answer with, so that no curve ends before
+    small, large = (
+        at.min() - np.linspace(16, 12, 40),
+        np.linspace(grid[-1], np.log(MOST_PARAMETERS), 40),
+    )
+    grid = np.unique(np.r_[small, grid, large[large > grid[-1]], at])
     layers, width = shapes(np.exp(grid), (0, 0), head_dim, ladder)
     log_n = []
     for k, heads in enumerate(p.heads):

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from gqa_scaling import context_sharding
-from gqa_scaling.config import ModelConfig, Question, UserError, require, round_up
+from gqa_scaling.config import ModelConfig, Question, UserError, between, require, round_up
 from gqa_scaling.costs import (
     HardwareCost,
     inference_flops,
@@ -30,12 +30,19 @@ from gqa_scaling.costs import (
     parameters,
 )
 from gqa_scaling.hardware import Hardware
-from gqa_scaling.ladder import nearest_buildable
+from gqa_scaling.ladder import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_PARAMETERS,
+    REACH,
+    nearest_buildable,
+)
 from gqa_scaling.study import laws
 from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
 from gqa_scaling.study.models import Curves
 from gqa_scaling.study.results import Heads, Results, heads_of, pair, pattern_of
 from gqa_scaling.study.shapes import effective_context, shapes
+from gqa_scaling.units import quantity
 
 Objective = Literal["z", "memory", "flops", "bytes", "seconds", "dollars"]
 OBJECTIVES: dict[Objective, str] = {
@@ -48,7 +55,8 @@ OBJECTIVES: dict[Objective, str] = {
 }
 MISSED = 0.05  # a larger share of refits that never reach the loss is said so
 Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
-REACH = (1e-4, 1e6)  # sizes looked at for an equal cost, times the least and the largest trained
+_STEPS = 60  # most of a search for an equal cost, which takes six or so
+_ROUNDING = 1e-12  # costs this much apart, relative, are one cost: rounding leaves about 1e-15
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,13 @@ class Serving:
     kv_multiple: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "weight_bytes", "cache_bytes", "limit_bytes", "kv_multiple"):
-            value = getattr(self, name)
-            require(value > 0, f"{name}={value} must be greater than 0")
+        between("batch", self.batch, 1, 1e9, "sequences")
+        between("kv_multiple", self.kv_multiple, 1, MOST_HEADS)
+        for name in ("weight_bytes", "cache_bytes"):
+            between(name, getattr(self, name), 0.01, 100)
+        require(self.limit_bytes > 0, f"limit_bytes={self.limit_bytes} must be greater than 0")
+        if self.hardware is not None:
+            between("price", self.hardware.price, 0, 1e6, "dollars an hour")
 
     def sizes(self) -> str:
         """The batch and the bytes of weights and cached values, in words."""
@@ -147,8 +159,8 @@ class Model:
 class EqualCost:
     """What a configuration reaches for what the baseline costs at the target loss.
 
-    `n` is the largest size that costs no more, by the objective, and holds what must hold, `loss`
-    the curve there, in nats. `gain` is the baseline's loss minus `loss`, the baseline too at its
+    `n` is the largest size within reach of the study that costs no more, by the objective, and holds
+    what must hold, `loss` the curve there, in nats. `gain` is the baseline's loss minus `loss`, the baseline too at its
     largest size of that cost: its N*, except where a ladder that turns wider at once makes a
     larger model no dearer. In each refit the cost is that of its own N*, as for the savings. NaN
     where the baseline has none, or where no size is as cheap.
@@ -170,7 +182,8 @@ class Choice:
     `cost` is the objective, `excess` how much dearer than the cheapest (0.02 is 2%), `regret` the
     expected excess over the draws (infinite when some draw reaches the loss only with another),
     `probability` that of being cheapest, both over the draws in which something reaches the loss;
-    `unreachable` the share of draws in which no N reaches it within what must hold. Savings are
+    `unreachable` the share of draws in which no N within reach of the study (`Scale.reach`) reaches
+    it within what must hold: N* and costs are infinite there, and in the intervals. Savings are
     1 - cost / baseline's, of memory, FLOPs and Z, with intervals over the draws; NaN where the
     baseline never reaches the loss.
     """
@@ -199,7 +212,7 @@ class Choice:
 
     @property
     def reached(self) -> bool:
-        """Whether some size reaches the loss within what must hold."""
+        """Whether some size that can be built reaches the loss within what must hold."""
         return math.isfinite(self.cost)
 
 
@@ -344,7 +357,7 @@ class Scale:
     `ratios` holds, for each head configuration, ln N of its runs and the ratio of `n_formula` to
     the fit's own count there: 1 for published points, a little less for built models, whose FFN
     is rounded up. Under None are all runs together, for configurations without runs. `template`
-    is the architecture that shapes are put into.
+    is the architecture that shapes are put into, `trained` the least and the largest N of all runs.
     """
 
     ladder: tuple[tuple[int, int], ...]
@@ -352,6 +365,7 @@ class Scale:
     template: ModelConfig
     ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]]
     count: str
+    trained: Interval
 
     def to_formula(self, n: np.ndarray | float, heads: Heads | None = None) -> np.ndarray:
         """`n_formula` of a model that the fit counts as n."""
@@ -363,14 +377,32 @@ class Scale:
         log_n, formula = self.ratios.get(heads, self.ratios[None])
         return n / np.interp(np.log(n), log_n + np.log(formula), formula)
 
-    def search(self, heads: Heads, low: float, high: float) -> np.ndarray:
-        """Sizes far below `low` to far above `high`, the ladder's own among them, ascending.
+    def reach(self, heads: Heads) -> Interval:
+        """The least and the largest N of a configuration that this study takes for one to build.
+
+        They are `ladder.REACH` times the least and the largest N trained. The largest has at most
+        MOST_PARAMETERS, and at most MOST_LAYERS layers at the aspect ratio of the largest size.
+        """
+        largest = max(self.ladder, key=lambda s: n_formula(*s, *heads[:2], self.head_dim))
+        width = MOST_LAYERS * largest[1] / largest[0]
+        deepest = n_formula(float(MOST_LAYERS), width, *heads[:2], self.head_dim)
+        high = min(REACH[1] * self.trained[1], MOST_PARAMETERS)
+        high = min(high, float(self.from_formula(np.array(deepest), heads)))
+        return REACH[0] * self.trained[0], max(high, self.trained[1])
+
+    def within(self, n: np.ndarray, heads: Heads) -> np.ndarray:
+        """N*, infinite where it lies beyond reach; below reach the least size there, as it does too."""
+        low, high = self.reach(heads)
+        return np.where(n > high, np.inf, np.maximum(n, low))
+
+    def search(self, heads: Heads) -> np.ndarray:
+        """All sizes within reach, the ladder's own among them, ascending.
 
         Between two of the ladder's sizes costs may fall with N, where models turn wider at once:
         their least values lie at those sizes.
         """
         nodes = [n_formula(L, d, *heads[:2], self.head_dim) for L, d in self.ladder]
-        grid = np.geomspace(REACH[0] * low, REACH[1] * high, 2000)
+        grid = np.geomspace(*self.reach(heads), 2000)
         return np.union1d(grid, self.from_formula(np.array(nodes, float), heads))
 
     def model(self, layers: int, width: int, heads: Heads) -> ModelConfig:
@@ -405,7 +437,8 @@ def scale_of(results: Results) -> Scale:
             ratios[heads] = np.log(n[own]), formula[own]
     vocab = int(r.vocab_size[0]) or 50304
     template = r.template or ModelConfig(1, 64, 1, 1, head_dim=dims[0], vocab_size=vocab)
-    return Scale(r.ladder, dims[0], template, ratios, r.count)
+    trained = float(r.n_params.min()), float(r.n_params.max())
+    return Scale(r.ladder, dims[0], template, ratios, r.count, trained)
 
 
 def costs_at(
@@ -471,6 +504,21 @@ def default_baseline(heads: Sequence[Heads]) -> Heads:
     return max([h for h in heads if pattern_of(h) is None] or heads)
 
 
+def require_costs(objective: Objective, serving: Serving) -> None:
+    """Raise UserError where the objective is not one, or where its costs need what is not said."""
+    require(
+        objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}"
+    )
+    require(
+        serving.hardware is not None or objective not in ("seconds", "dollars"),
+        f"objective={objective!r} needs hardware: name a row such as v5e or h100",
+    )
+    require(
+        objective != "dollars" or serving.hardware.price > 0,
+        "objective='dollars' needs a price above 0: name one, or rank by 'seconds'",
+    )
+
+
 def frontier(
     fit: Fit,
     results: Results,
@@ -485,13 +533,7 @@ def frontier(
     Raises UserError for a baseline or an objective that is not there.
     """
     q, s = question or Question(), serving or Serving()
-    require(
-        objective in OBJECTIVES, f"objective={objective!r} must be one of {', '.join(OBJECTIVES)}"
-    )
-    require(
-        s.hardware is not None or objective not in ("seconds", "dollars"),
-        f"objective={objective!r} needs hardware: name a row such as v5e or h100",
-    )
+    require_costs(objective, s)
     scale = scale_of(results)
     losses = q.losses or target_losses(fit)
     baseline = tuple(q.baseline) if q.baseline else default_baseline(fit.heads)
@@ -512,7 +554,7 @@ def frontier(
         losses=tuple(losses),
         answers=answers,
         intervals=fit.how,
-        flags=(*fit.flags, *_flags(answers, fit, results, q, baseline)),
+        flags=(*fit.flags, *_flags(answers, fit, results, scale, q, baseline)),
         doubt=_doubt(fit),
     )
 
@@ -543,7 +585,10 @@ def _answer(
     objective: Objective,
     baseline: Heads,
 ) -> Answer:
-    n, n_draws = fit.curves.n_star(loss), fit.draws.n_star(loss)
+    n, n_draws = (
+        np.stack([scale.within(n[..., k], heads) for k, heads in enumerate(fit.heads)], -1)
+        for n in (fit.curves.n_star(loss), fit.draws.n_star(loss))
+    )
     point, draw, shape = [], [], []
     for k, heads in enumerate(fit.heads):
         costs, layers, width = costs_at(n[k], heads, context, q, scale, serving)
@@ -574,8 +619,9 @@ def _answer(
             held = costs.bytes / limit if may else np.full_like(n, math.inf)
             return getattr(costs, objective), held
 
-        n = largest(load, scale.search(heads, *fit.points.range_n(k)), budgets)
-        return n, np.r_[_losses(fit.curves, k, n[:1]), _losses(fit.draws, k, n[1:])]
+        own = np.r_[n[k], n_draws[:, k]] if k == base else None
+        sizes = largest(load, scale.search(heads), budgets, own)
+        return sizes, np.r_[_losses(fit.curves, k, sizes[:1]), _losses(fit.draws, k, sizes[1:])]
 
     _, least_of_baseline = afforded(base, free=True)
     choices = []
@@ -655,32 +701,54 @@ def _losses(curves: Curves, k: int, n: np.ndarray) -> np.ndarray:
     return laws.centred(n, curves.u[..., k], curves.b[..., k], curves.floor, curves.centre[k])
 
 
-def largest(load: Load, grid: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+def largest(
+    load: Load, grid: np.ndarray, budgets: np.ndarray, known: np.ndarray | None = None
+) -> np.ndarray:
     """For each budget the largest N that costs no more and holds what must hold.
 
     `load` gives, for an array of N, the costs and what is held as a share of what may be. Costs
     need not rise everywhere, but their least values lie on the ascending `grid`. NaN where no size
     is as cheap, or the budget is no finite number; the grid's end is the largest size there is.
+
+    Costs that differ by rounding alone are equal (`_ROUNDING`): which of two is smaller by its last
+    bit differs from processor to processor. Where the budgets are the costs of `known` sizes, these
+    cost no more than themselves, so that none comes out smaller than it is.
     """
-    cost, held = load(grid)
-    cheapest_from = np.minimum.accumulate(np.where(held <= 1, cost, math.inf)[::-1])[::-1]
-    last = np.searchsorted(cheapest_from, budgets, side="right") - 1
-    none = (last < 0) | ~np.isfinite(budgets)
-    i = np.clip(last, 0, len(grid) - 2)
 
     def over(cost: np.ndarray, held: np.ndarray) -> np.ndarray:
         """At most 0 where a size is within what it may cost and hold."""
-        return np.log(np.maximum(cost / budgets, held))
+        return np.log(np.maximum(cost / budgets, held)) - _ROUNDING
 
+    cost, held = load(grid)
+    cheapest_from = np.minimum.accumulate(np.where(held <= 1, cost, math.inf)[::-1])[::-1]
+    last = np.searchsorted(cheapest_from, budgets * (1 + _ROUNDING), side="right") - 1
+    none, endless = (last < 0) | ~np.isfinite(budgets), last == len(grid) - 1
+    i = np.clip(last, 0, len(grid) - 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         x0, x1 = np.log([grid[i], grid[i + 1]])
         y0, y1 = over(cost[i], held[i]), over(cost[i + 1], held[i + 1])
-        for _ in range(4):  # false position: the grid is so fine that costs are all but straight
-            x = x0 - y0 * (x1 - x0) / (y1 - y0)
+        found, before = y0, np.zeros(len(budgets))
+        for _ in range(_STEPS):
+            if np.all(none | endless | (found >= -2 * _ROUNDING)):
+                break
+            x = np.clip(x0 - y0 * (x1 - x0) / (y1 - y0), x0, x1)
             y = over(*load(np.exp(x)))
-            x0, y0 = np.where(y <= 0, x, x0), np.where(y <= 0, y, y0)
-            x1, y1 = np.where(y <= 0, x1, x), np.where(y <= 0, y1, y)
-    return np.where(none, math.nan, np.where(last == len(grid) - 1, grid[-1], np.exp(x0)))
+            side = np.where(y <= 0, -1, 1)
+            # False position moves one end of the bracket alone where costs bend, and never the one
+            # that is wanted where they bend the other way. Halving the value of an end that stayed
+            # twice makes it move (the Illinois rule).
+            y0, y1 = (
+                np.where((before == side) & (side != s), v / 2, v) for s, v in ((-1, y0), (1, y1))
+            )
+            x0, y0, found = (np.where(side < 0, *v) for v in ((x, x0), (y, y0), (y, found)))
+            x1, y1 = (np.where(side > 0, *v) for v in ((x, x1), (y, y1)))
+            before = side
+    sizes = np.where(none, math.nan, np.where(endless, grid[-1], np.exp(x0)))
+    if known is None:
+        return sizes
+    with np.errstate(invalid="ignore"):
+        holds = np.isfinite(known) & (load(known)[1] <= 1)
+    return np.fmax(sizes, np.where(holds, known, math.nan))
 
 
 def _finite_interval(draws: np.ndarray) -> Interval:
@@ -808,9 +876,16 @@ def beyond_training(heads: Sequence[Heads], trained: int, q: Question) -> list[s
 
 
 def _flags(
-    answers: Sequence[Answer], fit: Fit, results: Results, q: Question, baseline: Heads
+    answers: Sequence[Answer],
+    fit: Fit,
+    results: Results,
+    scale: Scale,
+    q: Question,
+    baseline: Heads,
 ) -> list[str]:
     out = beyond_training(fit.heads, _trained(fit, results), q)
+    reach = {heads: scale.reach(heads) for heads in fit.heads}
+    most = quantity(max(high for _, high in reach.values()))
     where = [
         f"{a.loss:g} at {a.context:,}" for a in answers if a.best.extrapolated and a.best.reached
     ]
@@ -821,14 +896,31 @@ def _flags(
         )
     lost = [_goal(a) for a in answers if not a.best.reached]
     if lost:
-        out.append(f"no configuration reaches {'; '.join(lost)} with what must hold")
+        out.append(
+            f"no configuration reaches {'; '.join(lost)} with what must hold, at any size that can be "
+            f"built, up to {most} parameters"
+        )
+    easy = [_goal(a) for a in answers if a.best.reached and a.best.n <= reach[a.best.heads][0]]
+    if easy:
+        out.append(f"the smallest size that can be built reaches {'; '.join(easy)}: ask for less")
     missed = [
         f"{a.best.unreachable:.0%} of the refits never reach {_goal(a)}"
         for a in answers
         if a.best.reached and a.best.unreachable > MISSED
     ]
     if missed:
-        out.append(f"with the best configuration and what must hold, {'; '.join(missed)}")
+        out.append(
+            f"with the best configuration and what must hold, {'; '.join(missed)}, at any size that "
+            f"can be built, up to {most} parameters"
+        )
+    capped = [
+        _goal(a) for a in answers if a.lowest and a.lowest.equal_cost.n >= reach[a.lowest.heads][1]
+    ]
+    if capped:
+        out.append(
+            f"what is gained at equal cost ends at the largest size that can be built, {most} "
+            f"parameters, for {'; '.join(capped)}"
+        )
     unsaved = [
         f"{a.baseline_unreachable:.0%} of the refits for {_goal(a)}"
         for a in answers

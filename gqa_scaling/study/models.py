@@ -49,7 +49,7 @@ class Backbone:
 
     def to_n(self, k: int, backbone: np.ndarray) -> np.ndarray:
         finite = np.isfinite(backbone)
-        at = np.log(np.where(finite, backbone, 1.0))
+        at = np.log(np.where(finite, np.maximum(backbone, 1e-300), 1.0))
         at = np.clip(at, self.log_backbone[0], None)
         n = np.exp(np.interp(at, self.log_backbone, self.log_n[k]))
         return np.where(finite & (at < self.log_backbone[-1]), n, np.inf)

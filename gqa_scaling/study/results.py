@@ -16,10 +16,19 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
+from gqa_scaling.config import (
+    LOSSES,
+    MOST_CONTEXT,
+    MOST_TOKENS,
+    ModelConfig,
+    RunConfig,
+    UserError,
+    between,
+    require,
+)
 from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula
-from gqa_scaling.ladder import PUBLISHED_LADDER
+from gqa_scaling.ladder import MOST_HEADS, MOST_LAYERS, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.runs import run_directory
 from gqa_scaling.storage import as_path
 
@@ -292,8 +301,10 @@ def _count_of(values: Any, key: str, where: str) -> float:
 
 
 def _loss(value: Any, where: str) -> float:
-    good = isinstance(value, int | float) and math.isfinite(value) and value > 0
-    require(good, f"{where}: loss={value!r} must be a number of nats above 0; train that run again")
+    try:
+        between("loss", value, *LOSSES, "nats per token; train that run again, or leave it out")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return float(value)
 
 
@@ -416,6 +427,11 @@ def _row(header: list[str], values: list[str], where: str, shaped: bool) -> dict
         out["n_layers"] = out["d_model"] = 0
     if math.isnan(out["n_params"]):
         out["n_params"] = float(_formula(out))
+        require(
+            out["n_params"] <= MOST_PARAMETERS,
+            f"{where}: its shape has {out['n_params']:.3g} parameters and may have at most "
+            f"{MOST_PARAMETERS:g}; mend the line, or leave it out",
+        )
     if math.isnan(out["tokens"]):
         out["tokens"] = out["tokens_per_param"] * out["n_params"]
     if out["name"] is None:
@@ -457,7 +473,30 @@ def _number(name: str, text: str, where: str) -> float | int:
     good = good and (not integer or (value < 2**53 and value == int(value)))
     kind, most = ("a whole number", " and below 2^53") if integer else ("a number", "")
     require(good, f"{where}: column {name}={text!r} must be {kind} above 0{most}")
+    low, high, unit = _RANGES.get(name, (0, math.inf, ""))
+    require(
+        low <= value <= high,
+        f"{where}: column {name}={text!r} must lie between {low:g} and {high:g}{unit}; mend the line, "
+        "or leave it out",
+    )
     return int(value) if integer else value
+
+
+# What a column may hold, and in which unit: far outside all that was ever trained. A value that is
+# not between stands in another unit or was misread, and one such run would bend every curve.
+_RANGES = {
+    "loss": (*LOSSES, " nats per token"),
+    "n_params": (1, MOST_PARAMETERS, " parameters"),
+    "n_layers": (1, MOST_LAYERS, " layers"),
+    "n_heads": (1, MOST_HEADS, " heads"),
+    "n_kv_heads": (1, MOST_HEADS, " heads"),
+    "head_dim": (1, 2**20, ""),
+    "d_model": (1, 2**31 - 1, ""),
+    "context_length": (1, MOST_CONTEXT, " tokens"),
+    "tokens": (1, MOST_TOKENS, " tokens"),
+    "tokens_per_param": (1e-6, 1e9, " tokens"),
+    "vocab_size": (1, 2**31 - 1, ""),
+}
 
 
 # ------------------------------------------------------------------------------------ refusals

@@ -1,11 +1,12 @@
 """Real-valued shapes for arrays, which bootstrap draws need by thousands, and what is read there."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gqa_scaling.context_sharding import keys_by_depth
+from gqa_scaling.context_sharding import ContextSharding, keys_by_depth
 from gqa_scaling.costs import n_formula
 from gqa_scaling.study.results import Heads, pattern_of
 
@@ -49,5 +50,17 @@ def training_keys(heads: Heads, layers: np.ndarray, context: int) -> Any:
 def _per_layer(heads: Heads, layers: np.ndarray, context: int, training: bool) -> np.ndarray:
     finite = np.where(np.isfinite(layers), layers, 1.0)
     most = 2 ** int(np.ceil(np.log2(finite.max() + 1)))  # few tables serve all calls
-    table = keys_by_depth(pattern_of(heads), heads[1], context, most, training)
+    table = _keys(pattern_of(heads), heads[1], context, most, training)
     return np.interp(finite, np.arange(most + 1), table) / finite
+
+
+@functools.lru_cache(maxsize=256)
+def _keys(
+    pattern: ContextSharding, n_kv_heads: int, context: int, most: int, training: bool
+) -> np.ndarray:
+    """`keys_by_depth` as an array.
+
+    It is as long as the deepest model asked for. Callers bound that by `Scale.reach`, whose models
+    have at most `ladder.MOST_LAYERS` layers, so that all tables kept here take at most 32 MiB.
+    """
+    return np.array(keys_by_depth(pattern, n_kv_heads, context, most, training))

@@ -93,12 +93,13 @@ def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None
     if not answers.sharded:
         return None
     answer, n, scale = headline(answers), common_n(found), scale_of(results)
-    n_star, n_draws = found.curves.n_star(answer.loss), found.draws.n_star(answer.loss)
 
     def costs(k: int) -> np.ndarray:
         """Of the point estimate, then of every draw."""
-        sizes, where = np.r_[n_star[k], n_draws[:, k]], (answer.context, answers.question, scale)
-        cost = costs_at(sizes, found.heads[k], *where, answers.serving)[0]
+        sizes = np.r_[found.curves.n_star(answer.loss)[k], found.draws.n_star(answer.loss)[:, k]]
+        sizes = scale.within(sizes, found.heads[k])
+        where = (answer.context, answers.question, scale, answers.serving)
+        cost = costs_at(sizes, found.heads[k], *where)[0]
         return getattr(cost, answers.objective)
 
     def losses(k: int) -> np.ndarray:

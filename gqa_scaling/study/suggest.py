@@ -16,6 +16,7 @@ from scipy.optimize import least_squares
 from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.context_sharding import density
 from gqa_scaling.costs import n_formula, training_flops
+from gqa_scaling.ladder import REACH
 from gqa_scaling.study.fit import densities, plain
 from gqa_scaling.study.frontier import costs_at, scale_of
 from gqa_scaling.study.results import Heads, Results, heads_of, pattern_of
@@ -135,17 +136,23 @@ class Belief:
         """ln N_b at which each configuration reaches the loss (rows, configurations)."""
         floor, u, b, _ = self._parts(theta, np.arange(len(self.logs)))
         excess = np.maximum(loss - floor, 1e-3 * loss)  # a floor above the target: very large
-        return self.centre + np.clip((u - np.log(excess)) / np.maximum(b, 0.02), -15, 15)
+        return self.centre + (u - np.log(excess)) / np.maximum(b, 0.02)
 
 
 class Decider:
-    """The costs of every configuration at every answer of a question, tabulated over ln N_b."""
+    """The costs of every configuration at every answer of a question, tabulated over ln N_b.
+
+    The table holds the sizes that can be built, `ladder.REACH` of those that were run. A draw whose
+    size lies beyond it costs what the largest does: dear enough that no one would choose it, and
+    finite, so that the mean over the draws still tells configurations apart.
+    """
 
     def __init__(self, results: Results, heads: Sequence[Heads], question: Question) -> None:
         require(bool(question.losses), "suggest needs target losses: name them in the question")
         self.question, scale = question, scale_of(results)
         span = np.log(n_formula(results.n_layers, results.d_model, 0, 0))
-        self.grid = np.linspace(span.min() - 16, span.max() + 16, 400)
+        low, high = np.log(REACH)
+        self.grid = np.linspace(span.min() + low, span.max() + high, 400)
         layers, width = shapes(np.exp(self.grid), (0, 0), scale.head_dim, scale.ladder)
         self.log_z = {}
         for context in question.contexts:

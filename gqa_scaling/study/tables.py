@@ -561,7 +561,10 @@ def sentence(frontier: Frontier) -> str:
         start += f"NOT TO BE RELIED ON: {frontier.doubt}. "
     goal = f"{answer.loss:g} nats at {answer.context:,} tokens"
     if not best.reached:
-        return f"{start}No configuration reaches {goal} with what must hold, by these curves."
+        return (
+            f"{start}No configuration reaches {goal} with what must hold at any size that can be "
+            "built, by these curves: it is out of reach."
+        )
     names, kind = OBJECTIVES, _objective(frontier)
     saved = best.saving[frontier.objective]
     low, high = best.saving_interval[frontier.objective]
@@ -584,7 +587,8 @@ def sentence(frontier: Frontier) -> str:
         else f" It is the cheapest in {percent(best.probability, 0)} of the refits."
     )
     missed = (
-        f" {percent(best.unreachable, 0)} of the refits never reach that loss with it within what must hold."
+        f" {percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size that "
+        "can be built within what must hold."
         if best.unreachable > MISSED
         else ""
     )

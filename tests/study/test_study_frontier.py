@@ -16,7 +16,7 @@ from gqa_scaling import ladder
 from gqa_scaling.config import ModelConfig, Question, UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.hardware import hardware
-from gqa_scaling.ladder import FIGURE_2_LADDER, PUBLISHED_LADDER
+from gqa_scaling.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.study import tables
 from gqa_scaling.study.fit import Fit, fit, interval
 from gqa_scaling.study.frontier import (
@@ -279,13 +279,14 @@ def test_the_interval_of_a_gain_is_that_of_the_refits_one_by_one():
 
 def test_the_largest_size_is_found_where_costs_fall_again():
     """The published ladder turns wider at once in places, so that its caches shrink with N."""
-    scale = dataclasses.replace(scale_of(published()), ladder=PUBLISHED_LADDER)
+    scale = scale_of(published())
+    scale = dataclasses.replace(scale, ladder=PUBLISHED_LADDER, trained=(1e7, 1e9))
 
     def load(n):
         costs = costs_at(n, (32, 32), 2**20, Question(), scale)[0]
         return costs.memory, costs.bytes / np.inf
 
-    grid = scale.search((32, 32), 1e7, 1e9)
+    grid = scale.search((32, 32))
     assert (grid[0], grid[-1]) == (1e3, 1e15)
     n = np.geomspace(5e7, 5e8, 400001)
     cost = load(n)[0]
@@ -477,7 +478,11 @@ def test_refits_that_miss_the_loss_are_said_so(chen):
     assert math.isfinite(chen.curves.n_star(loss).min())
     found = frontier(chen, published(), q)
     best = found.answers[0].best
-    assert best.unreachable == pytest.approx(0.3, abs=0.02)
+    sizes = chen.draws.n_star(loss)[:, chen.index(best.heads)]
+    assert np.isinf(sizes).mean() == pytest.approx(0.3, abs=0.02)
+    assert best.unreachable == (sizes > MOST_PARAMETERS).mean() > 0.5  # E alone would say 30%
+    assert best.n_interval[1] == math.inf
+    assert any("at any size that can be built, up to 1.00P parameters" in f for f in found.flags)
     missed = f"{best.unreachable:.0%} of the refits never reach {loss:g} nats at 8,192 tokens"
     assert any(missed in flag for flag in found.flags)
     assert any("savings leave them out" in flag for flag in found.flags)
@@ -627,7 +632,7 @@ def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
         (12345, "12.3k"),
         (0.5, "0.5"),
         (2.21e14, "221T"),
-        (math.inf, "never"),
+        (math.inf, "out of reach"),
     ],
 )
 def test_quantities_have_three_digits_and_a_prefix(value, text):
