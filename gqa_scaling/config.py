@@ -415,7 +415,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Json):
     """What a study asks of its runs: the cheapest configuration for each loss and context.
 
     `losses` are targets in nats (None: chosen inside the range every configuration covers),
@@ -436,6 +436,7 @@ class Question:
     demonstration: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.contexts), "contexts must name at least one context length")
         for context in self.contexts:
             require(context > 0, f"context {context} must be greater than 0")

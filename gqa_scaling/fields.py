@@ -90,6 +90,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return _values(typing.get_args(hint), value, where)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where + ".")
     if typing.get_origin(hint) is Literal:  # the class itself checks the choices
@@ -98,6 +100,18 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         value = float(value)
     require(type(value) is hint, f"{where}={value!r} must be of type {hint.__name__}")
     return value
+
+
+def _values(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """A tuple, which in JSON is a list: `hints` are (int, ...) for any number, (int, int) for two."""
+    many = hints[-1] is Ellipsis
+    count = "" if many else f"{len(hints)} "
+    good = isinstance(value, tuple | list) and (many or len(value) == len(hints))
+    require(good, f"{where}={value!r} must be a tuple of {count}{hints[0].__name__}s")
+    each = hints[:1] * len(value) if many else hints
+    return tuple(
+        _value(hint, v, f"{where}[{i}]") for i, (hint, v) in enumerate(zip(each, value, strict=True))
+    )
 
 
 def digest_of(value: Any) -> str:
