@@ -449,7 +449,11 @@ def test_question_refuses_nonsense():
         ({"losses": 2.5}, "losses=2.5 must be a tuple of floats"),
         ({"losses": ("low",)}, "losses[0]='low' must be of type float"),
         ({"baseline": "8,8"}, "baseline='8,8' must be a tuple of 2 ints"),
-        ({"baseline": (8, 8, 8)}, "baseline=(8, 8, 8) must be a tuple of 2 ints"),
+        ({"baseline": (8,)}, "baseline=(8,) must be a tuple of 2 ints"),
+        (
+            {"baseline": (8, 8, 8)},
+            "ContextSharding in baseline[2] must be a table of fields, not 8",
+        ),
         ({"baseline": (8, None)}, "baseline[1]=None must be of type int"),
         ({"weight": "0.9"}, "weight='0.9' must be of type float"),
         ({"memory_power": None}, "memory_power=None must be of type float"),
@@ -463,4 +467,6 @@ def test_a_question_checks_the_type_of_every_field(fields, words):
 def test_a_question_is_one_value_however_it_was_written():
     listed = Question(contexts=[8192], losses=[3], baseline=[8, 8])
     assert listed == Question(contexts=(8192,), losses=(3.0,), baseline=(8, 8))
-    assert Question.from_dict(json.loads(json.dumps(listed.to_dict()))) == listed
+    sharded = Question(baseline=(8, 8, ContextSharding(64, 4, 8)))
+    for question in (listed, sharded):
+        assert Question.from_dict(json.loads(json.dumps(question.to_dict()))) == question

@@ -25,8 +25,9 @@ def study():
 
 @pytest.fixture
 def light(monkeypatch):
-    """Reports without their pictures."""
+    """Reports without their pictures and the comparison of laws, which take the time."""
     monkeypatch.setattr(report, "all_figures", lambda *_: {})
+    monkeypatch.setattr(report, "_laws", lambda *_: "")
 
 
 def contents(folder):
