@@ -457,20 +457,20 @@ def between(name: str, value: Any, low: float, high: float, unit: str = "") -> N
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Json):
     """What a study asks of its runs: the cheapest configuration for each loss and context.
 
     `losses` are targets in nats (None: chosen inside the range every configuration covers),
-    `contexts` the inference context lengths in tokens, `baseline` the (n_heads, n_kv_heads) that
-    savings are stated against (None: the most query heads, and of those the most KV heads).
-    `convention` names how inference FLOPs are counted, `weight`, `memory_power` and
+    `contexts` the inference context lengths in tokens, `baseline` the (n_heads, n_kv_heads), and
+    pattern if it has one, that savings are stated against (None: the most query heads, and of those
+    the most KV heads). `convention` names how inference FLOPs are counted, `weight`, `memory_power` and
     `compute_power` are lambda, alpha and beta of Chen et al. 2025, section 4.2.
     A `demonstration` says so on every page it prints.
     """
 
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     losses: tuple[float, ...] | None = None
-    baseline: tuple[int, int] | None = None
+    baseline: tuple[int, int] | tuple[int, int, ContextSharding] | None = None
     convention: Literal["per_token", "per_sequence"] = "per_token"
     weight: float = 0.9
     memory_power: float = 1 / 2
@@ -478,6 +478,7 @@ class Question:
     demonstration: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.contexts), "contexts must name at least one context length")
         for context in self.contexts:
             between("context", context, 1, MOST_CONTEXT, "tokens")

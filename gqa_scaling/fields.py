@@ -97,7 +97,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        hints = [h for h in typing.get_args(hint) if h is not type(None)]
+        size = len(value) if isinstance(value, tuple | list) else None
+        hint = next((h for h in hints if len(typing.get_args(h)) == size), hints[0])
+    if typing.get_origin(hint) is tuple:
+        return _values(typing.get_args(hint), value, where)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where + ".")
     if typing.get_origin(hint) is Literal:  # the class itself checks the choices
@@ -124,6 +128,22 @@ def _shown(value: Any, most: int = 200) -> str:
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return "an integer of thousands of digits"
     return text if len(text) <= most else text[:most] + "..."
+
+
+def _values(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """A tuple, which in JSON is a list: `hints` are (int, ...) for any number, (int, int) for two.
+
+    Of a union of tuples the one of the value's length counts.
+    """
+    many = hints[-1] is Ellipsis
+    count = "" if many else f"{len(hints)} "
+    good = isinstance(value, tuple | list) and (many or len(value) == len(hints))
+    require(good, f"{where}={value!r} must be a tuple of {count}{hints[0].__name__}s")
+    each = hints[:1] * len(value) if many else hints
+    return tuple(
+        _value(hint, v, f"{where}[{i}]")
+        for i, (hint, v) in enumerate(zip(each, value, strict=True))
+    )
 
 
 def digest_of(value: Any) -> str:

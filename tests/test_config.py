@@ -437,3 +437,37 @@ def test_question_refuses_nonsense():
     refused(lambda: Question(contexts=(8192, 0)), "context=0")
     refused(lambda: Question(losses=(2.5, -1.0)), "target loss=-1.0")
     refused(lambda: Question(convention="per_batch"), "convention='per_batch'")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"contexts": ("a",)}, "contexts[0]='a' must be of type int"),
+        ({"contexts": 8192}, "contexts=8192 must be a tuple of ints"),
+        ({"contexts": "8192"}, "contexts='8192' must be a tuple of ints"),
+        ({"contexts": (8192, 1.5)}, "contexts[1]=1.5 must be of type int"),
+        ({"contexts": (True,)}, "contexts[0]=True must be of type int"),
+        ({"losses": 2.5}, "losses=2.5 must be a tuple of floats"),
+        ({"losses": ("low",)}, "losses[0]='low' must be of type float"),
+        ({"baseline": "8,8"}, "baseline='8,8' must be a tuple of 2 ints"),
+        ({"baseline": (8,)}, "baseline=(8,) must be a tuple of 2 ints"),
+        (
+            {"baseline": (8, 8, 8)},
+            "ContextSharding in baseline[2] must be a table of fields, not 8",
+        ),
+        ({"baseline": (8, None)}, "baseline[1]=None must be of type int"),
+        ({"weight": "0.9"}, "weight='0.9' must be of type float"),
+        ({"memory_power": None}, "memory_power=None must be of type float"),
+        ({"demonstration": "yes"}, "demonstration='yes' must be of type bool"),
+    ],
+)
+def test_a_question_checks_the_type_of_every_field(fields, words):
+    refused(lambda: Question(**fields), words)
+
+
+def test_a_question_is_one_value_however_it_was_written():
+    listed = Question(contexts=[8192], losses=[3], baseline=[8, 8])
+    assert listed == Question(contexts=(8192,), losses=(3.0,), baseline=(8, 8))
+    sharded = Question(baseline=(8, 8, ContextSharding(64, 4, 8)))
+    for question in (listed, sharded):
+        assert Question.from_dict(json.loads(json.dumps(question.to_dict()))) == question

@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from gqa_scaling import runs
 from gqa_scaling.config import UserError, require
-from gqa_scaling.runs import write_json
 from gqa_scaling.storage import absolute, is_remote, make_folder, write_atomic
 
 MANIFEST = "report-manifest.json"
@@ -109,7 +109,7 @@ def _read(folder: Path) -> dict[str, list[str]]:
 
 
 def _write(folder: Path, files: dict[str, list[str]]) -> None:
-    write_json(folder / MANIFEST, {"about": _ABOUT, "files": files})
+    runs.write_json(folder / MANIFEST, {"about": _ABOUT, "files": files})
 
 
 def _hash(data: bytes) -> str:

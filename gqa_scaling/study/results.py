@@ -365,11 +365,17 @@ def _from_text(text: str, source: str) -> Results:
     require(
         len(lines) > 1, f"{source}: holds no runs; a header line and one line per run are needed"
     )
-    cells = [(i, next(csv.reader([line]))) for i, line in lines]
+    cells = [(i, _cells(line, f"{source} line {i}")) for i, line in lines]
     header = [cell.strip() for cell in cells[0][1]]
-    twice = sorted({name for name in header if header.count(name) > 1})
-    require(not twice, f"{source}: column {', '.join(twice)} appears twice")
     absent = [name for name in _REQUIRED if name not in header]
+    values = [cell for cell in header if _is_number(cell)]
+    require(
+        not (absent and values),
+        f"{source} line {cells[0][0]}: holds the value {values[0] if values else ''} where the names of "
+        "the columns belong; begin with a header such as n_heads,n_kv_heads,n_layers,d_model,loss",
+    )
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    require(not twice, f"{source}: column {', '.join(twice)} appears twice")
     require(
         not absent, f"{source}: column {', '.join(absent)} is missing; found {', '.join(header)}"
     )
@@ -378,8 +384,80 @@ def _from_text(text: str, source: str) -> Results:
         shaped or "n_params" in header,
         f"{source}: give column n_params, or n_layers and d_model; found {', '.join(header)}",
     )
-    rows = [_row(header, values, f"{source} line {i}", shaped) for i, values in cells[1:]]
+    places = [f"{source} line {i}" for i, _ in cells[1:]]
+    rows = [
+        _row(header, values, where, shaped)
+        for (_, values), where in zip(cells[1:], places, strict=True)
+    ]
+    _check_counts(rows, places)
     return check(_table(rows, source=source, count=_count(rows, source)))
+
+
+def _cells(line: str, where: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise UserError(f"{where}: cannot be read as CSV ({error}); mend the line") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_counts(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
+    """Raise UserError where n_params contradicts the shape in the same line.
+
+    N = 8 L d^2 + 2 L d d_h (n_h + n_kv) holds for an FFN of 8d/3; other sizes, norms and rounding are
+    as good. So a count is believed where it is that formula's, within a quarter, or exactly that of
+    a model built here with any d_ff, or where another model of the file is as far from the formula.
+    Always N is more than the attention's own parameters, and at most what an FFN of 16 d makes. Where
+    column n_count says how N is counted, that alone is checked: n_given may be any count above the
+    attention's.
+    """
+    ratios: dict[tuple, float] = {}
+    for row in rows:
+        if row["n_layers"]:
+            ratios.setdefault(_shape(row), row["n_params"] / _formula(row))
+    for row, where in zip(rows, places, strict=True):
+        if not row["n_layers"]:
+            continue
+        n, formula, cubic = row["n_params"], _formula(row), row["n_layers"] * row["d_model"] ** 2
+        attention = formula - 8 * cubic
+        if row["n_count"] == "n_formula":
+            good = abs(n / formula - 1) < 1e-3
+        elif row["n_count"] == "n_exact":
+            good = _can_be_built(row)
+        else:
+            others = [ratio for shape, ratio in ratios.items() if shape != _shape(row)]
+            alike = any(max(n / formula / r, r * formula / n) < 1.25 for r in (1.0, *others))
+            plain = n <= attention + 3 * 16 * cubic and (alike or _can_be_built(row))
+            good = n > attention and (plain or row["n_count"] == "n_given")
+        require(
+            good,
+            f"{where}: n_params={n:,.0f} contradicts n_layers={row['n_layers']}, "
+            f"d_model={row['d_model']} and ({row['n_heads']},{row['n_kv_heads']}) heads of size "
+            f"{row['head_dim']}, which make {formula:,.0f} parameters without embeddings: correct one "
+            "of them, leave n_params out, or give column n_count=n_given where N is counted otherwise",
+        )
+
+
+def _shape(row: dict[str, Any]) -> tuple[int, ...]:
+    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim")
+    return tuple(row[name] for name in names)
+
+
+def _can_be_built(row: dict[str, Any]) -> bool:
+    """Whether a model of this shape, with some d_ff, with or without QK norms, has exactly N."""
+    layers, d = row["n_layers"], row["d_model"]
+    rest = row["n_params"] - (_formula(row) - 8 * layers * d**2) - (2 * layers + 1) * d
+    return any(
+        left > 0 and left % (3 * layers * d) == 0
+        for left in (rest, rest - 2 * layers * row["head_dim"])
+    )
 
 
 def _count(rows: Sequence[dict[str, Any]], source: str) -> Count:

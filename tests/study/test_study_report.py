@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gqa_scaling.config import Question
 from gqa_scaling.grid import head_candidates
-from gqa_scaling.study.board import write_images
+from gqa_scaling.study.board import events_file
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
+from gqa_scaling.study.outputs import PICTURES, write_files
 from gqa_scaling.study.plots import _rounded, looks, spread
 from gqa_scaling.study.report import write_report
 from gqa_scaling.study.results import from_csv, published
@@ -139,18 +140,10 @@ def test_a_new_report_replaces_the_pictures_of_the_old(tmp_path):
     for size in ((3, 2), (4, 3)):
         out = io.BytesIO()
         Figure(figsize=size).savefig(out, format="png", dpi=10)
-        file = write_images(tmp_path / "study", {"a": out.getvalue()})
-        assert list((tmp_path / "study").iterdir()) == [file]
+        now, events = events_file({"a": out.getvalue()})
+        write_files(tmp_path, {PICTURES + now: events})
+        assert list((tmp_path / "study").iterdir()) == [tmp_path / (PICTURES + now)]
     assert [size for _, size, _ in images(tmp_path / "study").values()] == [(40, 30)]
-
-
-def test_pictures_that_cannot_be_written_leave_the_old_ones(tmp_path):
-    out = io.BytesIO()
-    Figure(figsize=(1, 1)).savefig(out, format="png", dpi=10)
-    file = write_images(tmp_path, {"a": out.getvalue()})
-    with pytest.raises(TypeError):
-        write_images(tmp_path, {"a": out.getvalue(), "b": None})
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_the_page_says_how_to_build_and_what_is_gained(page, study):

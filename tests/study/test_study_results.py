@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gqa_scaling.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig, UserError
-from gqa_scaling.costs import n_exact
+from gqa_scaling.costs import n_exact, n_formula
 from gqa_scaling.runs import run_directory
 from gqa_scaling.study import results
 from gqa_scaling.study.report import results_csv
@@ -94,7 +96,14 @@ def test_own_parameter_counts_are_kept_and_named(tmp_path):
         (f"{HEADER}\n4,1,2,,2\n", ("line 2", "d_model is empty")),
         ("n_heads,loss,n_params\n4,2,1\n", ("column n_kv_heads is missing",)),
         ("n_heads,n_kv_heads,loss\n4,1,2\n", ("n_params, or n_layers and d_model",)),
-        ("loss,loss\n1,2\n", ("loss appears twice",)),
+        (f"{HEADER},loss\n4,1,2,128,2,2\n", ("loss appears twice",)),
+        ("8,8,12,768,3.1\n8,1,12,768,3.2\n", ("line 1", "value 8", "n_heads,n_kv_heads")),
+        ("# mine\na,8,3.1\nb,8,3.2\n", ("line 2", "value 8", "begin with a header")),
+        (f"{HEADER}\n4,1,2,128,{'2' * 200_000}\n", ("line 2", "cannot be read as CSV")),
+        (f"{HEADER},tokens\n4,1,2,128,2,inf\n", ("line 2", "tokens='inf'")),
+        (f"{HEADER},epochs\n4,1,2,128,2,nan\n", ("line 2", "epochs='nan'")),
+        (f"{HEADER},context_length\n4,1,2,128,2,1e30\n", ("line 2", "context_length='1e30'")),
+        (f"{HEADER},seed\n4,1,2,128,2,-1\n", ("line 2", "seed='-1'")),
         (f"{HEADER}\n", ("holds no runs",)),
         ("", ("holds no runs",)),
         (f"{HEADER}\n1e30,1,2,128,2\n", ("line 2", "n_heads='1e30'", "below 2^53")),
@@ -109,6 +118,119 @@ def test_malformed_files_get_one_line_naming_place_and_value(tmp_path, text, par
     assert "runs.csv" in message
     for part in parts:
         assert part in message
+
+
+def test_empty_columns_at_the_end_are_no_repetition(tmp_path):
+    assert len(from_csv(_csv(tmp_path, f"{HEADER},,\n4,1,2,128,2,,\n"))) == 1
+
+
+# ------------------------------------------------------------------------ N against the shapes
+
+SHAPES = [(4, 256), (6, 512), (12, 768), (16, 1024), (24, 1280)]
+COUNTED = "n_heads,n_kv_heads,n_layers,d_model,head_dim,n_params,n_count,loss"
+
+
+def _counted(tmp_path, n_of, count="", heads=((8, 8), (8, 1)), shapes=SHAPES, head_dim=64):
+    """A file whose N is what `n_of` makes of each model."""
+    rows = [COUNTED]
+    for h, kv in heads:
+        for layers, d in shapes:
+            n = n_of(h, kv, layers, d)
+            rows.append(f"{h},{kv},{layers},{d},{head_dim},{n},{count},{4 - layers / 20 - kv / 99}")
+    return _csv(tmp_path, "\n".join(rows) + "\n")
+
+
+def _exact(h, kv, layers, d, head_dim=64, **fields):
+    return n_exact(ModelConfig(layers, d, h, kv, head_dim=head_dim, **fields))
+
+
+def _plain(h, kv, layers, d):
+    return n_formula(layers, d, h, kv, 64)
+
+
+@pytest.mark.parametrize(
+    ("count", "n_of"),
+    [
+        ("", _plain),
+        ("n_formula", _plain),
+        ("", lambda *m: f"{_plain(*m):.3g}"),  # as a table prints it
+        ("", lambda *m: f"{_plain(*m):.1g}" if m[3] == 512 else _plain(*m)),
+        ("", _exact),
+        ("n_exact", _exact),
+        ("n_exact", lambda *m: _exact(*m, qk_norm=True)),
+        ("n_exact", lambda *m: _exact(*m, d_ff=4 * m[3])),
+        ("", lambda *m: _exact(*m, d_ff=4 * m[3], qk_norm=True)),
+        ("n_exact", lambda *m: _exact(*m, d_ff=1)),
+        ("n_exact", lambda *m: _exact(*m, d_ff=100 * m[3])),
+        ("", lambda h, kv, L, d: f"{_exact(h, kv, L, d, d_ff=8 * d):.3g}"),  # all as wide
+        ("", lambda h, kv, L, d: f"{_exact(h, kv, L, d, d_ff=(8 if kv == 1 else 2) * d):.2g}"),
+        ("", lambda h, kv, L, d: _exact(h, kv, L, d, d_ff=d // 2 * (1 + L % 3))),  # no two alike
+        ("n_given", lambda *m: 30 * _plain(*m)),  # of many experts, say
+        ("n_given", lambda *m: _plain(*m) + 50304 * m[3]),  # embeddings counted
+    ],
+)
+def test_every_way_to_count_n_is_believed(tmp_path, count, n_of):
+    r = from_csv(_counted(tmp_path, n_of, count))
+    assert len(r) == 10
+    again = tmp_path / "again.csv"
+    again.write_text(results_csv(r))  # what report writes
+    assert from_csv(again).n_params.tolist() == r.n_params.tolist()
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300).map(lambda k: 8 * k),
+    st.sampled_from([(1, 1), (4, 2), (8, 1), (32, 32)]),
+    st.sampled_from([2, 16, 64, 128]),
+    st.one_of(st.none(), st.integers(1, 10_000)),
+    st.booleans(),
+)
+def test_every_model_that_can_be_built_is_believed(layers, d, heads, head_dim, d_ff, qk_norm):
+    model = ModelConfig(layers, d, *heads, head_dim=head_dim, d_ff=d_ff, qk_norm=qk_norm)
+    text = f"{COUNTED}\n{heads[0]},{heads[1]},{layers},{d},{head_dim},{n_exact(model)},n_exact,2\n"
+    assert results._from_text(text, "runs.csv").n_params[0] == n_exact(model)
+
+
+@pytest.mark.parametrize("count", ["", "n_formula", "n_exact"])
+@pytest.mark.parametrize("factor", [1e-3, 0.45, 0.7, 1.5, 2.2, 10, 1e6])
+def test_an_n_that_contradicts_its_shape_is_refused_with_both_and_the_remedy(
+    tmp_path, count, factor
+):
+    right = _exact if count == "n_exact" else _plain
+
+    def wrong(h, kv, layers, d):
+        n = right(h, kv, layers, d)
+        return round(factor * n) + 1 if (kv, layers) == (1, 12) else n
+
+    with pytest.raises(UserError) as error:
+        from_csv(_counted(tmp_path, wrong, count))
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("line 9", f"n_params={wrong(8, 1, 12, 768):,}", "n_layers=12", "d_model=768"):
+        assert part in message
+    assert f"{_plain(8, 1, 12, 768):,} parameters without embeddings" in message
+    assert "(8,1) heads of size 64" in message
+    assert "leave n_params out" in message
+
+
+@pytest.mark.parametrize("count", ["", "n_given"])
+def test_no_count_is_below_the_attentions(tmp_path, count):
+    with pytest.raises(UserError, match=r"line 2: n_params=.* contradicts"):
+        from_csv(_counted(tmp_path, lambda h, kv, L, d: 2 * L * d * 64 * (h + kv), count))
+
+
+def test_lines_of_a_neighbouring_size_are_noticed(tmp_path):
+    def shifted(h, kv, layers, d):
+        at = SHAPES.index((layers, d))
+        return _plain(h, kv, *(SHAPES[at - 1] if (kv, at) == (1, 3) else SHAPES[at]))
+
+    with pytest.raises(UserError, match=r"line 10: n_params=.* contradicts n_layers=16"):
+        from_csv(_counted(tmp_path, shifted))
+
+
+def test_without_shapes_any_n_is_the_files_own(tmp_path):
+    text = "n_heads,n_kv_heads,n_layers,n_params,loss\n4,1,2,7e9,2.5\n"
+    assert from_csv(_csv(tmp_path, text)).n_params[0] == 7e9
 
 
 def test_absent_and_binary_files_are_refused(tmp_path):
