@@ -99,19 +99,6 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
-def sync(folder: Path) -> None:
-    """Have all below a folder on the disk itself, where it outlives a fall of the machine."""
-    if is_remote(folder):
-        return  # a request that was answered is kept
-    for parent, _, names in os.walk(folder):
-        for path in (*(Path(parent, name) for name in names), Path(parent)):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def create(path: Path, data: str) -> bool:
     """Write a remote file unless there is one, in one request; whether it was written."""
     try:
@@ -147,6 +134,19 @@ def make_folder(path: Path) -> None:
     """The folder and those above it; buckets need none and are never made."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Have all below a folder on the disk itself, where it outlives a fall of the machine."""
+    if is_remote(folder):
+        return  # a request that was answered is kept
+    for parent, _, names in os.walk(folder):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def remove_folder(path: Path) -> None:
