@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gqa_scaling.storage import is_remote, size, sizes, write_atomic
+from gqa_scaling.storage import is_remote, size, sizes, sync, write_atomic
 
 SEAL_NAME = "checksums.json"
 COMMIT_NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -57,12 +57,16 @@ class Seal:
 
 
 def seal(folder: Path, arrays: Mapping[str, str]) -> None:
-    """Write the checksums of everything that lies in `folder` by now, and of its arrays, into it."""
+    """Write the checksums of everything that lies in `folder` by now, and of its arrays, into it.
+
+    All of it is then on the disk: what is renamed into place is whole also after a power failure.
+    """
     found = {n: s for n, s in sizes(folder).items() if n not in (*COMMIT_NOTES, SEAL_NAME)}
     with ThreadPoolExecutor(READERS) as pool:
         digests = pool.map(lambda name: _sha256(folder / name), found)
         files = {n: (s, d) for (n, s), d in zip(found.items(), digests, strict=True)}
     write_atomic(folder / SEAL_NAME, Seal(files, arrays, round(time.time(), 3)).text())
+    sync(folder)
 
 
 def is_saved(folder: Path) -> bool:

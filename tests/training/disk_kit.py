@@ -67,6 +67,7 @@ def arrange(moment: str, how: str) -> None:
             "attempt": (runs.RunDirectory, "add_attempt"),
             "seal": (checkpoint, "seal"),
             "parameters": (loop, "save_parameters"),
+            "evaluation": (loop, "require_finite"),
             "events": (loop, "write_hparams"),
             "result": (runs.RunDirectory, "finish"),
             "end": (runs.RunDirectory, "clean"),
@@ -93,6 +94,7 @@ def story(kind: str, moment: str, how: str) -> None:
         FILLER.unlink(missing_ok=True)
     else:
         subprocess.run(["umount", str(DISK)], check=True)
+        subprocess.run(["e2fsck", "-fy", str(image)], stdout=subprocess.DEVNULL)
         subprocess.run(["mount", "-o", "loop", str(image), str(DISK)], check=True)
     again = subprocess.run(
         [sys.executable, "-m", "gqa_scaling", *RUN], capture_output=True, text=True

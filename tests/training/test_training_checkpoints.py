@@ -195,6 +195,26 @@ def test_a_file_that_cannot_be_read_is_damage(saved: Path, monkeypatch: pytest.M
     assert found.damaged[0].endswith("state/manifest.ocdbt cannot be read")
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux names open files there")
+def test_all_of_a_save_is_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the machine's fall would leave empty files where a checkpoint was."""
+    kept, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        assert not (tmp_path / "5").exists()
+        kept.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    kit.save_steps(tmp_path, 5)
+    written = tmp_path / f"5{checksums.UNFINISHED_SUFFIX}"
+    parts = {str(written / name) for name in kit.files(tmp_path / "5")}
+    folders = {str(Path(part).parent) for part in parts}
+    assert parts | folders <= kept
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
 def test_what_is_refused_just_now_is_no_damage(
     saved: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -160,9 +160,9 @@ def can_mount(*more: str) -> bool:
 STORIES = [
     *(("tmpfs", moment, "full") for moment in ("start", "claim", "config", "attempt", "step8")),
     *(("tmpfs", moment, "full") for moment in ("save5", "save10", "seal", "parameters")),
-    *(("tmpfs", moment, "full") for moment in ("events", "result")),
+    *(("tmpfs", moment, "full") for moment in ("evaluation", "events", "result")),
     *(("ext4", moment, "read-only") for moment in ("config", "step8", "save10", "seal")),
-    *(("ext4", moment, "read-only") for moment in ("parameters", "result", "end")),
+    *(("ext4", moment, "read-only") for moment in ("parameters", "evaluation", "end")),
 ]
 
 

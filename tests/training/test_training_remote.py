@@ -22,6 +22,7 @@ from gqa_scaling.checksums import examine_run
 from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
+from gqa_scaling.data.store import cached_store
 from gqa_scaling.runs import RunDirectory, claim, run_directory, write_json
 from gqa_scaling.status import read_checkpoints
 from gqa_scaling.storage import as_path, cache_folder, replace, sizes, version, write_atomic
@@ -439,6 +440,18 @@ def test_a_shard_that_is_not_what_was_written_is_refused(tokens, bucket):
     file.unlink()
     with pytest.raises(UserError, match=r"tokens/train-00000.bin of the token store is missing"):
         open_store(tokens)
+
+
+def test_a_copy_that_is_damaged_here_is_named_and_fetched_again_once_removed(tokens):
+    store = open_store(tokens)
+    store.verify()
+    copy = cached_store(store.hash) / "train-00000.bin"
+    copy.write_bytes(bytes(copy.stat().st_size))
+    words = r"train-00000\.bin is damaged, .*: remove it, and it is copied from the bucket again"
+    with pytest.raises(UserError, match=words):
+        open_store(tokens).verify()
+    copy.unlink()
+    open_store(tokens).verify()
 
 
 def test_a_store_that_is_half_there_is_none(tokens, bucket):
