@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 USAGE = """\
 Overrides of the runs' fields come last, as for gqa-scaling run, and go with every job:
   python -m launch skypilot v5e-64 experiments.head_ladder --bucket gs://mine \\
-    --data.store gs://mine/data/slimpajama --dry-run
+    --data.store gs://mine/data/slimpajama --parallel.remat full --dry-run
 """
 
 
@@ -90,7 +90,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "slice", help="the largest a run may have: v5e-16, v6e-64, v5p-128, 8xH100, 16xH200, ..."
     )
     parser.add_argument("experiment", help="module or file, such as experiments.head_ladder")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be submitted, without looking into the bucket",
+    )
     parser.add_argument("--yes", action="store_true", help="submit without asking")
     parser.add_argument("--only", metavar="PATTERN", help="only runs of such names")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")

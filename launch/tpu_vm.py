@@ -67,10 +67,10 @@ def code_digest(names: Sequence[str]) -> str:
 def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
     """What every worker does when it boots: as a start-up script, and then as a service.
 
-    The service goes on after the start-up script and hears SIGTERM when the machine is shut down.
-    It starts the job again when it was preempted or lost a process, STARTS_A_DAY times at most.
-    Whatever fails, the worker copies its log to the bucket and deletes the slice; where that is
-    refused the log says what the slice costs.
+    The service outlives the start-up script, and starts the job again when it was preempted or
+    lost a process, STARTS_A_DAY times at most. When the machine is shut down systemd ends it with
+    SIGTERM, which the run hears, and the next boot begins again. Whatever fails, the worker copies
+    its log to the bucket and deletes the slice; where that is refused the log says what it costs.
     """
     log = f'"{target.bucket}/logs/{job.name}-w-$worker.log"'
     delete = delete_command(job, target)
@@ -86,7 +86,6 @@ def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
         "case $worker in *-w-*) worker=${worker##*-w-} ;; *) worker=0 ;; esac",
         "",
         "give_back() {  # the slice is billed until it is deleted",
-        '  [ -z "$stopped" ] || exit  # the machine is shut down: its next boot begins again',
         '  echo "$1: the slice is given back"',
         f"  gcloud storage cp log {log}",
         f"  until {delete} --async; do",
@@ -105,18 +104,16 @@ def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
         "  give_back 'the service could not be started'",
         "fi",
         "",
-        "trap 'stopped=yes' TERM",
         f"timeout 1h /bin/bash -euo pipefail -c {shlex.quote(set_up)}",  # a command with an open quote fails alone
         "[ $? = 0 ] || give_back 'the machine could not be set up'",
         "",
-        'while [ -z "$stopped" ]; do',
+        "while :; do",
         "  today=$(date +%F)",
         '  echo "started on $today" >> starts &&',
         f'    [ "$(grep -c "$today" starts)" -le {STARTS_A_DAY} ] ||',
         f"    give_back 'the job has ended early {STARTS_A_DAY} times today'",
         f"  {shlex.join(['.venv/bin/python', *study.work(job)])}",
         "  code=$?",
-        '  [ -z "$stopped" ] || exit',
         f"  case $code in {again}) sleep 30 ;; *) break ;; esac",
         "done",
         '[ $worker != 0 ] || give_back "the job ended with exit code $code"',

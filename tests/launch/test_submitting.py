@@ -23,6 +23,7 @@ SKY = ("skypilot", "v5e-64", "--bucket", "gs://mine")
 TPU = ("tpu-vm", "v5e-64", "--bucket", "gs://mine", "--project", "p", "--zone", "us-west4-a")
 XPK = ("xpk", "v5e-64", "--bucket", "gs://mine", "--project", "p", "--zone", "us-west4-a")
 XPK += ("--cluster", "c", "--image", "i:1")
+SLURM = ("slurm", "8xH100", "experiments.tiny", "--sbatch")
 TINY = ("experiments.tiny", *STORE)
 WIDE = ("--batch-tokens", "2048", "--tokens", "20480")  # a sequence for each of 64 chips
 LONG = "9000000000000"  # tokens that keep a chip busy for more than an hour
@@ -130,6 +131,59 @@ def test_sbatch_gets_the_file_that_the_dry_run_shows(workplace, bucket, tools, c
     assert "#SBATCH --array=0-5%6\n" in text
     assert len(list(Path(file).parent.glob("7_*.pkl"))) == 6
     assert "SLURM job 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "asked", "srun"),
+    [
+        ("8xH100", (), {"exclusive", "mem=0"}, "--cpu-bind=none"),
+        ("2xH100", (), {"cpus-per-task=16", "mem=128G"}, "--cpus-per-task=16"),
+        ("2xH100", ("cpus-per-task=4",), {"cpus-per-task=4", "mem=128G"}, "--cpus-per-task=4"),
+        ("2xH100", ("mem_per_cpu=8G",), {"cpus-per-task=16", "mem-per-cpu=8G"}, "-task=16"),
+        ("2xH100", ("cpus-per-gpu=4",), {"cpus-per-gpu=4", "mem=128G"}, "--cpu-bind=none"),
+        (
+            "8xH100",
+            ("exclusive=user", "qos=high", "--hold", "comment=it's $(x)"),
+            {"exclusive=user", "mem=0", "qos=high", "hold", "comment='it'\"'\"'s $(x)'"},
+            "--cpu-bind=none",
+        ),
+    ],
+)
+def test_slurm_is_asked_for_cores_memory_and_what_else_is_given(
+    place, options, asked, srun, workplace, bucket, tools, capsys
+):
+    """Whole nodes whole; of a part of a node, 8 cores and 64 GiB for each GPU."""
+    given = [f"--sbatch={option}" for option in options]
+    command = ["slurm", place, "experiments.tiny", "--dry-run", *given]
+    assert main([*command, "--hours", "1e-9", "--batch-tokens", "65536", "--tokens", LONG]) == 0
+    said = capsys.readouterr().out
+    lines = {line.removeprefix("#SBATCH --") for line in said.splitlines() if "#SBATCH" in line}
+    kinds = ("exclusive", "mem", "cpus", "qos", "hold", "comment")
+    assert {line for line in lines if line.startswith(kinds)} == asked
+    assert f"{srun} " in next(line for line in said.splitlines() if line.startswith("srun "))
+
+
+@pytest.mark.parametrize("root", ["gs://mine/runs", "s3://mine/runs"])
+@pytest.mark.parametrize("target", [SKY, ("slurm", "8xH100")])
+def test_a_dry_run_leaves_the_bucket_alone_and_says_so(
+    root, target, workplace, tools, capsys, monkeypatch
+):
+    """It has no credentials here, and no package for gs://."""
+
+    def reached(*_, **__):
+        raise AssertionError("a file system was opened")
+
+    monkeypatch.setattr("fsspec.filesystem", reached)
+    monkeypatch.setenv("GQA_SCALING_RUNS", root)
+    assert main([*target, "--dry-run", *TINY, *WIDE]) == 0
+    said = capsys.readouterr()
+    root = "gs://mine/runs" if "--bucket" in target else root
+    assert f"GQA_SCALING_RUNS={root}" in said.out.replace(": ", "=")
+    (line,) = [line for line in said.err.splitlines() if "finished" in line]
+    assert line == (
+        f"6 runs: 6 to launch, 0 finished (--dry-run does not look into {root}: it assumes that "
+        "nothing is finished there)"
+    )
 
 
 @pytest.mark.parametrize("target", [SKY, TPU, XPK, ("slurm", "8xH100", "--bucket", "gs://mine")])
@@ -257,6 +311,14 @@ def test_a_command_that_fails_stops_the_rest_and_says_how_far_it_got(
         ((*XPK[:-2], *TINY), "xpk needs --image"),
         ((*XPK[:-4], "--image", "i", *TINY), "xpk needs --cluster"),
         (("slurm", "v5e-16", *TINY), "slurm is for GPUs"),
+        ((*SLURM, "nodes=2"), "--sbatch nodes cannot be given: the slice decides it"),
+        ((*SLURM, "ntasks_per_node=2"), "--sbatch ntasks-per-node cannot be given: the slice"),
+        ((*SLURM, "time=1:00:00"), "--sbatch time cannot be given: give --hours"),
+        ((*SLURM, "account=x"), "--sbatch account cannot be given: give --account"),
+        ((*SLURM, "requeue"), "--sbatch requeue cannot be given: starting a job again"),
+        ((*SLURM, "-q high"), "'-q high' must be a long option of sbatch and its value"),
+        ((*SLURM, "qos="), "'qos=' must be a long option of sbatch and its value"),
+        ((*SLURM, "comment=a\nb"), "must be a long option of sbatch and its value"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments, message, workplace, bucket, tools, capsys):
@@ -325,6 +387,15 @@ def test_launching_loads_no_jax():
 
 def test_the_code_that_is_copied_is_there():
     assert [name for name in tpu_vm.CODE if not (CHECKOUT / name).exists()] == []
+
+
+def test_an_image_holds_what_is_copied_and_nothing_that_git_ignores():
+    ignored = set((CHECKOUT / ".dockerignore").read_text().splitlines())
+    for line in (CHECKOUT / ".gitignore").read_text().splitlines():
+        name = line.strip("/")
+        assert (name if line.startswith("/") else f"**/{name}") in ignored
+    assert ignored >= {".git", "data", "runs", "tests"}
+    assert not ignored & set(tpu_vm.CODE)
 
 
 def test_fakes_record_arguments_exactly(tools, tmp_path):

@@ -13,10 +13,11 @@ import pytest
 from training_kit import tiny_run, write_corpus
 
 from gqa_scaling.checksums import read_seal
+from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.parallel import Piece, pieces_of
-from gqa_scaling.processes import HEARTBEAT_SECONDS, free_port
+from gqa_scaling.processes import HEARTBEAT_SECONDS, free_port, require_platform
 from gqa_scaling.runs import RunDirectory
 
 HERE = Path(__file__).parent
@@ -82,6 +83,33 @@ def saved_steps(root: str) -> list[int]:
 def state(root: str) -> dict[str, str]:
     """Checksums of the trained parameters' bits, the same on every layout."""
     return read_seal(directory(root).parameters).arrays
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_whose_accelerator_does_not_start_ends_with_2(folder: Path, processes: int) -> None:
+    """No test has a ROCm device; jax alone would raise, and end with 1."""
+    command = [sys.executable, "-m", "gqa_scaling", "run", "grid.py"]
+    if processes > 1:
+        command[2:4] = ["launch", "local", "--processes", str(processes)]
+    told = environment(JAX_PLATFORMS="rocm,cpu")
+    done = subprocess.run(command, env=told, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = "gqa-scaling: JAX_PLATFORMS='rocm,cpu' asks for rocm, but jax cannot start it ("
+    assert said in done.stderr
+    assert processes > 1 or len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not (folder / "runs").exists()
+
+
+def test_a_job_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As jax does where JAX_PLATFORMS=cuda,cpu and it sees no GPU."""
+    for fine in ("", "cpu", "cpu,cuda"):
+        monkeypatch.setenv("JAX_PLATFORMS", fine)
+        require_platform()
+    for platforms in ("cuda,cpu", "tpu,cpu", "tpu"):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        with pytest.raises(UserError, match="jax sees none here and would run on the cpu"):
+            require_platform()
 
 
 @pytest.mark.slow
