@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from gqa_scaling.units import byte_size, duration, quantity
 ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending", "damaged")
 ENDED = ("done", "failed", "damaged")
 STEP_SECONDS = "perf/step_time_seconds"
+EVALUATION_SECONDS = "perf/evaluation_seconds"  # both: since the attempt began
+CHECKPOINT_SECONDS = "perf/checkpoint_seconds"
 REQUESTS = 16  # to a bucket at once
 LOOK_SECONDS, REMOTE_LOOK_SECONDS = 2.0, 10.0  # a look asks a bucket several times for every run
 COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red"}
@@ -38,8 +40,9 @@ class RunStatus:
 
     Of a run one of whose files is damaged nothing is told but which file, and the remedy, in
     `failure`.
-    `mfu` is None where the peak of the hardware is not known. `seconds_left` is for a running one, to
-    the last step.
+    `mfu` is None where the peak of the hardware is not known. `goodput`, `evaluation` and `saving` are
+    shares of the time since the first attempt began: of steps, of evaluations between them and of
+    saving checkpoints. `seconds_left` is for a running one, to the last step.
     """
 
     name: str
@@ -52,6 +55,8 @@ class RunStatus:
     mfu: float | None
     attempts: int
     goodput: float | None
+    evaluation: float | None
+    saving: float | None
     seconds_left: float | None
     failure: str
     path: str
@@ -103,7 +108,6 @@ def _status(run: RunConfig, directory: RunDirectory, steps: int) -> RunStatus:
             said = (told["traceback"].strip().splitlines() or [""])[-1]
             failure = said if told["kind"] in said else f"{told['kind']}: {said}"
             ended = told["time"] if state == "failed" else ended
-    seconds = last.get(STEP_SECONDS) if state == "running" else None
     on_cpu = bool(attempts) and attempts[-1]["layout"]["device"] == "cpu"  # its peak is a guess
     return RunStatus(
         run.name,
@@ -115,44 +119,69 @@ def _status(run: RunConfig, directory: RunDirectory, steps: int) -> RunStatus:
         last.get("perf/per_device_tokens_per_sec"),
         None if on_cpu else last.get("perf/mfu"),
         len(attempts),
-        _goodput(directory, attempts, last, ended),
-        None if seconds is None else (steps - step) * seconds,
+        *_shares(directory, attempts, last, ended),
+        _seconds_left(attempts, last, steps) if state == "running" else None,
         failure,
         str(directory.path),
     )
 
 
-def _goodput(
+def _seconds_left(attempts: list[dict[str, Any]], last: dict[str, Any], steps: int) -> float | None:
+    """Until the last step, when evaluating and saving go on as in this attempt."""
+    if STEP_SECONDS not in last or not attempts:
+        return None
+    taken = last["step"] - attempts[-1]["first_step"]
+    apart = last.get(EVALUATION_SECONDS, 0.0) + last.get(CHECKPOINT_SECONDS, 0.0)
+    return (steps - last["step"]) * (last[STEP_SECONDS] + (apart / taken if taken > 0 else 0.0))
+
+
+def _shares(
     directory: RunDirectory,
     attempts: list[dict[str, Any]],
     last: dict[str, Any],
     ended: float | None,
-) -> float | None:
-    """Share of the time from the start of the first attempt to the end that became progress.
+) -> tuple[float | None, float | None, float | None]:
+    """Goodput, and what evaluating and saving took, as shares of the time since the first attempt
+    began; None where the files do not tell.
 
-    A run that is not done ends for now with its last sign of life; None where there is none.
+    A run that is not done ends for now with its last sign of life.
     """
     if not attempts or ended is None:
-        return None
+        return None, None, None
     seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
+    if seconds <= 0:
+        return None, None, None
     once = len(attempts) == 1 and (not last or STEP_SECONDS in last)  # not just after a trace
     lines = ([last] if last else []) if once else directory.metrics()
-    return useful_seconds(attempts, lines) / seconds if seconds > 0 else None
+
+    def share(tag: str) -> float | None:
+        told = [line[tag] for _, line in _counted(attempts, lines) if tag in line]
+        return sum(told) / seconds if told else None
+
+    goodput = useful_seconds(attempts, lines) / seconds
+    return goodput, share(EVALUATION_SECONDS), share(CHECKPOINT_SECONDS)
 
 
 def useful_seconds(attempts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> float:
     """Seconds spent on steps that count: those of each attempt that no later one took again, each
-    for the mean time of that attempt's steps, which leaves starting and compiling out.
+    for the mean time of that attempt's steps. That leaves starting, compiling, evaluating and
+    saving out; in logs of earlier versions evaluating and saving are part of the mean.
 
     `lines` are those of metrics.jsonl in their order; of a single attempt the last will do.
     """
-    firsts, out = [attempt["first_step"] for attempt in attempts], 0.0
+    return sum((count * line[STEP_SECONDS] for count, line in _counted(attempts, lines)), 0.0)
+
+
+def _counted(
+    attempts: list[dict[str, Any]], lines: list[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """For each attempt how many of its steps no later one took again, and the last line of these."""
+    firsts = [attempt["first_step"] for attempt in attempts]
     for i, first in enumerate(firsts):
         until = min(firsts[i + 1 :], default=math.inf)
         kept = [line for line in lines if first < line["step"] <= until and STEP_SECONDS in line]
         if kept:
-            out += (min(until, lines[-1]["step"]) - first) * kept[-1][STEP_SECONDS]
-    return out
+            yield min(until, lines[-1]["step"]) - first, kept[-1]
 
 
 def _counts(rows: Sequence[RunStatus]) -> str:
@@ -163,6 +192,15 @@ def _title(experiment: str, rows: Sequence[RunStatus]) -> str:
     return f"{experiment}: {len(rows)} runs, {_counts(rows)}"
 
 
+def _goodput(row: RunStatus) -> str:
+    """What the time went to: goodput, evaluation and saving as '81+12+3%', or '81%' alone."""
+    if row.goodput is None:
+        return ""
+    apart = (row.evaluation, row.saving)
+    shares = (row.goodput, *((x or 0.0 for x in apart) if any(apart) else ()))
+    return "+".join(f"{100 * share:.0f}" for share in shares) + "%"
+
+
 def status_table(experiment: str, rows: list[RunStatus]) -> Table:
     """The status as people read it."""
     table = Table(title=_title(experiment, rows))
@@ -170,9 +208,10 @@ def status_table(experiment: str, rows: list[RunStatus]) -> Table:
     table.add_column("state")
     for column in (
         "step",
-        "training loss\n(nats)",
-        "held-out loss\n(nats)",
-        "tokens/s\nper device",
+        "training\nloss\n(nats)",
+        "held-out\nloss\n(nats)",
+        "tokens/s\nper\ndevice",
+        "goodput\n+ evaluation\n+ saving",
         "attempts",
     ):
         table.add_column(column, justify="right")
@@ -184,6 +223,7 @@ def status_table(experiment: str, rows: list[RunStatus]) -> Table:
             "" if r.loss is None else f"{r.loss:.4f}",
             "" if r.evaluation_loss is None else f"{r.evaluation_loss:.4f}",
             "" if r.tokens_per_second is None else f"{r.tokens_per_second:,.0f}",
+            _goodput(r),
             str(r.attempts),
         )
         if r.failure:
@@ -236,8 +276,8 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
             "" if r.tokens_per_second is None else quantity(r.tokens_per_second) for r in shown
         ],
         "MFU": ["" if r.mfu is None else f"{r.mfu:.0%}" for r in shown],
-        "restarts": [str(r.restarts or "") for r in shown],
-        "goodput": ["" if r.goodput is None else f"{r.goodput:.0%}" for r in shown],
+        "re-\nstarts": [str(r.restarts or "") for r in shown],
+        "goodput\n+ eval\n+ saving": [_goodput(r) for r in shown],
         "left": ["" if r.seconds_left is None else duration(r.seconds_left) for r in shown],
     }
     filled = {name: cells for name, cells in columns.items() if any(cells)}

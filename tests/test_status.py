@@ -10,13 +10,22 @@ from rich.console import Console
 from gqa_scaling import cli, status
 from gqa_scaling.experiment import load_experiment
 from gqa_scaling.runs import RunDirectory, run_directory, runs_root, write_json
-from gqa_scaling.status import RunStatus, read_status, useful_seconds, watch, watch_table
+from gqa_scaling.status import (
+    RunStatus,
+    read_status,
+    status_table,
+    useful_seconds,
+    watch,
+    watch_table,
+)
 
 START = 1_800_000_000.0  # when the first attempt began
 
 
-def line(step: int, at: float = 0.0, seconds: float | None = 2.0) -> dict:
+def line(step: int, at: float = 0.0, seconds: float | None = 2.0, **apart: float) -> dict:
+    """A logged step; `evaluation=6.0` are the seconds of evaluations since the attempt began."""
     speed = {} if seconds is None else {status.STEP_SECONDS: seconds, "perf/mfu": 0.4}
+    speed |= {f"perf/{what}_seconds": spent for what, spent in apart.items()}
     return {"step": step, "time": START + at, "learning/loss": 3.0, **speed}
 
 
@@ -86,6 +95,29 @@ def test_goodput_counts_what_lay_between_the_attempts(tiny):
     assert first(tiny).goodput == 13.0 / 130.0
 
 
+def test_evaluation_and_saving_stand_beside_goodput(tiny):
+    write(directory(tiny), [attempt(0)], [line(5, at=40.0, evaluation=8.0, checkpoint=2.0)])
+    row = first(tiny)
+    assert (row.goodput, row.evaluation, row.saving) == (10.0 / 40, 8.0 / 40, 2.0 / 40)
+    again = line(8, at=100.0, seconds=1.0, evaluation=4.0)
+    lines = [line(4, at=20.0, evaluation=6.0), line(5, at=40.0, evaluation=8.0, checkpoint=2.0)]
+    write(directory(tiny, 1), [attempt(0), attempt(5, at=60.0)], [*lines, again])
+    row = read_status(runs_root(), tiny)[1]
+    assert (row.goodput, row.evaluation, row.saving) == (13.0 / 100, 12.0 / 100, 2.0 / 100)
+    # what evaluating and saving take is to be expected of the steps that are left, too
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "state", lambda self: "running")
+        one, two, *_ = read_status(runs_root(), tiny)
+    assert one.seconds_left == 5 * (2.0 + (8.0 + 2.0) / 5)
+    assert two.seconds_left == 2 * (1.0 + 4.0 / 3)
+
+
+def test_logs_of_earlier_versions_do_not_tell_evaluation_and_saving(tiny):
+    write(directory(tiny), [attempt(0)], [line(5, at=40.0)])
+    row = first(tiny)
+    assert (row.goodput, row.evaluation, row.saving) == (10.0 / 40, None, None)
+
+
 def test_what_the_files_do_not_tell_is_none(tiny):
     row = first(tiny)
     assert (row.goodput, row.mfu, row.seconds_left, row.restarts) == (None, None, None, 0)
@@ -141,6 +173,8 @@ FULL = RunStatus(
     mfu=0.412,
     attempts=3,
     goodput=0.934,
+    evaluation=None,
+    saving=None,
     seconds_left=26000.0,
     failure="",
     path="runs/x",
@@ -156,10 +190,22 @@ def test_all_columns_fit_100_characters():
     assert any(line.split() == words.split() for line in text.splitlines())
 
 
+def test_what_the_time_went_to_is_shown_in_one_column():
+    row = replace(FULL, goodput=0.734, evaluation=0.1234, saving=0.081)
+    words = "L12-d1024-h16-kv4 running 48% 2.5000 123k 41% 2 73+12+8% 7 h 13 min"
+    done = replace(row, state="done", evaluation_loss=2.6)
+    assert any(line.split() == words.split() for line in printed([row, done]).splitlines())
+    for shares, text in (((0.7, None, 0.08), "70+0+8%"), ((0.7, None, None), "70%")):
+        changes = dict(zip(("goodput", "evaluation", "saving"), shares, strict=True))
+        console = Console(file=io.StringIO(), width=120)
+        console.print(status_table("tiny", [replace(row, **changes)]))
+        assert f" {text} " in console.file.getvalue()
+
+
 def test_columns_without_anything_in_them_are_left_out():
     text = printed([replace(FULL, mfu=None, attempts=1)])
     assert "goodput" in text
-    for absent in ("MFU", "restarts", "held-out"):
+    for absent in ("MFU", "starts", "held-out"):
         assert absent not in text
 
 

@@ -1,7 +1,8 @@
 """One run from its config to its result, whatever interrupts it on the way.
 
 The state that is saved is (parameters, optimizer moments); batches are a function of the step and
-initial weights one of the seed, so the step alone says where data and randomness stand.
+initial weights one of the seed, so the step alone says where data and randomness stand. What the
+result tells of the steps is saved beside it: the log is for people, and may be lost.
 """
 
 import dataclasses

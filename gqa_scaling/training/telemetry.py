@@ -120,7 +120,7 @@ class Telemetry:
                 self._flushed = time.monotonic()
 
     def flush(self) -> None:
-        """Have the bucket hold all so far: a run resumed from here on needs it; disks do already."""
+        """Have the bucket hold all so far, so that a run resumed from here has it; disks do already."""
         if self._writes and self._remote:
             self._file.flush()
             self._board.flush()

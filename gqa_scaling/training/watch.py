@@ -135,6 +135,7 @@ class Watch:
         if spike:
             tally.spikes_in_a_row += 1
             in_a_row, most, kind = tally.spikes_in_a_row, run.max_spike_steps, LastingSpike
+            assert usual is not None
             factor = run.optimizer.spike_factor
             what += f": more than spike_factor={factor:g} times its running mean {float(usual):g}"
             remedy = (

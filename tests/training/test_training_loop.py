@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -329,7 +329,7 @@ def test_skipped_steps_are_counted_in_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(step, "NORMS_REMEMBERED", 5)
-    run = tiny_run(optimizer=dataclasses.replace(tiny_run().optimizer, spike_factor=20.0))
+    run = spiky()
     spoil(monkeypatch, run, {13}, 1e4)
     directory = RunDirectory(tmp_path / "run")
     loop.train(run, directory, store())
@@ -337,6 +337,124 @@ def test_skipped_steps_are_counted_in_the_result(
     assert skipped == {13: "spike"}
     assert directory.result()["result"]["skipped_steps"] == 1
     assert "at step 13, chunks [" in capsys.readouterr().err
+
+
+def spiky(**changes: object) -> RunConfig:
+    optimizer = dataclasses.replace(tiny_run().optimizer, spike_factor=20.0)
+    return tiny_run(optimizer=optimizer, **changes)
+
+
+def test_a_norm_that_stays_too_high_stops_the_run_also_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "NORMS_REMEMBERED", 5)
+    run = spiky(max_spike_steps=5)
+    spoil(monkeypatch, run, {8, *range(13, 25)}, 1e8)
+    directory = run_directory(tmp_path, "tiny", run)
+    for _ in range(2):  # the second time from step 15, where there had been three
+        assert sweep.run_sweep(experiment(run), tmp_path) == sweep.Outcome(0, 1)
+        told = json.loads(directory.failure_file.read_text())
+        assert told["kind"] == "LastingSpike"
+        message = (
+            r"loss \S+ and gradient norm \S+ at step 17, chunks \[.*\] of the data: more than "
+            r"spike_factor=20 times its running mean \S+; 5 such steps in a row; the last good "
+            r"checkpoint is step 15 in \S+/checkpoints; try a lower --optimizer.learning-rate or "
+            r"a higher --optimizer.spike-factor, each another run, or go on with a higher "
+            r"--max-spike-steps and --retry-failed\n$"
+        )
+        assert re.search(message, told["traceback"])
+        sweep.forget_failures(experiment(run), tmp_path)
+    assert [m["step"] for m in directory.metrics() if "skipped" in m] == [8, 13, 14, 15, 16, 17]
+    assert [a["first_step"] for a in directory.attempts()] == [0, 15]
+    capsys.readouterr()
+    patient = dataclasses.replace(run, max_spike_steps=50)  # the same run, from there
+    assert sweep.run_sweep(experiment(patient), tmp_path).exit_code == 0
+    result = directory.result()["result"]
+    assert result["skipped_steps"] == 1 + 12
+    assert "max_spike_steps" not in result["config"]
+
+
+class Norms:
+    """The rule written plainly: which norms are taken, and the mean that they are held against."""
+
+    def __init__(self, factor: float, remembered: int) -> None:
+        self.factor, self.remembered, self.mean, self.count = factor, remembered, 0.0, 0
+
+    def taken(self, norm: float) -> bool:
+        if not math.isfinite(norm):
+            return False
+        if self.count == self.remembered and norm > self.factor * self.mean:
+            self.mean = min(1.1 * self.mean, norm)
+            return False
+        self.count = min(self.count + 1, self.remembered)
+        self.mean += (norm - self.mean) / self.count
+        return True
+
+
+@pytest.fixture
+def step_of_norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable]:
+    """For a spike_factor a function that takes a step whose gradient has the norm asked for."""
+
+    def make(factor: float) -> Callable[[float], tuple[bool, float]]:
+        run = spiky()
+        run = dataclasses.replace(
+            run, optimizer=dataclasses.replace(run.optimizer, spike_factor=factor)
+        )
+        graph, parameters = nnx.split(create(run.model, 0))
+        scale = np.sqrt(sum(x.size for x in jax.tree.leaves(parameters)))
+
+        def loss(model: nnx.Module, norm: jax.Array, *_: object, **__: object) -> jax.Array:
+            every = sum(x.sum() for x in jax.tree.leaves(nnx.state(model)))
+            return every * norm[0, 0] / scale
+
+        monkeypatch.setattr(step, "next_token_loss", loss)
+        optimizer = step.make_optimizer(run.optimizer, 1000)
+        step_fn = step.train_step(graph, run, optimizer, "cpu")
+        state = step.initial_state(run, optimizer)
+
+        def take(norm: float) -> tuple[bool, float]:
+            nonlocal state
+            batch = np.full((4, 32), norm, np.float32)
+            state, metrics = step_fn(state, batch, batch)
+            return bool(metrics.taken), float(metrics.usual_norm)
+
+        return take
+
+    return make
+
+
+def test_norms_are_judged_as_the_rule_says(step_of_norm: Callable) -> None:
+    rng = np.random.default_rng(0)
+    norms = np.exp(rng.normal(0, 0.3, 400))
+    norms[rng.random(400) < 0.1] *= 30.0
+    norms[200:] *= 50.0
+    norms[[50, 150, 250]] = np.nan, np.inf, np.nan
+    take, rule = step_of_norm(4.0), Norms(4.0, step.NORMS_REMEMBERED)
+    skipped = 0
+    for norm in norms:
+        mean = rule.mean
+        taken, usual = take(norm)
+        assert usual == pytest.approx(mean, rel=1e-4)
+        assert taken == rule.taken(norm)
+        skipped += not taken
+    assert 20 < skipped < 100
+
+
+def test_one_spike_hardly_moves_the_mean_and_a_rise_that_lasts_is_followed(
+    step_of_norm: Callable,
+) -> None:
+    take = step_of_norm(20.0)
+    for _ in range(step.NORMS_REMEMBERED):
+        assert take(1.0)[0]
+    assert not take(1e9)[0]
+    assert take(1.0) == (True, pytest.approx(1.1))
+    for _ in range(300):
+        _, mean = take(1.0)
+    assert mean == pytest.approx(1.0, abs=0.01)
+    for times, most in ((2, 8), (10, 25), (100, 49)):  # so many times the limit
+        norm = 20.0 * times * 0.99 * take(0.0)[1]  # 0.99: a norm of 0 has lowered the mean
+        skipped = next(n for n in range(100) if take(norm)[0])
+        assert skipped == most < tiny_run().max_spike_steps
 
 
 def test_resume_under_another_definition_or_data_is_refused(tmp_path: Path) -> None:
