@@ -85,7 +85,7 @@ def read_seal(folder: Path) -> Seal:
             return found
     except OSError as error:
         raise DamagedError(f"{SEAL_NAME} {_unreadable(error, folder)}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise DamagedError(f"{SEAL_NAME} is altered")
 

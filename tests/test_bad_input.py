@@ -5,14 +5,27 @@ there before and after.
 """
 
 import hashlib
+import io
 import json
 import os
+import shutil
+import sys
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from gqa_scaling import cli
+from gqa_scaling import cli, sweep
+from gqa_scaling.checksums import COMMIT_NOTES, SEAL_NAME, seal
+from gqa_scaling.config import DataConfig, UserError
+from gqa_scaling.costs import n_exact
+from gqa_scaling.data import prepare
+from gqa_scaling.experiment import load_experiment
+from gqa_scaling.runs import RunDirectory, run_directory
+from launch import cli as launch
 
 TINY = "experiments.tiny"
 PLAN = ("plan", TINY, "--hardware", "v5e")
@@ -551,3 +564,426 @@ def test_places_of_stores(refused, workplace, said, store):
     (workplace / "data").mkdir()
     (workplace / "a-file").write_text("x")
     refused(said, "prepare", TINY, *TEXTS, "--data.store", store)
+
+
+# ---------------------------------------------------------------------- damaged files of a run
+
+
+def finished(workplace: Path) -> list[RunDirectory]:
+    """The six runs of experiments.tiny, whose first two are finished; the third has failed."""
+    runs = load_experiment(TINY).runs
+    places = [run_directory("runs", "tiny", run) for run in runs]
+    for number, (run, place) in enumerate(zip(runs[:3], places[:3], strict=True)):
+        place.begin(run, {"store_hash": "s"})
+        began = {"began": 1.8e9, "first_step": 0, "layout": {"device": "cpu"}}
+        place.add_attempt(began)
+        line = {"step": 5, "time": 1.8e9, "learning/loss": 3.0, "perf/step_time_seconds": 0.1}
+        place.metrics_file.write_text("".join(json.dumps(line) + "\n" for _ in range(3)))
+        if number == 2:
+            place.fail("Traceback\nValueError: no\n", "ValueError")
+            continue
+        result = {"n_exact": n_exact(run.model), "tokens": 1280, "data": {"store_hash": "s"}}
+        judged = {run.evaluation_digest: {"loss": 2.5 + number / 10, "hash": "e"}}
+        place.finish(result | {"evaluations": judged}, {"finished": 1.8e9})
+    return places
+
+
+def shape(**changes: object) -> Callable[[bytes], bytes]:
+    """The same JSON with fields at the top replaced; those made ... are left out."""
+
+    def change(content: bytes) -> bytes:
+        whole = json.loads(content) | changes
+        return json.dumps({k: v for k, v in whole.items() if v is not ...}).encode()
+
+    return change
+
+
+def inner(**changes: object) -> Callable[[bytes], bytes]:
+    """The same in a result's own table."""
+    return lambda content: shape(result=json.loads(shape(**changes)(_result(content))))(content)
+
+
+def _result(content: bytes) -> bytes:
+    return json.dumps(json.loads(content)["result"]).encode()
+
+
+def judged(value: object) -> Callable[[bytes], bytes]:
+    """The same with every evaluation replaced."""
+
+    def change(content: bytes) -> bytes:
+        evaluations = json.loads(content)["result"]["evaluations"]
+        return inner(evaluations=dict.fromkeys(evaluations, value))(content)
+
+    return change
+
+
+ANY: dict[str, Callable[[bytes], bytes]] = {
+    "list": lambda content: b"[]",
+    "null": lambda content: b"null",
+    "number": lambda content: b"3",
+    "text": lambda content: b'"x"',
+    "table": lambda content: b"{}",
+    "empty": lambda content: b"",
+    "zeros": lambda content: b"\0" * len(content),
+    "cut": lambda content: content[: len(content) // 2],
+    "not-utf8": lambda content: b'{"a": "\xff"}',
+    "utf16": lambda content: content.decode().encode("utf-16"),
+    "deep": lambda content: b"[" * 100_000,
+    "long-number": lambda content: b'{"a": ' + b"9" * 5000 + b"}",
+    "twice": lambda content: content + content,
+}
+RESULTS = ANY | {
+    "result-list": shape(result=[]),
+    "result-absent": shape(result=...),
+    "timing-list": shape(timing=[1]),
+    "attempts-table": shape(attempts={"a": 1}),
+    "attempts-numbers": shape(attempts=[1]),
+    "evaluations-absent": inner(evaluations=...),
+    "evaluations-list": inner(evaluations=[1]),
+    "data-text": inner(data="x"),
+    "evaluation-number": judged(2.5),
+    "loss-absent": judged({"hash": "e"}),
+    "loss-text": judged({"loss": "2.5"}),
+    "loss-true": judged({"loss": True}),
+    "loss-null": judged({"loss": None}),
+    "loss-list": judged({"loss": [2.5]}),
+    "loss-huge": judged({"loss": 10**400}),
+    "positions-number": judged({"loss": 2.5, "loss_by_position": 3}),
+    "hash-list": judged({"loss": 2.5, "hash": []}),
+}
+
+
+VERBS = ("frontier", "report", "suggest", "run", "learning-rates")
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind"),
+    [(verb, kind) for verb in ("status", "fit") for kind in RESULTS]
+    + [(verb, kind) for verb in VERBS for kind in ("cut", "result-list", "loss-text")],
+)
+def test_damaged_results(refused, workplace, verb, kind):
+    place = finished(workplace)[0]
+    place.result_file.write_bytes(RESULTS[kind](place.result_file.read_bytes()))
+    err = refused(
+        f"{place.result_file} is damaged (", verb, TINY, code=1 if verb == "status" else 2
+    )
+    assert f"remove it, and the run makes it anew from {place.parameters}" in err
+
+
+def test_status_goes_on_where_a_file_is_damaged(workplace, capsys):
+    done, _, failed, *_ = finished(workplace)
+    done.result_file.write_text("[]")
+    failed.failure_file.write_text("[]")
+    assert cli.main(("status", TINY, "--json")) == 1
+    out, err = capsys.readouterr()
+    states = [row["state"] for row in json.loads(out)["runs"]]
+    assert states == ["damaged", "done", "damaged", "pending", "pending", "pending"]
+    assert err.count("\n") == 2
+    done.result_file.unlink()
+    failed.failure_file.unlink()
+    assert cli.main(("status", TINY)) == 0
+
+
+@pytest.mark.parametrize(
+    "kind", [*ANY, "kind-absent", "traceback-list", "time-text", "folder"]
+)  # fmt: skip
+def test_damaged_failures(refused, workplace, kind):
+    file = finished(workplace)[2].failure_file
+    changes = {
+        "kind-absent": shape(kind=...),
+        "traceback-list": shape(traceback=[]),
+        "time-text": shape(time="now"),
+    }
+    if kind == "folder":
+        file.unlink()
+        file.mkdir()
+        refused(f"{file} cannot be read: Is a directory", "status", TINY, code=1)
+        return
+    file.write_bytes((ANY | changes)[kind](file.read_bytes()))
+    err = refused(f"{file} is damaged (", "status", TINY, code=1)
+    assert "remove it, and the run is tried again" in err
+
+
+LINE_KINDS = [k for k in ANY if k not in ("twice", "cut", "zeros", "utf16", "deep")]
+
+
+@pytest.mark.parametrize("kind", [*LINE_KINDS, "began-text", "layout-list", "device-absent"])
+def test_damaged_attempts(refused, workplace, kind):
+    file = finished(workplace)[1].attempts_file
+    line = file.read_bytes().strip()
+    changes = {
+        "began-text": shape(began="now"),
+        "layout-list": shape(layout=[]),
+        "device-absent": shape(layout={}),
+    }
+    file.write_bytes((ANY | changes)[kind](line) + b"\n" + line + b"\n")
+    err = refused(f"{file} line 1 is damaged (", "status", TINY, code=1)
+    assert "remove that line from the file" in err
+
+
+@pytest.mark.parametrize(
+    "kind", [*LINE_KINDS, "step-absent", "step-text", "loss-text", "time-list"]
+)
+def test_damaged_logs(refused, workplace, kind):
+    file = finished(workplace)[2].metrics_file
+    line = file.read_bytes().splitlines()[0]
+    changes = {
+        "step-absent": shape(step=...),
+        "step-text": shape(step="5"),
+        "loss-text": shape(**{"learning/loss": "3"}),
+        "time-list": shape(time=[]),
+    }
+    wrong = (ANY | changes)[kind](line)
+    file.write_bytes(b"\n".join([line, wrong, b'{"step": 6}', b'{"step": 7, "lear']))
+    err = refused(f"{file} line 2 is damaged (", "status", TINY, code=1)
+    assert "remove that line from the file" in err
+
+
+def test_a_log_whose_last_line_is_cut_short_is_no_damage(workplace, capsys):
+    place = finished(workplace)[2]
+    with place.metrics_file.open("ab") as file:
+        file.write(b'{"step": 6, "\xc3')
+    assert cli.main(("status", TINY)) == 0
+    assert [line["step"] for line in place.metrics()] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "kind", [*ANY, "config-list", "config-absent", "data-list", "schema-text", "folder"]
+)  # fmt: skip
+def test_damaged_configs(workplace, kind):
+    """Only a run that goes on reads its config; it changes nothing then."""
+    place = finished(workplace)[2]
+    file, run = place.config_file, load_experiment(TINY).runs[2]
+    changes = {
+        "config-list": shape(config=[]),
+        "config-absent": shape(config=...),
+        "data-list": shape(data=[]),
+        "schema-text": shape(schema="1"),
+    }
+    if kind == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes((ANY | changes)[kind](file.read_bytes()))
+    before = files(workplace)
+    with pytest.raises(UserError) as caught:
+        place.begin(run, {"store_hash": "s"})
+    words = "cannot be read: Is a directory" if kind == "folder" else "is damaged ("
+    assert str(caught.value).startswith(f"{file} {words}")
+    assert kind == "folder" or "remove it, and the run writes it anew" in str(caught.value)
+    assert files(workplace) == before
+
+
+@pytest.mark.parametrize("changed", [{"config": {"name": "a"}}, {"schema": 99}])
+def test_configs_of_another_version(workplace, changed):
+    place = finished(workplace)[2]
+    place.config_file.write_bytes(shape(**changed)(place.config_file.read_bytes()))
+    with pytest.raises(UserError, match=r"config\.json(: missing field model| has schema 99)"):
+        place.config()
+
+
+@pytest.mark.parametrize("kind", [k for k in ANY if k != "twice"])
+def test_damaged_checksums(workplace, capsys, kind):
+    """`checkpoints` counts it as damage, of that step, and shows the others."""
+    first, second = finished(workplace)[:2]
+    for place in (first, second):
+        place.parameters.mkdir()
+        (place.parameters / "a").write_text("a")
+        seal(place.parameters, {"a": "00"})
+        for note in COMMIT_NOTES:
+            (place.parameters / note).write_text("")
+    file = first.parameters / SEAL_NAME
+    file.write_bytes(ANY[kind](file.read_bytes()))
+    before = files(workplace)
+    assert cli.main(("checkpoints", TINY, "--json")) == 1
+    out, err = capsys.readouterr()
+    kept = [each["kept"][0] for each in json.loads(out)["runs"][:2]]
+    assert [each["state"] for each in kept] == ["damaged", "whole"]
+    assert kept[0]["damage"] == ["checksums.json is altered"]
+    assert err == ""
+    assert files(workplace) == before
+
+
+STORES = ANY | {
+    "schema": shape(schema=2),
+    "schema-list": shape(schema=[1]),
+    "splits-list": shape(splits=[]),
+    "tokenizer-text": shape(tokenizer="bytes"),
+    "declaration-list": shape(declaration=[]),
+    "declaration-absent": shape(declaration=...),
+    "corpus-absent": shape(corpus=...),
+    "dtype-number": shape(dtype=2),
+    "hash-other": shape(hash="0" * 64),
+    "hash-number": shape(hash=3),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder of texts and its store."""
+    folder = tmp_path_factory.mktemp("prepared")
+    texts = corpus(folder)
+    data = DataConfig(corpus=str(texts), store=str(folder / "store"))
+    prepare(data, workers=1, show=False)
+    return folder
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("verb", ["plan", "prepare", "run"])
+def test_damaged_stores(refused, workplace, prepared, kind, verb):
+    shutil.copytree(prepared, workplace, dirs_exist_ok=True)
+    file = workplace / "store/store.json"
+    file.write_bytes(STORES[kind](file.read_bytes()))
+    said = "has schema 2" if kind == "schema" else f"{Path('store/store.json')} is damaged"
+    refused(said, verb, TINY, *TEXTS, "--data.store", "store")
+
+
+# --------------------------------------------------------------- text that terminals may mistake
+
+ODD = "[red]x[/] [/] :smile: {task} \\[b]"
+
+
+def test_what_names_have_in_brackets_is_printed_as_it_is(workplace, capsys):
+    (workplace / "[red].py").write_text("from experiments.tiny import runs\n")
+    for verb in ("plan", "status", "checkpoints"):
+        more = ("--hardware", "v5e", f"--note={ODD}") if verb == "plan" else ()
+        assert cli.main((verb, "[red].py", *more)) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert ("[red]" in out) or verb == "checkpoints"
+        assert (f"note: {ODD}" in out) == (verb == "plan")
+
+
+def test_a_csv_named_and_filled_with_brackets_is_printed_as_it_is(workplace, capsys):
+    lines = ["name,n_heads,n_kv_heads,loss,n_params"]
+    for i, n in enumerate((1e6, 2e6, 4e6, 8e6, 16e6)):
+        lines += [f"{ODD} {i},4,4,{2 + 100 / n**0.3},{n}", f"b{i},4,1,{2.1 + 100 / n**0.3},{n}"]
+    Path("run[seed1] [red].csv").write_text("\n".join(lines))
+    assert cli.main(("fit", "run[seed1] [red].csv", "--refits", "100")) == 0, (
+        capsys.readouterr().err
+    )
+    out = capsys.readouterr().out
+    assert "run[seed1] [red].csv: 10 points" in out
+    assert f"{ODD} 0" in out
+
+
+def test_the_display_of_a_sweep_shows_brackets_as_they_are(workplace):
+    tiny = replace(load_experiment(TINY), name=ODD)
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    stop = threading.Event()
+    stop.set()
+    sweep._show_bar(tiny, workplace, console, stop)
+    assert ODD in console.file.getvalue()
+
+
+def test_watch_shows_brackets_as_they_are(workplace, monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
+    monkeypatch.setattr(sys, "stdout", said)
+    for place in finished(workplace):
+        place.path.mkdir(parents=True, exist_ok=True)
+        place.fail(f"Traceback\nValueError: {ODD}\n", "ValueError")
+    assert cli.main(("status", TINY, "--watch")) == 1
+    assert ODD in said.getvalue()
+
+
+# ------------------------------------------------------------------------------- studies of files
+
+HEAD = "n_heads,n_kv_heads,loss,n_params"
+ROWS = [f"4,{kv},{2 + 100 / n**0.3 + kv / 100},{n}" for n in (1e6, 2e6, 4e6, 8e6) for kv in (4, 1)]
+TABLES: dict[str, tuple[str, str]] = {
+    "empty": ("", "holds no runs"),
+    "header": (HEAD, "holds no runs"),
+    "no-header": ("\n".join(ROWS), "own.csv: column"),
+    "no-loss": (HEAD.replace("loss", "lost") + "\n4,4,2,1e6", "column loss is missing"),
+    "twice": (HEAD + ",loss\n4,4,2,1e6,2", "column loss appears twice"),
+    "short-line": (HEAD + "\n4,4,2", "line 2: has 3 values for 4 columns"),
+    "text": (HEAD + "\n4,4,two,1e6", "column loss='two'"),
+    "nan": (HEAD + "\n4,4,nan,1e6", "column loss='nan'"),
+    "negative": (HEAD + "\n4,4,-2,1e6", "column loss='-2'"),
+    "half-heads": (HEAD + "\n4.5,4,2,1e6", "column n_heads='4.5'"),
+    "no-heads": (HEAD + "\n0,4,2,1e6", "column n_heads='0'"),
+    "kv": (HEAD + "\n4,3,2,1e6", "n_kv_heads=3 must divide n_heads=4"),
+    "huge-heads": (HEAD + f"\n{HUGE},1,2,1e6", f"column n_heads='{HUGE}'"),
+    "same": (HEAD + "\n4,4,2,1e6\n4,4,2,1e6", "appears twice"),
+    "count": (HEAD + ",n_count\n4,4,2,1e6,mine", "n_count='mine'"),
+    "pattern": (HEAD + ",pattern_block\n4,4,2,1e6,16", "needs column pattern_local"),
+    "control": (HEAD + "\n4,4,\x1b[31m,1e6", "column loss='\\x1b[31m'"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables(refused, workplace, kind):
+    text, said = TABLES[kind]
+    Path("own.csv").write_text(text)
+    refused(said, "fit", "own.csv")
+
+
+def test_places_of_tables(refused, workplace):
+    (workplace / "folder.csv").mkdir()
+    (workplace / "bytes.csv").write_bytes(b"\xff\xfe")
+    refused("absent.csv: cannot be read", "fit", "absent.csv")
+    refused("folder.csv: cannot be read", "fit", "folder.csv")
+    refused("bytes.csv: is not a text file", "fit", "bytes.csv")
+    refused("File name too long", "fit", "n" * 300 + ".csv")
+    refused("unexpected argument '--seed'", "fit", "chen2025", "--seed", "1")
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ("--refits 0 must be", "fit chen2025 --refits 0"),
+        ("--refits -5 must be", "fit chen2025 --refits -5"),
+        ("--law: invalid choice: 'cubic'", "fit chen2025 --law cubic"),
+        ("--bootstrap: invalid choice", "fit chen2025 --bootstrap none"),
+        ("invalid int value: 'long'", "fit chen2025 --context long"),
+        ("--baseline '8' must be", "frontier chen2025 --baseline 8"),
+        ("--baseline '-8,8' must be", "frontier chen2025 --baseline=-8,8"),
+        ("--baseline 'a,b' must be", "frontier chen2025 --baseline a,b"),
+        ("context 0 must be", "frontier chen2025 --contexts 0"),
+        ("context -1 must be", "frontier chen2025 --contexts -1"),
+        ("target loss nan", "frontier chen2025 --losses nan"),
+        ("target loss inf", "frontier chen2025 --losses inf"),
+        ("target loss -1.0", "frontier chen2025 --losses -1"),
+        ("target loss 0.0", "frontier chen2025 --losses 0"),
+        ("invalid choice: 'joules'", "frontier chen2025 --objective joules"),
+        ("unknown hardware 'abacus'", "frontier chen2025 --hardware abacus"),
+        ("--train-context belongs to --align", "frontier chen2025 --train-context 8192"),
+        ("suggest needs the grid of an experiment", "suggest chen2025"),
+        ("no finished runs under runs/tiny", "fit experiments.tiny"),
+        ("no finished runs under runs/tiny", "report experiments.tiny"),
+        ("no finished runs under runs/tiny", "suggest experiments.tiny"),
+    ],
+)
+def test_questions(refused, said, arguments):
+    refused(said, *arguments.split())
+
+
+# ----------------------------------------------------------------------------------- launching
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ("required: TARGET", ""),
+        ("invalid choice: 'moon'", "moon v5e-8 experiments.tiny"),
+        ("required: slice, experiment", "slurm --dry-run"),
+        ("v5e-7", "skypilot v5e-7 experiments.tiny --bucket gs://mine --dry-run"),
+        ("v5e-" + HUGE, f"skypilot v5e-{HUGE} experiments.tiny --bucket gs://mine --dry-run"),
+        ("0xH100", "slurm 0xH100 experiments.tiny --dry-run"),
+        ("--hours nan", "slurm 8xH100 experiments.tiny --hours nan --dry-run"),
+        ("--hours 0", "slurm 8xH100 experiments.tiny --hours 0 --dry-run"),
+        ("--hours -1", "slurm 8xH100 experiments.tiny --hours -1 --dry-run"),
+        ("mfu=2.0", "slurm 8xH100 experiments.tiny --mfu 2 --dry-run"),
+        ("price=inf", "slurm 8xH100 experiments.tiny --price inf --dry-run"),
+        ("bucket", "skypilot v5e-8 experiments.tiny --dry-run"),
+        ("bucket", "skypilot v5e-8 experiments.tiny --bucket /tmp/x --dry-run"),
+        ("unknown experiment 'experiments.none'", "slurm 8xH100 experiments.none --dry-run"),
+        ("unknown field --sed", "slurm 8xH100 experiments.tiny --dry-run --sed 1"),
+        ("n_layers=" + HUGE, f"slurm 8xH100 experiments.tiny --dry-run --model.n-layers {HUGE}"),
+        ("seed=4294967296", "slurm 8xH100 experiments.tiny --dry-run --seed 4294967296"),
+        ("matches none", "slurm 8xH100 experiments.tiny --dry-run --only none"),
+    ],
+)
+def test_launches(refused, said, arguments):
+    refused(said, *arguments.split(), main=launch.main)

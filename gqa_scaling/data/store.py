@@ -243,7 +243,7 @@ def open_store(data: DataConfig) -> TokenStore:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "store.json"
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(file.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): {AGAIN}") from None
     wrong = misfit(manifest, {"schema": int})
