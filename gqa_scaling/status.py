@@ -80,9 +80,22 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
         try:
             return _status(run, directory, steps)
         except UserError as error:
-            unknown, where = [None] * 4, str(directory.path)
             return RunStatus(
-                run.name, "damaged", 0, steps, *unknown, 0, None, None, str(error), where
+                name=run.name,
+                state="damaged",
+                step=0,
+                steps=steps,
+                loss=None,
+                evaluation_loss=None,
+                tokens_per_second=None,
+                mfu=None,
+                attempts=0,
+                goodput=None,
+                evaluation=None,
+                saving=None,
+                seconds_left=None,
+                failure=str(error),
+                path=str(directory.path),
             )
 
     if not is_remote(root):
