@@ -26,7 +26,7 @@ from gqa_scaling.study.compare import compare
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import costs_at, default_baseline, frontier, scale_of
-from gqa_scaling.study.models import solve_point
+from gqa_scaling.study.models import Joint, solve_point
 from gqa_scaling.study.plots import all_figures, looks, loss_by_position
 from gqa_scaling.study.report import frontier_csv, results_csv, write_report
 from gqa_scaling.study.results import COLUMNS, _table, from_csv, heads_of, pair, pairs, published
@@ -433,6 +433,23 @@ def test_the_trade_off_is_the_truths(exact):
     assert traded.cheapest[1].heads == answer.best.heads
     assert traded.cheapest[1].density < traded.cheapest[0].density
     json.dumps(traded.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.2, "20"), (1.0, "100")])
+def test_failed_refits_of_the_rate_are_said(monkeypatch, share, told):
+    r = study((None, HYBRID, WINDOW), noise=0.001)
+    found = fit(r, refits=100)
+    answers, solve = frontier(found, r, Question(contexts=(T,), losses=(2.8,))), Joint.solve
+
+    def some(self, y, *rest, **options):
+        rows, cost, done = solve(self, y, *rest, **options)
+        return rows, cost, done if len(y) < 100 else np.arange(len(y)) >= share * len(y)
+
+    monkeypatch.setattr(Joint, "solve", some)
+    traded = sparsity(found, r, answers)
+    assert (traded.rate is None) == (share == 1.0)  # no rate, and no interval, from nothing
+    note = sparsity_sheet(traded, "z").notes[1]
+    assert f"{told} of 100 refits did not converge" in note
 
 
 def test_a_pattern_without_a_dense_twin_has_no_cost_and_no_saving():
