@@ -477,10 +477,11 @@ def make_model(
     if law == "pooled":  # the strength that predicts left-out runs best
         keep = np.ones(len(p.n), bool) if seen is None else seen
         w, y = p.replicates * keep.astype(float), np.where(keep, p.loss, p.loss[keep].max())
+        begin = model.start(y, w)  # no strength enters it
 
         def left_out(strength: float) -> float:
             trial = Joint(*shared, strength)
-            found = solve_point(trial, y, w, trial.ridge)
+            found = solve_point(trial, y, w, trial.ridge, begin)
             residual = y - trial.predict(found.parameters[None])[0]
             leverage, _ = _influence(found.jacobian, w, residual, trial.ridge)
             return float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum())
