@@ -485,7 +485,7 @@ def _two_hundred(kind: str, seed: int) -> str:
     rng, lines = np.random.default_rng(seed), []
     for i, (h, kv) in enumerate(heads[:curves]):
         for j in range(sizes):
-            layers, width = 4 + 32 * j // sizes, 256 + 64 * (30 * j // sizes)
+            layers, width = 4 + 32 * j // sizes, 256 + 16 * (120 * j // sizes)
             n = n_formula(layers, width, h, kv)
             for length, ratio in itertools.product(lengths, ratios):
                 loss = 1.7 + (1e8 / n) ** 0.2 * (1 - 0.02 * np.log2(h)) + 0.3 * ratio**-0.5

@@ -532,10 +532,11 @@ def make_model(
     if law == "pooled":  # the strength that predicts left-out runs best
         keep = np.ones(len(p.n), bool) if seen is None else seen
         w, y = p.replicates * keep.astype(float), np.where(keep, p.loss, p.loss[keep].max())
+        begin = model.start(y, w)  # no strength enters it
 
         def left_out(strength: float) -> float:
             trial = Joint(*shared, strength)
-            found = solve_point(trial, y, w, trial.ridge)
+            found = solve_point(trial, y, w, trial.ridge, begin)
             residual = y - trial.predict(found.parameters[None])[0]
             moving = absorbing(found.jacobian, found.at_bound)
             leverage, _ = _influence(moving, w, residual, trial.ridge)

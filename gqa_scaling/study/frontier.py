@@ -525,8 +525,12 @@ def frontier(
     question: Question | None = None,
     objective: Objective = "z",
     serving: Serving | None = None,
+    *,
+    gains: bool = True,
 ) -> Frontier:
     """Rank every configuration for each target loss and context of the question.
+
+    Without `gains` nothing is sought at equal cost, which takes most of the time: for maps.
 
     `results` are the runs behind the fit: their ladder, head size and vocabulary make shapes of
     N*. `serving` says how costs in bytes, seconds and dollars come about and what must hold.
@@ -539,7 +543,7 @@ def frontier(
     baseline = tuple(q.baseline) if q.baseline else default_baseline(fit.heads)
     fit.index(baseline)
     answers = tuple(
-        _answer(fit, scale, q, s, loss, context, objective, baseline)
+        _answer(fit, scale, q, s, loss, context, objective, baseline, gains)
         for loss in losses
         for context in q.contexts
     )
@@ -584,6 +588,7 @@ def _answer(
     context: int,
     objective: Objective,
     baseline: Heads,
+    gains: bool,
 ) -> Answer:
     n, n_draws = (
         np.stack([scale.within(n[..., k], heads) for k, heads in enumerate(fit.heads)], -1)
@@ -610,6 +615,8 @@ def _answer(
 
     def afforded(k: int, free: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Largest sizes and their losses, the point estimate's first; `free` of what must hold."""
+        if not gains:
+            return np.full_like(budgets, math.nan), np.full_like(budgets, math.nan)
         heads = fit.heads[k]
         may = free or heads[1] % serving.kv_multiple == 0
         limit = math.inf if free else serving.limit_bytes

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from gqa_scaling.config import LOSSES
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import OBJECTIVES, Frontier, costs_at, frontier, scale_of
 from gqa_scaling.study.heads import common_n, head_laws
@@ -206,7 +207,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
     ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in range(len(fit.heads))]
     low = min(min(e.min() for e in ends), *answers.losses)
     high = max(max(e.max() for e in ends), *answers.losses)
-    losses = np.linspace(low, high, 7)
+    losses = np.linspace(*np.clip((low, high), *LOSSES), 7)
     contexts = spread(min(answers.question.contexts), max(answers.question.contexts))
     wide = replace(
         answers.question,
@@ -214,7 +215,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         contexts=tuple(contexts),
         baseline=answers.baseline,
     )
-    whole = frontier(fit, results, wide, answers.objective, answers.serving)
+    whole = frontier(fit, results, wide, answers.objective, answers.serving, gains=False)
     saved = np.array(
         [
             [whole.at(float(loss), c).best.saving[answers.objective] for c in contexts]
