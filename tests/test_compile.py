@@ -88,3 +88,15 @@ def test_how_much_is_short(said, found):
     from gqa_scaling.compile import shortage
 
     assert shortage(said) == found
+
+
+def test_what_the_compiler_assigned_is_read_from_its_report(tmp_path):
+    from gqa_scaling.compile import assigned
+
+    with pytest.raises(RuntimeError, match="wrote no report"):
+        assigned(tmp_path)
+    spaces = "Memory Space: default (color=0)\nTotal bytes: 300 (300B)\n"
+    spaces += "Memory Space: vmem (color=1)\nTotal bytes: 700 (700B)\n"
+    (tmp_path / "module_1.memory-usage-report.txt").write_text(spaces)
+    (tmp_path / "module_2.memory-usage-report.txt").write_text("Total bytes: 20 (20B)\n")
+    assert assigned(tmp_path) == 300
