@@ -72,8 +72,8 @@ def compile_step(run: RunConfig, devices: list[jax.Device] | None = None) -> dic
     state = jax.tree.leaves(arguments[0])
     return found | {
         "arguments": memory.argument_size_in_bytes,
-        # The analysis counts more temporaries, up to 0.6 GiB on a v6e, than the compiler has memory for:
-        # what it assigned is what it compares with the memory there is.
+        # The analysis counts up to 0.6 GiB more than this. The compiler refuses a program by what it
+        # assigned and the code, and by nothing else.
         "temporaries": held - memory.argument_size_in_bytes - fresh,
         "code": memory.generated_code_size_in_bytes,
         "fresh": fresh,

@@ -247,7 +247,7 @@ class TrainingBytes:
     kept for the backward pass and `output`, the tables of the vocabulary and a chunk of logits; in
     the backward pass of a layer, activations, `gradients` and what that `layer` works with; at the
     end, gradients and `sums`, those of the embedding table before devices have shared them out.
-    `program` is the code.
+    `program` is the code, `gaps` the share by which arrays lie apart.
     """
 
     state: int
@@ -259,6 +259,7 @@ class TrainingBytes:
     layer: int
     sums: int
     program: int
+    gaps: float
 
     @property
     def total(self) -> int:
@@ -266,11 +267,11 @@ class TrainingBytes:
         in_a_layer = self.activations + self.gradients + self.layer
         most = max(at_the_loss, in_a_layer, self.gradients + self.sums)
         always = self.state + self.casts + self.accumulated + self.program
-        return always + round(most * (1 + HEAP_GAPS))
+        return always + round(most * (1 + self.gaps))
 
 
 LOGIT_BUDGET_BYTES = 64 * 2**20
-HEAP_GAPS = 0.03  # of an arrangement of arrays, between them
+TPU_GAPS, OTHER_GAPS = 0.03, 0.2  # only programs for TPUs were compiled and compared
 TPU_PROGRAM_BYTES = 32 * 2**20
 TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
 
@@ -334,6 +335,7 @@ def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> T
         layer=math.ceil(max(ffn, attention)),
         sums=math.ceil(3 * 4 * tables),
         program=TPU_PROGRAM_BYTES if platform == "tpu" else 0,
+        gaps=TPU_GAPS if platform == "tpu" else OTHER_GAPS,
     )
 
 

@@ -295,15 +295,15 @@ def test_training_bytes_on_one_device():
 def test_the_moment_that_holds_most_counts():
     parts = dict.fromkeys([f.name for f in dataclasses.fields(costs.TrainingBytes)], 0)
 
-    def total(**changes: int) -> int:
+    def total(**changes: float) -> int:
         return costs.TrainingBytes(**(parts | changes)).total
 
     kept = {"activations": 1000, "gradients": 100}
-    gaps = 1 + costs.HEAP_GAPS
-    assert total(**kept, output=500, layer=300, sums=1200) == round(1500 * gaps)
-    assert total(**kept, output=500, layer=450, sums=1200) == round(1550 * gaps)
-    assert total(**kept, output=500, layer=450, sums=1500) == round(1600 * gaps)
+    assert total(**kept, output=500, layer=300, sums=1200) == 1500
+    assert total(**kept, output=500, layer=450, sums=1200) == 1550
+    assert total(**kept, output=500, layer=450, sums=1500) == 1600
     assert total(state=5, casts=6, accumulated=7, program=8) == 26
+    assert total(state=5, output=500, gaps=0.2) == 605
 
 
 def test_training_bytes_are_shared_by_the_right_axes():
