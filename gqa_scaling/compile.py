@@ -12,8 +12,10 @@ import json
 import math
 import re
 import sys
+import tempfile
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from gqa_scaling.training.step import abstract_step
 _SIZE = r"([\d.]+[KMGT]?)"
 OUT_OF_MEMORY = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
 TOO_MANY_TEMPORARIES = re.compile(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+ASSIGNED = re.compile(r"^Total bytes: (\d+)", re.MULTILINE)  # of the first memory space, the HBM
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -53,23 +56,28 @@ def compile_step(run: RunConfig, devices: list[jax.Device] | None = None) -> dic
     began = time.time()
     with jax.set_mesh(mesh):
         turns = mean_tiles(run.context_length // axis_size("context"))
-        try:
-            compiled = step.lower(*arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            needs = shortage(str(error), sum(map(held, jax.tree.leaves(arguments))))
-            if needs is None:
-                raise
-            return found | {"needed": needs[0], "allowed": needs[1]}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                compiled = step.lower(*arguments).compile({"xla_dump_to": folder})
+            except jax.errors.JaxRuntimeError as error:
+                needs = shortage(str(error))
+                if needs is None:
+                    raise
+                return found | {"needed": needs[0], "allowed": needs[1]}
+            held = assigned(Path(folder))
     found["seconds"] = time.time() - began
     memory = compiled.memory_analysis()
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     text = compiled.as_text()
     program = Program(text, turns)
     state = jax.tree.leaves(arguments[0])
     return found | {
         "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        # The analysis counts up to 0.6 GiB more than this. The compiler refuses a program by what it
+        # assigned and the code, and by nothing else.
+        "temporaries": held - memory.argument_size_in_bytes - fresh,
         "code": memory.generated_code_size_in_bytes,
-        "fresh": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "fresh": fresh,
         "donated": memory.alias_size_in_bytes / memory.output_size_in_bytes,
         # of a pattern only the data know which branches run, and how often their loops turn
         "flops": None if run.model.pattern and not program.exact else program.flops,
@@ -83,21 +91,24 @@ def compile_step(run: RunConfig, devices: list[jax.Device] | None = None) -> dic
     }
 
 
-def held(x: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an argument on each device."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+def assigned(folder: Path) -> int:
+    """Bytes of device memory that the compiler assigned to arguments, results and temporaries, by
+    the report it wrote into the folder. Memory on the chip itself (VMEM) is not among them."""
+    reports = [path.read_text() for path in folder.glob("*memory-usage-report.txt")]
+    found = [ASSIGNED.search(text) for text in reports]
+    sizes = [int(match[1]) for match in found if match is not None]
+    if not sizes:
+        raise RuntimeError("the compiler wrote no report of the memory that it assigned")
+    return max(sizes)
 
 
-def shortage(said: str, arguments: int) -> tuple[int, int] | None:
+def shortage(said: str) -> tuple[int, int] | None:
     """Bytes (needed, allowed) of an out-of-memory message, None when it is another one.
 
-    Temporaries that alone exceed the memory are told before `arguments` are counted.
+    What a message calls temporaries has the arguments in it.
     """
-    found = OUT_OF_MEMORY.search(said)
-    if found is not None:
-        return _bytes(found[1]), _bytes(found[2])
-    found = TOO_MANY_TEMPORARIES.search(said)
-    return None if found is None else (_bytes(found[1]) + arguments, _bytes(found[2]))
+    found = OUT_OF_MEMORY.search(said) or TOO_MANY_TEMPORARIES.search(said)
+    return None if found is None else (_bytes(found[1]), _bytes(found[2]))
 
 
 def _bytes(size: str) -> int:

@@ -241,76 +241,101 @@ def training_memory(n: Number, context: Number, d_model: Number, n_layers: Numbe
 class TrainingBytes:
     """Bytes that one device holds while training, predicted from shapes alone.
 
-    `state` is always there, `gradients` nearly always. `activations` are kept for the backward
-    pass, and on top of them lies either `layer`, what one layer's backward pass works with, or, for
-    the output, `table`, the embedding table made whole and its gradient, and `logits`. At the end
-    of a step the activations are gone and the gradients of the tables are summed over devices: `sums`.
+    `state` is always there, and so are `casts`, the layers' weights in the compute dtype, and
+    `accumulated`, the gradients summed over microbatches. On top of them lies what the step holds
+    where it holds most, which is one of three moments: when the loss is known, the `activations`
+    kept for the backward pass and `output`, the tables of the vocabulary and a chunk of logits; in
+    the backward pass of a layer, activations, `gradients` and what that `layer` works with; at the
+    end, gradients and `sums`, those of the embedding table before devices have shared them out.
+    `program` is the code, `gaps` the share by which arrays lie apart.
     """
 
     state: int
+    casts: int
+    accumulated: int
     gradients: int
     activations: int
-    table: int
+    output: int
     layer: int
-    logits: int
     sums: int
+    program: int
+    gaps: float
 
     @property
     def total(self) -> int:
-        backward = self.activations + max(self.layer, self.table + self.logits)
-        held = self.gradients + max(backward, self.sums)
-        return self.state + round(held * (1 + HEAP_GAPS))
+        at_the_loss = self.activations + self.output
+        in_a_layer = self.activations + self.gradients + self.layer
+        most = max(at_the_loss, in_a_layer, self.gradients + self.sums)
+        always = self.state + self.casts + self.accumulated + self.program
+        return always + round(most * (1 + self.gaps))
 
 
 LOGIT_BUDGET_BYTES = 64 * 2**20
-HEAP_GAPS = 0.2  # and what is not counted, to agree with programs compiled for TPUs (docs/pods.md)
+TPU_GAPS, OTHER_GAPS = 0.03, 0.2  # only programs for TPUs were compiled and compared
+TPU_PROGRAM_BYTES = 32 * 2**20
 TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
 
 
 def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> TrainingBytes:
     """Predicted bytes on one of `devices` of a platform ("cpu", "gpu", "tpu"), all terms those of the
-    step that `run` takes.
+    step that `run` takes, and found in the buffers of steps compiled for TPUs (docs/pods.md).
 
     fp32 parameters and two moments (12 bytes a parameter) and gradients (4, twice that when
     accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared by all axes
     but tensor, which shares heads, FFN and vocabulary. One layer's weights are whole while it works;
     attention reads the keys and values of whole sequences, and sums their gradients in fp32. Layers
     of a pattern work one after another in the same memory, so that the one that needs most counts.
+    Raises UserError where the platform does not have the attention that the run asks for.
     """
     m, p, axes = run.model, parameters(run.model), run.parallel
+    implementation = attention_implementation(run, platform)
     width = 2 if m.dtype == "bfloat16" else 4
     ways = axes.fsdp * axes.context
     tokens = run.batch_tokens / axes.accumulation * axes.tensor / devices
     D, L, F = m.d_model, m.n_layers, m.ffn_dim / axes.tensor
-    q = m.n_heads * m.head_dim / axes.tensor
+    heads = m.n_heads / axes.tensor
+    q = heads * m.head_dim
     kv = m.n_kv_heads * m.head_dim / min(axes.tensor, m.n_kv_heads)
-    layer_outputs = 4 * D + 2 * q + 2 * kv + 2 * F
-    kept = {"full": D, "dots": 2 * D + q + 2 * kv + 2 * F, "none": layer_outputs}[axes.remat]
-    activations = tokens * width * kept * L
-    weights = 3 * D * F * (width + 4) + 4 * tokens * width * F  # the FFN: weights, their gradients
-    again = 0 if axes.remat == "none" else tokens * width * layer_outputs
-    implementation = attention_implementation(run, platform)
-    if implementation == "reference":
-        attention = 3 * 4 * tokens * run.context_length * q / m.head_dim
-    else:  # K and V as tiles; their gradients as tiles and as rows
+    scores = 4 * tokens * run.context_length * heads if implementation == "reference" else 0
+
+    around = 4 * D + 2 * q + 2 * kv  # values of a token: norms, both sums, attention in and out
+    kept = {"full": D, "dots": 2 * D + q + 2 * kv + 2 * F, "none": around + 2 * F}[axes.remat]
+    sums_of_scores = 4 * heads if axes.remat == "none" else 0  # their logarithms, in fp32
+    activations = L * tokens * (width * kept + sums_of_scores)
+    activations += 0 if axes.remat == "full" else L * scores
+
+    again = 0 if axes.remat == "none" else tokens * width
+    ffn = again * (around + 2 * F) + 4 * tokens * width * F
+    ffn += 3 * D * F * (width + 4)  # weights and their gradients
+    attention = again * around + 3 * scores
+    if implementation != "reference":  # K and V as tiles; their gradients as tiles and as rows
         each = max(
             sum(width * tiles + 4 * tiles + 4 for tiles in (_tiles(h, run) for h in layer))
             for layer in set(m.layer_patterns)
         )
-        lanes = round_up(m.head_dim, LANES) / m.head_dim if implementation == "splash" else 1
-        attention = tokens * axes.context * 2 * kv * lanes * each / m.n_kv_heads
-    tables = p.embedding / axes.tensor
-    logits = 3 * min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
-    shards, rows = ways * axes.tensor, D / ways
+        lanes = round_up(m.head_dim, LANES) if platform == "tpu" else m.head_dim
+        attention += tokens * axes.context * 2 * kv * lanes / m.head_dim * each / m.n_kv_heads
+        attention += 4 * tokens * heads * lanes * width  # q, o and their gradients, head by head
+        if implementation == "splash":  # sums of scores and of gradients, a row of lanes for each
+            attention += 2 * tokens * heads * LANES * 4
+
+    tables, shards, rows = p.embedding / axes.tensor, ways * axes.tensor, D / ways
+    logits = min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
+    # the table for the embedding and for logits; its gradient as a sum and as what is added to it
+    output = (2 * width + 2 * 4) * tables + logits + 2 * tokens * D * width
     padded = round_up(rows, TILE_ROWS) / rows if ways > 1 else 1
+    gradients = 4 * p.total / shards * padded
     return TrainingBytes(
         state=math.ceil(12 * p.total / shards * padded),
-        gradients=math.ceil(4 * (2 if axes.accumulation > 1 else 1) * p.total / shards * padded),
+        casts=math.ceil(width * p.non_embedding / shards * padded) if width < 4 else 0,
+        accumulated=math.ceil(gradients) if axes.accumulation > 1 else 0,
+        gradients=math.ceil(gradients),
         activations=math.ceil(activations),
-        table=math.ceil((width + 4) * tables),
-        layer=math.ceil(weights + again + attention),
-        logits=math.ceil(logits),
-        sums=math.ceil(6 * 4 * tables if ways > 1 else 0),
+        output=math.ceil(output),
+        layer=math.ceil(max(ffn, attention)),
+        sums=math.ceil(3 * 4 * tables),
+        program=TPU_PROGRAM_BYTES if platform == "tpu" else 0,
+        gaps=TPU_GAPS if platform == "tpu" else OTHER_GAPS,
     )
 
 

@@ -109,7 +109,7 @@ def test_the_compiler_ends_with_the_process_that_asked_for_it():
         ("memory space hbm. Used 42.00G of 15.75G hbm. Exceeded", (42 * 2**30, 15.75 * 2**30)),
         (
             "the total memory required for HLO temporaries (29.5G) exceeds available HBM (15.75G).",
-            (29.5 * 2**30 + 7, 15.75 * 2**30),
+            (29.5 * 2**30, 15.75 * 2**30),
         ),
         ("INTERNAL: something else", None),
     ],
@@ -117,4 +117,16 @@ def test_the_compiler_ends_with_the_process_that_asked_for_it():
 def test_how_much_is_short(said, found):
     from gqa_scaling.compile import shortage
 
-    assert shortage(said, 7) == found
+    assert shortage(said) == found
+
+
+def test_what_the_compiler_assigned_is_read_from_its_report(tmp_path):
+    from gqa_scaling.compile import assigned
+
+    with pytest.raises(RuntimeError, match="wrote no report"):
+        assigned(tmp_path)
+    spaces = "Memory Space: default (color=0)\nTotal bytes: 300 (300B)\n"
+    spaces += "Memory Space: vmem (color=1)\nTotal bytes: 700 (700B)\n"
+    (tmp_path / "module_1.memory-usage-report.txt").write_text(spaces)
+    (tmp_path / "module_2.memory-usage-report.txt").write_text("Total bytes: 20 (20B)\n")
+    assert assigned(tmp_path) == 300

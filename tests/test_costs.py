@@ -284,10 +284,26 @@ def test_training_bytes_on_one_device():
     total = costs.parameters(MODEL).total
     predicted = costs.training_bytes(run())
     assert predicted.state == 12 * total
-    assert predicted.gradients == 4 * total
-    assert predicted.logits == 3 * costs.LOGIT_BUDGET_BYTES
-    assert predicted.table == 6 * 50304 * 1280  # in bf16, and its gradient
+    assert predicted.casts == 2 * costs.n_exact(MODEL)
+    assert (predicted.gradients, predicted.accumulated, predicted.program) == (4 * total, 0, 0)
+    hidden = 2 * 2 * 2**19 * 1280  # of each token, and its gradient, in bf16
+    tables = (2 + 2 + 4 + 4) * 50304 * 1280  # in bf16, and its gradient, both twice
+    assert predicted.output == tables + costs.LOGIT_BUDGET_BYTES + hidden
     assert predicted.total > predicted.state + predicted.gradients + predicted.activations
+
+
+def test_the_moment_that_holds_most_counts():
+    parts = dict.fromkeys([f.name for f in dataclasses.fields(costs.TrainingBytes)], 0)
+
+    def total(**changes: float) -> int:
+        return costs.TrainingBytes(**(parts | changes)).total
+
+    kept = {"activations": 1000, "gradients": 100}
+    assert total(**kept, output=500, layer=300, sums=1200) == 1500
+    assert total(**kept, output=500, layer=450, sums=1200) == 1550
+    assert total(**kept, output=500, layer=450, sums=1500) == 1600
+    assert total(state=5, casts=6, accumulated=7, program=8) == 26
+    assert total(state=5, output=500, gaps=0.2) == 605
 
 
 def test_training_bytes_are_shared_by_the_right_axes():
@@ -300,14 +316,14 @@ def test_training_bytes_are_shared_by_the_right_axes():
     assert fsdp.state == pytest.approx(one.state / 8, rel=1e-6)
     assert fsdp.activations == full.activations
     tensor = costs.training_bytes(run(parallel=ParallelConfig(tensor=2)), devices=8)
-    assert tensor.table == one.table / 2
     assert tensor.state == one.state / 2
     assert data.activations < tensor.activations < 2 * data.activations  # D is not shared
     halves = costs.training_bytes(run(parallel=ParallelConfig(accumulation=2)))
-    assert halves.gradients == 2 * one.gradients
+    assert halves.accumulated == halves.gradients == one.gradients
     assert halves.activations == pytest.approx(one.activations / 2, rel=1e-6)
     wide = costs.training_bytes(run(model=dataclasses.replace(MODEL, dtype="float32")))
-    assert (wide.state, wide.activations) == (one.state, 2 * one.activations)
+    assert (wide.state, wide.casts) == (one.state, 0)
+    assert one.activations < wide.activations < 2 * one.activations  # logarithms are in fp32
 
 
 def test_attention_holds_the_keys_of_whole_sequences():
@@ -316,7 +332,8 @@ def test_attention_holds_the_keys_of_whole_sequences():
     def layer(context: int, ways: int) -> int:
         parallel = ParallelConfig(fsdp=256 // ways, context=ways)
         evaluation = EvaluationConfig(tokens=2**18)
-        r = run(context_length=context, parallel=parallel, evaluation=evaluation)
+        narrow = dataclasses.replace(MODEL, d_ff=64)  # so that attention, not the FFN, needs most
+        r = run(model=narrow, context_length=context, parallel=parallel, evaluation=evaluation)
         return costs.training_bytes(r, devices=256).layer
 
     keys = 2 * 2 * 64 * (2 + 4 + 4)  # K and V of 2 KV heads: bf16, and fp32 gradients twice
@@ -327,7 +344,8 @@ def test_a_pattern_holds_its_distant_keys_beside_the_others():
     """Of the layers, which use one memory in turn, the sparsest lays out most."""
 
     def layer(pattern: ContextSharding | None, **parallel) -> int:
-        r = run(model=replace_pattern(MODEL, pattern), parallel=ParallelConfig(**parallel))
+        narrow = dataclasses.replace(MODEL, d_ff=64)  # so that attention, not the FFN, needs most
+        r = run(model=replace_pattern(narrow, pattern), parallel=ParallelConfig(**parallel))
         return costs.training_bytes(r).layer
 
     keys = 2**19 * 2 * 2 * 64  # values of K and V of 2 KV heads
@@ -352,7 +370,32 @@ def test_few_rows_on_a_device_fill_a_tile():
 
 def test_logits_of_a_small_batch_take_what_they_need():
     small = run(batch_tokens=64, context_length=64, tokens_per_param=20.0)
-    assert costs.training_bytes(small).logits == 3 * 4 * 64 * 50304
+    values = {"logits": 4 * 50304, "hidden": 2 * 2 * 1280}
+    assert costs.training_bytes(small).output == 12 * 50304 * 1280 + 64 * sum(values.values())
+
+
+def test_heads_of_64_fill_rows_of_128_lanes_on_a_tpu():
+    """And splash keeps a row for each sum of scores; a program takes room of its own."""
+    many = {"n_heads": 64, "d_ff": 64}  # so that attention, not the FFN, needs most
+    narrow, wide = (dataclasses.replace(MODEL, head_dim=size, **many) for size in (64, 128))
+
+    def layer(model: ModelConfig, platform: str, **parallel: str) -> int:
+        r = run(model=model, parallel=ParallelConfig(**parallel))
+        return costs.training_bytes(r, 1, platform).layer
+
+    blockwise = layer(wide, "tpu", attention="blockwise")
+    assert layer(narrow, "tpu") == layer(wide, "tpu") > blockwise
+    assert layer(wide, "cpu") == blockwise > layer(narrow, "cpu")
+    assert costs.training_bytes(run(), 1, "tpu").program == costs.TPU_PROGRAM_BYTES
+
+
+def test_scores_that_a_backward_pass_needs_are_kept_in_every_layer():
+    def kept(**parallel: str) -> int:
+        return costs.training_bytes(run(parallel=ParallelConfig(**parallel))).activations
+
+    scores = 24 * 4 * 2**19 * 8192 * 8
+    assert kept(attention="reference") - kept() == pytest.approx(scores)
+    assert kept(attention="reference", remat="full") == kept(remat="full")
 
 
 def test_disk():

@@ -225,7 +225,7 @@ def test_a_compiler_that_is_not_there_is_named_with_what_installs_it(monkeypatch
         pods.compile_experiment(experiment(RUN), V5E, lambda _: None)
 
 
-def test_the_documented_table_is_predicted_within_15_percent():
+def test_the_documented_table_is_predicted_on_the_safe_side():
     """And the prediction that docs/pods.md prints is today's."""
     known = {run.name: run for run in load_experiment(str(CHECKOUT / "experiments/pods.py")).runs}
     lines = (CHECKOUT / "docs/pods.md").read_text().splitlines()
@@ -236,7 +236,7 @@ def test_the_documented_table_is_predicted_within_15_percent():
         place = topology(chips)
         found = costs.training_bytes(known[name], place.chips, "tpu").total / GIB
         assert float(predicted.split()[0]) == pytest.approx(found, abs=0.01), name
-        assert found == pytest.approx(float(total), rel=0.15), name
+        assert 1 < found / float(total) < 1.2, name
         assert float(total) < float(allowed) == pytest.approx(HARDWARE[place.kind].memory / GIB)
 
 
