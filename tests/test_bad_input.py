@@ -109,7 +109,7 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize("value", [HUGE, "-" + HUGE, LONG, "-2", "nan", "1e3", "True", "x", ""])
+@pytest.mark.parametrize("value", [HUGE, "-" + HUGE, LONG, "-2", "nan", "1e3", "True"])
 @pytest.mark.parametrize("field", WHOLE)
 def test_whole_numbers(refused, field, value):
     err = refused("", *PLAN, f"--{field}={value}")
@@ -117,7 +117,7 @@ def test_whole_numbers(refused, field, value):
     assert value in (LONG, HUGE, "-" + HUGE) or value in err
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "-1e-3", LONG, "True", "x", ""])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "-1e-3", LONG, "x"])
 @pytest.mark.parametrize("field", REAL)
 def test_real_numbers(refused, field, value):
     err = refused("", *PLAN, f"--{field}={value}")

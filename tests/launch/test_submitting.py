@@ -31,7 +31,11 @@ ACCOUNT = ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(a
 
 
 def finish(run, experiment):
-    result = {"result": {"evaluations": {run.evaluation_digest: {}}}, "timing": {}, "attempts": []}
+    result = {
+        "result": {"evaluations": {run.evaluation_digest: {"loss": 2.5}}},
+        "timing": {},
+        "attempts": [],
+    }
     directory = run_directory(runs_root(), experiment, run)
     directory.path.mkdir(parents=True)
     write_json(directory.result_file, result)

@@ -190,7 +190,7 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
         trained.append(run.name)
         if run.name == "bad":
             raise RuntimeError("out of luck")
-        directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
+        directory.finish({"evaluations": {run.evaluation_digest: {"loss": 2.5}}}, {})
 
     monkeypatch.setattr(loop, "train", train)
     grid = experiment(tiny_run("bad", seed=1), tiny_run("good", seed=2))
