@@ -192,7 +192,7 @@ class Additive:
         """The best few of a grid over what is not linear, with one b for all configurations."""
         (low,), (high,) = self.limits(y[None])
         root, rows, costs = np.sqrt(w), [], []
-        least = max(1e-3 * np.ptp(y), 1e-9)
+        least = max(1e-3 * np.ptp(y), 1e-9)  # losses may all be equal
         for basis, unpack in self.linear():
             for b in _SLOPES:
                 columns = np.hstack([basis, self.group * np.exp(-b * self.x)[:, None]])

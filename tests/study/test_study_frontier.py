@@ -473,14 +473,14 @@ def test_curves_that_share_no_loss_ask_for_targets():
 
 def test_refits_that_miss_the_loss_are_said_so(chen):
     floors = np.sort(chen.draws.floor.ravel())
-    loss = float(np.quantile(floors, 0.7))
+    loss = float(np.quantile(floors, 0.9))
     q = Question(losses=(loss,), contexts=(8192,))
     assert math.isfinite(chen.curves.n_star(loss).min())
     found = frontier(chen, published(), q)
     best = found.answers[0].best
     sizes = chen.draws.n_star(loss)[:, chen.index(best.heads)]
-    assert np.isinf(sizes).mean() == pytest.approx(0.3, abs=0.02)
-    assert best.unreachable == (sizes > MOST_PARAMETERS).mean() > 0.5  # E alone would say 30%
+    assert np.isinf(sizes).mean() == pytest.approx(0.1, abs=0.02)
+    assert best.unreachable == (sizes > MOST_PARAMETERS).mean() > 0.2  # E alone would say 10%
     assert best.n_interval[1] == math.inf
     assert any("at any size that can be built, up to 1.00P parameters" in f for f in found.flags)
     missed = f"{best.unreachable:.0%} of the refits never reach {loss:g} nats at 8,192 tokens"

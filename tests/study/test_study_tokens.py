@@ -370,7 +370,7 @@ def test_what_must_hold_when_serving_rules_out(exact):
         aligned(exact, study(), QUESTION, serving=Serving(kv_multiple=3))
     with pytest.raises(UserError, match="needs hardware"):
         aligned(exact, study(), QUESTION, objective="dollars")
-    with pytest.raises(UserError, match=r"baseline_run=\(0, 1\.0\)"):
+    with pytest.raises(UserError, match="baseline_run=0,1 must be N and D"):
         aligned(exact, study(), QUESTION, baseline_run=(0, 1.0))
     with pytest.raises(UserError, match="not in this study"):
         aligned(exact, study(), Question(baseline=(2, 2)))
