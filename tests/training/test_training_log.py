@@ -3,15 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
 from training_kit import tiny_run, write_corpus
 
 from gqa_scaling import checkpoint, sweep
-from gqa_scaling.config import Question, UserError
+from gqa_scaling.config import CheckpointConfig, Question, UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.experiment import Experiment
 from gqa_scaling.runs import RunDirectory, run_directory
@@ -20,22 +19,18 @@ from gqa_scaling.training import loop
 ADDED = ("logged_losses", "skipped_steps", "spikes_in_a_row")  # to a position, once
 
 
+RUN = tiny_run(tokens=120 * 128, checkpoint=CheckpointConfig(every_steps=59))
+SAVED = 118  # the last six of 120 losses are in the result, four of them from before that step
+
+
 def trained(directory: RunDirectory) -> dict:
-    loop.train(tiny_run(), directory, open_store(tiny_run().data))
+    loop.train(RUN, directory, open_store(RUN.data))
     return directory.result()["result"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def train_and_copy(name: str, old: bool) -> None:
-    """Train a run, and copy its directory at two moments: `interrupted` when step 20 was about to be
-    saved, with the checkpoints of 10 and 15, and `judged` when its evaluation was about to begin.
+    """Train a run, and copy its directory at two moments: `interrupted` when its last checkpoint had
+    been saved, and `judged` when its evaluation was about to begin.
 
     An `old` one is made as by a version that kept losses in the log alone.
     """
@@ -47,10 +42,10 @@ def train_and_copy(name: str, old: bool) -> None:
     )
 
     def copying_save(self: checkpoint.Checkpoints, step: int, state: object, known: dict) -> None:
-        if step == 20:
+        save(self, step, state, {k: v for k, v in known.items() if not (old and k in ADDED)})
+        if step == SAVED:
             self.wait()
             shutil.copytree(directory.path, f"{name}-interrupted")
-        save(self, step, state, {k: v for k, v in known.items() if not (old and k in ADDED)})
 
     def copying_evaluator(*args: object) -> Callable:
         evaluate = make(*args)
@@ -61,18 +56,18 @@ def train_and_copy(name: str, old: bool) -> None:
         patch.setattr(checkpoint.Checkpoints, "save", copying_save)
         patch.setattr(loop, "evaluator", copying_evaluator)
         if old:
-            patch.setattr(loop, "save_parameters", lambda path, x, _: save_parameters(path, x))
+            patch.setattr(loop, "save_parameters", lambda path, x, *_: save_parameters(path, x))
         trained(directory)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
     """A working directory with `new` and `old`, both finished, and their copies."""
     folder = tmp_path_factory.mktemp("work")
     write_corpus(folder / "corpus")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prepare(tiny_run().data, show=False)
+        prepare(RUN.data, show=False)
         train_and_copy("new", old=False)
         train_and_copy("old", old=True)
     return folder
@@ -111,7 +106,7 @@ def cut_short(log: Path) -> None:
 def repeat(log: Path) -> None:
     """Lines that stand there twice, and lines of steps that the checkpoint has before it."""
     lines = log.read_text().splitlines(keepends=True)
-    beyond = json.dumps({"step": 19, "time": 0.0, "learning/loss": 9.0}) + "\n"
+    beyond = json.dumps({"step": 121, "time": 0.0, "learning/loss": 9.0}) + "\n"
     log.write_text("".join([*lines[:12], *lines[2:], *lines[-2:], beyond]))
 
 
@@ -134,10 +129,11 @@ def test_the_result_is_the_same_whatever_became_of_the_log(
     assert json.dumps(trained(directory)) == json.dumps(expected)
     if name.endswith("interrupted"):
         steps = [line["step"] for line in directory.metrics()]
-        assert steps[-9:] == list(range(16, 25))  # of the lines before no later one is kept
+        assert steps[-2:] == [119, 120]  # lines from beyond the checkpoint are dropped
+        assert steps.count(119) == 1
 
 
-@pytest.mark.parametrize(("name", "step"), [("old-interrupted", 15), ("old-judged", 24)])
+@pytest.mark.parametrize(("name", "step"), [("old-interrupted", 118), ("old-judged", 120)])
 def test_a_log_that_alone_holds_the_losses_must_be_whole(
     copy: Callable, expected: dict, name: str, step: int
 ) -> None:
@@ -161,11 +157,11 @@ def test_a_log_that_alone_holds_the_losses_must_be_whole(
 
 
 def test_a_sweep_leaves_such_a_run_to_its_user(copy: Callable) -> None:
-    grid = Experiment("grid", (tiny_run(),), Question(), "")
-    directory = copy("old-interrupted", run_directory(Path("runs"), "grid", tiny_run()).path)
+    grid = Experiment("grid", (RUN,), Question(), "")
+    directory = copy("old-interrupted", run_directory(Path("runs"), "grid", RUN).path)
     directory.metrics_file.unlink()
     with pytest.raises(
-        UserError, match=r"metrics\.jsonl lacks step 1, but the losses up to step 15"
+        UserError, match=r"metrics\.jsonl lacks step 1, but the losses up to step 118"
     ):
         sweep.run_sweep(grid, Path("runs"))
     assert directory.state() == "pending"  # no failure is recorded: the command ends with 2

@@ -367,6 +367,7 @@ def test_a_norm_that_stays_too_high_stops_the_run_also_after_a_resume(
     assert [m["step"] for m in directory.metrics() if "skipped" in m] == [8, 13, 14, 15, 16, 17]
     assert [a["first_step"] for a in directory.attempts()] == [0, 15]
     capsys.readouterr()
+    directory.metrics_file.unlink()  # the count is not lost with it
     patient = dataclasses.replace(run, max_spike_steps=50)  # the same run, from there
     assert sweep.run_sweep(experiment(patient), tmp_path).exit_code == 0
     result = directory.result()["result"]
