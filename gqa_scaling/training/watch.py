@@ -49,7 +49,9 @@ class Tally:
 
     @property
     def train_loss(self) -> float:
-        """The mean over the last twentieth of the logged steps."""
+        """The mean over the last twentieth of the logged steps; NonFiniteLoss if all were skipped."""
+        if not self.logged_losses:
+            raise NonFiniteLoss("every logged step was skipped: nothing was learned")
         tail = self.logged_losses[-max(1, len(self.logged_losses) // 20) :]
         return sum(tail) / len(tail)
 

@@ -325,6 +325,16 @@ def test_as_many_in_a_row_as_allowed_stop_the_run_also_after_a_resume(
     assert [m["step"] for m in directory.metrics() if "skipped" in m] == [3, 13, 14, 15, 16, 17]
 
 
+def test_a_run_that_took_no_step_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(max_nonfinite_steps=1000)
+    spoil(monkeypatch, run, set(range(1, 1000)), np.nan)
+    with pytest.raises(loop.NonFiniteLoss, match="every logged step was skipped"):
+        loop.train(run, RunDirectory(tmp_path / "run"), store())
+    assert not RunDirectory(tmp_path / "run").result_file.exists()
+
+
 def test_skipped_steps_are_counted_in_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
