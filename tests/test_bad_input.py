@@ -397,7 +397,7 @@ def test_a_store_under_a_file_and_a_page_under_a_file(refused, workplace):
         (workplace / f"texts/{i}.txt").write_text(f"text {i}")
     own = ("--data.corpus", "texts", "--data.store", "a-file/store")
     refused("a-file/store", "prepare", TINY, *own)
-    refused("a-file/page", "report", "chen2025", "--output", "a-file/page/report.html")
+    refused("a-file is no folder", "report", "chen2025", "--output", "a-file/page/report.html")
 
 
 @pytest.mark.parametrize("root", ["/proc/x", "/dev/null/runs", "/dev/null"])
@@ -894,7 +894,10 @@ ROWS = [f"4,{kv},{2 + 100 / n**0.3 + kv / 100},{n}" for n in (1e6, 2e6, 4e6, 8e6
 TABLES: dict[str, tuple[str, str]] = {
     "empty": ("", "holds no runs"),
     "header": (HEAD, "holds no runs"),
-    "no-header": ("\n".join(ROWS), "own.csv: column"),
+    "no-header": (
+        "\n".join(ROWS),
+        "own.csv line 1: holds the value 4 where the names of the columns belong",
+    ),
     "no-loss": (HEAD.replace("loss", "lost") + "\n4,4,2,1e6", "column loss is missing"),
     "twice": (HEAD + ",loss\n4,4,2,1e6,2", "column loss appears twice"),
     "short-line": (HEAD + "\n4,4,2", "line 2: has 3 values for 4 columns"),
@@ -932,20 +935,20 @@ def test_places_of_tables(refused, workplace):
 @pytest.mark.parametrize(
     ("said", "arguments"),
     [
-        ("--refits 0 must be", "fit chen2025 --refits 0"),
-        ("--refits -5 must be", "fit chen2025 --refits -5"),
+        ("refits=0 must be", "fit chen2025 --refits 0"),
+        ("refits=-5 must be", "fit chen2025 --refits -5"),
         ("--law: invalid choice: 'cubic'", "fit chen2025 --law cubic"),
         ("--bootstrap: invalid choice", "fit chen2025 --bootstrap none"),
         ("invalid int value: 'long'", "fit chen2025 --context long"),
         ("--baseline '8' must be", "frontier chen2025 --baseline 8"),
         ("--baseline '-8,8' must be", "frontier chen2025 --baseline=-8,8"),
         ("--baseline 'a,b' must be", "frontier chen2025 --baseline a,b"),
-        ("context 0 must be", "frontier chen2025 --contexts 0"),
-        ("context -1 must be", "frontier chen2025 --contexts -1"),
-        ("target loss nan", "frontier chen2025 --losses nan"),
-        ("target loss inf", "frontier chen2025 --losses inf"),
-        ("target loss -1.0", "frontier chen2025 --losses -1"),
-        ("target loss 0.0", "frontier chen2025 --losses 0"),
+        ("context=0 must be", "frontier chen2025 --contexts 0"),
+        ("context=-1 must be", "frontier chen2025 --contexts -1"),
+        ("--losses: nan must be a finite number", "frontier chen2025 --losses nan"),
+        ("--losses: inf must be a finite number", "frontier chen2025 --losses inf"),
+        ("target loss=-1.0 must be", "frontier chen2025 --losses -1"),
+        ("target loss=0.0 must be", "frontier chen2025 --losses 0"),
         ("invalid choice: 'joules'", "frontier chen2025 --objective joules"),
         ("unknown hardware 'abacus'", "frontier chen2025 --hardware abacus"),
         ("--train-context belongs to --align", "frontier chen2025 --train-context 8192"),

@@ -78,6 +78,7 @@ head_ladder on skypilot
 n_heads,n_kv_heads
 runs/<experiment>
 slice    chips   jobs
+waiting for L2-h4kv1
 168 runs: 168 to launch
 """.strip().splitlines()
 # What stands for something of the reader's, and what a reader might put there.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb, add_json, print_error, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, finite, print_error, print_json, print_table
 from gqa_scaling.config import require
 from gqa_scaling.storage import as_path, is_remote
 
@@ -28,8 +28,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=int, help="how many of them (default: those detected, or 1)"
     )
-    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s that is reached")
-    parser.add_argument("--price", type=float, help="dollars a device-hour")
+    parser.add_argument("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
+    parser.add_argument("--price", type=finite, help="dollars a device-hour")
     parser.add_argument(
         "--compile",
         metavar="TOPOLOGY",

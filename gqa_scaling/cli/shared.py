@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,17 @@ Verb = tuple[  # what it does, what it is for, its arguments
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def finite(text: str) -> float:
+    """The number that an option is given, for argparse; neither NaN nor infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return value
+
+
+finite.__name__ = "float"  # argparse names it where the text is no number at all
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.storage import as_path
 
@@ -53,7 +53,7 @@ def _add_wide(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--at-tokens",
-        type=float,
+        type=finite,
         help="training tokens at which a token law's curves are shown (default: the runs' "
         "geometric mean)",
     )
@@ -76,7 +76,7 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
 def _add_question(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     _add_wide(parser)
-    parser.add_argument("--losses", type=float, nargs="+", help="target losses in nats")
+    parser.add_argument("--losses", type=finite, nargs="+", help="target losses in nats")
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="inference context lengths in tokens"
     )
@@ -84,9 +84,9 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         "--baseline", metavar="n_h,n_kv", help="heads that savings are stated against"
     )
     parser.add_argument("--convention", choices=("per_token", "per_sequence"), help="of FLOPs")
-    parser.add_argument("--lambda", dest="weight", type=float, help="weight of memory in Z")
-    parser.add_argument("--alpha", dest="memory_power", type=float, help="power of memory in Z")
-    parser.add_argument("--beta", dest="compute_power", type=float, help="power of FLOPs in Z")
+    parser.add_argument("--lambda", dest="weight", type=finite, help="weight of memory in Z")
+    parser.add_argument("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
+    parser.add_argument("--beta", dest="compute_power", type=finite, help="power of FLOPs in Z")
     parser.add_argument(
         "--objective",
         choices=("z", "memory", "flops", "bytes", "seconds", "dollars"),
@@ -94,11 +94,13 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         help="what is to be least; seconds and dollars need --hardware",
     )
     parser.add_argument("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
-    parser.add_argument("--price", type=float, help="dollars a device-hour there")
+    parser.add_argument("--price", type=finite, help="dollars a device-hour there")
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
-    parser.add_argument("--weight-bytes", type=float, default=2, help="bytes a weight (default: 2)")
-    parser.add_argument("--cache-bytes", type=float, default=2, help="bytes a cached value")
-    parser.add_argument("--fit-gib", type=float, help="only models whose weights and cache fit")
+    parser.add_argument(
+        "--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)"
+    )
+    parser.add_argument("--cache-bytes", type=finite, default=2, help="bytes a cached value")
+    parser.add_argument("--fit-gib", type=finite, help="only models whose weights and cache fit")
     parser.add_argument("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
     parser.add_argument(
         "--train-context",
