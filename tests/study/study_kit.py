@@ -62,6 +62,7 @@ def small_study(seed: int) -> tuple[str, Question, dict, dict]:
     height, noise = rng.choice([1e-4, 0.02, 0.5, 2.0]), rng.choice([0.0, 0.001, 0.01, 0.05])
     kind = rng.choice(["law", "law", "law", "law", "constant", "rising", "random", "spoiled"])
     missing, known = rng.choice([0.0, 0.0, 0.0, 0.1, 0.4]), rng.random() < 0.8
+    known = known or any(pattern for _, pattern in configurations)
     rows = []
     for layers, width in ladder:
         for (h, kv), pattern in configurations:
@@ -79,7 +80,7 @@ def small_study(seed: int) -> tuple[str, Question, dict, dict]:
                         loss *= 3
                     row = {"n_heads": h, "n_kv_heads": kv, "head_dim": head_dim, "loss": loss}
                     row |= {"context_length": length, "n_params": n, "tokens": budget * n}
-                    if known or pattern:
+                    if known:
                         row |= {"n_layers": layers, "d_model": width} | pattern
                     rows += [row] if rng.random() >= missing else []
     columns = dict.fromkeys(k for row in rows for k in row) or {"n_heads": None}
@@ -99,7 +100,7 @@ def small_study(seed: int) -> tuple[str, Question, dict, dict]:
     wide = len(lengths) + len(budgets) > 2 and rng.random() < 0.9  # has a law of its own
     options = {
         "law": "separate" if wide else str(rng.choice(LAWS, p=[0.55, 0.15, 0.15, 0.15])),
-        "bootstrap": str(rng.choice(BOOTSTRAPS)),
+        "bootstrap": str(rng.choice(BOOTSTRAPS[:2] if wide else BOOTSTRAPS)),
         "robust": bool(not wide and rng.random() < 0.15),
     }
     serving = {
