@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from gqa_scaling.config import require
 from gqa_scaling.costs import n_formula
 
-MOST_LAYERS = MOST_HEADS = 10_000
 MOST_PARAMETERS = 1e15  # without embeddings
 REACH = (1e-4, 1e6)  # of a study: times the least and the largest N that it has trained
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from gqa_scaling.config import require
+from gqa_scaling.config import between, require
 from gqa_scaling.study.fit import (
     BOOTSTRAPS,
     MIN_SIZES,
+    REFITS,
     Bootstrap,
     Fit,
     Points,
@@ -330,7 +331,7 @@ def estimated(
         f"bootstrap={bootstrap!r} redraws the points of one curve and does not serve runs of "
         f"several training contexts or token budgets; use {' or '.join(WIDE)}",
     )
-    require(refits >= 100, f"refits={refits} must be at least 100 for an interval")
+    between("refits", refits, *REFITS)
     p, w = points, points.replicates.astype(float)
     best, converged = model.best(p.loss, w)
     at_bound = bound_of(float(best[0]), model.limits(p.loss[None]))

@@ -19,7 +19,16 @@ import numpy as np
 from scipy.special import ndtri
 
 from gqa_scaling import context_sharding
-from gqa_scaling.config import ModelConfig, Question, UserError, between, require, round_up
+from gqa_scaling.config import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    ModelConfig,
+    Question,
+    UserError,
+    between,
+    require,
+    round_up,
+)
 from gqa_scaling.costs import (
     HardwareCost,
     inference_flops,
@@ -31,8 +40,6 @@ from gqa_scaling.costs import (
 )
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.ladder import (
-    MOST_HEADS,
-    MOST_LAYERS,
     MOST_PARAMETERS,
     REACH,
     nearest_buildable,

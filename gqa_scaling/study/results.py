@@ -19,6 +19,8 @@ import numpy as np
 from gqa_scaling.config import (
     LOSSES,
     MOST_CONTEXT,
+    MOST_HEADS,
+    MOST_LAYERS,
     MOST_TOKENS,
     ModelConfig,
     RunConfig,
@@ -28,7 +30,7 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula
-from gqa_scaling.ladder import MOST_HEADS, MOST_LAYERS, MOST_PARAMETERS, PUBLISHED_LADDER
+from gqa_scaling.ladder import MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.runs import run_directory
 from gqa_scaling.storage import as_path
 

@@ -61,6 +61,6 @@ def _keys(
     """`keys_by_depth` as an array.
 
     It is as long as the deepest model asked for. Callers bound that by `Scale.reach`, whose models
-    have at most `ladder.MOST_LAYERS` layers, so that all tables kept here take at most 32 MiB.
+    have at most `config.MOST_LAYERS` layers, so that all tables kept here take at most 32 MiB.
     """
     return np.array(keys_by_depth(pattern, n_kv_heads, context, most, training))
