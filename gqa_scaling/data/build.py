@@ -152,7 +152,10 @@ def _require_no_other_files(path: Path) -> None:
 
     A store replaces its whole folder, or in a bucket every object below its name.
     """
-    found = sizes(path)
+    if is_remote(path):
+        found = set(sizes(path))
+    else:  # a store has no folders in it: what lies deeper need not be looked through
+        found = set(os.listdir(path)) if path.is_dir() else set()
     others = sorted(name for name in found if not _OF_A_STORE.fullmatch(name))
     if "store.json" in found and not any(name.endswith(".bin") for name in found):
         try:
