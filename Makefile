@@ -18,7 +18,7 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 	$(BIN)/gqa-scaling report experiments.smoke
 
 test: $(READY)  ## the tests, about six minutes
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) $(TPU)/.ready test-processors  ## the tests that take minutes each, with the TPU compiler
 	JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m slow
@@ -31,11 +31,11 @@ test-skylake: export OPENBLAS_CORETYPE = SkylakeX
 test-zen: export OPENBLAS_CORETYPE = Zen
 test-sse: export NPY_DISABLE_CPU_FEATURES = X86_V3 X86_V4
 test-haswell test-skylake test-zen test-sse: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/study
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/study
 
 test-avx2: export XLA_FLAGS = --xla_cpu_max_isa=AVX2
 test-avx2: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/model tests/training
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/training
 
 test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of the renderings
 	GQA_SCALING_TOOLS=$(TOOLS) $(BIN)/python -m pytest -m tools
