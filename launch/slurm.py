@@ -58,7 +58,9 @@ def require_fields(target: Target) -> None:
 OF_THE_SLICE = "the slice decides it"
 OF_THE_LAUNCHER = "starting a job again and reading its log depend on it"
 SET_HERE = {
-    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node"), OF_THE_SLICE),
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "tasks-per-node"), OF_THE_SLICE),
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), OF_THE_SLICE),
+    "ntasks-per-gpu": OF_THE_SLICE,
     **dict.fromkeys(("array", "chdir", "job-name", "output", "error"), OF_THE_LAUNCHER),
     **dict.fromkeys(("open-mode", "requeue", "no-requeue", "signal", "wrap"), OF_THE_LAUNCHER),
     "partition": "give --partition",
@@ -88,6 +90,8 @@ def own_options(target: Target) -> dict[str, str | bool]:
             f"--sbatch {text!r} must be a long option of sbatch and its value, such as qos=high",
         )
         require(name not in SET_HERE, f"--sbatch {name} cannot be given: {SET_HERE.get(name)}")
+        gpus = name == "gres" and re.search(r"(^|,)(gres[:/])?gpu", value)
+        require(not gpus, f"--sbatch {text!r} cannot ask for GPUs: {OF_THE_SLICE}")
         options[name] = value if equals else True
     return options
 

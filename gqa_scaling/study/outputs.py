@@ -100,9 +100,10 @@ def _read(folder: Path) -> dict[str, list[str]]:
         return {}
     try:
         whole = json.loads(path.read_bytes())
-        assert whole["about"] == _ABOUT
+        if whole["about"] != _ABOUT:
+            raise ValueError
         return {name: [str(each) for each in hashes] for name, hashes in whole["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
             f"{path} does not list what report wrote: move it away, or {_ELSEWHERE}"
         ) from None

@@ -155,7 +155,9 @@ def _place(figure: Figure, heads: Sequence[Heads], **content: object) -> None:
         where = {"loc": "outside lower center", "ncols": columns}
         lines = math.ceil(len(heads) / columns)
         figure.set_figheight(figure.get_figheight() + 0.19 * lines)
-    figure.legend(**where, handlelength=3, **content)
+    named = any(axis.get_legend_handles_labels()[1] for axis in figure.axes)
+    if named or content.get("handles"):  # nothing is drawn where no configuration has an answer
+        figure.legend(**where, handlelength=3, **content)
 
 
 def _codes(heads: Sequence[Heads]) -> tuple[dict[Heads, str], str]:

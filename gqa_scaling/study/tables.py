@@ -599,8 +599,8 @@ def sentence(frontier: Frontier) -> str:
             "it was trained at is untested."
         )
     return (
-        f"{start}For {goal}, take {best.heads[0]} query heads and {best.heads[1]} KV "
-        f"head{'s' if best.heads[1] > 1 else ''}{_sparse(best)} at {quantity(best.n)} parameters: "
+        f"{start}For {goal}, take {best.heads[0]} query head{'s' if best.heads[0] > 1 else ''} and "
+        f"{best.heads[1]} KV head{'s' if best.heads[1] > 1 else ''}{_sparse(best)} at {quantity(best.n)} parameters: "
         f"{saving}."
         f"{tie}{missed}{far}"
     )

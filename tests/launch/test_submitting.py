@@ -317,6 +317,11 @@ def test_a_command_that_fails_stops_the_rest_and_says_how_far_it_got(
         (("slurm", "v5e-16", *TINY), "slurm is for GPUs"),
         ((*SLURM, "nodes=2"), "--sbatch nodes cannot be given: the slice decides it"),
         ((*SLURM, "ntasks_per_node=2"), "--sbatch ntasks-per-node cannot be given: the slice"),
+        ((*SLURM, "gpus-per-task=1"), "--sbatch gpus-per-task cannot be given: the slice"),
+        (
+            (*SLURM, "gres=shm:1,gpu:4"),
+            "--sbatch 'gres=shm:1,gpu:4' cannot ask for GPUs: the slice",
+        ),
         ((*SLURM, "time=1:00:00"), "--sbatch time cannot be given: give --hours"),
         ((*SLURM, "account=x"), "--sbatch account cannot be given: give --account"),
         ((*SLURM, "requeue"), "--sbatch requeue cannot be given: starting a job again"),

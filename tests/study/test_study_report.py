@@ -19,7 +19,7 @@ from gqa_scaling.study.board import events_file
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.outputs import PICTURES, write_files
-from gqa_scaling.study.plots import _rounded, looks, spread
+from gqa_scaling.study.plots import _rounded, gains, looks, spread
 from gqa_scaling.study.report import write_report
 from gqa_scaling.study.results import from_csv, published
 
@@ -175,6 +175,13 @@ def test_the_map_of_a_wide_question_has_both_ends_and_few_columns():
         contexts = spread(first, 2**20)
         assert (contexts[0], contexts[-1]) == (first, 2**20)
         assert 5 <= len(contexts) <= 9
+
+
+def test_where_nothing_reaches_the_loss_there_is_a_picture_without_a_legend():
+    found = fit(published(), refits=100)
+    answers = frontier(found, published(), Question(losses=(0.5,), contexts=(8192,)))
+    assert not answers.answers[0].best.reached
+    assert not gains(answers).legends  # and matplotlib has nothing to warn of
 
 
 def test_colours_span_the_data_in_tens():
