@@ -327,6 +327,39 @@ def test_tokens_beyond_the_vocabulary_are_refused(config, store):
         open_store(config()).verify()
 
 
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (r"dtype='O' is no token's", lambda m: m.update(dtype="O")),
+        (r"dtype='<f2' is no token's", lambda m: m.update(dtype="<f2")),
+        (r"train has .* tokens of 4 bytes", lambda m: m.update(dtype="<u4")),
+        (r"heldout has 0 tokens", lambda m: m["splits"]["heldout"].update(tokens=0)),
+        (r"train has .* in 0 bytes", lambda m: m["splits"]["train"].update(shards=[])),
+    ],
+)
+def test_a_store_json_that_contradicts_itself_is_refused(config, store, words, change):
+    path = Path(shutil.copytree(store.path, config().store))
+    manifest = manifest_of(path)
+    change(manifest)
+    manifest["hash"] = store_module.content_hash(manifest)
+    (path / "store.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"store\.json is damaged \({words}.*build it again"):
+        open_store(config())
+
+
+def test_a_store_is_verified_also_for_a_user_without_a_home(config, store, monkeypatch, reads):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    Path(shutil.copytree(store.path, config().store), NOTE).unlink(missing_ok=True)
+    for name in ("GQA_SCALING_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    open_store(config()).verify()
+    open_store(config()).verify()
+    assert len(reads) == 4
+
+
 @pytest.mark.parametrize("place", [0, 5, -1])
 def test_documents_must_end_one_after_the_other_and_where_the_tokens_do(config, store, place):
     def change(file):
