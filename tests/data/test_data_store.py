@@ -492,6 +492,31 @@ def wait_until(condition):
     pytest.fail("nothing happened")
 
 
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_way_back_through_a_folder_to_be_made_hides_none(config, tmp_path, rebuild):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for place in ("new/../mine", "new/..", "other/deep/../../mine"):
+        with pytest.raises(UserError, match="is in the way"):
+            prepare(config(store=str(tmp_path / place)), workers=1, rebuild=rebuild)
+        assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert names(tmp_path / "mine") == ["notes.txt"]
+
+
+def test_what_is_put_there_meanwhile_is_not_removed(config, tmp_path, monkeypatch):
+    place, building = tmp_path / "mine", build._build
+
+    def slow(*arguments):
+        building(*arguments)
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(build, "_build", slow)
+    with pytest.raises(UserError, match=r"notes\.txt in it is no part of a token store"):
+        prepare(config(store=str(place)), workers=1)
+    assert names(place) == ["notes.txt"]
+
+
 def test_a_killed_prepare_leaves_no_store_and_the_next_one_cleans_up(config, tmp_path):
     killed = start(tmp_path / "script.py", config(), stall=20)
     wait_until(lambda: list(tmp_path.glob(".s.partial/train-*.bin")))
