@@ -995,3 +995,8 @@ def test_questions(refused, said, arguments):
 )
 def test_launches(refused, said, arguments):
     refused(said, *arguments.split(), main=launch.main)
+
+
+def test_launch_takes_no_runs_folder_for_the_working_directory(refused, monkeypatch):
+    monkeypatch.setenv("GQA_SCALING_RUNS", "")
+    refused("the folder of the runs is ''", "slurm", "8xH100", TINY, "--dry-run", main=launch.main)
