@@ -179,6 +179,8 @@ def misfit(value: Any, shape: Shape, where: str = "") -> str:
         return f"{where or 'it'} must be {_NAMES[kind]}, not {_shown(value, 40)}"
     if isinstance(value, int) and abs(value) > INT64_MAX:
         return f"{where}={_shown(value, 40)} is too large"
+    if kind is float and not math.isfinite(value):
+        return f"{where or 'it'} must be a finite number, not {value}"
     if isinstance(shape, list):
         return next(filter(None, (misfit(v, shape[0], f"each of {where}") for v in value)), "")
     for name, inner in shape.items() if isinstance(shape, dict) else ():

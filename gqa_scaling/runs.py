@@ -17,6 +17,7 @@ import _thread
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -88,6 +89,8 @@ def _parse(text: bytes, shape: Shape) -> tuple[Any, str]:
     wrong = misfit(value, shape)
     if shape is _LINE and not wrong:
         numbers = {k: v for k, v in value.items() if "/" in k or k == "time"}
+        # an evaluation on the way may be no number, and is logged as it is
+        numbers = {k: v for k, v in numbers.items() if type(v) is not float or math.isfinite(v)}
         wrong = misfit(numbers, dict.fromkeys(numbers, float))
     return value, wrong
 
@@ -96,7 +99,7 @@ def _parse(text: bytes, shape: Shape) -> tuple[Any, str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (IsADirectoryError, PermissionError) as error:
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
@@ -259,7 +262,8 @@ class RunDirectory:
         """How far the run is, by which files are there; whether one is damaged, who reads it says."""
         if self.result_file.exists():
             return "done"
-        holder = _holder(self.claim_file)
+        with _reading(self.claim_file):
+            holder = _holder(self.claim_file)
         if holder is not None and not _is_stale(holder, self.claim_file, time.time()):
             return "running"
         if self.failure_file.exists():
@@ -329,7 +333,9 @@ def _holder(claim: Path) -> dict[str, Any] | None:
     if not isinstance(holder, dict):
         return DAMAGED
     told = all(type(holder.get(key)) is type(value) for key, value in DAMAGED.items())
-    return holder if told and 0 < holder["pid"] < 2**31 else DAMAGED
+    # the host is printed: what a terminal would obey is no name of one
+    good = told and 0 < holder["pid"] < 2**31 and holder["host"].isprintable()
+    return holder if good else DAMAGED
 
 
 def _born(pid: int) -> str:

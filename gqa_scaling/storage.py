@@ -297,10 +297,14 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps copies of what is remote: $GQA_SCALING_CACHE, else as XDG says."""
+    """Where this machine keeps copies of what is remote: $GQA_SCALING_CACHE, else as XDG says.
+
+    Raises UserError where this user has no home folder and neither is set.
+    """
     own = os.environ.get("GQA_SCALING_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(shared, "gqa_scaling")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"), "gqa_scaling")
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -332,9 +336,14 @@ REMEDIES = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EACCES: "give this user access",
     errno.EPERM: "give this user access",
+    errno.ENOTCONN: "mount it again",  # a bucket mounted as a folder, whose program has ended
+    errno.ENODEV: "mount it again",
+    errno.ETIMEDOUT: "mount it again",
 }
-# These words are said of nothing else, also where a library kept only the words of an error.
-SAID_OF_DISKS = tuple(n for n in REMEDIES if n not in (errno.EACCES, errno.EPERM))
+# Said of other things too: these count only where the error names a file.
+OF_MORE = (errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
+# The words of the others count also where a library kept only the words of an error.
+SAID_OF_DISKS = tuple(n for n in REMEDIES if n not in OF_MORE)
 
 
 def failure(error: BaseException, place: Path | None = None) -> StorageError | None:

@@ -206,7 +206,9 @@ def _read_states_from(root: str) -> None:
 
 def _root(target: "Target") -> str:
     """The folder of the runs as every host is told it."""
-    root = f"{target.bucket}/runs" if target.bucket else os.environ.get("GQA_SCALING_RUNS", "runs")
+    from gqa_scaling.runs import runs_root
+
+    root = f"{target.bucket}/runs" if target.bucket else os.fspath(runs_root())
     return root if is_remote(root) else os.path.abspath(root)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.config import require
+from gqa_scaling.storage import make_folder
 from launch.jobs import Job, by_slice, label
 from launch.submission import Step, Study, require_tool
 from launch.targets import GPUS_PER_HOST, Slice, Target, sizes_up_to
@@ -243,6 +244,7 @@ def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
     from submitit import SlurmExecutor
 
     for place, members in by_slice(jobs).items():
+        make_folder(folder(place, study))
         executor = SlurmExecutor(folder(place, study), max_num_timeout=TIME_LIMITS)
         executor.update_parameters(**parameters(members, target, study))
         with executor.batch():

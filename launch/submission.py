@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.storage import make_folder
 from launch.jobs import Job, label
 
 FOLDER = Path(".launch")  # of the files written for engines, in the checkout
@@ -87,7 +88,7 @@ def run(steps: Sequence[Step]) -> None:
     """
     for done, step in enumerate(steps):
         for path, text in step.files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             path.write_text(text, encoding="utf-8")
         code = subprocess.run(step.command).returncode
         if code != 0:

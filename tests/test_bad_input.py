@@ -648,6 +648,8 @@ RESULTS = ANY | {
     "loss-null": judged({"loss": None}),
     "loss-list": judged({"loss": [2.5]}),
     "loss-huge": judged({"loss": 10**400}),
+    "loss-nan": judged({"loss": float("nan")}),
+    "loss-infinite": judged({"loss": float("inf")}),
     "positions-number": judged({"loss": 2.5, "loss_by_position": 3}),
     "hash-list": judged({"loss": 2.5, "hash": []}),
 }
@@ -671,14 +673,16 @@ def test_damaged_results(refused, workplace, verb, kind):
 
 
 def test_status_goes_on_where_a_file_is_damaged(workplace, capsys):
-    done, _, failed, *_ = finished(workplace)
+    done, _, failed, *_, last = finished(workplace)
     done.result_file.write_text("[]")
     failed.failure_file.write_text("[]")
+    last.claim_file.mkdir(parents=True)
     assert cli.main(("status", TINY, "--json")) == 1
     out, err = capsys.readouterr()
     states = [row["state"] for row in json.loads(out)["runs"]]
-    assert states == ["damaged", "done", "damaged", "pending", "pending", "pending"]
-    assert err.count("\n") == 2
+    assert states == ["damaged", "done", "damaged", "pending", "pending", "damaged"]
+    assert err.count("\n") == 3
+    last.claim_file.rmdir()
     done.result_file.unlink()
     failed.failure_file.unlink()
     assert cli.main(("status", TINY)) == 0
@@ -943,6 +947,7 @@ def test_places_of_tables(refused, workplace):
         ("--baseline '8' must be", "frontier chen2025 --baseline 8"),
         ("--baseline '-8,8' must be", "frontier chen2025 --baseline=-8,8"),
         ("--baseline 'a,b' must be", "frontier chen2025 --baseline a,b"),
+        ("must be n_heads,n_kv_heads", f"frontier chen2025 --baseline 8,{LONG}"),
         ("context=0 must be", "frontier chen2025 --contexts 0"),
         ("context=-1 must be", "frontier chen2025 --contexts -1"),
         ("--losses: nan must be a finite number", "frontier chen2025 --losses nan"),
@@ -990,3 +995,8 @@ def test_questions(refused, said, arguments):
 )
 def test_launches(refused, said, arguments):
     refused(said, *arguments.split(), main=launch.main)
+
+
+def test_launch_takes_no_runs_folder_for_the_working_directory(refused, monkeypatch):
+    monkeypatch.setenv("GQA_SCALING_RUNS", "")
+    refused("the folder of the runs is ''", "slurm", "8xH100", TINY, "--dry-run", main=launch.main)

@@ -418,6 +418,7 @@ GARBAGE = {
     "truth for a number": json.dumps({**WHOLE, "pid": True}).encode(),
     "everybody": json.dumps({**WHOLE, "pid": 0}).encode(),
     "a group": json.dumps({**WHOLE, "pid": -7}).encode(),
+    "a host that clears the screen": json.dumps({**WHOLE, "host": "h\n\x1b[2J"}).encode(),
     "no such number": json.dumps({**WHOLE, "pid": 10**30}).encode(),
     "our own": json.dumps({**WHOLE, "host": runs.socket.gethostname(), "pid": 10**30}).encode(),
 }

@@ -275,6 +275,15 @@ def test_what_is_refused_without_a_file_is_no_disk():
     assert storage.failure(ValueError("Permission denied by the accelerator's driver")) is None
 
 
+def test_a_folder_whose_mount_is_gone_is_a_disk_and_a_peer_that_is_gone_is_none():
+    words = "Transport endpoint is not connected"
+    found = storage.failure(OSError(errno.ENOTCONN, words, "/mnt/runs/x"))
+    assert "(/mnt/runs/x)" in str(found)
+    assert "mount it again" in str(found)
+    assert storage.failure(OSError(errno.ENOTCONN, words)) is None
+    assert storage.failure(TimeoutError(errno.ETIMEDOUT, "Connection timed out")) is None
+
+
 def test_the_cache_lies_where_it_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("GQA_SCALING_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -185,7 +185,7 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
     baseline = None
     if args.baseline is not None:
         heads = args.baseline.split(",")
-        valid = len(heads) == 2 and all(h.strip().isdecimal() for h in heads)
+        valid = len(heads) == 2 and all(h.strip().isdecimal() and len(h) < 10 for h in heads)
         require(valid, f"--baseline {args.baseline!r} must be n_heads,n_kv_heads such as 8,8")
         baseline = (int(heads[0]), int(heads[1]))
     changes = {
@@ -418,7 +418,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.runs import runs_root
-    from gqa_scaling.study.outputs import require_own, require_page
+    from gqa_scaling.study.outputs import require_own, require_page, settled
     from gqa_scaling.study.report import BESIDE, write_report
     from gqa_scaling.study.sheets import aligned_sheets, aligned_tables, law_sheets, rich_sheet
     from gqa_scaling.study.tables import frontier_tables, training
@@ -434,6 +434,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.output is not None:
         path = as_path(args.output)
         require_page(args.output, path, BESIDE)
+    path = settled(path)
     require_own(path.parent, (path.name, *BESIDE), source)
     results, question, found, answer = _answer(args, rest)
     asked = args.train_context is not None or args.baseline_run is not None

@@ -79,11 +79,6 @@ def prepare(
     _require_no_other_files(path)
     if is_remote(path):
         return _prepare_remote(data, path, workers, show, rebuild)
-    empty = path.is_dir() and not any(path.iterdir())
-    require(
-        not path.exists() or empty or (path / "store.json").exists(),
-        f"{path} is in the way, it is no token store: move it or choose another data.store",
-    )
     # A script without `if __name__ == "__main__"` comes here again in each worker, where it would
     # wait for its parent's lock for ever: this raises RuntimeError there instead.
     multiprocessing.spawn.get_preparation_data("")
@@ -97,7 +92,10 @@ def prepare(
             # We hold the lock, so anything lying here is from a process that was killed.
             with _removed(partial), _removed(old):
                 partial.mkdir()
+                # A path with ".." leads to a folder of its own only once those above it are there.
+                _require_no_other_files(path)
                 _build(partial, data, corpus, workers or _default_workers(data), show)
+                _require_no_other_files(path)  # that may have taken hours
                 if path.exists():
                     path.rename(old)
                 partial.rename(path)
@@ -168,6 +166,13 @@ def _require_no_other_files(path: Path) -> None:
         not others,
         f"{path} is in the way: {others[0] if others else ''}{more} in it is no part of a token store "
         "and would be removed: move that away, or choose another data.store",
+    )
+    if is_remote(path):
+        return
+    empty = path.is_dir() and not any(path.iterdir())
+    require(
+        not path.exists() or empty or (path / "store.json").exists(),
+        f"{path} is in the way, it is no token store: move it or choose another data.store",
     )
 
 

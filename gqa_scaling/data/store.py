@@ -35,6 +35,7 @@ SCHEMA = 1
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
+DTYPES = ("<u2", "<u4")
 
 _FILE: Shape = {"file": str, "bytes": int, "sha256": str}
 _SPLIT: Shape = {"tokens": int, "text_bytes": int, "shards": [_FILE], "documents_file": _FILE}
@@ -254,6 +255,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     require(not wrong, f"{file} is damaged ({wrong}): {AGAIN}")
     whole = manifest["hash"] == content_hash(manifest)
     require(whole, f"{file} is damaged, its hash is not that of its content: {AGAIN}")
+    known = manifest["dtype"] in DTYPES
+    require(known, f"{file} is damaged (dtype={manifest['dtype']!r} is no token's): {AGAIN}")
+    for name in SPLITS:
+        split, size = manifest["splits"][name], np.dtype(manifest["dtype"]).itemsize
+        held = sum(shard["bytes"] for shard in split["shards"])
+        require(
+            held == split["tokens"] * size,
+            f"{file} is damaged ({name} has {split['tokens']} tokens of {size} bytes in {held} "
+            f"bytes): {AGAIN}",
+        )
     return manifest
 
 

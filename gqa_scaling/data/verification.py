@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,7 +39,9 @@ def verify(
     written, the note is kept in this machine's cache, and where that cannot be either, it is not.
     Raises UserError naming a file that is not what was written; `remedy` says what then helps.
     """
-    places = (folder / NOTE, cache_folder() / "verified" / _digest(os.fspath(folder.absolute())))
+    places = [folder / NOTE]
+    with contextlib.suppress(UserError):  # a user without a home has no cache
+        places.append(cache_folder() / "verified" / _digest(os.fspath(folder.absolute())))
     state = _state(folder, manifest, files)
     if not again and any(_text(place) == state for place in places):
         return
@@ -150,7 +152,7 @@ def _text(place: Path) -> str:
 
 
 @contextlib.contextmanager
-def _held(places: tuple[Path, ...]) -> Iterator[TextIO | None]:
+def _held(places: Sequence[Path]) -> Iterator[TextIO | None]:
     """The first note that can be written, opened and locked; None where none can."""
     for place in places:
         with contextlib.ExitStack() as stack:

@@ -22,9 +22,19 @@ _ABOUT = "files that gqa-scaling report wrote in this folder; it replaces these 
 _ELSEWHERE = "name a page in another folder with --output"
 
 
+def settled(path: Path) -> Path:
+    """The same place without "..", which leads elsewhere once a folder before it has been made.
+
+    The last name stays what it is, also where that is a link.
+    """
+    if is_remote(path) or ".." not in path.parts:
+        return path
+    return path.parent.resolve() / path.name
+
+
 def require_page(text: str, page: Path, reserved: Iterable[str]) -> None:
     """Raise UserError unless the text of --output can name a page; `reserved` are no names of one."""
-    folder = not text or text.endswith("/") or page.is_dir()
+    folder = not text or text.endswith(("/", "..")) or page.is_dir()
     require(
         not folder,
         f"--output {text!r} is a folder: name the page in it, such as "

@@ -22,7 +22,7 @@ from gqa_scaling.study.board import events_file
 from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier
-from gqa_scaling.study.outputs import PICTURES, write_files
+from gqa_scaling.study.outputs import PICTURES, settled, write_files
 from gqa_scaling.study.plots import FIGURES, STYLE, all_figures
 from gqa_scaling.study.results import Heads, Results, pattern_of
 from gqa_scaling.study.sheets import Sheet, html_sheet, sparsity_sheet
@@ -59,7 +59,7 @@ def write_report(
     for it, and `beside` is further data, each key a JSON file. Returns the page's path. Raises
     UserError, and writes nothing, where it would replace a file that no report wrote (`outputs`).
     """
-    path = as_path(path)
+    path = settled(as_path(path))
     files: dict[str, bytes] = {}
     pictures, images = {}, {}
     sparse = sparsity(fit, results, frontier)

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -32,7 +33,7 @@ from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula
 from gqa_scaling.ladder import MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.runs import run_directory
-from gqa_scaling.storage import as_path
+from gqa_scaling.storage import as_path, is_remote
 
 Count = Literal["n_exact", "n_formula", "n_given"]
 COUNTS: tuple[Count, ...] = ("n_exact", "n_formula", "n_given")
@@ -225,9 +226,18 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
                 "head_dim": model.head_dim,
                 "n_layers": model.n_layers,
                 "d_model": model.d_model,
-                "n_params": _count_of(result, "n_exact", where),
+                "n_params": _within(
+                    "n_exact",
+                    _key(result, "n_exact", where),
+                    1,
+                    MOST_PARAMETERS,
+                    "parameters",
+                    where,
+                ),
                 "context_length": run.context_length,
-                "tokens": _count_of(result, "tokens", where),
+                "tokens": _within(
+                    "tokens", _key(result, "tokens", where), 1, MOST_TOKENS, "tokens", where
+                ),
                 "loss": _loss(_key(judged, "loss", where), where),
                 "seed": run.seed,
                 "learning_rate": run.optimizer.learning_rate,
@@ -295,19 +305,17 @@ def _key(values: Any, key: str, where: str) -> Any:
     return values[key]
 
 
-def _count_of(values: Any, key: str, where: str) -> float:
-    value = _key(values, key, where)
-    good = isinstance(value, int | float) and math.isfinite(value) and value > 0
-    require(good, f"{where}: {key}={value!r} must be a number above 0; train that run again")
-    return value
-
-
-def _loss(value: Any, where: str) -> float:
+def _within(name: str, value: Any, low: float, high: float, unit: str, where: str) -> float:
+    remedy = "train that run again, or leave it out"
     try:
-        between("loss", value, *LOSSES, "nats per token; train that run again, or leave it out")
+        between(name, value, low, high, f"{unit}; {remedy}")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return float(value)
+
+
+def _loss(value: Any, where: str) -> float:
+    return _within("loss", value, *LOSSES, "nats per token", where)
 
 
 def _list(names: Sequence[str], most: int = 12) -> str:
@@ -346,8 +354,11 @@ def from_csv(path: Path | str) -> Results:
     pattern_local, what else its `ContextSharding` has, and its context_length. Lines that begin
     with # are comments. Raises UserError naming the file, the line, the column and the value.
     """
+    file = as_path(path)
+    named = not is_remote(file) or "/" in os.fspath(file).partition("://")[2].strip("/")
+    require(named, f"{path}: names a bucket and no file in it")
     try:
-        text = as_path(path).read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -276,7 +276,7 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     whole = directory.result()
     if whole is None:
         raise UserError(f"{directory.path} has no result yet; run it first")
-    directory.require_same_data(whole["result"]["data"], store.describe())
+    directory.require_same_data(whole["result"].get("data", {}), store.describe())
     mesh = parallel.make_mesh(run)
     graph, like = abstract_parameters(run, mesh)
     with jax.set_mesh(mesh):
@@ -285,7 +285,7 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     require_finite(value)
     if processes.is_leader():
         whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
-        directory.finish(whole["result"], whole["timing"])
+        directory.finish(whole["result"], whole.get("timing") or {})
     processes.wait_for_all("result")
 
 

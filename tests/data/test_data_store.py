@@ -327,6 +327,39 @@ def test_tokens_beyond_the_vocabulary_are_refused(config, store):
         open_store(config()).verify()
 
 
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (r"dtype='O' is no token's", lambda m: m.update(dtype="O")),
+        (r"dtype='<f2' is no token's", lambda m: m.update(dtype="<f2")),
+        (r"train has .* tokens of 4 bytes", lambda m: m.update(dtype="<u4")),
+        (r"heldout has 0 tokens", lambda m: m["splits"]["heldout"].update(tokens=0)),
+        (r"train has .* in 0 bytes", lambda m: m["splits"]["train"].update(shards=[])),
+    ],
+)
+def test_a_store_json_that_contradicts_itself_is_refused(config, store, words, change):
+    path = Path(shutil.copytree(store.path, config().store))
+    manifest = manifest_of(path)
+    change(manifest)
+    manifest["hash"] = store_module.content_hash(manifest)
+    (path / "store.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"store\.json is damaged \({words}.*build it again"):
+        open_store(config())
+
+
+def test_a_store_is_verified_also_for_a_user_without_a_home(config, store, monkeypatch, reads):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    Path(shutil.copytree(store.path, config().store), NOTE).unlink(missing_ok=True)
+    for name in ("GQA_SCALING_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    open_store(config()).verify()
+    open_store(config()).verify()
+    assert len(reads) == 4
+
+
 @pytest.mark.parametrize("place", [0, 5, -1])
 def test_documents_must_end_one_after_the_other_and_where_the_tokens_do(config, store, place):
     def change(file):
@@ -457,6 +490,31 @@ def wait_until(condition):
             return
         time.sleep(0.01)
     pytest.fail("nothing happened")
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_way_back_through_a_folder_to_be_made_hides_none(config, tmp_path, rebuild):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for place in ("new/../mine", "new/..", "other/deep/../../mine"):
+        with pytest.raises(UserError, match="is in the way"):
+            prepare(config(store=str(tmp_path / place)), workers=1, rebuild=rebuild)
+        assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert names(tmp_path / "mine") == ["notes.txt"]
+
+
+def test_what_is_put_there_meanwhile_is_not_removed(config, tmp_path, monkeypatch):
+    place, building = tmp_path / "mine", build._build
+
+    def slow(*arguments):
+        building(*arguments)
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(build, "_build", slow)
+    with pytest.raises(UserError, match=r"notes\.txt in it is no part of a token store"):
+        prepare(config(store=str(place)), workers=1)
+    assert names(place) == ["notes.txt"]
 
 
 def test_a_killed_prepare_leaves_no_store_and_the_next_one_cleans_up(config, tmp_path):

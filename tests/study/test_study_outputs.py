@@ -64,6 +64,19 @@ def test_the_input_is_never_an_output(tmp_path, capsys, link):
     assert contents(tmp_path).items() >= before.items()
 
 
+def test_a_way_back_through_a_folder_to_be_made_hides_no_file(tmp_path, capsys):
+    source = tmp_path / "mine.csv"
+    source.write_text(results_csv(published()))
+    (tmp_path / "notes.html").write_text("mine")
+    before = contents(tmp_path)
+    said = refused(capsys, source, "--output", tmp_path / "new/../mine.csv")
+    assert f"{source} is what this report is made from" in said
+    said = refused(capsys, source, "--output", tmp_path / "new/deep/../../notes.html")
+    assert "notes.html would be replaced" in said
+    assert "is a folder" in refused(capsys, source, "--output", tmp_path / "new/..")
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "name", ["report.html", "results.csv", "fit.json", "token_law.json", "figures/gains.png"]
 )

@@ -301,13 +301,26 @@ def test_our_runs_with_bad_losses_or_mixed_data_are_refused(tmp_path):
         from_runs(tmp_path, "smoke", runs)
     bad = _run("n", layers=5)
     _finish(tmp_path, bad, loss=float("nan"))
-    with pytest.raises(UserError, match="loss=nan"):
+    with pytest.raises(UserError, match="loss must be a finite number, not nan"):
         from_runs(tmp_path, "smoke", [bad])
 
 
 def test_half_a_shape_is_no_shape(tmp_path):
     r = from_csv(_csv(tmp_path, "n_heads,n_kv_heads,n_params,n_layers,loss\n4,1,1.5e6,2,2.5\n"))
     assert (r.n_layers[0], r.d_model[0], r.count) == (0, 0, "n_given")
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "5", 1e300, 10**400])
+@pytest.mark.parametrize("key", ["n_exact", "tokens"])
+def test_a_count_that_cannot_be_is_refused(tmp_path, key, value):
+    run = _run()
+    _finish(tmp_path, run)
+    file = run_directory(tmp_path, "smoke", run).result_file
+    whole = json.loads(file.read_text())
+    whole["result"][key] = value
+    file.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=rf"result\.json.*{key}=.*must be a number from 1"):
+        from_runs(tmp_path, "smoke", [run])
 
 
 @pytest.mark.parametrize("key", ["loss", "n_exact", "tokens", "evaluations"])
