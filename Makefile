@@ -17,7 +17,7 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 	$(BIN)/gqa-scaling run experiments.smoke --workers 2
 	$(BIN)/gqa-scaling report experiments.smoke
 
-test: $(READY)  ## the tests, about six minutes
+test: $(READY)  ## the tests, about ten minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) $(TPU)/.ready test-processors  ## the tests that take minutes each, with the TPU compiler
