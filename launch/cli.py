@@ -208,8 +208,8 @@ def _root(target: "Target") -> str:
     """The folder of the runs as every host is told it."""
     from gqa_scaling.runs import runs_root
 
-    root = f"{target.bucket}/runs" if target.bucket else os.fspath(runs_root())
-    return root if is_remote(root) else os.path.abspath(root)
+    root = f"{target.bucket}/runs" if target.bucket else os.environ.get("GQA_SCALING_RUNS", "")
+    return root if is_remote(root) else os.path.abspath(runs_root())  # no bucket is opened here
 
 
 def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target") -> None:
