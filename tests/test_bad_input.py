@@ -985,7 +985,7 @@ def test_questions(refused, said, arguments):
         ("mfu=2.0", "slurm 8xH100 experiments.tiny --mfu 2 --dry-run"),
         ("price=inf", "slurm 8xH100 experiments.tiny --price inf --dry-run"),
         ("bucket", "skypilot v5e-8 experiments.tiny --dry-run"),
-        ("bucket", "skypilot v5e-8 experiments.tiny --bucket /tmp/x --dry-run"),
+        ("bucket", "skypilot v5e-8 experiments.tiny --bucket /mnt/x --dry-run"),
         ("unknown experiment 'experiments.none'", "slurm 8xH100 experiments.none --dry-run"),
         ("unknown field --sed", "slurm 8xH100 experiments.tiny --dry-run --sed 1"),
         ("n_layers=" + HUGE, f"slurm 8xH100 experiments.tiny --dry-run --model.n-layers {HUGE}"),
