@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from gqa_scaling import __version__
-from gqa_scaling.config import UserError
+from gqa_scaling.config import UserError, require
 from gqa_scaling.storage import as_path
 from gqa_scaling.study import tables
 from gqa_scaling.study.board import events_file
@@ -389,6 +389,9 @@ def _curve_table(fit: Fit) -> str:
     return _html(header, rows)
 
 
+MOST_COMPARED = 40  # configurations: each is left out in turn, of every law, of all the others
+
+
 def _laws(results: Results, fit: Fit) -> str:
     """The laws compared; nothing where a size has several token budgets, which they cannot take."""
     if spans_budgets(results):
@@ -397,6 +400,10 @@ def _laws(results: Results, fit: Fit) -> str:
     at = fit.context_length
     where = f", T = {at:,} tokens" if at and len(set(results.context_length.tolist())) > 1 else ""
     try:
+        require(
+            len(fit.heads) <= MOST_COMPARED,
+            f"with {len(fit.heads)} configurations that takes minutes; fit --compare does it",
+        )
         scores = _law_table(compare(results, at))
     except UserError as error:  # the runs of this length alone may be too few
         return f'<p class="quiet">Laws are not compared: {html.escape(str(error))}</p>'

@@ -20,7 +20,7 @@ from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.outputs import PICTURES, write_files
 from gqa_scaling.study.plots import _rounded, gains, looks, spread
-from gqa_scaling.study.report import write_report
+from gqa_scaling.study.report import _laws, write_report
 from gqa_scaling.study.results import from_csv, published
 
 
@@ -38,6 +38,13 @@ def study():
 def page(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     return write_report(folder / "report.html", *study, command="gqa-scaling report <x>")
+
+
+def test_laws_of_many_configurations_are_compared_only_when_asked(study, monkeypatch):
+    results, fitted, _ = study
+    monkeypatch.setattr("gqa_scaling.study.report.MOST_COMPARED", 6)
+    said = "Laws are not compared: with 7 configurations that takes minutes; fit --compare does it"
+    assert said in _laws(results, fitted)
 
 
 class _Balance(HTMLParser):
