@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gqa_scaling.context_sharding import density, strided
+from gqa_scaling.devices.mesh import keep_host_memory
 from gqa_scaling.model.attention import attend
-from gqa_scaling.parallel import keep_host_memory
 
 QUADRATIC_UP_TO = 2048
 KERNELS = {"gpu": ("triton", "cudnn"), "tpu": ("splash",)}

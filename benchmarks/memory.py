@@ -1,4 +1,4 @@
-"""Memory of a training step: what `costs.training_bytes` predicts, and what TPU compilers assign.
+"""Memory of a training step: what `memory.training_bytes` predicts, and what TPU compilers assign.
 
     JAX_PLATFORMS=cpu python benchmarks/memory.py --results memory.jsonl
 
@@ -19,13 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from gqa_scaling import costs
-from gqa_scaling.compile import ASSIGNED
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.devices.layout import axis_sizes
 from gqa_scaling.hardware import Topology, topology
-from gqa_scaling.layout import axis_sizes
-from gqa_scaling.pods import compiler_environment, require_compiler
+from gqa_scaling.sweep import memory
+from gqa_scaling.sweep.compile import ASSIGNED
+from gqa_scaling.sweep.pods import compiler_environment, require_compiler
 
 GIB = 2**30
 LONGEST = 900  # seconds to wait for a compiler
@@ -117,7 +117,7 @@ def assigned(run: RunConfig, place: Topology) -> int:
     """Bytes of device memory that the compiler assigns to the train step of a run."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
         compiler = subprocess.Popen(
-            [sys.executable, "-m", "gqa_scaling.compile"],
+            [sys.executable, "-m", "gqa_scaling.sweep.compile"],
             env={**compiler_environment(place), "TMPDIR": folder},  # where it has its reports
             stdin=subprocess.PIPE,
             stdout=said,
@@ -173,7 +173,7 @@ def main() -> None:
                     with args.results.open("a") as file:
                         file.write(json.dumps(row) + "\n")
             found = known[key(place, run)]
-            whole = costs.training_bytes(run, topology(place).chips, "tpu")
+            whole = memory.training_bytes(run, topology(place).chips, "tpu")
             predicted = whole.total - whole.program  # the report leaves the program out
             errors.append(predicted / found - 1)
             print(

@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 
 from gqa_scaling.config import ModelConfig
+from gqa_scaling.devices.mesh import keep_host_memory
 from gqa_scaling.model import loss, transformer
-from gqa_scaling.parallel import keep_host_memory
 
 CONFIGS = {  # name: (model, batch, context)
     "L2 d32 T128": (ModelConfig(2, 32, 2, 1, 16, vocab_size=264, dtype="float32"), 8, 128),

@@ -28,11 +28,11 @@ from scipy.optimize import least_squares
 from gqa_scaling.config import ModelConfig, Question, RunConfig
 from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_exact, n_formula, training_flops
-from gqa_scaling.experiment import load_experiment
-from gqa_scaling.grid import head_candidates
-from gqa_scaling.ladder import FIGURE_2_LADDER
-from gqa_scaling.runs import run_directory, write_json
-from gqa_scaling.storage import make_folder
+from gqa_scaling.experiment.grid import head_candidates
+from gqa_scaling.experiment.ladder import FIGURE_2_LADDER
+from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.files.runs import run_directory, write_json
+from gqa_scaling.files.storage import make_folder
 from gqa_scaling.study import additive
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare

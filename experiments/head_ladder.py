@@ -19,8 +19,8 @@ from gqa_scaling.config import (
     Question,
     RunConfig,
 )
-from gqa_scaling.grid import head_candidates, learning_rate_choices, with_learning_rate
-from gqa_scaling.ladder import TRAINED_SIZES, Size
+from gqa_scaling.experiment.grid import head_candidates, learning_rate_choices, with_learning_rate
+from gqa_scaling.experiment.ladder import TRAINED_SIZES, Size
 
 QUESTION = Question(contexts=(8192, 32768, 131072), baseline=(8, 8))
 

@@ -19,7 +19,7 @@ from gqa_scaling.config import (
     Question,
     RunConfig,
 )
-from gqa_scaling.grid import learning_rate_choices, with_learning_rate
+from gqa_scaling.experiment.grid import learning_rate_choices, with_learning_rate
 
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8), demonstration=True)
 SIZES = ((2, 32, 1e-2), (3, 56, 7e-3), (4, 88, 4e-3), (5, 128, 3e-3))  # L, d, learning rate

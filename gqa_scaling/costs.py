@@ -16,14 +16,11 @@ Conventions, always named in what is printed:
 - `per_sequence`: what its Figure 2 plots, T (N + 2 T L d_h n_h), for a whole sequence.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gqa_scaling.config import ModelConfig, RunConfig, UserError, require, round_up
-from gqa_scaling.context_sharding import HeadPattern, mean_keys
-from gqa_scaling.kernel_limits import LANES
-from gqa_scaling.layout import attention_implementation
+from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
+from gqa_scaling.context_sharding import mean_keys
 
 Convention = Literal["per_token", "per_sequence"]
 CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")
@@ -230,127 +227,3 @@ def hardware_flops_per_token(
     again = {"none": 0, "dots": attention, "full": attention + linear - last}[remat]
     scores = 0 if full_attention else attention / 2
     return round(3 * (attention + linear + head) + again + scores)
-
-
-def training_memory(n: Number, context: Number, d_model: Number, n_layers: Number) -> Number:
-    """Values held in training: 4 N + T d L (Chen et al. 2025, eqs. 11 and 12)."""
-    return 4 * n + context * d_model * n_layers
-
-
-@dataclass(frozen=True)
-class TrainingBytes:
-    """Bytes that one device holds while training, predicted from shapes alone.
-
-    `state` is always there, and so are `casts`, the layers' weights in the compute dtype, and
-    `accumulated`, the gradients summed over microbatches. On top of them lies what the step holds
-    where it holds most, which is one of three moments: when the loss is known, the `activations`
-    kept for the backward pass and `output`, the tables of the vocabulary and a chunk of logits; in
-    the backward pass of a layer, activations, `gradients` and what that `layer` works with; at the
-    end, gradients and `sums`, those of the embedding table before devices have shared them out.
-    `program` is the code, `gaps` the share by which arrays lie apart.
-    """
-
-    state: int
-    casts: int
-    accumulated: int
-    gradients: int
-    activations: int
-    output: int
-    layer: int
-    sums: int
-    program: int
-    gaps: float
-
-    @property
-    def total(self) -> int:
-        at_the_loss = self.activations + self.output
-        in_a_layer = self.activations + self.gradients + self.layer
-        most = max(at_the_loss, in_a_layer, self.gradients + self.sums)
-        always = self.state + self.casts + self.accumulated + self.program
-        return always + round(most * (1 + self.gaps))
-
-
-LOGIT_BUDGET_BYTES = 64 * 2**20
-TPU_GAPS, OTHER_GAPS = 0.03, 0.2  # only programs for TPUs were compiled and compared
-TPU_PROGRAM_BYTES = 32 * 2**20
-TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
-
-
-def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> TrainingBytes:
-    """Predicted bytes on one of `devices` of a platform ("cpu", "gpu", "tpu"), all terms those of the
-    step that `run` takes, and found in the buffers of steps compiled for TPUs (docs/pods.md).
-
-    fp32 parameters and two moments (12 bytes a parameter) and gradients (4, twice that when
-    accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared by all axes
-    but tensor, which shares heads, FFN and vocabulary. One layer's weights are whole while it works;
-    attention reads the keys and values of whole sequences, and sums their gradients in fp32. Layers
-    of a pattern work one after another in the same memory, so that the one that needs most counts.
-    Raises UserError where the platform does not have the attention that the run asks for.
-    """
-    m, p, axes = run.model, parameters(run.model), run.parallel
-    implementation = attention_implementation(run, platform)
-    width = 2 if m.dtype == "bfloat16" else 4
-    ways = axes.fsdp * axes.context
-    tokens = run.batch_tokens / axes.accumulation * axes.tensor / devices
-    D, L, F = m.d_model, m.n_layers, m.ffn_dim / axes.tensor
-    heads = m.n_heads / axes.tensor
-    q = heads * m.head_dim
-    kv = m.n_kv_heads * m.head_dim / min(axes.tensor, m.n_kv_heads)
-    scores = 4 * tokens * run.context_length * heads if implementation == "reference" else 0
-
-    around = 4 * D + 2 * q + 2 * kv  # values of a token: norms, both sums, attention in and out
-    kept = {"full": D, "dots": 2 * D + q + 2 * kv + 2 * F, "none": around + 2 * F}[axes.remat]
-    sums_of_scores = 4 * heads if axes.remat == "none" else 0  # their logarithms, in fp32
-    activations = L * tokens * (width * kept + sums_of_scores)
-    activations += 0 if axes.remat == "full" else L * scores
-
-    again = 0 if axes.remat == "none" else tokens * width
-    ffn = again * (around + 2 * F) + 4 * tokens * width * F
-    ffn += 3 * D * F * (width + 4)  # weights and their gradients
-    attention = again * around + 3 * scores
-    if implementation != "reference":  # K and V as tiles; their gradients as tiles and as rows
-        each = max(
-            sum(width * tiles + 4 * tiles + 4 for tiles in (_tiles(h, run) for h in layer))
-            for layer in set(m.layer_patterns)
-        )
-        lanes = round_up(m.head_dim, LANES) if platform == "tpu" else m.head_dim
-        attention += tokens * axes.context * 2 * kv * lanes / m.head_dim * each / m.n_kv_heads
-        attention += 4 * tokens * heads * lanes * width  # q, o and their gradients, head by head
-        if implementation == "splash":  # sums of scores and of gradients, a row of lanes for each
-            attention += 2 * tokens * heads * LANES * 4
-
-    tables, shards, rows = p.embedding / axes.tensor, ways * axes.tensor, D / ways
-    logits = min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
-    # the table for the embedding and for logits; its gradient as a sum and as what is added to it
-    output = (2 * width + 2 * 4) * tables + logits + 2 * tokens * D * width
-    padded = round_up(rows, TILE_ROWS) / rows if ways > 1 else 1
-    gradients = 4 * p.total / shards * padded
-    return TrainingBytes(
-        state=math.ceil(12 * p.total / shards * padded),
-        casts=math.ceil(width * p.non_embedding / shards * padded) if width < 4 else 0,
-        accumulated=math.ceil(gradients) if axes.accumulation > 1 else 0,
-        gradients=math.ceil(gradients),
-        activations=math.ceil(activations),
-        output=math.ceil(output),
-        layer=math.ceil(max(ffn, attention)),
-        sums=math.ceil(3 * 4 * tables),
-        program=TPU_PROGRAM_BYTES if platform == "tpu" else 0,
-        gaps=TPU_GAPS if platform == "tpu" else OTHER_GAPS,
-    )
-
-
-def _tiles(head: HeadPattern | None, run: RunConfig) -> float:
-    """Keys that attention lays out for a head, to those of the sequence: all of them for windows,
-    and beside them the distant ones."""
-    T = run.context_length
-    return 1.0 if head is None else 1 + (head.slots(T) - min(T, head.window)) / T
-
-
-def checkpoint_bytes(run: RunConfig) -> int:
-    """Disk that a run needs while it trains: its checkpoints, fp32 parameters and moments."""
-    return (run.checkpoint.keep + 1) * 12 * parameters(run.model).total
-
-
-def finished_bytes(run: RunConfig) -> int:
-    """Disk that a finished run keeps: fp32 parameters."""
-    return 4 * parameters(run.model).total

@@ -11,13 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.storage import failure, is_remote
+from gqa_scaling.files.storage import failure, is_remote
 from launch import local
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gqa_scaling.experiment import Experiment
+    from gqa_scaling.experiment.load import Experiment
     from launch.jobs import Job
     from launch.submission import Study
     from launch.targets import Target
@@ -144,9 +144,9 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, target: "Target", root: str) -> int:
-    from gqa_scaling.experiment import load_experiment
-    from gqa_scaling.runs import runs_root
-    from gqa_scaling.sweep import forget_failures
+    from gqa_scaling.experiment.load import load_experiment
+    from gqa_scaling.files.runs import runs_root
+    from gqa_scaling.sweep.run import forget_failures
     from launch.jobs import group
     from launch.submission import Study
 
@@ -206,7 +206,7 @@ def _read_states_from(root: str) -> None:
 
 def _root(target: "Target") -> str:
     """The folder of the runs as every host is told it."""
-    from gqa_scaling.runs import runs_root
+    from gqa_scaling.files.runs import runs_root
 
     root = f"{target.bucket}/runs" if target.bucket else os.environ.get("GQA_SCALING_RUNS", "")
     return root if is_remote(root) else os.path.abspath(runs_root())  # no bucket is opened here
@@ -230,7 +230,7 @@ def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target
 def _require_tokens(experiment: "Experiment") -> None:
     """Refuse tokens that are not prepared, before a machine is paid for to say so."""
     from gqa_scaling.data import open_store
-    from gqa_scaling.plan import check_epochs
+    from gqa_scaling.sweep.plan import check_epochs
 
     stores = {run.data.store_path: run.data for run in experiment.runs}
     tokens = {path: open_store(data).train_tokens for path, data in stores.items()}
@@ -240,8 +240,8 @@ def _require_tokens(experiment: "Experiment") -> None:
 
 def _left_to_launch(experiment: "Experiment", retry: bool) -> tuple["Experiment", str]:
     """The runs to submit, and what became of the others in words."""
-    from gqa_scaling.runs import run_directory, runs_root
-    from gqa_scaling.sweep import pending
+    from gqa_scaling.files.runs import run_directory, runs_root
+    from gqa_scaling.sweep.run import pending
 
     root = runs_root()
     left = pending(experiment, root)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
+from gqa_scaling.devices.layout import attention_implementation, axis_sizes
 from gqa_scaling.hardware import Hardware
-from gqa_scaling.layout import attention_implementation, axis_sizes
-from gqa_scaling.plan import plan_run
+from gqa_scaling.sweep import memory
+from gqa_scaling.sweep.plan import plan_run
 from gqa_scaling.units import byte_size
 from launch.targets import Slice
 
@@ -51,7 +51,7 @@ def refusal(run: RunConfig, place: Slice, row: Hardware) -> str:
 
 def memory_needed(run: RunConfig, place: Slice, row: Hardware) -> int:
     """Bytes on each chip, on the safe side."""
-    return math.ceil(MARGIN * costs.training_bytes(run, place.chips, row.platform).total)
+    return math.ceil(MARGIN * memory.training_bytes(run, place.chips, row.platform).total)
 
 
 def why_nowhere(run: RunConfig, offered: Sequence[Slice], row: Hardware) -> str:

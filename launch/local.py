@@ -40,7 +40,7 @@ def launch(args: argparse.Namespace) -> int:
     require(n > 0, f"--processes {n} must be greater than 0")
     require(devices > 0, f"--devices-per-process {devices} must be greater than 0")
     require(bool(args.run), "name an experiment, such as experiments.smoke")
-    from gqa_scaling.processes import free_port
+    from gqa_scaling.devices.processes import free_port
 
     port, command = free_port(), [sys.executable, "-m", "gqa_scaling", "run", *args.run]
     return supervise(command, [_environment(i, n, devices, port) for i in range(n)])

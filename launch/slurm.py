@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.config import require
-from gqa_scaling.storage import make_folder
+from gqa_scaling.files.storage import make_folder
 from launch.jobs import Job, by_slice, label
 from launch.submission import Step, Study, require_tool
 from launch.targets import GPUS_PER_HOST, Slice, Target, sizes_up_to

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.storage import make_folder
+from gqa_scaling.files.storage import make_folder
 from launch.jobs import Job, label
 
 FOLDER = Path(".launch")  # of the files written for engines, in the checkout

@@ -69,7 +69,7 @@ def s3_server():
 @pytest.fixture
 def bucket(s3_server, tmp_path, monkeypatch):
     """An empty folder in a bucket there, for this process and those it starts."""
-    from gqa_scaling.storage import as_path, files_of
+    from gqa_scaling.files.storage import as_path, files_of
 
     settings = {
         "AWS_ENDPOINT_URL": s3_server.endpoint,

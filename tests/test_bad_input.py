@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gqa_scaling import cli, sweep
-from gqa_scaling.checksums import COMMIT_NOTES, SEAL_NAME, seal
+from gqa_scaling import cli
 from gqa_scaling.config import DataConfig, UserError
 from gqa_scaling.costs import n_exact
 from gqa_scaling.data import prepare
-from gqa_scaling.experiment import load_experiment
-from gqa_scaling.runs import RunDirectory, run_directory
+from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.files.checksums import COMMIT_NOTES, SEAL_NAME, seal
+from gqa_scaling.files.runs import RunDirectory, run_directory
+from gqa_scaling.sweep import run as sweep
 from launch import cli as launch
 
 TINY = "experiments.tiny"
@@ -48,7 +49,7 @@ def files(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def refused(workplace, capsys, monkeypatch):
     """refused(said, *arguments): the command ends so, in one line that says that, and changes nothing."""
-    monkeypatch.setattr("gqa_scaling.processes.join", lambda alone: None)
+    monkeypatch.setattr("gqa_scaling.devices.processes.join", lambda alone: None)
     monkeypatch.setenv("GQA_SCALING_CACHE", str(workplace / "cache"))
 
     def check(said: str, *arguments: str, code: int = 2, main: Callable = cli.main) -> str:

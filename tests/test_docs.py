@@ -19,7 +19,7 @@ import pytest
 from gqa_scaling import cli, hardware
 from gqa_scaling.cli import study
 from gqa_scaling.config import Question, require
-from gqa_scaling.experiment import load_experiment
+from gqa_scaling.experiment.load import load_experiment
 from launch import cli as launching
 from launch import tpu_vm, work
 

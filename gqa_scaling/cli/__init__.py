@@ -13,8 +13,8 @@ from typing import NoReturn
 from gqa_scaling.cli import experiment, study
 from gqa_scaling.cli.shared import Verb, print_error
 from gqa_scaling.config import UserError, nearest, require
-from gqa_scaling.runs import runs_root
-from gqa_scaling.storage import NO_PLACE, failure
+from gqa_scaling.files.runs import runs_root
+from gqa_scaling.files.storage import NO_PLACE, failure
 
 VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
 OVERRIDES = """\
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             traceback.print_exc()
     if code not in (0, 75) and _joined():
-        from gqa_scaling.processes import leave
+        from gqa_scaling.devices.processes import leave
 
         leave(code)
     return code
@@ -81,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _joined() -> bool:
     """Whether this process belongs to a job, be it the only one in it: from then on threads may
     wait for peers, for a server or for a disk, and an end by way of the interpreter for them."""
-    processes = sys.modules.get("gqa_scaling.processes")
+    processes = sys.modules.get("gqa_scaling.devices.processes")
     return processes is not None and processes.joined()
 
 
 def _one_of_several() -> bool:
-    return _joined() and sys.modules["gqa_scaling.processes"].several()
+    return _joined() and sys.modules["gqa_scaling.devices.processes"].several()
 
 
 def _drop_output() -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_error, print_json, print_table
 from gqa_scaling.config import require
-from gqa_scaling.storage import as_path, is_remote
+from gqa_scaling.files.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gqa_scaling.experiment import Experiment
+    from gqa_scaling.experiment.load import Experiment
     from gqa_scaling.hardware import Hardware
 
 
@@ -73,7 +73,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
-    from gqa_scaling.experiment import load_experiment
+    from gqa_scaling.experiment.load import load_experiment
 
     experiment = load_experiment(args.experiment, rest)
     return experiment.select(getattr(args, "only", None), getattr(args, "shard", None))
@@ -109,7 +109,7 @@ def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
     else:
         import jax
 
-        from gqa_scaling.processes import require_platform
+        from gqa_scaling.devices.processes import require_platform
 
         require_platform()
         kind, devices = jax.devices()[0].device_kind, jax.device_count()
@@ -125,7 +125,7 @@ def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.data import open_store
-    from gqa_scaling.plan import make_plan, plan_summary, plan_table
+    from gqa_scaling.sweep.plan import make_plan, plan_summary, plan_table
 
     experiment = _experiment(args, rest)
     stores = {run.data.store_path: run.data for run in experiment.runs}
@@ -141,8 +141,9 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _compile(args: argparse.Namespace, experiment: "Experiment", prepared: dict[str, int]) -> int:
-    from gqa_scaling import hardware, pods
-    from gqa_scaling.plan import make_plan, plan_summary, plan_table
+    from gqa_scaling import hardware
+    from gqa_scaling.sweep import pods
+    from gqa_scaling.sweep.plan import make_plan, plan_summary, plan_table
 
     require(
         args.hardware is None and args.devices is None,
@@ -172,8 +173,8 @@ def _compile(args: argparse.Namespace, experiment: "Experiment", prepared: dict[
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from contextlib import nullcontext
 
-    from gqa_scaling import sweep
-    from gqa_scaling.runs import runs_root
+    from gqa_scaling.files.runs import runs_root
+    from gqa_scaling.sweep import run as sweep
 
     require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
     worker = args.cores is not None
@@ -188,7 +189,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     experiment, root = _experiment(args, rest), runs_root()
     left, leads = len(sweep.pending(experiment, root)), True
     if left and args.workers == 1:
-        from gqa_scaling import processes
+        from gqa_scaling.devices import processes
 
         processes.join(alone=worker)
         if worker:
@@ -236,9 +237,9 @@ def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 
 
 def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.grid import beside
-    from gqa_scaling.runs import runs_root
-    from gqa_scaling.status import read_status, status_dict, status_table
+    from gqa_scaling.experiment.grid import beside
+    from gqa_scaling.files.runs import runs_root
+    from gqa_scaling.sweep.status import read_status, status_dict, status_table
 
     experiment, root = _experiment(args, rest), runs_root()
     if args.watch:
@@ -263,7 +264,7 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> int:
     from rich.console import Console
 
-    from gqa_scaling.status import watch
+    from gqa_scaling.sweep.status import watch
 
     require(not args.json, "--watch is for people and --json for programs: choose one of the two")
     console = Console(highlight=False, markup=False, emoji=False)
@@ -280,9 +281,9 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.experiment import load_experiment
-    from gqa_scaling.runs import RunDirectory, run_directory, runs_root
-    from gqa_scaling.status import checkpoints_dict, checkpoints_table, read_checkpoints
+    from gqa_scaling.experiment.load import load_experiment
+    from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
+    from gqa_scaling.sweep.status import checkpoints_dict, checkpoints_table, read_checkpoints
 
     path = as_path(args.source)
     if path.is_dir() or is_remote(path):
@@ -304,7 +305,7 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.status import learning_rate_table
+    from gqa_scaling.sweep.status import learning_rate_table
 
     experiment = _experiment(args, rest)
     choices, table = learning_rate_table(experiment)

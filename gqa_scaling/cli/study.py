@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
 from gqa_scaling.config import Question, UserError, between, require
-from gqa_scaling.storage import as_path
+from gqa_scaling.files.storage import as_path
 
 if TYPE_CHECKING:
     from gqa_scaling.study.aligned import Aligned
@@ -135,8 +135,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _source(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", Question]:
     """The source's finished runs and the question it comes with."""
-    from gqa_scaling.experiment import load_experiment
-    from gqa_scaling.runs import runs_root
+    from gqa_scaling.experiment.load import load_experiment
+    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.results import from_csv, from_runs, published
 
     if args.source == PUBLISHED or args.source.endswith(".csv"):
@@ -275,9 +275,9 @@ def _with_training(
     answer: "Frontier",
 ) -> "Frontier":
     """The answer with the command that trains each model, and the runs that can check it."""
-    from gqa_scaling.experiment import load_experiment, overrides_to
-    from gqa_scaling.grid import beside, run_of
-    from gqa_scaling.runs import run_directory, runs_root
+    from gqa_scaling.experiment.grid import beside, run_of
+    from gqa_scaling.experiment.load import load_experiment, overrides_to
+    from gqa_scaling.files.runs import run_directory, runs_root
     from gqa_scaling.study.frontier import check_runs
     from gqa_scaling.study.results import from_runs
 
@@ -349,7 +349,7 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.experiment import load_experiment
+    from gqa_scaling.experiment.load import load_experiment
     from gqa_scaling.study.context import spans_contexts
     from gqa_scaling.study.frontier import target_losses
     from gqa_scaling.study.suggest import suggest
@@ -417,7 +417,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.runs import runs_root
+    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.outputs import require_own, require_page, settled
     from gqa_scaling.study.report import BESIDE, write_report
     from gqa_scaling.study.sheets import aligned_sheets, aligned_tables, law_sheets, rich_sheet

@@ -44,8 +44,7 @@ from gqa_scaling.data.store import (
 )
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer, train_bpe
 from gqa_scaling.data.verification import NOTE
-from gqa_scaling.hardware import cores
-from gqa_scaling.storage import (
+from gqa_scaling.files.storage import (
     as_path,
     cache_folder,
     check_writable,
@@ -55,6 +54,7 @@ from gqa_scaling.storage import (
     sizes,
     write_atomic,
 )
+from gqa_scaling.hardware import cores
 
 SHARD_TOKENS = 2**28
 TASK_BYTES = 2**20  # text handed to a worker at once

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import zstandard
 
 from gqa_scaling.config import DataConfig, UserError, require
-from gqa_scaling.storage import expanded, is_remote
+from gqa_scaling.files.storage import expanded, is_remote
 
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 

@@ -29,7 +29,7 @@ from gqa_scaling.config import DataConfig, UserError, require
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
 from gqa_scaling.data.verification import verify, verify_file
 from gqa_scaling.fields import Shape, misfit
-from gqa_scaling.storage import as_path, cache_folder, expanded, files_of, is_remote, sizes
+from gqa_scaling.files.storage import as_path, cache_folder, expanded, files_of, is_remote, sizes
 
 SCHEMA = 1
 

@@ -13,7 +13,7 @@ import tokenizers
 from numpy.typing import ArrayLike
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.storage import expanded
+from gqa_scaling.files.storage import expanded
 
 EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")

@@ -20,8 +20,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.files.storage import cache_folder
 from gqa_scaling.hardware import cores
-from gqa_scaling.storage import cache_folder
 from gqa_scaling.units import byte_size
 
 NOTE = ".verified"

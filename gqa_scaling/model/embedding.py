@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gqa_scaling.parallel import (
+from gqa_scaling.devices.mesh import (
     all_gather,
     axis_index,
     axis_size,

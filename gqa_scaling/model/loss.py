@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from gqa_scaling.config import Implementation
+from gqa_scaling.devices.mesh import all_gather, axis_index, on_shards, pmax, psum, reduce_scatter
 from gqa_scaling.model.product import product
 from gqa_scaling.model.transformer import Transformer
-from gqa_scaling.parallel import all_gather, axis_index, on_shards, pmax, psum, reduce_scatter
 
 LOGIT_BYTES = 64 * 2**20  # of float32 logits at once, on each device
 _X, _TABLE, _TOKENS = ("batch", "time", None), ("vocab", "embed"), ("batch", "time")

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gqa_scaling.devices.mesh import axis_size, constrain, gathered
 from gqa_scaling.model.product import product
-from gqa_scaling.parallel import axis_size, constrain, gathered
 
 Axes = tuple[str, ...]
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gqa_scaling.devices.mesh import constrain, gathered
 from gqa_scaling.model.product import product
-from gqa_scaling.parallel import constrain, gathered
 
 _IN, _OUT = ("embed", "mlp"), ("mlp", "embed")
 

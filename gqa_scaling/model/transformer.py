@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqa_scaling.config import Implementation, ModelConfig
-from gqa_scaling.layout import zigzag
+from gqa_scaling.devices.layout import zigzag
+from gqa_scaling.devices.mesh import axis_size, constrain
 from gqa_scaling.model.attention import attend
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.product import product
 from gqa_scaling.model.projection import project
 from gqa_scaling.model.swiglu import swiglu
-from gqa_scaling.parallel import axis_size, constrain
 
 Q_AXES = ("embed", "kv_heads", "group", "head_dim")
 KV_AXES = ("embed", "kv_heads", "head_dim")

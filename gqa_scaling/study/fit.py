@@ -14,7 +14,7 @@ import numpy as np
 from gqa_scaling.config import between, require
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import n_formula
-from gqa_scaling.ladder import MOST_PARAMETERS
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS
 from gqa_scaling.study import laws
 from gqa_scaling.study.models import (
     LAWS,

@@ -38,12 +38,12 @@ from gqa_scaling.costs import (
     n_formula,
     parameters,
 )
-from gqa_scaling.hardware import Hardware
-from gqa_scaling.ladder import (
+from gqa_scaling.experiment.ladder import (
     MOST_PARAMETERS,
     REACH,
     nearest_buildable,
 )
+from gqa_scaling.hardware import Hardware
 from gqa_scaling.study import laws
 from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
 from gqa_scaling.study.models import Curves

@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gqa_scaling import runs
 from gqa_scaling.config import UserError, require
-from gqa_scaling.storage import absolute, is_remote, make_folder, write_atomic
+from gqa_scaling.files import runs
+from gqa_scaling.files.storage import absolute, is_remote, make_folder, write_atomic
 
 MANIFEST = "report-manifest.json"
 PICTURES = "study/events.out.tfevents."  # for TensorBoard; the time follows

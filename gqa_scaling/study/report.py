@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from gqa_scaling import __version__
 from gqa_scaling.config import UserError, require
-from gqa_scaling.storage import as_path
+from gqa_scaling.files.storage import as_path
 from gqa_scaling.study import tables
 from gqa_scaling.study.board import events_file
 from gqa_scaling.study.compare import Score, compare

@@ -31,9 +31,9 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.costs import n_formula
-from gqa_scaling.ladder import MOST_PARAMETERS, PUBLISHED_LADDER
-from gqa_scaling.runs import run_directory
-from gqa_scaling.storage import as_path, is_remote
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS, PUBLISHED_LADDER
+from gqa_scaling.files.runs import run_directory
+from gqa_scaling.files.storage import as_path, is_remote
 
 Count = Literal["n_exact", "n_formula", "n_given"]
 COUNTS: tuple[Count, ...] = ("n_exact", "n_formula", "n_given")

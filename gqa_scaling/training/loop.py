@@ -21,8 +21,14 @@ import optax
 import zstandard
 from flax import nnx
 
-from gqa_scaling import __version__, costs, parallel, processes
-from gqa_scaling.checkpoint import (
+from gqa_scaling import __version__, costs
+from gqa_scaling.config import RunConfig, UserError, require
+from gqa_scaling.data import TokenStore
+from gqa_scaling.data.loader import TrainingData
+from gqa_scaling.devices import mesh as parallel
+from gqa_scaling.devices import processes
+from gqa_scaling.devices.layout import attention_implementation
+from gqa_scaling.files.checkpoint import (
     Checkpoints,
     Restored,
     load_parameters,
@@ -30,14 +36,10 @@ from gqa_scaling.checkpoint import (
     position_of,
     save_parameters,
 )
-from gqa_scaling.checksums import is_saved
-from gqa_scaling.config import RunConfig, UserError, require
-from gqa_scaling.data import TokenStore
-from gqa_scaling.data.loader import TrainingData
-from gqa_scaling.evaluation.loss import Evaluation, evaluator
+from gqa_scaling.files.checksums import is_saved
+from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.hardware import cores
-from gqa_scaling.layout import attention_implementation
-from gqa_scaling.runs import RunDirectory
+from gqa_scaling.training.evaluation import Evaluation, evaluator
 from gqa_scaling.training.optimizer import make_optimizer
 from gqa_scaling.training.profiler import Profiler
 from gqa_scaling.training.step import (

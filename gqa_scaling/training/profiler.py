@@ -9,8 +9,8 @@ from typing import Self
 import jax
 
 from gqa_scaling.config import RunConfig
-from gqa_scaling.runs import RunDirectory
-from gqa_scaling.storage import is_remote, sizes, write_atomic
+from gqa_scaling.files.runs import RunDirectory
+from gqa_scaling.files.storage import is_remote, sizes, write_atomic
 from gqa_scaling.training.watch import Watch
 
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gqa_scaling import costs, parallel
-from gqa_scaling.checkpoint import placed
+from gqa_scaling import costs
 from gqa_scaling.config import RunConfig
-from gqa_scaling.layout import attention_implementation
+from gqa_scaling.devices import mesh as parallel
+from gqa_scaling.devices.layout import attention_implementation
+from gqa_scaling.files.checkpoint import placed
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.optimizer import make_optimizer

@@ -15,8 +15,8 @@ from tensorboardX.summary import hparams, scalar
 
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig
-from gqa_scaling.runs import RunDirectory
-from gqa_scaling.storage import SCHEMES, GrowingFile, as_path, failure, is_remote
+from gqa_scaling.files.runs import RunDirectory
+from gqa_scaling.files.storage import SCHEMES, GrowingFile, as_path, failure, is_remote
 
 FLUSH_SECONDS = 5.0
 FINAL_METRICS = ("evaluation/loss", "evaluation/bits_per_byte")

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import jax
 
-from gqa_scaling import costs, processes
-from gqa_scaling.checkpoint import Checkpoints, Restored
+from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, require
 from gqa_scaling.data.loader import TrainingData
+from gqa_scaling.devices import processes
+from gqa_scaling.files.checkpoint import Checkpoints, Restored
+from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.hardware import detected
-from gqa_scaling.runs import RunDirectory
 from gqa_scaling.training.optimizer import learning_rate_schedule
 from gqa_scaling.training.step import StepMetrics
 from gqa_scaling.training.telemetry import Telemetry, is_logged

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_scaling.experiment import load_experiment
+from gqa_scaling.experiment.load import load_experiment
 from launch import cli
 
 GRID = str(Path(__file__).parents[2] / "experiments/head_ladder.py")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from submitit import LocalExecutor
 
-from gqa_scaling.experiment import load_experiment
+from gqa_scaling.experiment.load import load_experiment
 from launch.jobs import Job
 from launch.slurm import LOST_RESTARTS, ArrayTask, array_tasks
 from launch.submission import Study

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
 from gqa_scaling.hardware import TPU_SHAPES, hardware, topology
-from gqa_scaling.plan import plan_run
+from gqa_scaling.sweep.plan import plan_run
 from launch import skypilot, tpu_vm, xpk
 from launch.jobs import choose, fits, group, job_name, label, memory_needed
 from launch.targets import SLICES, Target, accelerator, sizes_up_to, slice_of

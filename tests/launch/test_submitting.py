@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gqa_scaling.experiment import load_experiment
-from gqa_scaling.runs import run_directory, runs_root, write_json
+from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.files.runs import run_directory, runs_root, write_json
 from launch import tpu_vm, work
 from launch.cli import main
 from launch.submission import Study

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from masked_attention import masked, operands, visible
 
 from gqa_scaling.context_sharding import HeadPattern
-from gqa_scaling.layout import AXES, zigzag
+from gqa_scaling.devices.layout import AXES, zigzag
 
 
 def starts_of(i, T, context):

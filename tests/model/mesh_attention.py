@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gqa_scaling.layout import AXES, zigzag
-from gqa_scaling.model import attention, blockwise
+from gqa_scaling.devices.layout import AXES, zigzag
+from gqa_scaling.model.attention import attend as attention
+from gqa_scaling.model.attention import blockwise
 
 blocks: Counter[int] = Counter()
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gqa_scaling import parallel
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.devices import mesh as parallel
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.optimizer import make_optimizer
 from gqa_scaling.training.step import train_step

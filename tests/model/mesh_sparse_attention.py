@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gqa_scaling.context_sharding import HeadPattern
-from gqa_scaling.layout import AXES, zigzag
+from gqa_scaling.devices.layout import AXES, zigzag
 from gqa_scaling.model.attention import attend
 
 

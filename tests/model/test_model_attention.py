@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa_scaling.context_sharding import ContextSharding
-from gqa_scaling.model import attention, blockwise
+from gqa_scaling.model.attention import attend as attention
+from gqa_scaling.model.attention import blockwise
 
 
 def operands(shape, dtype=jnp.float32, seed=0):

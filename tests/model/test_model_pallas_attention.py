@@ -19,7 +19,7 @@ from kernel_attention import (
 from masked_attention import operands
 
 from gqa_scaling.context_sharding import HeadPattern, strided
-from gqa_scaling.model import pallas_attention
+from gqa_scaling.model.attention import triton as pallas_attention
 
 (DEFAULT,) = strided().layer(0, 1, 1)
 BLOCKS = st.sampled_from((16, 32, 48))

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gqa_scaling.context_sharding import HeadPattern
-from gqa_scaling.model import sparse_attention
 from gqa_scaling.model.attention import attend
+from gqa_scaling.model.attention import sparse as sparse_attention
 
 
 def visible(pattern, T):

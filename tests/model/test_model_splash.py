@@ -20,11 +20,11 @@ from kernel_attention import (
 )
 from masked_attention import operands
 
-from gqa_scaling import kernel_limits
 from gqa_scaling.context_sharding import BlockPattern, HeadPattern, strided
+from gqa_scaling.devices import kernel_limits
 from gqa_scaling.hardware import topology
-from gqa_scaling.model import splash
-from gqa_scaling.pods import compiler_environment
+from gqa_scaling.model.attention import splash
+from gqa_scaling.sweep.pods import compiler_environment
 
 (DEFAULT,) = strided().layer(0, 1, 1)
 

@@ -13,9 +13,9 @@ from jaxpr_flops import count_dot_flops
 
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.devices.mesh import RULES
 from gqa_scaling.model.loss import next_token_loss, per_position_nll
 from gqa_scaling.model.transformer import create
-from gqa_scaling.parallel import RULES
 
 TINY = ModelConfig(2, 24, 4, 2, head_dim=8, vocab_size=40, dtype="float32")
 STRIPES = ContextSharding(2, 1, stride=3, dense_layers="every 3")

@@ -19,9 +19,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_attention import attention, both, on_mesh
 
-from gqa_scaling import kernel_limits
 from gqa_scaling.context_sharding import strided
-from gqa_scaling.model import splash
+from gqa_scaling.devices import kernel_limits
+from gqa_scaling.model.attention import splash
 
 SPARSE = strided().layer(0, 1, 1)[0]
 

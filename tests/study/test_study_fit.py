@@ -12,7 +12,7 @@ from scipy.optimize import approx_fprime, least_squares
 
 from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_formula
-from gqa_scaling.grid import head_candidates
+from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import laws
 from gqa_scaling.study.compare import _error, compare

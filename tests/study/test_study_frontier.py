@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.optimize import brentq
 
-from gqa_scaling import ladder
 from gqa_scaling.config import ModelConfig, Question, UserError
 from gqa_scaling.costs import n_formula
+from gqa_scaling.experiment import ladder
+from gqa_scaling.experiment.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.hardware import hardware
-from gqa_scaling.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.study import tables
 from gqa_scaling.study.fit import Fit, fit, interval
 from gqa_scaling.study.frontier import (

@@ -14,7 +14,7 @@ from study_kit import answered, read, small_study
 from gqa_scaling.cli import main
 from gqa_scaling.config import MOST_LAYERS, Question, UserError
 from gqa_scaling.costs import n_formula
-from gqa_scaling.ladder import MOST_PARAMETERS, REACH
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
 from gqa_scaling.study.aligned import aligned
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import Serving, frontier, largest, scale_of

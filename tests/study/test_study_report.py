@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gqa_scaling.config import Question
-from gqa_scaling.grid import head_candidates
+from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study.board import events_file
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gqa_scaling.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig, UserError
 from gqa_scaling.costs import n_exact, n_formula
-from gqa_scaling.runs import run_directory
+from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study import results
 from gqa_scaling.study.report import results_csv
 from gqa_scaling.study.results import check, flags, from_csv, from_runs, published

@@ -18,7 +18,7 @@ from gqa_scaling import cli, context_sharding, costs
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding, density, kv_cache_values
 from gqa_scaling.costs import n_formula
-from gqa_scaling.grid import run_of
+from gqa_scaling.experiment.grid import run_of
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import tables
 from gqa_scaling.study.aligned import Trainer

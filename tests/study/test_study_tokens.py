@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.optimize import approx_fprime, least_squares
 
-from gqa_scaling import cli, ladder
+from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig, Question, UserError
 from gqa_scaling.costs import (
     n_exact,
@@ -21,6 +21,7 @@ from gqa_scaling.costs import (
     training_flops_formula,
     training_flops_per_token,
 )
+from gqa_scaling.experiment import ladder
 from gqa_scaling.study import report, sheets
 from gqa_scaling.study.additive import cells
 from gqa_scaling.study.aligned import aligned

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gqa_scaling import checksums
-from gqa_scaling.checkpoint import array_checksums, open_checkpoints
+from gqa_scaling.files import checksums
+from gqa_scaling.files.checkpoint import array_checksums, open_checkpoints
 
 
 def small_state(seed: int = 0) -> Any:

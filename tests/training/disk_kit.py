@@ -39,7 +39,8 @@ def fail(how: str) -> None:
 
 def arrange(moment: str, how: str) -> None:
     """Have the disk fail just before the program first comes to this place."""
-    from gqa_scaling import checkpoint, runs, sweep
+    from gqa_scaling.files import checkpoint, runs
+    from gqa_scaling.sweep import run as sweep
     from gqa_scaling.training import loop, watch
 
     def before(owner: Any, name: str, here: Callable[..., bool] = lambda *_: True) -> None:

@@ -22,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling import checkpoint, checksums, cli
-from gqa_scaling.checkpoint import array_checksums, load_parameters, open_checkpoints
+from gqa_scaling import cli
 from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
-from gqa_scaling.runs import RunDirectory, claim, run_directory
-from gqa_scaling.status import read_checkpoints
+from gqa_scaling.files import checkpoint, checksums
+from gqa_scaling.files.checkpoint import array_checksums, load_parameters, open_checkpoints
+from gqa_scaling.files.runs import RunDirectory, claim, run_directory
+from gqa_scaling.sweep.status import read_checkpoints
 from gqa_scaling.training import loop, watch
 
 KIT = Path(kit.__file__)

@@ -12,13 +12,14 @@ import pytest
 from checkpoint_kit import small_state
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling import checkpoint, storage, sweep
-from gqa_scaling.checkpoint import open_checkpoints
-from gqa_scaling.checksums import examine_run
 from gqa_scaling.config import Question
 from gqa_scaling.data import prepare
-from gqa_scaling.experiment import Experiment
-from gqa_scaling.runs import run_directory
+from gqa_scaling.experiment.load import Experiment
+from gqa_scaling.files import checkpoint, storage
+from gqa_scaling.files.checkpoint import open_checkpoints
+from gqa_scaling.files.checksums import examine_run
+from gqa_scaling.files.runs import run_directory
+from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop
 
 HERE = Path(__file__).parent

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling.checksums import read_seal
 from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
-from gqa_scaling.parallel import Piece, pieces_of
-from gqa_scaling.processes import HEARTBEAT_SECONDS, free_port, require_platform
-from gqa_scaling.runs import RunDirectory
+from gqa_scaling.devices.mesh import Piece, pieces_of
+from gqa_scaling.devices.processes import HEARTBEAT_SECONDS, free_port, require_platform
+from gqa_scaling.files.checksums import read_seal
+from gqa_scaling.files.runs import RunDirectory
 
 HERE = Path(__file__).parent
 GRID = f"""

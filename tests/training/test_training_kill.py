@@ -9,7 +9,7 @@ import pytest
 from training_kit import tiny_run, write_corpus
 
 from gqa_scaling.data import prepare
-from gqa_scaling.runs import run_directory
+from gqa_scaling.files.runs import run_directory
 
 TINY = Path(__file__).with_name("training_kit.py")
 

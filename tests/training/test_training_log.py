@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling import checkpoint, sweep
 from gqa_scaling.config import CheckpointConfig, Question, UserError
 from gqa_scaling.data import open_store, prepare
-from gqa_scaling.experiment import Experiment
-from gqa_scaling.runs import RunDirectory, run_directory
+from gqa_scaling.experiment.load import Experiment
+from gqa_scaling.files import checkpoint
+from gqa_scaling.files.runs import RunDirectory, run_directory
+from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop
 
 ADDED = ("logged_losses", "skipped_steps", "spikes_in_a_row")  # to a position, once

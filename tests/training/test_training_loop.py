@@ -17,16 +17,18 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_kit import tiny_run, traced_steps, write_corpus
 
-from gqa_scaling import costs, processes, sweep
-from gqa_scaling.checkpoint import load_parameters
+from gqa_scaling import costs
 from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunConfig, UserError
 from gqa_scaling.data import TokenStore, open_store, prepare
 from gqa_scaling.data.loader import heldout_chunks
-from gqa_scaling.experiment import Experiment
+from gqa_scaling.devices import processes
+from gqa_scaling.devices.mesh import make_mesh
+from gqa_scaling.experiment.load import Experiment
+from gqa_scaling.files.checkpoint import load_parameters
+from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
+from gqa_scaling.files.storage import make_folder
 from gqa_scaling.model.transformer import create
-from gqa_scaling.parallel import make_mesh
-from gqa_scaling.runs import RunDirectory, run_directory, write_json
-from gqa_scaling.storage import make_folder
+from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop, step
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling.runs import RunDirectory, run_directory
+from gqa_scaling.files.runs import RunDirectory, run_directory
 
 GRID = f"""
 import sys

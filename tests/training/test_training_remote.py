@@ -16,16 +16,18 @@ from checkpoint_kit import abstract, same, save_steps, small_state
 from moto.s3.responses import S3Response
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling import cli, processes, runs
-from gqa_scaling.checkpoint import open_checkpoints
-from gqa_scaling.checksums import examine_run
+from gqa_scaling import cli
 from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.data.store import cached_store
-from gqa_scaling.runs import RunDirectory, claim, run_directory, write_json
-from gqa_scaling.status import read_checkpoints
-from gqa_scaling.storage import as_path, cache_folder, replace, sizes, version, write_atomic
+from gqa_scaling.devices import processes
+from gqa_scaling.files import runs
+from gqa_scaling.files.checkpoint import open_checkpoints
+from gqa_scaling.files.checksums import examine_run
+from gqa_scaling.files.runs import RunDirectory, claim, run_directory, write_json
+from gqa_scaling.files.storage import as_path, cache_folder, replace, sizes, version, write_atomic
+from gqa_scaling.sweep.status import read_checkpoints
 
 EXPERIMENT = """
 import sys
@@ -206,7 +208,7 @@ def test_a_study_is_read_and_written_there(bucket):
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_trained(place, capsys, monkeypatch):
     monkeypatch.setattr("gqa_scaling.training.loop.train", lambda *a: pytest.fail("trained"))
-    monkeypatch.setattr("gqa_scaling.processes.join", lambda alone: None)  # once a process
+    monkeypatch.setattr("gqa_scaling.devices.processes.join", lambda alone: None)  # once a process
     monkeypatch.setenv("GQA_SCALING_RUNS", "s3://nowhere-at-all/runs")
     assert (
         cli.main(["run", "tiny.py", "--quiet", "--data.store", str(place.parent / "tokens")]) == 2

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from training_kit import tiny_run, write_corpus
 
-from gqa_scaling.checkpoint import Checkpoints
 from gqa_scaling.config import CheckpointConfig, EvaluationConfig
 from gqa_scaling.data import open_store, prepare
-from gqa_scaling.runs import RunDirectory
+from gqa_scaling.files.checkpoint import Checkpoints
+from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.training import loop
 from gqa_scaling.training.profiler import Profiler
 

@@ -16,9 +16,9 @@ from training_kit import tiny_run, traced_steps
 
 from gqa_scaling.config import UserError
 from gqa_scaling.context_sharding import ContextSharding
-from gqa_scaling.plan import check_profile
-from gqa_scaling.runs import RunDirectory
-from gqa_scaling.storage import sizes
+from gqa_scaling.files.runs import RunDirectory
+from gqa_scaling.files.storage import sizes
+from gqa_scaling.sweep.plan import check_profile
 from gqa_scaling.training.profiler import Profiler
 from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
 

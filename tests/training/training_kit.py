@@ -70,7 +70,7 @@ def die() -> None:
 
 def arrange(moment: str) -> None:
     """Have this process killed at a moment of its run: compilation, save, evaluation or step N."""
-    from gqa_scaling import checkpoint
+    from gqa_scaling.files import checkpoint
     from gqa_scaling.training import loop, watch
 
     if moment == "compilation":
@@ -130,7 +130,7 @@ def disturb(process: str, what: str) -> None:
 
 if __name__ == "__main__":
     from gqa_scaling.data import open_store
-    from gqa_scaling.runs import claim, run_directory
+    from gqa_scaling.files.runs import claim, run_directory
     from gqa_scaling.training.loop import train
 
     if len(sys.argv) > 1:

@@ -1,0 +1,158 @@
+"""Which mesh and which attention a run gets on its devices, and which positions each holds; no jax.
+
+Told without any device, so that a plan can refuse what would fail on a pod.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from gqa_scaling.config import Implementation, RunConfig, UserError, require
+from gqa_scaling.devices.kernel_limits import cudnn_limit, splash_limit, triton_limit
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
+    """Sizes of the mesh axes `AXES` on `device_count` devices, with `data=-1` resolved.
+
+    Raises `UserError`, naming the sizes that would do, when something cannot be divided: the
+    sequences of a microbatch over `data` x `fsdp`, positions over twice `context` (zig-zag halves),
+    d_model over `fsdp` x `context`, and query heads, FFN and vocabulary over `tensor`. KV heads
+    fewer than `tensor` are repeated. `context` must not cut the blocks of a pattern, and
+    `tensor` must divide the KV heads that stay dense in its sparse layers.
+    """
+    p, m = run.parallel, run.model
+    fsdp, context, tensor = p.fsdp, p.context, p.tensor
+    pattern = m.pattern if m.pattern and m.pattern.hides(run.context_length) else None
+    _divides(f"tensor={tensor}", tensor, m.n_heads, f"n_heads={m.n_heads}")
+    require(
+        m.n_kv_heads % tensor == 0 or tensor % m.n_kv_heads == 0,
+        f"tensor={tensor} must divide n_kv_heads={m.n_kv_heads} or be a multiple of it, and divide "
+        f"n_heads={m.n_heads}: it may be {_among(_tensor_sizes(m.n_heads, m.n_kv_heads))}",
+    )
+    _divides(f"tensor={tensor}", tensor, m.ffn_dim, f"the FFN size={m.ffn_dim}")
+    _divides(f"tensor={tensor}", tensor, m.vocab_size, f"vocab_size={m.vocab_size}")
+    if context > 1:
+        T = run.context_length
+        require(
+            T % (2 * context) == 0,
+            f"context={context} must divide half of context_length={T}, as each device holds two "
+            f"parts of a sequence: it may be {_among(_divisors(T // 2) if T % 2 == 0 else [1])}",
+        )
+        block = pattern.block if pattern else 1
+        require(
+            T // (2 * context) % block == 0,
+            f"context={context} cuts {T} positions into parts of {T // (2 * context)}, which must be "
+            f"a multiple of pattern.block={block}",
+        )
+    if pattern and pattern.dense_kv_heads:
+        require(
+            pattern.dense_kv_heads % tensor == 0,
+            f"tensor={tensor} must divide pattern.dense_kv_heads={pattern.dense_kv_heads}, so that "
+            f"all devices have the same work: it may be {_among(_divisors(pattern.dense_kv_heads))}",
+        )
+    _divides(
+        f"fsdp={fsdp} x context={context} = {fsdp * context}",
+        fsdp * context,
+        m.d_model,
+        f"d_model={m.d_model}",
+    )
+    rest = fsdp * context * tensor
+    if p.data == -1:
+        require(
+            device_count % rest == 0,
+            f"fsdp={fsdp} x context={context} x tensor={tensor} must divide the {device_count} "
+            f"devices: their product may be {_among(_divisors(device_count))}",
+        )
+    data = device_count // rest if p.data == -1 else p.data
+    require(
+        data * rest == device_count,
+        f"data={data} x fsdp={fsdp} x context={context} x tensor={tensor} = {data * rest} devices, "
+        f"but there are {device_count}: data=-1 takes what the others leave over",
+    )
+    rows = run.batch_size // p.accumulation
+    require(
+        rows % (data * fsdp) == 0,
+        f"data={data} x fsdp={fsdp} = {data * fsdp} must divide the {rows} sequences of a "
+        f"microbatch: it may be {_among(_divisors(rows))}; more devices go to context or tensor",
+    )
+    return data, fsdp, context, tensor
+
+
+def attention_implementation(run: RunConfig, platform: str) -> Implementation:
+    """The attention that a run gets on devices of a platform: "cpu", "gpu" or "tpu".
+
+    "auto" is blockwise on a CPU, splash on a TPU and, on a GPU, cudnn for dense models in bfloat16
+    and triton for others; where such a kernel cannot take the run, blockwise, which can do all.
+    Raises `UserError` where the run asks for one that the platform, the model, its context length
+    or its layout rules out.
+    """
+    wanted = run.parallel.attention
+    if wanted in ("reference", "blockwise"):
+        return wanted
+    if wanted != "auto":
+        reason = _unfit(wanted, run, platform)
+        require(
+            not reason, f"attention={wanted} {reason}: take auto, or blockwise, which runs anywhere"
+        )
+        return wanted
+    by_platform = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
+    fit = (name for name in by_platform.get(platform, ()) if not _unfit(name, run, platform))
+    return next(fit, "blockwise")
+
+
+def check_layout(run: RunConfig, devices: int, platform: str) -> None:
+    """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices."""
+    try:
+        axis_sizes(run, devices)
+        attention_implementation(run, platform)
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from None
+
+
+def _unfit(name: str, run: RunConfig, platform: str) -> str:
+    """Why a kernel cannot serve this run; "" where it can."""
+    m, T, context = run.model, run.context_length, run.parallel.context
+    needed = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}[name]
+    if platform != needed:
+        return f"needs a {needed.upper()}, and this is a {platform.upper()}"
+    if name == "cudnn":
+        return cudnn_limit(m.head_dim, m.dtype, m.pattern is not None, context)
+    parts = 1 if context == 1 else 2
+    if name == "triton":
+        block = m.pattern.block if m.pattern else None
+        return triton_limit(m.head_dim, block, T // (2 * context) if parts > 1 else None)
+    kinds = {replace(h, offset=0) if h else None for layer in m.layer_patterns for h in layer}
+    return splash_limit(T // context, T, parts, kinds)
+
+
+def zigzag(positions_T: Any, context: int) -> Any:
+    """`positions_T`, a numpy or jax array, in the order in which `context` devices hold them.
+
+    Of 2 x `context` equal parts device i holds parts i and 2 x `context` - 1 - i, so that under a
+    causal mask all have the same number of keys to read.
+    """
+    if context == 1:
+        return positions_T
+    import numpy as np  # here: costs are counted, and experiments declared, without arrays
+
+    order = np.ravel([(i, 2 * context - 1 - i) for i in range(context)])
+    return positions_T.reshape(2 * context, -1)[order].reshape(-1)
+
+
+def _divides(name: str, size: int, total: int, what: str) -> None:
+    require(total % size == 0, f"{name} must divide {what}: it may be {_among(_divisors(total))}")
+
+
+def _tensor_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
+    return [i for i in _divisors(n_heads) if n_kv_heads % i == 0 or i % n_kv_heads == 0]
+
+
+def _divisors(n: int) -> list[int]:
+    low = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*low, *(n // i for i in low)})
+
+
+def _among(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))

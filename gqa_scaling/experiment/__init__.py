@@ -1,0 +1,1 @@
+"""Declared experiments: loading them, grids, the ladder of sizes and follow-up runs."""

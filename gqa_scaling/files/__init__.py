@@ -1,0 +1,1 @@
+"""Everything that is kept: storage, run directories, checkpoints and their checksums."""

@@ -1,0 +1,1 @@
+"""A grid of runs: planned, trained, watched, and compiled for a pod beforehand."""

@@ -1,0 +1,86 @@
+"""Held-out loss: mean next-token cross-entropy in nats, and bits per byte."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gqa_scaling.config import RunConfig
+from gqa_scaling.data import TokenStore
+from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
+from gqa_scaling.devices.layout import attention_implementation, zigzag
+from gqa_scaling.devices.mesh import BatchLayout, platform_of
+from gqa_scaling.model.loss import per_position_nll
+
+POSITION_PARTS = 32  # of the context, for which losses are told apart
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss on the evaluation stream, whose hash tells which targets these were.
+
+    `loss_by_position` are means over parts of the context, as equal as can be, first positions first.
+    """
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+    hash: str
+    context_length: int
+    loss_by_position: tuple[float, ...] = ()
+
+
+def evaluator(
+    run: RunConfig, graph: nnx.GraphDef, store: TokenStore, mesh: jax.sharding.Mesh
+) -> Callable[[Any], Evaluation]:
+    """A function from parameters to the loss on the run's evaluation stream, compiled once.
+
+    Each target counts once. Batches are as large as a training microbatch, the last one filled up
+    with a repeated row that is not counted. Sums are taken on the host in float64, in order.
+    """
+    longest = run.evaluation_context
+    chunks = heldout_chunks(store, run.context_length, run.evaluation.tokens, longest)
+    stream = evaluation_hash(store, run.evaluation.tokens, longest)
+    rows = run.batch_size // run.parallel.accumulation  # a batch this size is known to fit
+    targets = len(chunks) * run.context_length
+
+    layout = BatchLayout(mesh, rows, run.context_length)
+    attention = attention_implementation(run, platform_of(mesh))
+    order = zigzag(np.arange(run.context_length), mesh.shape["context"])
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def nll(
+        parameters: Any, rows_left: int, inputs_BT: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Summed over positions, (B,), and over the rows that count, (T,)."""
+        model = nnx.merge(graph, parameters)
+        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=attention)
+        counted = jnp.arange(rows)[:, None] < rows_left
+        return nll_BT.sum(1), jnp.where(counted, nll_BT, 0).sum(0)
+
+    def evaluate(parameters: Any) -> Evaluation:
+        total, by_position = 0.0, np.zeros(run.context_length)
+        for start in range(0, len(chunks), rows):
+            index = np.arange(start, start + rows).clip(max=len(chunks) - 1)
+            tokens = [
+                chunks[index[of.start : of.stop], time.start : time.stop + 1]
+                for of, time in layout.pieces
+            ]
+            left = len(chunks) - start
+            sums, column_sums = jax.device_get(nll(parameters, left, *layout.place(tokens)))
+            total += float(sums[:left].sum(dtype=np.float64))
+            by_position[order] += column_sums
+        loss = total / targets
+        bits = loss / math.log(2) / store.heldout_bytes_per_token
+        parts = np.array_split(by_position / len(chunks), min(POSITION_PARTS, run.context_length))
+        means = tuple(float(part.mean()) for part in parts)
+        return Evaluation(loss, bits, targets, stream, run.context_length, means)
+
+    return evaluate
