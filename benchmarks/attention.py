@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_scaling.context_sharding import density, strided
+from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.devices.mesh import keep_host_memory
 from gqa_scaling.model.attention import attend
 
@@ -43,7 +43,7 @@ def implementations(T, n_kv, args):
     for name in names:
         out[name] = functools.partial(attend, implementation=name), 1.0
     for stride in args.strides if args.window < T else ():
-        pattern = strided(args.window, stride, args.block).layer(0, 1, n_kv)
+        pattern = ContextSharding(args.block, args.window // args.block, stride).layers(1, n_kv)[0]
         for name in names:
             if name != "cudnn":  # dense only
                 sparse = functools.partial(attend, patterns=(pattern,), implementation=name)

@@ -19,8 +19,9 @@ from gqa_scaling.config import (
     Question,
     RunConfig,
 )
-from gqa_scaling.experiment.grid import head_candidates, learning_rate_choices, with_learning_rate
+from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.experiment.ladder import TRAINED_SIZES, Size
+from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
 QUESTION = Question(contexts=(8192, 32768, 131072), baseline=(8, 8))
 
@@ -58,10 +59,12 @@ def learning_rate_runs() -> list[RunConfig]:
 
 
 def runs() -> list[RunConfig]:
-    """168 runs, the largest first, each size at its swept or published learning rate."""
-    choices = learning_rate_choices("head_ladder_lr", learning_rate_runs())
+    """168 runs, the largest first, each size at its published learning rate."""
     return [
-        with_learning_rate(run(size, heads, size.learning_rate), choices, "head_ladder_lr")
+        run(size, heads, size.learning_rate)
         for size in reversed(TRAINED_SIZES)
         for heads in head_candidates(32)
     ]
+
+
+LEARNING_RATES = LearningRateSweep("head_ladder_lr", learning_rate_runs)  # once it is finished

@@ -19,7 +19,7 @@ from gqa_scaling.config import (
     Question,
     RunConfig,
 )
-from gqa_scaling.experiment.grid import learning_rate_choices, with_learning_rate
+from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8), demonstration=True)
 SIZES = ((2, 32, 1e-2), (3, 56, 7e-3), (4, 88, 4e-3), (5, 128, 3e-3))  # L, d, learning rate
@@ -67,6 +67,7 @@ def learning_rate_runs() -> list[RunConfig]:
 def runs() -> list[RunConfig]:
     """Sizes x heads, the largest first, and two more seeds of one cell."""
     cells = [run(size, heads) for size in reversed(SIZES) for heads in HEADS]
-    cells += [run(SIZES[1], HEADS[0], seed) for seed in (1, 2)]
-    choices = learning_rate_choices("laptop_lr", learning_rate_runs())
-    return [with_learning_rate(cell, choices, "laptop_lr") for cell in cells]
+    return cells + [run(SIZES[1], HEADS[0], seed) for seed in (1, 2)]
+
+
+LEARNING_RATES = LearningRateSweep("laptop_lr", learning_rate_runs)  # once it is finished

@@ -6,9 +6,7 @@ so neither a different mesh nor a new evaluation ever retrains anything.
 """
 
 import functools
-import math
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -17,33 +15,17 @@ from gqa_scaling.context_sharding import ContextSharding, LayerPattern
 from gqa_scaling.fields import (
     INT32_MAX,
     Json,
-    UserError,
+    between,
     digest_of,
-    nearest,
+    flat,
     non_default,
-    one_of,
+    not_negative,
     positive,
     require,
     round_up,
 )
+from gqa_scaling.fields import UserError as UserError  # others take it from here
 
-__all__ = [  # what others take from here
-    "CheckpointConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "Implementation",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "Question",
-    "RunConfig",
-    "UserError",
-    "between",
-    "differing_fields",
-    "nearest",
-    "require",
-    "round_up",
-]
 SCHEMA_VERSION = 1
 # The limits of what a run may name, each far above anything built. Sizes of arrays and the seed are
 # int32 on the devices; token counts and the like are int64 (`fields.py`, which also bounds floats).
@@ -51,7 +33,9 @@ MOST_LAYERS = MOST_HEADS = 10_000
 MOST_DEVICES = 10**6  # along one axis of a mesh
 MOST_BPE_TOKENS = 2**22  # its trainer takes memory for all of them at once
 MOST_NAME_BYTES = 255 - len("-0123456789ab")  # the file system's, less what a folder adds
-Implementation = Literal["reference", "blockwise", "splash", "triton", "cudnn"]
+MAX_EPOCHS = 4.0  # more passes over a corpus must be allowed (`DataConfig.allow_repeats`)
+Implementation = Literal["reference", "blockwise", "splash", "triton", "cudnn"]  # of attention
+Convention = Literal["per_token", "per_sequence"]  # how inference FLOPs are counted (`costs.py`)
 
 
 @dataclass(frozen=True)
@@ -81,19 +65,16 @@ class ModelConfig(Json):
         super().__post_init__()
         positive(self, "n_layers", most=MOST_LAYERS)
         positive(self, "n_heads", "n_kv_heads", most=MOST_HEADS)
-        positive(self, "d_model", "head_dim", "vocab_size", most=INT32_MAX)
+        positive(self, "d_model", "d_ff", "head_dim", "vocab_size", most=INT32_MAX)
         positive(self, "rope_theta", "norm_eps")
-        one_of(self, "dtype", ("bfloat16", "float32"))
         require(
             self.n_heads % self.n_kv_heads == 0,
             f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}: each KV head serves "
             "the same number of query heads",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        if self.d_ff is not None:
-            positive(self, "d_ff", most=INT32_MAX)
-            if self.d_ff == round_up(8 * self.d_model / 3, 32):  # one spelling, one digest
-                object.__setattr__(self, "d_ff", None)
+        if self.d_ff == self._default_ffn_dim:  # one spelling, one digest
+            object.__setattr__(self, "d_ff", None)
         if self.pattern is not None:
             self.pattern.layers(self.n_layers, self.n_kv_heads)  # refuses what does not fit
 
@@ -107,7 +88,11 @@ class ModelConfig(Json):
     @property
     def ffn_dim(self) -> int:
         """FFN size F: `d_ff`, or its default."""
-        return self.d_ff or round_up(8 * self.d_model / 3, 32)
+        return self.d_ff or self._default_ffn_dim
+
+    @property
+    def _default_ffn_dim(self) -> int:
+        return round_up(8 * self.d_model / 3, 32)
 
     @property
     def group_size(self) -> int:
@@ -117,13 +102,14 @@ class ModelConfig(Json):
 
 @dataclass(frozen=True)
 class DataConfig(Json):
-    """Which text, cut into tokens how.
+    """Which text, and how it is cut into tokens.
 
     `corpus` is "stdlib" (the source text of the running Python's standard library), a folder of
     text files, or a .jsonl/.jsonl.gz/.jsonl.zst/.parquet file or folder of such files with a
     `text_field`. `tokenizer` is "bytes", "bpe-N" (a byte-level BPE of N tokens trained on the
-    corpus), or the path of a tokenizer.json. `store` is where the tokens lie; its place is not
-    part of the run's identity, its content hash is checked whenever a run is resumed.
+    corpus), or the path of a tokenizer.json. `store` is where the tokens lie: not part of the run's
+    identity, as its content hash is checked whenever a run is resumed. `allow_repeats` lets a run
+    make more than `MAX_EPOCHS` passes over the corpus.
     """
 
     corpus: str = "stdlib"
@@ -141,10 +127,9 @@ class DataConfig(Json):
             f"heldout_fraction={self.heldout_fraction} must lie strictly between 0 and 1",
         )
         if self.tokenizer.startswith("bpe-") and not self.tokenizer.endswith(".json"):
-            size = self.tokenizer.removeprefix("bpe-")
-            digits = size.isascii() and size.isdecimal() and len(size) < 10
+            size = re.fullmatch(r"bpe-([0-9]{1,9})", self.tokenizer)
             require(
-                digits and 258 <= int(size) <= MOST_BPE_TOKENS,
+                size is not None and 258 <= int(size[1]) <= MOST_BPE_TOKENS,
                 f"tokenizer={self.tokenizer!r} must be bpe-N with N >= 258 (256 bytes, EOS and a "
                 f"merge) and <= {MOST_BPE_TOKENS:,}",
             )
@@ -157,20 +142,24 @@ class DataConfig(Json):
     @property
     def name(self) -> str:
         """A name for people and for the default folder of the store, such as stdlib-bpe-4096."""
-        return f"{_base(self.corpus)}-{_base(self.tokenizer).removesuffix('.json')}"
+        return f"{_last_part(self.corpus)}-{_last_part(self.tokenizer).removesuffix('.json')}"
 
     @property
     def store_path(self) -> str:
         return self.store or f"data/{self.name}"
 
-    def identity(self) -> dict[str, Any]:
-        """What the digest sees: names without folders, so that a corpus may move."""
-        kept = non_default(self, ("store", "allow_repeats"))
-        return {k: _base(v) if k in ("corpus", "tokenizer") else v for k, v in kept.items()}
+    def declaration(self) -> dict[str, Any]:
+        """What the tokens are made of; names without folders, so that a corpus may move."""
+        return {
+            "corpus": _last_part(self.corpus),
+            "tokenizer": _last_part(self.tokenizer),
+            "text_field": self.text_field,
+            "heldout_fraction": self.heldout_fraction,
+        }
 
 
-def _base(path: str) -> str:
-    return PurePosixPath(path.rstrip("/")).name
+def _last_part(path: str) -> str:
+    return PurePosixPath(path).name
 
 
 @dataclass(frozen=True)
@@ -199,19 +188,15 @@ class OptimizerConfig(Json):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "learning_rate", "epsilon", "clip_norm")
-        one_of(self, "schedule", ("wsd", "cosine"))
         for name in ("warmup", "decay", "final_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value} must be at least 0 and less than 1")
+        not_negative(self, "weight_decay")
         require(
-            0 <= self.weight_decay < math.inf,
-            f"weight_decay={self.weight_decay} must be finite and not negative",
-        )
-        require(
-            self.spike_factor == 0 or 1 < self.spike_factor < math.inf,
+            self.spike_factor == 0 or self.spike_factor > 1,
             f"spike_factor={self.spike_factor} must be 0 (off) or greater than 1",
         )
         require(
@@ -237,10 +222,8 @@ class EvaluationConfig(Json):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "tokens")
-        if self.longest_context is not None:
-            positive(self, "longest_context")
-        require(self.every_steps >= 0, f"every_steps={self.every_steps} must not be negative")
+        positive(self, "tokens", "longest_context")
+        not_negative(self, "every_steps")
 
 
 @dataclass(frozen=True)
@@ -267,8 +250,6 @@ class ParallelConfig(Json):
         positive(self, "fsdp", "context", "tensor", most=MOST_DEVICES)
         require(self.data <= MOST_DEVICES, f"data={self.data} must be at most {MOST_DEVICES:,}")
         positive(self, "accumulation")
-        one_of(self, "remat", ("none", "dots", "full"))
-        one_of(self, "attention", ("auto", *typing.get_args(Implementation)))
 
 
 @dataclass(frozen=True)
@@ -317,7 +298,7 @@ class RunConfig(Json):
         super().__post_init__()
         require(bool(self.name), "name must not be empty")
         require(
-            all(c.isalnum() or c in "-_.+" for c in self.name) and self.name[0].isalnum(),
+            re.fullmatch(r"[^\W_][\w.+-]*", self.name) is not None,
             f"name={self.name!r} may hold letters, digits and -_.+ and begins with a letter or digit",
         )
         require(
@@ -326,16 +307,14 @@ class RunConfig(Json):
             f"{MOST_NAME_BYTES}: it names a folder",
         )
         positive(self, "context_length", "batch_tokens", most=INT32_MAX)
-        for name in ("seed", "max_nonfinite_steps", "max_spike_steps"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value} must not be negative")
+        not_negative(self, "seed", "max_nonfinite_steps", "max_spike_steps")
         require(self.seed <= INT32_MAX, f"seed={self.seed} must be at most {INT32_MAX:,}")
         require(
             (self.tokens is None) != (self.tokens_per_param is None),
             "give exactly one of tokens and tokens_per_param",
         )
-        positive(self, "tokens" if self.tokens is not None else "tokens_per_param")
-        _ = self.profiled_steps
+        positive(self, "tokens", "tokens_per_param")
+        _ = self.profiled_steps  # refuses what names none
         require(
             self.batch_tokens % self.context_length == 0,
             f"batch_tokens={self.batch_tokens} must be a multiple of "
@@ -382,27 +361,9 @@ class RunConfig(Json):
 
     def definition(self) -> dict[str, Any]:
         """Just the fields that define the trained model, defaults left out."""
-        return {
-            **non_default(
-                self,
-                (
-                    "name",
-                    "note",
-                    "model",
-                    "data",
-                    "optimizer",
-                    "evaluation",
-                    "parallel",
-                    "checkpoint",
-                    "max_nonfinite_steps",
-                    "max_spike_steps",
-                    "profile",
-                ),
-            ),
-            "model": non_default(self.model),
-            "data": self.data.identity(),
-            "optimizer": non_default(self.optimizer),
-        }
+        kept = {k: v for k, v in non_default(self).items() if k not in _NOT_DEFINING}
+        declared = self.data.declaration()
+        return kept | {"data": {k: declared[k] for k in kept["data"] if k in declared}}
 
     @functools.cached_property
     def digest(self) -> str:
@@ -416,26 +377,34 @@ class RunConfig(Json):
         return digest_of(kept)
 
 
+# Fields of a run that may change when it is resumed: they do not define the trained model. Of
+# `data` all that `DataConfig.declaration` names does, of the rest every field.
+_NOT_DEFINING = {
+    "name",
+    "note",
+    "evaluation",
+    "parallel",
+    "checkpoint",
+    "max_nonfinite_steps",
+    "max_spike_steps",
+    "profile",
+}
+
+
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The defining fields in which two runs differ, as 'model.n_heads: 8 -> 4'."""
-    a, b = _flat(old.to_dict()), _flat(new.to_dict())
-    for flat, run in ((a, old), (b, new)):  # a corpus may move, as in the digest
-        flat |= {f"data.{k}": _base(getattr(run.data, k)) for k in ("corpus", "tokenizer")}
-    free = {"data.store", "data.allow_repeats", "name", "note", "profile"}
-    free |= {"max_nonfinite_steps", "max_spike_steps"}
-    skip = ("evaluation.", "parallel.", "checkpoint.")
+    a, b = _defining(old), _defining(new)
     return [
         f"{key}: {a.get(key)} -> {b.get(key)}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key not in free and not key.startswith(skip)
+        if a.get(key) != b.get(key)
     ]
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in data.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+def _defining(run: RunConfig) -> dict[str, Any]:
+    """Every defining field by its dotted name, those at their default too."""
+    kept = {k: v for k, v in run.to_dict().items() if k not in _NOT_DEFINING}
+    return flat(kept | {"data": run.data.declaration()})
 
 
 # What a study may be told and asked. The limits are far outside anything that is measured, and
@@ -444,16 +413,6 @@ LOSSES = (0.01, 100.0)  # nats per token
 POWERS = (0.01, 4.0)  # of memory and FLOPs in Z
 MOST_CONTEXT = 10**12
 MOST_TOKENS = 1e18  # of training
-
-
-def between(name: str, value: Any, low: float, high: float, unit: str = "") -> None:
-    """Refuse a value that is no number from `low` to `high`, NaN included."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:37]}..."
-    require(
-        number and low <= value <= high,
-        f"{name}={shown} must be a number from {low:g} to {high:g} {unit}".rstrip(),
-    )
 
 
 @dataclass(frozen=True)
@@ -471,7 +430,7 @@ class Question(Json):
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     losses: tuple[float, ...] | None = None
     baseline: tuple[int, int] | tuple[int, int, ContextSharding] | None = None
-    convention: Literal["per_token", "per_sequence"] = "per_token"
+    convention: Convention = "per_token"
     weight: float = 0.9
     memory_power: float = 1 / 2
     compute_power: float = 1 / 3
@@ -482,10 +441,8 @@ class Question(Json):
         require(bool(self.contexts), "contexts must name at least one context length")
         for context in self.contexts:
             between("context", context, 1, MOST_CONTEXT, "tokens")
-            require(context == int(context), f"context={context} must be a whole number of tokens")
         for loss in self.losses or ():
             between("target loss", loss, *LOSSES, "nats per token")
-        one_of(self, "convention", ("per_token", "per_sequence"))
         between("lambda", self.weight, 0, 1)
         between("alpha", self.memory_power, *POWERS)
         between("beta", self.compute_power, *POWERS)

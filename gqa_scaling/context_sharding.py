@@ -1,8 +1,9 @@
-"""Which keys each head sees, and what that costs: heterogeneous context sharding (HCS).
+"""Which keys each head sees, and how many: heterogeneous context sharding (HCS).
 
 The query heads of one KV head read a local window and that head's own stripes of distant blocks.
 The heads of a layer, and of consecutive layers, cover the context together, so that no head pays
-for all of it (Lin et al. 2024, S2-Attention, arXiv 2407.17678).
+for all of it (Lin et al. 2024, S2-Attention, arXiv 2407.17678). `HeadPattern` is what one KV head
+sees, `ContextSharding` what a model declares; the functions after them count keys over its layers.
 
 Arithmetic only, no imports of arrays: where a type says `Blocks`, Python integers and arrays of
 them do alike, traced ones too.
@@ -13,11 +14,12 @@ blocks, i query block, j key block. Layers and heads count from 0.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from gqa_scaling.fields import INT32_MAX, Json, require
+from gqa_scaling.fields import INT32_MAX, Json, UserError, require
 
 MOST_PATTERN_HEADS = 2**16  # KV heads of all layers that a pattern is worked out for, one by one
 
@@ -62,15 +64,8 @@ class HeadPattern:
 
     def visible(self, i: Blocks, j: Blocks) -> Any:
         """Whether query block i sees key block j; arrays broadcast."""
-        return (j <= i) & ((i - j < self.local) | self.distant(j))
-
-    def distant(self, j: Blocks) -> Any:
-        """Whether all later queries see key block j: it is a sink or a stripe."""
-        return is_distant(j, self.stride, self.offset, self.sinks)
-
-    def key_blocks(self, i: int) -> list[int]:
-        """The key blocks that query block i sees, ascending."""
-        return [j for j in range(i + 1) if self.visible(i, j)]
+        distant = is_distant(j, self.stride, self.offset, self.sinks)
+        return (j <= i) & ((i - j < self.local) | distant)
 
     def live_blocks(self, i: Blocks) -> Blocks:
         """How many key blocks query block i sees, its own included."""
@@ -113,105 +108,18 @@ class HeadPattern:
     def _live_blocks_before(self, n: Blocks) -> Blocks:
         """The sum of `live_blocks` over the query blocks i < n."""
         near = _least(n, self.local)
-        far = n - near
+        far = n - near  # of these queries some key blocks lie before the window
         total = near * (near + 1) // 2 + far * self.local
         few = _least(far, self.sinks)  # so many queries do not see all sinks yet
         total = total + few * (few + 1) // 2 + (far - few) * self.sinks
         if self.stride is not None:
-            total = total + self._stripes_summed(far) - self._stripes_summed(few)
-            in_sinks = stripes_before(self.sinks, self.stride, self.offset)
-            total = total - (far - few) * in_sinks
+            stripes = self.stride, self.offset
+            total = total + _stripes_summed(far, *stripes) - _stripes_summed(few, *stripes)
+            total = total - (far - few) * stripes_before(self.sinks, *stripes)
         return total
 
-    def _stripes_summed(self, m: Blocks) -> Blocks:
-        """The sum of `stripes_before` over 0 .. m, a sum of floor((x + shift) / s)."""
-        s, first = self.stride, -self.offset % self.stride
-        end = m + s - first
-        whole = end // s
-        return s * whole * (whole - 1) // 2 + whole * (end - whole * s)
 
-
-@dataclass(frozen=True)
-class BlockPattern:
-    """Any pattern of one KV head, given as the key blocks that each query block sees.
-
-    `rows[i]` are those of query block i, in any order, as lists or tuples. A row must hold its own
-    block and none after it; `UserError` names the first that does not. Inside the diagonal block
-    visibility is causal by token. `require_decodable` says whether a cache can follow it.
-    """
-
-    block: int
-    rows: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        _whole(self, "block", 1)
-        rows = tuple(tuple(sorted(set(row))) for row in self.rows)
-        require(bool(rows), "rows=() must hold the key blocks of at least one query block")
-        for i, row in enumerate(rows):
-            for j in row:
-                require(
-                    type(j) is int and 0 <= j <= i,
-                    f"query block {i} lists key block {j!r}: it must be an integer from 0 to {i}, "
-                    "as attention is causal",
-                )
-            require(i in row, f"query block {i} must list key block {i}: a token sees itself")
-        object.__setattr__(self, "rows", rows)
-
-    def key_blocks(self, i: int) -> list[int]:
-        """The key blocks that query block i sees, ascending."""
-        return list(self.rows[i])
-
-    def keys(self, context: int) -> int:
-        """S(T): keys read for the token at position T - 1, itself included."""
-        i = self._last_block(context)
-        return (len(self.rows[i]) - 1) * self.block + (context - 1) % self.block + 1
-
-    def slots(self, context: int) -> int:
-        """Tokens that a decoding cache for up to T tokens holds: the most blocks seen at once."""
-        last = self._last_block(context)
-        return self.block * max(len(row) for row in self.rows[: last + 1])
-
-    def mean_keys(self, context: int) -> float:
-        """Keys read for one token, a mean over the positions of a sequence of T tokens; exact."""
-        b, total = self.block, 0
-        for i in range(self._last_block(context) + 1):
-            tokens = min(b, context - i * b)
-            total += tokens * (len(self.rows[i]) - 1) * b + tokens * (tokens + 1) // 2
-        return total / context
-
-    def _last_block(self, context: int) -> int:
-        longest = len(self.rows) * self.block
-        require(
-            0 < context <= longest,
-            f"context={context} must lie between 1 and the {longest} tokens of the pattern's "
-            f"{len(self.rows)} query blocks: list more",
-        )
-        return (context - 1) // self.block
-
-
-Head: TypeAlias = HeadPattern | BlockPattern | None  # None is a dense head: it sees all before it
-LayerPattern: TypeAlias = tuple[HeadPattern | None, ...]  # one for each KV head
-
-
-def require_decodable(pattern: Head) -> None:
-    """Raise `UserError` when a key block is needed again after a query block that did not see it.
-
-    A cache holds what the current query block sees; what it has dropped cannot come back. Dense
-    heads and every `HeadPattern` pass: windows move forward, sinks and stripes stay.
-    """
-    if not isinstance(pattern, BlockPattern):
-        return
-    seen_by: dict[int, int] = {}  # the last query block that saw each key block
-    for i, row in enumerate(pattern.rows):
-        for j in row:
-            before = seen_by.get(j, i)
-            require(
-                i - before <= 1,
-                f"query block {i} needs key block {j} again, which query block {before + 1} did not "
-                "see: a cache has dropped it by then. Let all query blocks between see it, or keep "
-                "stripes at absolute positions",
-            )
-            seen_by[j] = i
+LayerPattern: TypeAlias = tuple[HeadPattern | None, ...]  # one for each KV head; None is dense
 
 
 @dataclass(frozen=True)
@@ -269,13 +177,6 @@ class ContextSharding(Json):
         """Whether any of `context` queries does not see all before it in a sparse layer."""
         return _hides(self, context)
 
-    def layer(self, layer: int, n_layers: int, n_kv_heads: int) -> LayerPattern:
-        """The patterns of one layer's KV heads; all None in a dense layer.
-
-        Raises `UserError` where the pattern does not fit the model (see `layers`).
-        """
-        return self.layers(n_layers, n_kv_heads)[layer]
-
     def layers(self, n_layers: int, n_kv_heads: int) -> tuple[LayerPattern, ...]:
         """The patterns of all layers of a model.
 
@@ -298,29 +199,28 @@ class ContextSharding(Json):
             f"a pattern may have at most {MOST_PATTERN_HEADS:,} KV heads in all layers, not n_layers="
             f"{n_layers} times n_kv_heads={n_kv_heads}",
         )
-        stride = self.stride or 1
-        turns = -(-stride // n)
-        out: list[LayerPattern] = []
-        made: list[LayerPattern] = []  # of the sparse layers, which repeat after `turns`
-        sparse = 0
-        for layer in range(n_layers):
-            if layer in dense:
-                out.append((None,) * n_kv_heads)
-                continue
-            if sparse < turns:
-                offsets = [(h * stride // n + sparse) % stride for h in range(n)]
-                heads = [
-                    HeadPattern(self.block, self.local, self.stride, offset, self.sinks)
-                    for offset in offsets
-                ]
-                left = iter(heads)
-                # the last heads of equal parts, so that devices which share them have the same work
-                parts = math.gcd(n_kv_heads, self.dense_kv_heads)
-                part = (True,) * (n // parts) + (False,) * (self.dense_kv_heads // parts)
-                made.append(tuple(next(left) if is_sparse else None for is_sparse in part * parts))
-            out.append(made[sparse % turns])
-            sparse += 1
-        return tuple(out)
+        sparse = itertools.cycle(self._sparse_layers(n_kv_heads))
+        every_head_dense = (None,) * n_kv_heads
+        return tuple(every_head_dense if k in dense else next(sparse) for k in range(n_layers))
+
+    def _sparse_layers(self, n_kv_heads: int) -> Iterator[LayerPattern]:
+        """The sparse layers one after another, until they repeat."""
+        n, stride = n_kv_heads - self.dense_kv_heads, self.stride or 1
+        # The last heads of equal parts are dense, so that devices which share them have equal work.
+        parts = math.gcd(n_kv_heads, self.dense_kv_heads)
+        part = (True,) * (n // parts) + (False,) * (self.dense_kv_heads // parts)
+        for turn in range(-(-stride // n)):
+            heads = (
+                HeadPattern(
+                    self.block,
+                    self.local,
+                    self.stride,
+                    (h * stride // n + turn) % stride,
+                    self.sinks,
+                )
+                for h in range(n)
+            )
+            yield tuple(next(heads) if is_sparse else None for is_sparse in part * parts)
 
     def _dense(self, n_layers: int) -> set[int]:
         named, last = self._named(n_layers)
@@ -350,28 +250,25 @@ class ContextSharding(Json):
 
     def _term(self, term: str) -> tuple[str, int]:
         """("first" | "last" | "every" | "", number) of one part of `dense_layers`."""
-        *words, number = term.split()
-        word = " ".join(words)
-        require(
-            word in ("first", "last", "every", "")
-            and number.isascii()
-            and number.isdecimal()
-            and len(number) < 10,
-            f"dense_layers={self.dense_layers!r} must be a list of layer numbers, first K, last K "
-            f"and every K, such as 'first 2, every 4'; {term!r} is none of them",
-        )
+        found = re.fullmatch(r"(?:(first|last|every) )?([0-9]{1,9})", term)
+        if found is None:
+            raise UserError(
+                f"dense_layers={self.dense_layers!r} must be a list of layer numbers, first K, last "
+                f"K and every K, such as 'first 2, every 4'; {term!r} is none of them"
+            )
+        word, number = found[1] or "", int(found[2])
         least = {"every": 2, "": 0}.get(word, 1)
         require(
-            int(number) >= least,
+            number >= least,
             f"dense_layers={self.dense_layers!r}: {term!r} must have a number of at least {least}",
         )
-        return word, int(number)
+        return word, number
 
 
-# ------------------------------------------------------------------------- what it costs
+# ------------------------------------------------------------------ keys over layers and heads
 
 
-def effective_context(layers: Iterable[Sequence[Head]], context: int) -> float:
+def effective_context(layers: Iterable[LayerPattern], context: int) -> float:
     """T_eff: keys read for the token at position T - 1, a mean over layers and KV heads.
 
     A dense head reads T. All query heads of a KV head read the same keys, so that the mean serves
@@ -380,35 +277,22 @@ def effective_context(layers: Iterable[Sequence[Head]], context: int) -> float:
     return _mean(context if head is None else head.keys(context) for head in _heads(layers))
 
 
-def mean_keys(layers: Iterable[Sequence[Head]], context: int) -> float:
+def mean_keys(layers: Iterable[LayerPattern], context: int) -> float:
     """Keys read for one token of a training sequence of T tokens, a mean over positions, layers and
     KV heads; a dense head reads (T + 1) / 2."""
     dense = (context + 1) / 2
     return _mean(dense if head is None else head.mean_keys(context) for head in _heads(layers))
 
 
-def density(layers: Iterable[Sequence[Head]], context: int) -> float:
+def density(layers: Iterable[LayerPattern], context: int) -> float:
     """Share of the causal query-key pairs of T tokens that some attention computes."""
     return mean_keys(layers, context) / ((context + 1) / 2)
 
 
-def kv_cache_values(layers: Iterable[Sequence[Head]], context: int, head_dim: int) -> int:
+def kv_cache_values(layers: Iterable[LayerPattern], context: int, head_dim: int) -> int:
     """Values in the KV caches that decode one sequence of up to T tokens: 2 d_h for each slot."""
     slots = (context if head is None else head.slots(context) for head in _heads(layers))
     return 2 * head_dim * sum(slots)
-
-
-def coverage(layers: Iterable[Sequence[Head]], n_blocks: int) -> float:
-    """Share of `n_blocks` blocks of context that at least one head sees from the last of them.
-
-    `layers` may be one layer, for what its heads cover, or several.
-    """
-    seen: set[int] = set()
-    for head in set(_heads(layers)):
-        if head is None:
-            return 1.0
-        seen.update(head.key_blocks(n_blocks - 1))
-    return len(seen) / n_blocks
 
 
 def keys_by_depth(
@@ -416,13 +300,13 @@ def keys_by_depth(
 ) -> tuple[float, ...]:
     """L T_eff of models with L = 0 .. `most` layers: keys over all layers, a mean over KV heads.
 
-    With `training` L times `mean_keys` instead. For curves over size, which pass through every
-    depth: a model too shallow for all dense layers that are named has those that it has room for.
+    With `training` it is L times `mean_keys` instead. Curves over size need it, as they pass through
+    every depth: a model too shallow for all dense layers that are named has those it has room for.
     """
     sparse = replace(pattern, dense_layers="")
     turns = -(-(pattern.stride or 1) // (n_kv_heads - pattern.dense_kv_heads))
     mean = mean_keys if training else effective_context
-    # more layers than there are would not be read
+    # no more layers are worked out than the deepest model has
     shown = sparse.layers(max(1, min(turns, most)), n_kv_heads)
     turn = [mean([layer], context) for layer in shown]
     sums = list(itertools.accumulate(itertools.islice(itertools.cycle(turn), most), initial=0.0))
@@ -433,7 +317,7 @@ def keys_by_depth(
     return tuple(n * dense + sums[L - n] for L, n in enumerate(counts))
 
 
-def _heads(layers: Iterable[Sequence[Head]]) -> list[Head]:
+def _heads(layers: Iterable[LayerPattern]) -> list[HeadPattern | None]:
     return [head for layer in layers for head in layer]
 
 
@@ -473,6 +357,13 @@ def stripes_before(m: Blocks, stride: int, offset: Blocks) -> Blocks:
     return (m + stride - 1 - first) // stride
 
 
+def _stripes_summed(m: Blocks, stride: int, offset: int) -> Blocks:
+    """The sum of `stripes_before` over 0 .. m: one of floor((x + shift) / stride)."""
+    end = m + stride - -offset % stride
+    whole = end // stride
+    return stride * whole * (whole - 1) // 2 + whole * (end - whole * stride)
+
+
 def _least(a: Blocks, b: Blocks) -> Blocks:
     return b + (a - b) * (a < b)
 
@@ -495,32 +386,3 @@ def _whole(pattern: Any, name: str, least: int) -> None:
         type(value) is int and least <= value <= INT32_MAX,
         f"{name}={value!r} must be an integer of at least {least} and at most {INT32_MAX:,}",
     )
-
-
-# --------------------------------------------------------------------------------- presets
-
-PHI3_SMALL = ContextSharding(block=64, local=16, stride=8, dense_layers="every 2")
-
-
-def strided(window: int = 1024, stride: int = 16, block: int = 64) -> ContextSharding:
-    """Local window of `window` tokens and every `stride`-th block, all layers sparse."""
-    return ContextSharding(block, _blocks_in(window, "window", block), stride)
-
-
-def sliding_window(window: int, block: int = 64) -> ContextSharding:
-    """Local window of `window` tokens alone, rounded to blocks."""
-    return ContextSharding(block, _blocks_in(window, "window", block))
-
-
-def streaming(window: int, sinks: int = 64, block: int = 64) -> ContextSharding:
-    """Local window and the first `sinks` tokens (Xiao et al. 2023, arXiv 2309.17453)."""
-    blocks = _blocks_in(sinks, "sinks", block)
-    return ContextSharding(block, _blocks_in(window, "window", block), sinks=blocks)
-
-
-def _blocks_in(tokens: int, name: str, block: int) -> int:
-    require(
-        block > 0 and tokens > 0 and tokens % block == 0,
-        f"{name}={tokens} must be a positive multiple of block={block} tokens",
-    )
-    return tokens // block

@@ -16,14 +16,15 @@ Conventions, always named in what is printed:
 - `per_sequence`: what its Figure 2 plots, T (N + 2 T L d_h n_h), for a whole sequence.
 """
 
+import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
+from gqa_scaling.config import Convention, ModelConfig, RunConfig, UserError, require
 from gqa_scaling.context_sharding import mean_keys
 
-Convention = Literal["per_token", "per_sequence"]
-CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")
+CONVENTIONS: tuple[Convention, ...] = typing.get_args(Convention)
+LOGIT_BYTES = 64 * 2**20  # of float32 logits that a loss forms at once, on each device
 Number = Any  # a Python number or a NumPy array of them
 
 
@@ -78,7 +79,8 @@ def training_tokens(run: RunConfig) -> int:
 
 def training_steps(run: RunConfig) -> int:
     """Optimizer steps: the budget divided by the batch, rounded to nearest."""
-    wanted = run.tokens if run.tokens is not None else run.tokens_per_param * n_exact(run.model)
+    # exactly one of the two is given
+    wanted = (run.tokens or 0) + (run.tokens_per_param or 0) * n_exact(run.model)
     require(
         wanted >= run.batch_tokens,
         f"a budget of {wanted:,.0f} tokens must hold at least one batch of {run.batch_tokens:,}",

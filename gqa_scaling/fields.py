@@ -8,7 +8,8 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
 # Whatever a config names is computed with as one of these, so that nothing larger can be meant.
@@ -26,10 +27,15 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ' (did you mean n_heads?)', or '' when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was most likely meant, or None when none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message: ' (did you mean n_heads?)', or '' when no known name is close."""
+    found = nearest(name, known)
+    return f" (did you mean {found}?)" if found else ""
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -37,52 +43,77 @@ def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
+# ------------------------------------------------------------------------- checks of numbers
+
+
 def positive(config: Any, *names: str, most: float = math.inf) -> None:
-    """Refuse fields that are not above 0, or above `most`."""
+    """Refuse fields that are not above 0, or above `most`; one that is None is passed over."""
     for name in names:
         value = getattr(config, name)
+        if value is None:
+            continue
         require(value > 0, f"{name}={value} must be greater than 0")
         require(value >= FLOAT32_MIN, f"{name}={value} must be at least {FLOAT32_MIN:.1e}")
         require(value <= most, f"{name}={value} must be at most {most:,}")
 
 
-def one_of(config: Any, name: str, choices: Iterable[str]) -> None:
-    value, choices = getattr(config, name), tuple(choices)
-    require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+def not_negative(config: Any, *names: str) -> None:
+    """Refuse fields that are below 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{name}={value} must not be negative")
 
 
+def between(name: str, value: Any, low: float, high: float, unit: str = "") -> None:
+    """Refuse a value that is no number from `low` to `high`, NaN included."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(
+        number and low <= value <= high,
+        f"{name}={_shown(value, 40)} must be a number from {low:g} to {high:g} {unit}".rstrip(),
+    )
+
+
+# ------------------------------------------------------------------------- configs and JSON
+
+
+@dataclass(frozen=True)
 class Json:
-    """JSON round trip for the configs below; unknown or missing fields are refused by name.
+    """JSON round trip for the configs that inherit it; unknown or missing fields are refused by name.
 
-    Fields are checked for their type when built from Python too, and 20 becomes 20.0 where a
-    float belongs: a config and its round trip are one value with one digest.
+    A field must have the type it is declared with, a `Literal` one of its choices, also when the
+    config is built from Python. 20 becomes 20.0 where a float belongs: a config and its round trip
+    are one value with one digest.
     """
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
             object.__setattr__(self, name, _value(hint, getattr(self, name), name))
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them, nested configs as tables of their own."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The config that `to_dict` was called on. Raises UserError naming what is wrong."""
         return _build(cls, data, "")
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def _build(cls: Any, data: Any, where: str) -> Any:
+    """A config of class `cls` from its JSON table; `where` is the path to it, such as 'model.'."""
     at = f" in {where.rstrip('.')}" if where else ""
     require(
         isinstance(data, dict), f"{cls.__name__}{at} must be a table of fields, not {_shown(data)}"
     )
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
-        require(name in fields, f"unknown field {where}{name}{nearest(str(name), fields)}")
+        require(name in fields, f"unknown field {where}{name}{did_you_mean(str(name), fields)}")
     values = {}
     for name, f in fields.items():
         if name in data:
@@ -94,18 +125,22 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    """The value of one field as its type hint has it. Raises UserError naming the field `where`."""
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
         hints = [h for h in typing.get_args(hint) if h is not type(None)]
         size = len(value) if isinstance(value, tuple | list) else None
+        # Of a union of tuples the one of the value's length counts.
         hint = next((h for h in hints if len(typing.get_args(h)) == size), hints[0])
     if typing.get_origin(hint) is tuple:
         return _values(typing.get_args(hint), value, where)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where + ".")
-    if typing.get_origin(hint) is Literal:  # the class itself checks the choices
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        require(value in choices, f"{where}={value!r} must be one of {', '.join(choices)}")
         return value
+    if issubclass(hint, Json):
+        return value if isinstance(value, hint) else _build(hint, value, where + ".")
     shown = f"{where}={_shown(value)}"
     fits = type(value) is hint or (hint is float and type(value) is int)
     require(fits, f"{shown} must be of type {hint.__name__}")
@@ -121,20 +156,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return float(value) if hint is float else value
 
 
-def _shown(value: Any, most: int = 200) -> str:
-    """The value for a message of one line."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= most else text[:most] + "..."
-
-
 def _values(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    """A tuple, which in JSON is a list: `hints` are (int, ...) for any number, (int, int) for two.
-
-    Of a union of tuples the one of the value's length counts.
-    """
+    """A tuple, which in JSON is a list: `hints` are (int, ...) for any number, (int, int) for two."""
     many = hints[-1] is Ellipsis
     count = "" if many else f"{len(hints)} "
     good = isinstance(value, tuple | list) and (many or len(value) == len(hints))
@@ -146,54 +169,78 @@ def _values(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     )
 
 
+def _shown(value: Any, most: int = 200) -> str:
+    """The value for a message of one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.n_layers": 4} for {"model": {"n_layers": 4}}: every field by its dotted name."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
 def digest_of(value: Any) -> str:
+    """12 hex digits over a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def non_default(config: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+def non_default(config: Any) -> dict[str, Any]:
     """The fields that differ from their default, so that a new field changes no old digest."""
     out = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name not in leave_out and (f.default is dataclasses.MISSING or value != f.default):
+        if f.default is dataclasses.MISSING or value != f.default:
             out[f.name] = non_default(value) if isinstance(value, Json) else value
     return out
 
 
-# ---------------------------------------------------------------------- JSON that others may have damaged
+# ------------------------------------------------------------ JSON that others may have damaged
 
-# What a JSON value must be: a type; a list of one kind of elements; a table of fields, the optional ones
-# with a question mark after their name, "*" for any name; (shape,) may also be null.
+# What a JSON value must be: a type; a list of one kind of elements; a table of fields, the optional
+# ones with a question mark after their name, "*" for any name; (shape,) may also be null.
 Shape: TypeAlias = Any
 _NAMES = {dict: "a table", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 
 
 def misfit(value: Any, shape: Shape, where: str = "") -> str:
     """What is wrong with a JSON value that must have this shape, in words; "" for nothing."""
+    return next(_misfits(value, shape, where), "")
+
+
+def _misfits(value: Any, shape: Shape, where: str) -> Iterator[str]:
+    """Everything that is wrong with the value, in the order of its shape."""
     if isinstance(shape, tuple):
-        return "" if value is None else misfit(value, shape[0], where)
+        if value is not None:
+            yield from _misfits(value, shape[0], where)
+        return
     kind = type(shape) if isinstance(shape, dict | list) else shape
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or isinstance(value, bool):
-        return f"{where or 'it'} must be {_NAMES[kind]}, not {_shown(value, 40)}"
+        yield f"{where or 'it'} must be {_NAMES[kind]}, not {_shown(value, 40)}"
+        return
     if isinstance(value, int) and abs(value) > INT64_MAX:
-        return f"{where}={_shown(value, 40)} is too large"
-    if kind is float and not math.isfinite(value):
-        return f"{where or 'it'} must be a finite number, not {value}"
-    if isinstance(shape, list):
-        return next(filter(None, (misfit(v, shape[0], f"each of {where}") for v in value)), "")
-    for name, inner in shape.items() if isinstance(shape, dict) else ():
-        key = name.removesuffix("?")
-        below = f"{where}.{key}" if where else key
-        found = ""
-        if name == "*":
-            each = (misfit(v, inner, f"{where}.{k}") for k, v in value.items())
-            found = next(filter(None, each), "")
-        elif key in value:
-            found = misfit(value[key], inner, below)
-        elif key == name:
-            found = f"{below} is missing"
-        if found:
-            return found
-    return ""
+        yield f"{where}={_shown(value, 40)} is too large"
+    elif kind is float and not math.isfinite(value):
+        yield f"{where or 'it'} must be a finite number, not {value}"
+    elif isinstance(shape, list):
+        for each in value:
+            yield from _misfits(each, shape[0], f"each of {where}")
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            key = name.removesuffix("?")
+            below = f"{where}.{key}" if where else key
+            if name == "*":
+                for each, v in value.items():
+                    yield from _misfits(v, inner, f"{where}.{each}")
+            elif key in value:
+                yield from _misfits(value[key], inner, below)
+            elif key == name:
+                yield f"{below} is missing"

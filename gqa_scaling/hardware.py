@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gqa_scaling.config import nearest, require
+from gqa_scaling.fields import did_you_mean, require
 
 GIB = 2**30
 
@@ -72,7 +72,9 @@ HARDWARE = {
 def hardware(name: str) -> Hardware:
     """The named row; an unknown name is refused with the nearest."""
     known = ", ".join(HARDWARE)
-    require(name in HARDWARE, f"unknown hardware {name!r}{nearest(name, HARDWARE)}; known: {known}")
+    require(
+        name in HARDWARE, f"unknown hardware {name!r}{did_you_mean(name, HARDWARE)}; known: {known}"
+    )
     return HARDWARE[name]
 
 
@@ -116,7 +118,7 @@ def topology(name: str) -> Topology:
     known = ", ".join(TPU_SHAPES)
     require(
         kind in TPU_SHAPES,
-        f"unknown TPU {kind!r} in {name!r}{nearest(kind, TPU_SHAPES)}; known: {known}",
+        f"unknown TPU {kind!r} in {name!r}{did_you_mean(kind, TPU_SHAPES)}; known: {known}",
     )
     require(slices > 0, f"topology {name!r} must have at least one slice")
     sides = tuple(int(side) for side in shape.split("x"))

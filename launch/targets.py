@@ -6,7 +6,7 @@ A slice is named as its vendor does: v5e-16 is 16 chips, but v5p-128 is 128 core
 import re
 from dataclasses import dataclass
 
-from gqa_scaling.config import nearest, require
+from gqa_scaling.fields import did_you_mean, require
 from gqa_scaling.hardware import HARDWARE, Hardware, changed, hardware
 
 PRICES = "an assumption: the on-demand list price of 2025, rounded, from gqa_scaling/hardware.py"
@@ -66,7 +66,7 @@ SLICES = {s.name: s for s in _slices()}
 def slice_of(name: str) -> Slice:
     """The named slice; an unknown name is refused with the nearest."""
     kinds = "v5e-16, v6e-64, v5p-128, 8xH100, 8xH200, ..."
-    require(name in SLICES, f"unknown slice {name!r}{nearest(name, SLICES)}; they are {kinds}")
+    require(name in SLICES, f"unknown slice {name!r}{did_you_mean(name, SLICES)}; they are {kinds}")
     return SLICES[name]
 
 

@@ -12,7 +12,7 @@ from gqa_scaling.config import (
     RunConfig,
     UserError,
 )
-from gqa_scaling.context_sharding import ContextSharding, strided
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.experiment.ladder import TRAINED_SIZES
 
@@ -232,7 +232,7 @@ def test_training_flops_of_a_pattern_count_the_keys_that_are_seen(pattern):
 def test_training_keys_of_the_published_window_and_stride(T, gain):
     """W = 1,024, s = 16 (arXiv 2407.17678): W (1 - W/2T) + (T - W)^2 / (2 T s), where windows slide
     by tokens; by blocks of b they reach b/2 less far on average."""
-    keys = costs.training_keys(replace_pattern(MODEL, strided()), T)
+    keys = costs.training_keys(replace_pattern(MODEL, ContextSharding(64, 16, stride=16)), T)
     W, s, b = 1024, 16, 64
     sliding = W * (1 - W / 2 / T) + (T - W) ** 2 / (2 * T * s)
     assert T / 2 / sliding == pytest.approx(gain, abs=0.08)

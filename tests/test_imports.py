@@ -198,7 +198,7 @@ def test_declaring_loads_no_arrays_at_all():
         f"gqa_scaling.{m}"
         for m in ("cli", "experiment.load", "experiment.grid", "files.runs", "costs", "config")
     ]
-    heavy = ARRAYS_ON_DEVICES | {"numpy", "scipy", "matplotlib", "rich", "tyro"}
+    heavy = ARRAYS_ON_DEVICES | {"numpy", "scipy", "matplotlib", "rich"}
     assert brought_in(heavy, modules) == []
 
 

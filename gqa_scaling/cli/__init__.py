@@ -10,9 +10,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gqa_scaling import __version__
 from gqa_scaling.cli import experiment, study
 from gqa_scaling.cli.shared import Verb, print_error
-from gqa_scaling.config import UserError, nearest, require
+from gqa_scaling.config import UserError, require
+from gqa_scaling.fields import did_you_mean
 from gqa_scaling.files.runs import runs_root
 from gqa_scaling.files.storage import NO_PLACE, failure
 
@@ -27,12 +29,9 @@ tokens_per_param, seed, max_nonfinite_steps, max_spike_steps, profile.
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest name, and exits with 2."""
+    """Leaves it to the caller to say what is wrong, in one line, and to exit with 2."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("argument VERB: invalid choice"):
-            given = message.split("invalid choice: ")[1].split("'")[1]
-            message = f"unknown verb {given!r}{nearest(given, VERBS)}; see {self.prog} --help"
         raise UserError(message)
 
 
@@ -42,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Find the grouped-query transformer that reaches a loss at a context length "
         "for the least cost.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, (_, about, add) in VERBS.items():
         raw = argparse.RawDescriptionHelpFormatter
@@ -60,11 +60,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What was asked, and what is left: the overrides of fields."""
+    parser = _parser()
+    verb = next((each for each in arguments if not each.startswith("-")), None)
+    require(
+        verb is None or verb in VERBS,
+        f"unknown verb {verb!r}{did_you_mean(verb or '', VERBS)}; see {parser.prog} --help",
+    )
+    args, rest = parser.parse_known_args(arguments)
+    args.command = shlex.join([parser.prog, *arguments])
+    if args.root is not None:
+        named = bool(args.root) and "\0" not in args.root
+        require(named, f"--root {args.root!r} must name a folder")
+        os.environ["GQA_SCALING_RUNS"] = args.root
+        runs_root()  # refused for every verb, before any work
+    return args, rest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 75 preempted
     and saved, 130 interrupted."""
     try:
-        code = _main(argv)
+        code = _main(list(sys.argv[1:] if argv is None else argv))
     except Exception:
         if not _joined():
             raise
@@ -94,15 +112,9 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(arguments: list[str]) -> int:
     try:
-        args, rest = _parser().parse_known_args(argv)
-        args.command = shlex.join(["gqa-scaling", *(sys.argv[1:] if argv is None else argv)])
-        if args.root is not None:
-            named = bool(args.root) and "\0" not in args.root
-            require(named, f"--root {args.root!r} must name a folder")
-            os.environ["GQA_SCALING_RUNS"] = args.root
-            runs_root()  # refused for every verb, before any work
+        args, rest = _parse(arguments)
         code = VERBS[args.verb][0](args, rest)
         sys.stdout.flush()
         return code

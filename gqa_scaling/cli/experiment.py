@@ -237,7 +237,7 @@ def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 
 
 def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.experiment.grid import beside
+    from gqa_scaling.experiment.follow_ups import find_follow_ups
     from gqa_scaling.files.runs import runs_root
     from gqa_scaling.sweep.status import read_status, status_dict, status_table
 
@@ -246,7 +246,7 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return _watch(args, experiment, root)
     rows = read_status(root, experiment)
     selected = args.only is not None or args.shard is not None or len(experiment.runs) == 1
-    more = () if selected else tuple(beside(root, experiment.name, experiment.runs))
+    more = () if selected else tuple(find_follow_ups(root, experiment.name, experiment.runs))
     others = read_status(root, replace(experiment, runs=more))
     if args.json:
         whole = status_dict(experiment.name, rows)

@@ -275,8 +275,9 @@ def _with_training(
     answer: "Frontier",
 ) -> "Frontier":
     """The answer with the command that trains each model, and the runs that can check it."""
-    from gqa_scaling.experiment.grid import beside, run_of
-    from gqa_scaling.experiment.load import load_experiment, overrides_to
+    from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
+    from gqa_scaling.experiment.load import load_experiment
+    from gqa_scaling.experiment.overrides import overrides_to
     from gqa_scaling.files.runs import run_directory, runs_root
     from gqa_scaling.study.frontier import check_runs
     from gqa_scaling.study.results import from_runs
@@ -290,13 +291,13 @@ def _with_training(
     told = []
     for each in answer.answers:
         if each.model is not None:
-            run = run_of(runs, each.model.config, tokens)
+            run = follow_up(runs, each.model.config, tokens)
             command = ["run", args.source, *rest, *overrides_to(experiment.runs, run), *place]
             model = replace(each.model, command=_shell(command), trained=seen.get(run.digest, ""))
             each = replace(each, model=model)
         told.append(each)
     checks = []
-    for run in beside(root, experiment.name, runs):
+    for run in find_follow_ups(root, experiment.name, runs):
         whole = run_directory(root, experiment.name, run).result()
         if (
             tokens in (None, run.tokens)

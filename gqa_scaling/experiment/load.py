@@ -1,21 +1,25 @@
-"""An experiment: a Python module with `runs()`, found by name or path, changed by overrides."""
+"""An experiment: a Python module with `runs()`, found by its name or its path.
+
+It may also hold `QUESTION`, what a study asks of the runs, and `LEARNING_RATES`, the sweep whose
+best rates they are trained at.
+"""
 
 import contextlib
 import fnmatch
 import importlib
 import importlib.util
-import io
 import sys
 import traceback
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
 
-from gqa_scaling.config import Question, RunConfig, UserError, nearest, require
+from gqa_scaling.config import Question, RunConfig, UserError, require
 from gqa_scaling.experiment.grid import unique
+from gqa_scaling.experiment.learning_rates import LearningRateSweep, at_swept_rates
+from gqa_scaling.experiment.overrides import apply_overrides, parse_overrides
+from gqa_scaling.fields import did_you_mean
 from gqa_scaling.files.storage import failure
 
 
@@ -57,13 +61,7 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    with _own_errors(spec):
-        declared = module.runs()
-    must = f"{spec}: runs() must return a list of RunConfig, not empty"
-    require(isinstance(declared, list), f"{must}: it returned {_kind(declared)}")
-    require(bool(declared), must)
-    other = next((run for run in declared if not isinstance(run, RunConfig)), None)
-    require(all(isinstance(run, RunConfig) for run in declared), f"{must}: one is {_kind(other)}")
+    declared = _declared_runs(spec, module)
     changed = [apply_overrides(run, changes) for run in declared]
     # overrides may leave one run of a grid, as those of `overrides_to` do
     runs = unique(dict.fromkeys(changed) if changes else changed)
@@ -74,6 +72,24 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
     name = module.__name__.rpartition(".")[2]
     require(bool(name), f"{spec} names no folder for its runs: rename the file")
     return Experiment(name, tuple(runs), question, about)
+
+
+def _declared_runs(spec: str, module: ModuleType) -> list[RunConfig]:
+    """What the module's runs() returns, each at its size's swept learning rate if it names a sweep."""
+    with _own_errors(spec):
+        runs = module.runs()
+    must = f"{spec}: runs() must return a list of RunConfig, not empty"
+    require(isinstance(runs, list), f"{must}: it returned {_kind(runs)}")
+    require(bool(runs), must)
+    for run in runs:
+        require(isinstance(run, RunConfig), f"{must}: one is {_kind(run)}")
+    sweep = getattr(module, "LEARNING_RATES", None)
+    if sweep is None:
+        return runs
+    is_one = isinstance(sweep, LearningRateSweep)
+    require(is_one, f"{spec}: LEARNING_RATES must be a LearningRateSweep, not {_kind(sweep)}")
+    with _own_errors(spec):
+        return at_swept_rates(runs, sweep)
 
 
 def _kind(value: object) -> str:
@@ -122,11 +138,10 @@ def _import(spec: str) -> ModuleType:
         sys.path.insert(0, here)
     if spec.endswith(".py"):
         path = Path(spec)
-        require(
-            path.is_file(), f"unknown experiment {spec!r}: no such file{_experiments_hint(spec)}"
-        )
+        hint = _experiments_hint(spec)
+        require(path.is_file(), f"unknown experiment {spec!r}: no such file{hint}")
         loaded = importlib.util.spec_from_file_location(f"experiment_file.{path.stem}", path)
-        assert loaded is not None
+        assert loaded is not None  # as its name ends in .py
         assert loaded.loader is not None
         module = importlib.util.module_from_spec(loaded)
         sys.modules[loaded.name] = module  # dataclasses look their module up there
@@ -145,124 +160,11 @@ def _import(spec: str) -> ModuleType:
 
 
 def _experiments_hint(spec: str) -> str:
+    """What to try instead of an unknown experiment."""
     known = [f"experiments.{p.stem}" for p in sorted(Path("experiments").glob("*.py"))]
     if not known:
         return "; there is no folder experiments/ here"
     name = spec.removesuffix(".py").replace("/", ".")
     if f"experiments.{name}" in known:
         return f" (did you mean experiments.{name}?)"
-    return nearest(name, known) or f"; known: {', '.join(known)}"
-
-
-# ------------------------------------------------------------------------------- overrides
-
-
-def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
-    hints, out = typing.get_type_hints(cls), {}
-    for f in fields(cls):
-        hint = hints[f.name]
-        inner = next((h for h in (hint, *typing.get_args(hint)) if is_dataclass(h)), None)
-        if inner is not None:
-            out |= _field_types(inner, f"{prefix}{f.name}.")
-        if inner is not hint:  # a table that may be left out is cleared by "none"
-            out[prefix + f.name] = Literal["none"] if inner else hint
-    return out
-
-
-def _value_of(run: RunConfig, name: str) -> Any:
-    """The value of a dotted field; None inside a table that is None, as a dense model's pattern."""
-    value: Any = run
-    for part in name.split(".") if name else ():
-        value = None if value is None else getattr(value, part)
-    return value
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """{"model.n_layers": 4} from ["--model.n-layers", "4"]; values are read by tyro.
-
-    A table that may be left out is cleared by "none": --model.pattern none.
-    """
-    known, out = _field_types(RunConfig), {}
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        require(
-            flag.startswith("--"), f"unexpected argument {flag!r}: overrides look like --seed 1"
-        )
-        flag, equals, value = flag.partition("=")
-        name = flag[2:].replace("-", "_")
-        require(name in known, f"unknown field {flag}{_flag_hint(name, known)}")
-        if not equals:
-            require(bool(rest), f"{flag} needs a value")
-            value = rest.pop(0)
-        out[name] = _parse_value(flag, known[name], value)
-    return out
-
-
-def _flag_hint(name: str, known: dict[str, Any]) -> str:
-    by_leaf = {k.rpartition(".")[2]: k for k in known}
-    found = nearest(name, known) or nearest(name.rpartition(".")[2], by_leaf)
-    if not found:
-        return "; see --help for the fields"
-    guess = found.removeprefix(" (did you mean ").removesuffix("?)")
-    return f" (did you mean --{by_leaf.get(guess, guess).replace('_', '-')}?)"
-
-
-def _parse_value(flag: str, hint: Any, value: str) -> Any:
-    import tyro
-
-    if value.lower() == "none" and type(None) in typing.get_args(hint):
-        return None
-    if str in (hint, *typing.get_args(hint)):
-        return value  # also one that begins with a dash
-    value = value.lower() if hint == Literal["none"] else value
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(hint, args=[value])
-    except SystemExit:
-        if typing.get_origin(hint) is typing.Literal:
-            choices = ", ".join(typing.get_args(hint))
-            raise UserError(f"{flag}={value!r} must be one of {choices}") from None
-        name = getattr(hint, "__name__", str(hint))
-        raise UserError(f"{flag}={value!r} must be of type {name}") from None
-
-
-def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:
-    """The arguments that turn every one of these runs into `target`, for `parse_overrides`."""
-    out = []
-    for name in _field_types(RunConfig):
-        value, table = _value_of(target, name), _value_of(target, name.rpartition(".")[0])
-        if all(_value_of(run, name) == value for run in runs):
-            continue
-        if is_dataclass(value) or table is None:
-            continue  # said field by field; cleared as a whole
-        if value is None and name in ("tokens", "tokens_per_param"):
-            continue  # the other budget is set
-        text = "none" if name == "model.pattern" else str(value)
-        out += [f"--{name.replace('_', '-')}", text]
-    return out
-
-
-def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """The run with fields replaced; setting one token budget clears the other."""
-    data = run.to_dict()
-    if "tokens" in changes and "tokens_per_param" not in changes:
-        data["tokens_per_param"] = None
-    if "tokens_per_param" in changes and "tokens" not in changes:
-        data["tokens"] = None
-    for name, value in changes.items():
-        *parents, leaf = name.split(".")
-        table = data
-        for parent in parents:
-            if table[parent] is None:
-                needed = {"model.pattern.block", "model.pattern.local"}
-                require(
-                    needed <= changes.keys(),
-                    f"{run.name} is dense: a pattern needs --model.pattern.block and "
-                    "--model.pattern.local",
-                )
-                table[parent] = {}
-            table = table[parent]
-        table[leaf] = None if name == "model.pattern" else value
-    return RunConfig.from_dict(data) if changes else run
+    return did_you_mean(name, known) or f"; known: {', '.join(known)}"

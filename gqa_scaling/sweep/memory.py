@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gqa_scaling.config import RunConfig, round_up
 from gqa_scaling.context_sharding import HeadPattern
-from gqa_scaling.costs import parameters
+from gqa_scaling.costs import LOGIT_BYTES, parameters
 from gqa_scaling.devices.kernel_limits import LANES
 from gqa_scaling.devices.layout import attention_implementation
 
@@ -43,7 +43,6 @@ class TrainingBytes:
         return always + round(most * (1 + self.gaps))
 
 
-LOGIT_BUDGET_BYTES = 64 * 2**20
 TPU_GAPS, OTHER_GAPS = 0.03, 0.2  # only programs for TPUs were compiled and compared
 TPU_PROGRAM_BYTES = 32 * 2**20
 TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
@@ -93,7 +92,7 @@ def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> T
             attention += 2 * tokens * heads * LANES * 4
 
     tables, shards, rows = p.embedding / axes.tensor, ways * axes.tensor, D / ways
-    logits = min(LOGIT_BUDGET_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
+    logits = min(LOGIT_BYTES, 4 * tokens * m.vocab_size / axes.tensor)
     # the table for the embedding and for logits; its gradient as a sum and as what is added to it
     output = (2 * width + 2 * 4) * tables + logits + 2 * tokens * D * width
     padded = round_up(rows, TILE_ROWS) / rows if ways > 1 else 1

@@ -8,15 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gqa_scaling import costs
-from gqa_scaling.config import MOST_DEVICES, RunConfig, UserError, require
+from gqa_scaling.config import MAX_EPOCHS, MOST_DEVICES, RunConfig, UserError, require
 from gqa_scaling.devices.layout import check_layout
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.sweep import memory
 from gqa_scaling.units import byte_size, duration, quantity
-
-MAX_EPOCHS = 4.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
-from gqa_scaling.experiment.grid import learning_rate_choices
+from gqa_scaling.experiment.learning_rates import learning_rate_choices
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checksums import Kept, examine_run, few
 from gqa_scaling.files.runs import RunDirectory, State, run_directory

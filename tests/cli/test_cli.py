@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_scaling import cli
+from gqa_scaling import __version__, cli
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment.load import load_experiment
@@ -71,6 +71,12 @@ def test_both_entry_points_refuse_in_one_line_with_exit_code_2(workplace, entry)
         "gqa-scaling: unknown experiment 'experiments.tinny' (did you mean experiments.tiny?)"
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected + "\n")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_both_entry_points_say_their_version(entry):
+    done = subprocess.run([*ENTRIES[entry], "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"gqa-scaling {__version__}\n")
 
 
 LOADED = """

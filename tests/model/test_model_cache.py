@@ -8,8 +8,8 @@ from gqa_scaling.context_sharding import (
     ContextSharding,
     HeadPattern,
     effective_context,
+    is_distant,
     kv_cache_values,
-    strided,
 )
 from gqa_scaling.model.cache import append, attend_one, create, prefill
 
@@ -122,7 +122,7 @@ def bytes_of(pattern, T, dtype="bfloat16") -> int:
 @pytest.mark.parametrize("n_kv", [1, 2, 4, 8])
 def test_bytes_at_32k_are_the_formula_and_a_tenth_of_dense(n_kv):
     T, n_layers = 32768, 4
-    layers = strided(window=1024, stride=16).layers(n_layers, n_kv)
+    layers = ContextSharding(64, 16, stride=16).layers(n_layers, n_kv)
     held = sum(bytes_of(pattern, T) for pattern in layers)
     assert effective_context(layers, T) == 3008
     assert held == B * 2 * 2 * 3008 * n_layers * 64 * n_kv  # 2 bytes; 2 T_eff L d_h n_kv values
@@ -151,7 +151,9 @@ def test_layers_that_differ_in_offsets_can_be_stacked():
 def test_what_may_never_be_seen_again_is_forgotten():
     p = HeadPattern(4, 2, 4, 1)
     _, k, v = tokens(1, 44)
-    lost = ~p.distant(np.arange(44) // 4) & (np.arange(44) // 4 + p.local <= 10)
+    lost = ~is_distant(np.arange(44) // 4, p.stride, p.offset, p.sinks) & (
+        np.arange(44) // 4 + p.local <= 10
+    )
     v = jnp.where(lost[:, None, None], jnp.nan, v)
 
     @jax.jit

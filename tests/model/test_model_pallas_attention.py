@@ -18,10 +18,10 @@ from kernel_attention import (
 )
 from masked_attention import operands
 
-from gqa_scaling.context_sharding import HeadPattern, strided
+from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.model.attention import triton as pallas_attention
 
-(DEFAULT,) = strided().layer(0, 1, 1)
+DEFAULT = HeadPattern(64, 16, 16)
 BLOCKS = st.sampled_from((16, 32, 48))
 
 

@@ -20,13 +20,13 @@ from kernel_attention import (
 )
 from masked_attention import operands
 
-from gqa_scaling.context_sharding import BlockPattern, HeadPattern, strided
+from gqa_scaling.context_sharding import ContextSharding, HeadPattern
 from gqa_scaling.devices import kernel_limits
 from gqa_scaling.hardware import topology
 from gqa_scaling.model.attention import splash
 from gqa_scaling.sweep.pods import compiler_environment
 
-(DEFAULT,) = strided().layer(0, 1, 1)
+DEFAULT = HeadPattern(64, 16, 16)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_equals_the_masked_reference_everywhere():
 @pytest.mark.slow
 @pytest.mark.parametrize(("K", "T", "context"), [(1, 1500, 1), (8, 1500, 1), (2, 2048, 2)])
 def test_equals_the_masked_reference_at_length(K, T, context):
-    pattern = strided(window=256, stride=8).layer(0, 1, K)
+    pattern = ContextSharding(64, 4, stride=8).layers(1, K)[0]
     offsets = tuple(head.offset for head in pattern)
     assert_equals_masked(splash, pattern[0], offsets, (1, T, 8 // K, 64), context)
 
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_told():
     for wrong, words in [
         ((q, k[:, :16], v, None, none, start), r"must both be \(1, S, 2, 8\)"),
         ((q, k, v.astype(jnp.bfloat16), None, none, start), "bfloat16, float32: they must all be"),
-        ((q, k, v, BlockPattern(32, ((0,),)), none, start), "BlockPattern: it must be a HeadPatt"),
+        ((q, k, v, ContextSharding(32, 1), none, start), "ContextSharding: it must be a HeadPatt"),
         ((q, k, v, stripes, none[:1], start), r"offsets \(1,\) must be one for each of 2 KV heads"),
         ((q[:, :16], k, v, None, none, start), "16 queries of 32 positions cannot lie in 1 equal"),
         (

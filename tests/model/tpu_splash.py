@@ -19,11 +19,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_attention import attention, both, on_mesh
 
-from gqa_scaling.context_sharding import strided
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.devices import kernel_limits
 from gqa_scaling.model.attention import splash
 
-SPARSE = strided().layer(0, 1, 1)[0]
+SPARSE = ContextSharding(64, 16, stride=16).layers(1, 1)[0][0]
 
 
 def switched(f):

@@ -18,7 +18,7 @@ from gqa_scaling import cli, context_sharding, costs
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding, density, kv_cache_values
 from gqa_scaling.costs import n_formula
-from gqa_scaling.experiment.grid import run_of
+from gqa_scaling.experiment.follow_ups import follow_up
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import tables
 from gqa_scaling.study.aligned import Trainer
@@ -573,11 +573,11 @@ def test_a_recommended_model_is_trained_as_its_own_pattern_was():
         )
         for i, p in enumerate((STRIDED, None, WINDOW))
     ]
-    made = run_of(runs, dataclasses.replace(model, n_layers=5, pattern=WINDOW))
+    made = follow_up(runs, dataclasses.replace(model, n_layers=5, pattern=WINDOW))
     assert made.name == "built-L5-d256-h8-kv2-b64-w4"
     assert made.model.pattern == WINDOW
     assert made.note.endswith("of r2")
-    assert run_of(runs, dataclasses.replace(model, n_layers=5)).note.endswith("of r1")
+    assert follow_up(runs, dataclasses.replace(model, n_layers=5)).note.endswith("of r1")
 
 
 def test_loss_by_position_is_told_against_dense_attention_at_the_largest_size(exact):

@@ -4,7 +4,7 @@ import pytest
 
 from gqa_scaling import costs
 from gqa_scaling.config import EvaluationConfig, ModelConfig, ParallelConfig, RunConfig
-from gqa_scaling.context_sharding import ContextSharding, sliding_window, strided
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.sweep import memory
 
 MODEL = ModelConfig(24, 1280, 8, 2)
@@ -37,7 +37,7 @@ def test_training_bytes_on_one_device():
     assert (predicted.gradients, predicted.accumulated, predicted.program) == (4 * total, 0, 0)
     hidden = 2 * 2 * 2**19 * 1280  # of each token, and its gradient, in bf16
     tables = (2 + 2 + 4 + 4) * 50304 * 1280  # in bf16, and its gradient, both twice
-    assert predicted.output == tables + memory.LOGIT_BUDGET_BYTES + hidden
+    assert predicted.output == tables + costs.LOGIT_BYTES + hidden
     assert predicted.total > predicted.state + predicted.gradients + predicted.activations
 
 
@@ -99,16 +99,17 @@ def test_a_pattern_holds_its_distant_keys_beside_the_others():
         )
         return memory.training_bytes(r).layer
 
+    strided = ContextSharding(64, 16, stride=16)
     keys = 2**19 * 2 * 2 * 64  # values of K and V of 2 KV heads
     distant = (8192 - 1024) / 16 / 8192
-    more = layer(strided()) - layer(None)
+    more = layer(strided) - layer(None)
     assert more == pytest.approx(keys * (2 + 4) * distant, rel=1e-6)
-    hybrid = dataclasses.replace(strided(), dense_layers="every 2")
-    assert layer(hybrid) == layer(strided())
-    half = dataclasses.replace(strided(), dense_kv_heads=1)
+    hybrid = dataclasses.replace(strided, dense_layers="every 2")
+    assert layer(hybrid) == layer(strided)
+    half = dataclasses.replace(strided, dense_kv_heads=1)
     assert layer(half) - layer(None) == pytest.approx(more / 2, rel=1e-6)
-    assert layer(sliding_window(1024)) == layer(None)
-    assert layer(strided(), attention="reference") == layer(None, attention="reference")
+    assert layer(ContextSharding(64, 16)) == layer(None)
+    assert layer(strided, attention="reference") == layer(None, attention="reference")
 
 
 def test_few_rows_on_a_device_fill_a_tile():

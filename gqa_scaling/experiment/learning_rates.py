@@ -1,0 +1,90 @@
+"""The maximum learning rate of each size, chosen by a sweep that has been run before the grid."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gqa_scaling.config import RunConfig
+from gqa_scaling.files.runs import run_directory, runs_root
+
+
+@dataclass(frozen=True)
+class LearningRateSweep:
+    """The sweep that an experiment takes its learning rates from, as `LEARNING_RATES` in its module.
+
+    `experiment` names the folder of the sweep's runs, `runs` declares them.
+    """
+
+    experiment: str
+    runs: Callable[[], list[RunConfig]]
+
+
+@dataclass(frozen=True)
+class LearningRateChoice:
+    """The best maximum learning rate for one size, of those tried with one loss each."""
+
+    learning_rate: float
+    tried: tuple[tuple[float, float], ...]  # (learning rate, loss in nats), ascending
+
+    @property
+    def edge(self) -> str:
+        """'lowest' or 'highest' when the best rate is the last one tried on that side, else ''.
+
+        The best rate may then lie outside the sweep.
+        """
+        rates = [rate for rate, _ in self.tried]
+        if self.learning_rate == rates[0]:
+            return "lowest"
+        return "highest" if self.learning_rate == rates[-1] else ""
+
+
+def learning_rate_choices(
+    experiment: str, runs: Iterable[RunConfig], root: Path | None = None
+) -> dict[tuple[int, int], LearningRateChoice]:
+    """For each (n_layers, d_model) of a learning-rate sweep, the rate of least loss.
+
+    Chen et al. 2025, appendix: swept once per size with MHA and kept for every head
+    configuration. `runs` are those of the sweep; a size of which one is unfinished, or not judged
+    by its evaluation, is left out, so that a grid never changes while its sweep goes on. `root` is
+    the folder of all runs, without it `runs_root()`.
+    """
+    root = root or runs_root()
+    tried: dict[tuple[int, int], dict[float, float]] = {}
+    unfinished = set()
+    for run in runs:
+        size = (run.model.n_layers, run.model.d_model)
+        whole = run_directory(root, experiment, run).result()
+        value = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
+        if value:
+            tried.setdefault(size, {})[run.optimizer.learning_rate] = value["loss"]
+        else:
+            unfinished.add(size)
+    return {
+        size: LearningRateChoice(min(losses, key=losses.__getitem__), tuple(sorted(losses.items())))
+        for size, losses in sorted(tried.items())
+        if size not in unfinished
+    }
+
+
+def with_learning_rate(
+    run: RunConfig, choices: Mapping[tuple[int, int], LearningRateChoice], sweep: str
+) -> RunConfig:
+    """The run at its size's swept learning rate; its note says where the rate comes from.
+
+    A size the sweep `sweep` has not finished keeps the rate it was declared with, and says so.
+    """
+    choice = choices.get((run.model.n_layers, run.model.d_model))
+    rate = run.optimizer.learning_rate if choice is None else choice.learning_rate
+    if choice is None:
+        size = f"L{run.model.n_layers} d{run.model.d_model}"
+        note = f"learning rate {rate:g} as declared; {sweep} has not finished {size}"
+    else:
+        edge = f", AT THE {choice.edge.upper()} RATE TRIED" if choice.edge else ""
+        note = f"learning rate {rate:g} from {sweep} ({len(choice.tried)} tried{edge})"
+    return replace(run, optimizer=replace(run.optimizer, learning_rate=rate), note=note)
+
+
+def at_swept_rates(runs: Iterable[RunConfig], sweep: LearningRateSweep) -> list[RunConfig]:
+    """The runs, each at the rate that the sweep chose for its size (`with_learning_rate`)."""
+    choices = learning_rate_choices(sweep.experiment, sweep.runs())
+    return [with_learning_rate(run, choices, sweep.experiment) for run in runs]

@@ -1,0 +1,69 @@
+import dataclasses
+
+from gqa_scaling.config import ModelConfig, OptimizerConfig, RunConfig
+from gqa_scaling.experiment.learning_rates import (
+    LearningRateChoice,
+    learning_rate_choices,
+    with_learning_rate,
+)
+from gqa_scaling.files.runs import run_directory
+
+
+def run(name: str = "a", rate: float = 1e-3, **model) -> RunConfig:
+    shape = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4} | model
+    return RunConfig(
+        name, ModelConfig(**shape), 64, 256, tokens=2560, optimizer=OptimizerConfig(rate)
+    )
+
+
+def finish(root, config: RunConfig, loss: float) -> None:
+    directory = run_directory(root, "rates", config)
+    directory.begin(config, {})
+    directory.finish({"evaluations": {config.evaluation_digest: {"loss": loss}}}, {})
+
+
+def test_the_rate_of_least_loss_is_chosen_for_each_size(tmp_path):
+    declared = []
+    for rate, loss in ((1e-2, 3.0), (1e-3, 2.5), (1e-4, 4.0)):
+        declared += [run(f"small-{rate}", rate), run(f"large-{rate}", rate, n_layers=4)]
+        finish(tmp_path, declared[-2], loss)
+        finish(tmp_path, declared[-1], 5 - loss)
+    finish(tmp_path, run("a-trial-beside-the-sweep", 1e-5), 0.1)
+    assert learning_rate_choices("rates", declared, tmp_path) == {
+        (2, 32): LearningRateChoice(1e-3, ((1e-4, 4.0), (1e-3, 2.5), (1e-2, 3.0))),
+        (4, 32): LearningRateChoice(1e-4, ((1e-4, 1.0), (1e-3, 2.5), (1e-2, 2.0))),
+    }
+    assert learning_rate_choices("others", declared, tmp_path) == {}
+
+
+def test_a_size_has_no_choice_until_all_its_rates_are_finished(tmp_path):
+    small, large = run("small", 1e-2), run("large", 1e-2, n_layers=4)
+    finish(tmp_path, small, 3.0)
+    finish(tmp_path, large, 3.0)
+    declared = [small, large, run("small-open", 1e-3)]
+    assert list(learning_rate_choices("rates", declared, tmp_path)) == [(4, 32)]
+
+
+def test_a_choice_at_the_edge_says_which():
+    tried = ((1e-4, 4.0), (1e-3, 2.5), (1e-2, 3.0))
+    edges = {rate: LearningRateChoice(rate, tried).edge for rate, _ in tried}
+    assert edges == {1e-4: "lowest", 1e-3: "", 1e-2: "highest"}
+
+
+def test_a_run_takes_its_size_s_rate_and_notes_where_from():
+    choices = {(2, 32): LearningRateChoice(3e-3, ((1e-3, 3.0), (3e-3, 2.0), (1e-2, 4.0)))}
+    tuned = with_learning_rate(run(), choices, "experiments.rates")
+    assert tuned == dataclasses.replace(
+        run(),
+        optimizer=OptimizerConfig(3e-3),
+        note="learning rate 0.003 from experiments.rates (3 tried)",
+    )
+    edge = {(2, 32): LearningRateChoice(1e-2, ((1e-3, 3.0), (1e-2, 2.0)))}
+    assert "AT THE HIGHEST RATE TRIED" in with_learning_rate(run(), edge, "rates").note
+
+
+def test_a_size_without_a_result_keeps_its_rate_and_says_so():
+    kept = with_learning_rate(run(rate=7e-4), {}, "rates")
+    assert kept.optimizer.learning_rate == 7e-4
+    assert kept.digest == run(rate=7e-4).digest
+    assert kept.note == "learning rate 0.0007 as declared; rates has not finished L2 d32"
