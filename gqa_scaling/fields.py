@@ -113,7 +113,8 @@ def _build(cls: Any, data: Any, where: str) -> Any:
     )
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
-        require(name in fields, f"unknown field {where}{name}{did_you_mean(str(name), fields)}")
+        if name not in fields:
+            raise UserError(f"unknown field {where}{name}{did_you_mean(str(name), fields)}")
     values = {}
     for name, f in fields.items():
         if name in data:

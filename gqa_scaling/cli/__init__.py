@@ -64,10 +64,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What was asked, and what is left: the overrides of fields."""
     parser = _parser()
     verb = next((each for each in arguments if not each.startswith("-")), None)
-    require(
-        verb is None or verb in VERBS,
-        f"unknown verb {verb!r}{did_you_mean(verb or '', VERBS)}; see {parser.prog} --help",
-    )
+    if verb is not None and verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; see {parser.prog} --help")
     args, rest = parser.parse_known_args(arguments)
     args.command = shlex.join([parser.prog, *arguments])
     if args.root is not None:

@@ -1,47 +1,32 @@
-"""Makes a token store: read, tokenise in parallel, write, rename.
+"""Makes a token store: read, tokenise, write, rename.
 
-A document is held out when its own hash says so, whatever its name and its neighbours. A store
-is built beside its place and renamed when it is complete, so it is there entirely or not at all.
+A store is built beside its place and renamed when it is complete, so that it is there entirely or
+not at all. One in a bucket is built on this machine first, and its store.json copied last.
 """
 
-import array
 import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import multiprocessing.spawn
 import os
 import platform
 import re
 import shutil
-import signal
 import sys
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gqa_scaling.config import DataConfig, UserError, require
-from gqa_scaling.data.corpus import Corpus, Document, open_corpus
-from gqa_scaling.data.store import (
-    AGAIN,
-    SCHEMA,
-    Split,
-    TokenStore,
-    cached_store,
-    content_hash,
-    declaration,
-    open_store,
-)
+from gqa_scaling.data.corpus import Corpus, open_corpus
+from gqa_scaling.data.manifest import AGAIN, SCHEMA, content_hash, file_entry
+from gqa_scaling.data.store import TokenStore, cached_store, open_store
+from gqa_scaling.data.tokenise import digest_of_text, is_held_out, tokenise
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer, train_bpe
 from gqa_scaling.data.verification import NOTE
 from gqa_scaling.files.storage import (
@@ -55,9 +40,6 @@ from gqa_scaling.files.storage import (
     write_atomic,
 )
 from gqa_scaling.hardware import cores
-
-SHARD_TOKENS = 2**28
-TASK_BYTES = 2**20  # text handed to a worker at once
 
 
 def prepare(
@@ -77,8 +59,30 @@ def prepare(
     if not rebuild and (path / "store.json").exists():
         return _existing(data, path)
     _require_no_other_files(path)
+    workers = workers or (1 if data.tokenizer == "bytes" else len(cores()))
     if is_remote(path):
         return _prepare_remote(data, path, workers, show, rebuild)
+    return _prepare_here(data, path, workers, show, rebuild)
+
+
+def _existing(data: DataConfig, path: Path) -> TokenStore:
+    """The store in place, verified, unless its corpus is at hand and has changed since."""
+    store = open_store(data)
+    if data.corpus == "stdlib" or expanded(data.corpus).exists():
+        require(
+            open_corpus(data).fingerprint == store.manifest["corpus"]["fingerprint"],
+            f"corpus={data.corpus!r} has changed since the token store {path} was made of it: choose "
+            f"another data.store or {AGAIN}",
+        )
+    if not is_remote(path):  # what lies in a bucket is verified when it is copied from there
+        store.verify(again=True)
+    return store
+
+
+def _prepare_here(
+    data: DataConfig, path: Path, workers: int, show: bool, rebuild: bool
+) -> TokenStore:
+    """Make the store on this machine, unless another process makes it meanwhile."""
     # A script without `if __name__ == "__main__"` comes here again in each worker, where it would
     # wait for its parent's lock for ever: this raises RuntimeError there instead.
     multiprocessing.spawn.get_preparation_data("")
@@ -87,14 +91,14 @@ def prepare(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock"), show):
-            if not rebuild and (path / "store.json").exists():  # another process made it meanwhile
+            if not rebuild and (path / "store.json").exists():  # another process has made it
                 return _existing(data, path)
             # We hold the lock, so anything lying here is from a process that was killed.
             with _removed(partial), _removed(old):
                 partial.mkdir()
                 # A path with ".." leads to a folder of its own only once those above it are there.
                 _require_no_other_files(path)
-                _build(partial, data, corpus, workers or _default_workers(data), show)
+                _build(partial, data, corpus, workers, show)
                 _require_no_other_files(path)  # that may have taken hours
                 if path.exists():
                     path.rename(old)
@@ -115,21 +119,20 @@ def prepare(
 
 
 def _prepare_remote(
-    data: DataConfig, path: Path, workers: int | None, show: bool, rebuild: bool
+    data: DataConfig, path: Path, workers: int, show: bool, rebuild: bool
 ) -> TokenStore:
-    """Make the store on this machine, then put it there, its store.json last."""
+    """Make the store on this machine, then put it there."""
     check_writable(path)
     name = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
     here = replace(data, store=os.fspath(cache_folder() / "prepared" / name))
     made = prepare(here, workers=workers, show=show, rebuild=rebuild)
     _say(show, f"writing {path}")
-    (path / "store.json").unlink(
-        missing_ok=True
-    )  # until all of the new one is there, there is none
-    names = {n: s for n, s in sizes(made.path).items() if n != NOTE}
+    # Until all of the new one is there, there is none.
+    (path / "store.json").unlink(missing_ok=True)
+    names = sizes(made.path).keys() - {NOTE}
     for stale in sizes(path).keys() - names:
         (path / stale).unlink()
-    for file in names.keys() - {"store.json"}:
+    for file in names - {"store.json"}:
         files_of(path).put_file(os.fspath(made.path / file), os.fspath(path / file))
     write_atomic(path / "store.json", (made.path / "store.json").read_bytes())
     cached = cached_store(made.hash)
@@ -137,6 +140,9 @@ def _prepare_remote(
     cached.parent.mkdir(parents=True, exist_ok=True)
     made.path.rename(cached)
     return open_store(data)
+
+
+# ----------------------------------------------------------------------- the place of a store
 
 
 # What a store is made of (`store.py`), and the note that its files were verified.
@@ -176,24 +182,6 @@ def _require_no_other_files(path: Path) -> None:
     )
 
 
-def _existing(data: DataConfig, path: Path) -> TokenStore:
-    """The store in place, verified, unless its corpus is at hand and has changed since."""
-    store = open_store(data)
-    if data.corpus == "stdlib" or expanded(data.corpus).exists():
-        require(
-            open_corpus(data).fingerprint == store.manifest["corpus"]["fingerprint"],
-            f"corpus={data.corpus!r} has changed since the token store {path} was made of it: choose "
-            f"another data.store or {AGAIN}",
-        )
-    if not is_remote(path):  # what lies in a bucket is verified when it is copied from there
-        store.verify(again=True)
-    return store
-
-
-def _default_workers(data: DataConfig) -> int:
-    return 1 if data.tokenizer == "bytes" else len(cores())
-
-
 @contextlib.contextmanager
 def _removed(folder: Path) -> Iterator[None]:
     """Without that folder before, and without it after."""
@@ -223,29 +211,40 @@ def _locked(path: Path, show: bool) -> Iterator[None]:
                 return
 
 
+# ------------------------------------------------------------------------- what is written
+
+
 def _build(folder: Path, data: DataConfig, corpus: Corpus, workers: int, show: bool) -> None:
     """Write a complete store into `folder`, its store.json last."""
     with _progress(show) as progress:
         tokenizer = _tokenizer(data, corpus, progress)
-        text, splits = _tokenise(folder, data, corpus, tokenizer, workers, progress)
-    if text["left_out"]:
-        _say(show, f"left out {text['left_out']} files that lie beside the records")
-    if text["not_utf8"]:
-        names = ", ".join(text["not_utf8"][:3]) + (", ..." if len(text["not_utf8"]) > 3 else "")
-        _say(show, f"left out {len(text['not_utf8'])} files that are not UTF-8: {names}")
+        splits, digest, not_utf8 = tokenise(folder, data, corpus, tokenizer, workers, progress)
+    if corpus.left_out:
+        _say(show, f"left out {corpus.left_out} files that lie beside the records")
+    if not_utf8:
+        names = ", ".join(not_utf8[:3]) + (", ..." if len(not_utf8) > 3 else "")
+        _say(show, f"left out {len(not_utf8)} files that are not UTF-8: {names}")
     file = folder / "tokenizer.json"
     if tokenizer.definition is not None:
         file.write_bytes(tokenizer.definition.encode())
     manifest = {
         "schema": SCHEMA,
-        "declaration": declaration(data),
-        "corpus": text,
+        "declaration": data.declaration(),
+        "corpus": {
+            "sha256": digest,
+            "documents": sum(split["documents"] for split in splits.values()),
+            "fingerprint": corpus.fingerprint,
+            "files": len(corpus.files),
+            "left_out": corpus.left_out,
+            "not_utf8": not_utf8,
+            "python": platform.python_version(),
+        },
         "tokenizer": {
             "name": tokenizer.name,
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "eos": tokenizer.eos,
-            "file": None if tokenizer.definition is None else _entry(file),
+            "file": None if tokenizer.definition is None else file_entry(file),
         },
         "dtype": tokenizer.dtype.str,
         "splits": splits,
@@ -254,76 +253,21 @@ def _build(folder: Path, data: DataConfig, corpus: Corpus, workers: int, show: b
     (folder / "store.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _tokenise(
-    folder: Path,
-    data: DataConfig,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    workers: int,
-    progress: Progress,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the shards; returns what store.json says of the corpus and of each split."""
-    skipped: list[str] = []
-    digests = hashlib.sha256()
-    bar = progress.add_task("tokenising", total=corpus.total_bytes, note="")
-    with _Writer(folder, "train") as train, _Writer(folder, "heldout") as heldout:
-        for task in _encoded(corpus.documents(skipped.append), tokenizer, workers):
-            for encoded in task.documents:
-                digests.update(encoded.digest)
-                held_out = _held_out(encoded.digest, data.heldout_fraction)
-                (heldout if held_out else train).write(encoded)
-            tokens = train.tokens + heldout.tokens
-            progress.update(bar, completed=task.read, note=f"{tokens / 1e6:,.1f}M tokens")
-        documents = len(train.ends) + len(heldout.ends)
-        for writer in (train, heldout):
-            require(
-                writer.tokens > 0,
-                f"the {writer.split} split is empty: none of the {documents} documents of "
-                f"corpus={data.corpus!r} falls into it at heldout_fraction={data.heldout_fraction}; "
-                "change heldout_fraction or add documents",
-            )
-        progress.update(bar, completed=corpus.total_bytes)
-        splits = {writer.split: writer.finish() for writer in (train, heldout)}
-    text = {
-        "sha256": digests.hexdigest(),
-        "documents": documents,
-        "fingerprint": corpus.fingerprint,
-        "files": len(corpus.files),
-        "left_out": corpus.left_out,
-        "not_utf8": skipped,
-        "python": platform.python_version(),
-    }
-    return text, splits
-
-
 def _tokenizer(data: DataConfig, corpus: Corpus, progress: Progress) -> Tokenizer:
+    """The tokenizer that is declared; a BPE is trained on what is not held out."""
     if data.tokenizer == "bytes":
         return bytes_tokenizer()
-    if not data.tokenizer.startswith("bpe-"):
+    if data.tokenizer.endswith(".json"):
         return read_tokenizer(data.tokenizer)
     bar = progress.add_task(f"training {data.tokenizer}", total=None, note="")
     texts = (
         document.text
         for document in corpus.documents()
-        if not _held_out(_digest(document.text), data.heldout_fraction)
+        if not is_held_out(digest_of_text(document.text), data.heldout_fraction)
     )
     tokenizer = train_bpe(int(data.tokenizer.removeprefix("bpe-")), texts, data.tokenizer)
     progress.update(bar, total=1, completed=1)
     return tokenizer
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _held_out(digest: bytes, heldout_fraction: float) -> bool:
-    return int.from_bytes(digest[:8]) < heldout_fraction * 2**64
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    return {"file": path.name, "bytes": len(content), "sha256": digest}
 
 
 def _say(show: bool, message: str) -> None:
@@ -341,148 +285,3 @@ def _progress(show: bool) -> Progress:
         console=Console(stderr=True),
         disable=not (show and sys.stderr.isatty()),
     )
-
-
-# --- encoding, in this process or in workers ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    digest: bytes
-    text_bytes: int
-    tokens: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Task:
-    documents: list[_Encoded]
-    read: int  # bytes of the corpus read when its last document was complete
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[_Encoded]:
-    eos = np.array([tokenizer.eos], tokenizer.dtype)
-    return [
-        _Encoded(_digest(text), len(text.encode()), np.concatenate([tokens, eos]))
-        for text, tokens in zip(texts, tokenizer.encode(texts), strict=True)
-    ]
-
-
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -> Iterator[_Task]:
-    """Encode the documents in order, a few tasks for each worker ahead of the writing."""
-    tasks = _tasks(documents)
-    if workers == 1:
-        for texts, read in tasks:
-            yield _Task(_encode(tokenizer, texts), read)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),  # forking a process with threads hangs
-        initializer=_start_worker,
-        initargs=(tokenizer,),
-    )
-    pending: deque = deque()
-    try:
-        for texts, read in tasks:
-            pending.append((pool.submit(_encode_in_worker, texts), read))
-            if len(pending) > 4 * workers:
-                future, done = pending.popleft()
-                yield _Task(future.result(), done)
-        for future, done in pending:
-            yield _Task(future.result(), done)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _tasks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    """The texts of neighbouring documents, about TASK_BYTES together."""
-    texts: list[str] = []
-    held = read = 0
-    for document in documents:
-        texts.append(document.text)
-        held, read = held + len(document.text), document.read
-        if held >= TASK_BYTES:
-            yield texts, read
-            texts, held = [], 0
-    if texts:
-        yield texts, read
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[_Encoded]:
-    return _encode(_worker_tokenizer, texts)
-
-
-# --- writing -----------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Appends documents to the shards of one split, hashing as it goes."""
-
-    def __init__(self, folder: Path, split: Split) -> None:
-        self.folder, self.split = folder, split
-        self.tokens = self.text_bytes = 0
-        self.ends = array.array("q")
-        self.shards: list[dict[str, Any]] = []
-        self.file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # after `finish` it is closed, else it is thrown away
-                self.file.close()
-
-    def write(self, encoded: _Encoded) -> None:
-        rest = encoded.tokens
-        while len(rest):
-            room = SHARD_TOKENS - self.tokens % SHARD_TOKENS
-            if room == SHARD_TOKENS:
-                self._end_shard()
-                self.file = (self.folder / f"{self.split}-{len(self.shards):05d}.bin").open("wb")
-                self.sha256 = hashlib.sha256()
-            part, rest = rest[:room], rest[room:]
-            self.file.write(part.data)
-            self.sha256.update(part.data)
-            self.tokens += len(part)
-        self.text_bytes += encoded.text_bytes
-        self.ends.append(self.tokens)
-
-    def _end_shard(self) -> None:
-        if self.file is None:
-            return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        entry = {"file": Path(self.file.name).name, "bytes": self.file.tell()}
-        self.shards.append(entry | {"sha256": self.sha256.hexdigest()})
-        self.file.close()
-
-    def finish(self) -> dict[str, Any]:
-        """End the last shard, write the document ends, and say what was written."""
-        self._end_shard()
-        ends = self.folder / f"{self.split}.documents.npy"
-        np.save(ends, np.array(self.ends, np.int64))
-        return {
-            "tokens": self.tokens,
-            "documents": len(self.ends),
-            "text_bytes": self.text_bytes,
-            "shards": self.shards,
-            "documents_file": _entry(ends),
-        }

@@ -4,6 +4,7 @@ The order is that of the sorted relative paths, then of the records within a fil
 documents are left out.
 """
 
+import functools
 import gzip
 import hashlib
 import json
@@ -30,7 +31,6 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 class Document:
     """One text. `read` counts the bytes of the corpus's files read when it was complete."""
 
-    name: str
     text: str
     read: int
 
@@ -73,10 +73,10 @@ class Corpus:
                 elif name.endswith(RECORDS):
                     records = _jsonl(path, self.text_field)
                 else:
-                    records = _text(path, lambda name=name: on_skip(name))
-                for where, text, fraction in records:
+                    records = _text(path, functools.partial(on_skip, name))
+                for text, fraction in records:
                     if text:
-                        yield Document(name + where, text, before + round(fraction * size))
+                        yield Document(text, before + round(fraction * size))
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             before += size
@@ -137,17 +137,17 @@ def _walk(root: Path, leave_out: set[str]) -> list[Path]:
     return found
 
 
-# The readers below yield (where in the file, text, fraction of the file read).
+# The readers below yield (text, fraction of the file read).
 
 
-def _text(path: Path, skip: Callable[[], object]) -> Iterator[tuple[str, str, float]]:
+def _text(path: Path, skip: Callable[[], object]) -> Iterator[tuple[str, float]]:
     try:
-        yield "", path.read_bytes().decode(), 1.0
+        yield path.read_bytes().decode(), 1.0
     except UnicodeDecodeError:
         skip()
 
 
-def _jsonl(path: Path, field: str) -> Iterator[tuple[str, str, float]]:
+def _jsonl(path: Path, field: str) -> Iterator[tuple[str, float]]:
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw:
         for number, line in enumerate(_lines(path, raw), start=1):
@@ -164,7 +164,7 @@ def _jsonl(path: Path, field: str) -> Iterator[tuple[str, str, float]]:
                 f"{where} has no field {field!r}, only {', '.join(sorted(record)) or 'none'}: "
                 "set text_field to the field that holds the text",
             )
-            yield f":{number}", _checked(record[field], field, where), raw.tell() / size
+            yield _checked(record[field], field, where), raw.tell() / size
 
 
 def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
@@ -196,7 +196,7 @@ def _zst_lines(raw: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _parquet(path: Path, field: str) -> Iterator[tuple[str, str, float]]:
+def _parquet(path: Path, field: str) -> Iterator[tuple[str, float]]:
     import pyarrow  # a quarter of a second, and only this format needs it
     import pyarrow.parquet
 
@@ -212,16 +212,14 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, str, float]]:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    yield f":{row}", _checked(text, field, f"row {row} of {path}"), row / rows
-    except pyarrow.ArrowException as error:
+                    yield _checked(text, field, f"row {row} of {path}"), row / rows
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): fetch it again") from error
 
 
 def _checked(text: object, field: str, where: str) -> str:
-    require(
-        isinstance(text, str),
-        f"{field}={text!r:.40} in {where} must be a string: mend or remove it",
-    )
+    if not isinstance(text, str):
+        raise UserError(f"{field}={text!r:.40} in {where} must be a string: mend or remove it")
     try:
         text.encode()
     except UnicodeEncodeError:

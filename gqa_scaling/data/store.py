@@ -7,8 +7,8 @@
     heldout-00000.bin ...       the same for the held-out split
     heldout.documents.npy
 
-`build.py` makes one, `verification.py` tells whether it still is what was written. The files of one
-in a bucket are copied to this machine's cache when they are first read, verified on the way.
+`build.py` makes one, `verification.py` tells whether it still is what was written. The files of a
+store in a bucket are copied to this machine's cache when they are first read, verified on the way.
 """
 
 import bisect
@@ -16,39 +16,19 @@ import fcntl
 import functools
 import hashlib
 import itertools
-import json
 import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import DataConfig, UserError, require
+from gqa_scaling.config import DataConfig, require
+from gqa_scaling.data.manifest import AGAIN, Split, file_entries, read_manifest, shard_entries
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
 from gqa_scaling.data.verification import verify, verify_file
-from gqa_scaling.fields import Shape, misfit
 from gqa_scaling.files.storage import as_path, cache_folder, expanded, files_of, is_remote, sizes
-
-SCHEMA = 1
-
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, Split] = ("train", "heldout")
-DTYPES = ("<u2", "<u4")
-
-_FILE: Shape = {"file": str, "bytes": int, "sha256": str}
-_SPLIT: Shape = {"tokens": int, "text_bytes": int, "shards": [_FILE], "documents_file": _FILE}
-_MANIFEST: Shape = {
-    "hash": str,
-    "dtype": str,
-    "declaration": dict,
-    "corpus": {"sha256": str, "fingerprint": str},
-    "tokenizer": {"name": str, "sha256": str, "vocab_size": int, "eos": int, "file": (_FILE,)},
-    "splits": {"train": _SPLIT, "heldout": _SPLIT},
-}
-
-AGAIN = "build it again with `gqa-scaling prepare EXPERIMENT --rebuild`"
 
 
 @dataclass(frozen=True)
@@ -72,19 +52,6 @@ class TokenStore:
     @property
     def vocab_size(self) -> int:
         return self.manifest["tokenizer"]["vocab_size"]
-
-    @property
-    def eos(self) -> int:
-        return self.manifest["tokenizer"]["eos"]
-
-    @property
-    def tokenizer_hash(self) -> str:
-        return self.manifest["tokenizer"]["sha256"]
-
-    @property
-    def corpus_hash(self) -> str:
-        """sha256 over the sha256 of each document, in order."""
-        return self.manifest["corpus"]["sha256"]
 
     @property
     def train_tokens(self) -> int:
@@ -137,15 +104,10 @@ class TokenStore:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def document_ends(self, split: Split) -> np.ndarray:
-        """Where each document of a split ends, its EOS included, int64 [documents]."""
-        return np.load(self._local(self.manifest["splits"][split]["documents_file"]))
-
     def fetch(self) -> None:
         """Have all tokens on this machine, where they can be memory-mapped."""
-        for split in SPLITS:
-            for entry in self.manifest["splits"][split]["shards"]:
-                self._local(entry)
+        for entry in shard_entries(self.manifest):
+            self._local(entry)
 
     def _local(self, entry: dict[str, Any]) -> Path:
         """Where a file of the store lies on this machine."""
@@ -167,20 +129,20 @@ class TokenStore:
         UserError naming a damaged file.
         """
         if not is_remote(self.path):
-            verify(self.path, self.manifest, _files(self.manifest), AGAIN, again)
+            verify(self.path, self.manifest, file_entries(self.manifest), AGAIN, again)
             return
         self.fetch()
-        shards = [entry for split in SPLITS for entry in self.manifest["splits"][split]["shards"]]
         remedy = "remove it, and it is copied from the bucket again"
-        verify(cached_store(self.hash), self.manifest, shards, remedy, again)
+        copies = cached_store(self.hash)
+        verify(copies, self.manifest, shard_entries(self.manifest), remedy, again)
 
     def describe(self) -> dict[str, Any]:
         """What a result records of its data; the same wherever the store lies."""
         return {
             "store_hash": self.hash,
             **self.manifest["declaration"],
-            "corpus_hash": self.corpus_hash,
-            "tokenizer_hash": self.tokenizer_hash,
+            "corpus_hash": self.manifest["corpus"]["sha256"],  # of each document's sha256, in order
+            "tokenizer_hash": self.manifest["tokenizer"]["sha256"],
             "vocab_size": self.vocab_size,
             "train_tokens": self.train_tokens,
             "heldout_tokens": self.heldout_tokens,
@@ -220,12 +182,17 @@ def open_store(data: DataConfig) -> TokenStore:
         (path / "store.json").is_file(),
         f"there is no token store at {path}: make it with `gqa-scaling prepare EXPERIMENT`",
     )
-    manifest = _read_manifest(path)
-    _same_declaration(data, path, manifest)
+    manifest = read_manifest(path)
+    made, wanted = manifest["declaration"], data.declaration()
+    differing = [f"{k}: {made.get(k)!r} -> {v!r}" for k, v in wanted.items() if made.get(k) != v]
+    require(
+        not differing,
+        f"the token store {path} was made from another declaration ({', '.join(differing)}): choose "
+        f"another data.store or {AGAIN}",
+    )
     found = sizes(path)
-    for entry in _files(manifest):
-        file = path / entry["file"]
-        size = found.get(entry["file"])
+    for entry in file_entries(manifest):
+        file, size = path / entry["file"], found.get(entry["file"])
         require(size is not None, f"{file} of the token store is missing: {AGAIN}")
         require(
             size == entry["bytes"],
@@ -239,68 +206,3 @@ def open_store(data: DataConfig) -> TokenStore:
             f"it: restore the file, choose another data.store, or {AGAIN}",
         )
     return TokenStore(path, manifest)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "store.json"
-    try:
-        manifest = json.loads(file.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}): {AGAIN}") from None
-    wrong = misfit(manifest, {"schema": int})
-    require(not wrong, f"{file} is damaged ({wrong}): {AGAIN}")
-    schema = manifest["schema"]
-    require(schema == SCHEMA, f"{file} has schema {schema}, this version reads {SCHEMA}: {AGAIN}")
-    wrong = misfit(manifest, _MANIFEST)
-    require(not wrong, f"{file} is damaged ({wrong}): {AGAIN}")
-    whole = manifest["hash"] == content_hash(manifest)
-    require(whole, f"{file} is damaged, its hash is not that of its content: {AGAIN}")
-    known = manifest["dtype"] in DTYPES
-    require(known, f"{file} is damaged (dtype={manifest['dtype']!r} is no token's): {AGAIN}")
-    for name in SPLITS:
-        split, size = manifest["splits"][name], np.dtype(manifest["dtype"]).itemsize
-        held = sum(shard["bytes"] for shard in split["shards"])
-        require(
-            held == split["tokens"] * size,
-            f"{file} is damaged ({name} has {split['tokens']} tokens of {size} bytes in {held} "
-            f"bytes): {AGAIN}",
-        )
-    return manifest
-
-
-def content_hash(manifest: dict[str, Any]) -> str:
-    """Over what a training run can see: the files and what the ids in them mean."""
-    seen = {
-        "dtype": manifest["dtype"],
-        "tokenizer": {k: manifest["tokenizer"][k] for k in ("sha256", "vocab_size", "eos")},
-        "corpus": manifest["corpus"]["sha256"],
-        "splits": manifest["splits"],
-    }
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
-
-
-def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    splits = [manifest["splits"][name] for name in SPLITS]
-    files = [entry for split in splits for entry in (*split["shards"], split["documents_file"])]
-    tokenizer = manifest["tokenizer"]["file"]
-    return files if tokenizer is None else [*files, tokenizer]
-
-
-def declaration(data: DataConfig) -> dict[str, Any]:
-    """Names without folders, so that a corpus may move."""
-    return {
-        "corpus": Path(data.corpus).name,
-        "tokenizer": Path(data.tokenizer).name,
-        "text_field": data.text_field,
-        "heldout_fraction": data.heldout_fraction,
-    }
-
-
-def _same_declaration(data: DataConfig, path: Path, manifest: dict[str, Any]) -> None:
-    made, wanted = manifest["declaration"], declaration(data)
-    differing = [f"{k}: {made.get(k)!r} -> {v!r}" for k, v in wanted.items() if made.get(k) != v]
-    require(
-        not differing,
-        f"the token store {path} was made from another declaration ({', '.join(differing)}): choose "
-        f"another data.store or {AGAIN}",
-    )

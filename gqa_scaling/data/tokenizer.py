@@ -43,6 +43,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _library(self) -> tokenizers.Tokenizer:
+        assert self.definition is not None  # bytes need no library
         return _library(self.definition)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -85,11 +86,11 @@ def from_definition(definition: str, name: str) -> Tokenizer:
     library = _library(definition)
     special = {t.content: i for i, t in library.get_added_tokens_decoder().items() if t.special}
     eos = next((special[known] for known in EOS_NAMES if known in special), None)
-    require(
-        eos is not None,
-        f"tokenizer={name!r} has no end-of-text token: one of its special tokens must be "
-        f"{' or '.join(EOS_NAMES)}; it has {', '.join(special) or 'none'}",
-    )
+    if eos is None:
+        raise UserError(
+            f"tokenizer={name!r} has no end-of-text token: one of its special tokens must be "
+            f"{' or '.join(EOS_NAMES)}; it has {', '.join(special) or 'none'}"
+        )
     vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
     digest = hashlib.sha256(definition.encode()).hexdigest()
     return Tokenizer(name, vocab_size, eos, digest, definition)

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.data.manifest import shard_entries
 from gqa_scaling.files.storage import cache_folder
 from gqa_scaling.hardware import cores
 from gqa_scaling.units import byte_size
@@ -33,7 +34,7 @@ SAID_FROM = 2**32  # bytes: less is read in seconds
 def verify(
     folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]], remedy: str, again: bool
 ) -> None:
-    """Verify these files of a store; those that are as they were when it was last done only if `again`.
+    """Verify these files of a store, unless none has changed since it was last done; if `again`, always.
 
     Several processes that come here at once wait for the one that reads. Where the folder cannot be
     written, the note is kept in this machine's cache, and where that cannot be either, it is not.
@@ -41,7 +42,11 @@ def verify(
     """
     places = [folder / NOTE]
     with contextlib.suppress(UserError):  # a user without a home has no cache
-        places.append(cache_folder() / "verified" / _digest(os.fspath(folder.absolute())))
+        name = hashlib.sha256(os.fspath(folder.absolute()).encode()).hexdigest()[:16]
+        places.append(cache_folder() / "verified" / name)
+    for place in places:
+        pipe = os.path.exists(place) and place.is_fifo()  # reading it would wait for ever
+        require(not pipe, f"{place} must be a plain file, and is a pipe: remove it")
     state = _state(folder, manifest, files)
     if not again and any(_text(place) == state for place in places):
         return
@@ -76,8 +81,8 @@ def verify_file(
     `named` is what it is called in the message, should that be another path.
     """
     named, vocabulary = named or file, manifest["tokenizer"]["vocab_size"]
-    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-    dtype = np.dtype(manifest["dtype"] if entry in shards else np.uint8)
+    holds_tokens = entry in shard_entries(manifest)
+    dtype = np.dtype(manifest["dtype"])
     digest, largest = hashlib.sha256(), 0
     buffer = bytearray(BUFFER)
     try:
@@ -85,7 +90,7 @@ def verify_file(
             while size := content.readinto(buffer):
                 part = memoryview(buffer)[:size]
                 digest.update(part)
-                if entry in shards:
+                if holds_tokens:
                     tokens = np.frombuffer(part[: size - size % dtype.itemsize], dtype)
                     largest = max(largest, int(tokens.max(initial=0)))
     except OSError as error:  # a failed read does not say of which file
@@ -145,6 +150,7 @@ def _state(folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) 
 
 
 def _text(place: Path) -> str:
+    """What the note says, "" where there is none."""
     try:
         return place.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -167,7 +173,3 @@ def _held(places: Sequence[Path]) -> Iterator[TextIO | None]:
             yield note
             return
     yield None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -23,7 +23,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         )
         flag, equals, value = flag.partition("=")
         name = flag[2:].replace("-", "_")
-        require(name in known, f"unknown field {flag}{_flag_hint(name, known)}")
+        if name not in known:
+            raise UserError(f"unknown field {flag}{_flag_hint(name, known)}")
         if not equals:
             require(bool(rest), f"{flag} needs a value")
             value = rest.pop(0)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from gqa_scaling.config import DataConfig, UserError
-from gqa_scaling.data import build, open_store, prepare, verification
-from gqa_scaling.data import store as store_module
+from gqa_scaling.data import build, open_store, prepare, tokenise, verification
+from gqa_scaling.data.manifest import content_hash, file_entries
 from gqa_scaling.data.verification import NOTE
 
 
@@ -32,6 +32,11 @@ def expected(texts, heldout):
     return [i for k in kept for i in k], np.cumsum([len(k) for k in kept]).tolist()
 
 
+def ends_of(store, split):
+    """Where the documents of a split end, EOS included."""
+    return np.load(store.path / f"{split}.documents.npy").tolist()
+
+
 def names(path):
     return sorted(p.name for p in path.iterdir())
 
@@ -41,7 +46,7 @@ def test_every_document_lies_in_its_split_in_order_and_ends_with_eos(store, text
     tokens, ends = expected(texts, split == "heldout")
     total = {"train": store.train_tokens, "heldout": store.heldout_tokens}[split]
     assert store.tokens(split, 0, total).tolist() == tokens
-    assert store.document_ends(split).tolist() == ends
+    assert ends_of(store, split) == ends
     assert store.tokens(split, 5, 9).dtype == np.uint16
 
 
@@ -53,7 +58,7 @@ def test_bytes_per_token_counts_text_without_eos(store, texts):
 
 def test_hashes_say_what_they_are_of(store, texts):
     digests = b"".join(hashlib.sha256(t.encode()).digest() for t in texts.values())
-    assert store.corpus_hash == hashlib.sha256(digests).hexdigest()
+    assert store.describe()["corpus_hash"] == hashlib.sha256(digests).hexdigest()
     assert len(store.hash) == 64
     json.dumps(store.describe())
     assert str(store.path) not in json.dumps(store.describe())
@@ -61,13 +66,13 @@ def test_hashes_say_what_they_are_of(store, texts):
 
 @pytest.mark.parametrize("size", [97, 1000])
 def test_shards_are_read_across_their_boundaries(config, monkeypatch, store, texts, size):
-    monkeypatch.setattr(build, "SHARD_TOKENS", size)
+    monkeypatch.setattr(tokenise, "SHARD_TOKENS", size)
     sharded = prepare(config())
     sharded.verify()
     tokens, ends = expected(texts, heldout=False)
     n = len(tokens)
     assert len(list(sharded.path.glob("train-*.bin"))) == -(-n // size)
-    assert sharded.document_ends("train").tolist() == ends
+    assert ends_of(sharded, "train") == ends
     spans = [(0, n), (0, 0), (n, n), (n - 1, n), (0, size), (size, 2 * size), (size - 1, size + 1)]
     for start, stop in [*spans, (size, size), (size // 2, 4 * size + 1)]:
         for one in (store, sharded):
@@ -79,7 +84,7 @@ def test_shards_are_read_across_their_boundaries(config, monkeypatch, store, tex
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe-300"])
 def test_the_number_of_workers_changes_no_byte(config, tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(build, "TASK_BYTES", 500)  # more tasks than the pool looks ahead
+    monkeypatch.setattr(tokenise, "TASK_BYTES", 500)  # more tasks than the pool looks ahead
     stores = [
         prepare(config(tokenizer=tokenizer, store=str(tmp_path / str(n))), workers=n)
         for n in (1, 2)
@@ -105,13 +110,13 @@ def test_bpe_store_decodes_to_its_documents(config, texts):
     assert store.vocab_size == 300
     assert open_store(config(tokenizer="bpe-300")).tokenizer == store.tokenizer
     assert (
-        store.tokenizer_hash
+        store.describe()["tokenizer_hash"]
         == hashlib.sha256((store.path / "tokenizer.json").read_bytes()).hexdigest()
     )
     begin, out = 0, []
-    for end in store.document_ends("train"):
+    for end in ends_of(store, "train"):
         document = store.tokens("train", begin, end)
-        assert document[-1] == store.eos
+        assert document[-1] == store.tokenizer.eos
         out.append(store.tokenizer.decode(document))
         begin = end
     assert out == [t for t in texts.values() if not held_out(t)]
@@ -123,7 +128,7 @@ def test_bpe_learns_nothing_from_the_held_out_split(config, folder, tmp_path, te
     extra = next(t for i in range(100) if held_out(t := f"{i} " + "zq" * 3000))
     (tmp_path / "more" / "extra.txt").write_text(extra)
     other = prepare(config(corpus=f"{tmp_path}/more", tokenizer="bpe-300", store=f"{tmp_path}/t"))
-    assert other.tokenizer_hash == base.tokenizer_hash
+    assert other.describe()["tokenizer_hash"] == base.describe()["tokenizer_hash"]
     assert other.heldout_tokens > base.heldout_tokens
 
 
@@ -266,7 +271,7 @@ def test_bits_that_turn_without_a_trace_are_found_by_prepare_and_remembered(conf
     """As on a disk that rots: size and times stay as they were."""
     path = prepare(config()).path
     state = verification._state
-    before = state(path, open_store(config()).manifest, store_module._files(manifest_of(path)))
+    before = state(path, open_store(config()).manifest, file_entries(manifest_of(path)))
     flip(path / "train-00000.bin")
     monkeypatch.setattr(verification, "_state", lambda *_: before)
     open_store(config()).verify()
@@ -304,6 +309,15 @@ def test_where_the_store_cannot_be_written_the_note_is_kept_in_the_cache(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pipe_in_the_place_of_the_note_is_refused_and_not_waited_for(config, store, again):
+    path = Path(shutil.copytree(store.path, config().store))
+    (path / NOTE).unlink(missing_ok=True)
+    os.mkfifo(path / NOTE)
+    with pytest.raises(UserError, match=r"\.verified must be a plain file, and is a pipe: remove"):
+        open_store(config()).verify(again)
+
+
 def manifest_of(path):
     return json.loads((path / "store.json").read_text())
 
@@ -312,10 +326,10 @@ def sealed_anew(path, file, change):
     """The file changed and its checksum with it, as by a program that wrote it wrongly."""
     manifest = manifest_of(path)
     change(path / file)
-    for entry in store_module._files(manifest):
+    for entry in file_entries(manifest):
         if entry["file"] == file:
             entry["sha256"] = hashlib.sha256((path / file).read_bytes()).hexdigest()
-    manifest["hash"] = store_module.content_hash(manifest)
+    manifest["hash"] = content_hash(manifest)
     (path / "store.json").write_text(json.dumps(manifest))
 
 
@@ -341,7 +355,7 @@ def test_a_store_json_that_contradicts_itself_is_refused(config, store, words, c
     path = Path(shutil.copytree(store.path, config().store))
     manifest = manifest_of(path)
     change(manifest)
-    manifest["hash"] = store_module.content_hash(manifest)
+    manifest["hash"] = content_hash(manifest)
     (path / "store.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=rf"store\.json is damaged \({words}.*build it again"):
         open_store(config())
@@ -403,7 +417,7 @@ def test_a_changed_tokenizer_json_is_refused_and_an_absent_one_is_not_needed(con
     source = prepare(config(tokenizer="bpe-300", store=f"{tmp_path}/bpe"))
     file = Path(shutil.copy(source.path / "tokenizer.json", tmp_path / "t.json"))
     store = prepare(config(tokenizer=str(file)))
-    assert store.tokenizer_hash == source.tokenizer_hash
+    assert store.describe()["tokenizer_hash"] == source.describe()["tokenizer_hash"]
     assert np.array_equal(store.tokens("train", 0, 999), source.tokens("train", 0, 999))
     file.write_text(file.read_text() + "\n")
     for verb in (open_store, prepare):
@@ -460,9 +474,9 @@ def test_somebody_elses_folder_is_never_replaced(config, tmp_path):
 SCRIPT = """
 import json, sys, time
 from gqa_scaling.config import DataConfig
-from gqa_scaling.data import build, prepare
+from gqa_scaling.data import prepare, tokenise
 
-def until(documents, stall, tasks=build._tasks):
+def until(documents, stall, tasks=tokenise._tasks):
     for number, task in enumerate(tasks(documents)):
         if number == stall:
             time.sleep(60)
@@ -470,8 +484,8 @@ def until(documents, stall, tasks=build._tasks):
 
 if __name__ == "__main__":
     fields, stall = json.loads(sys.argv[1])
-    build.TASK_BYTES = 100
-    build._tasks = lambda documents: until(documents, stall)
+    tokenise.TASK_BYTES = 100
+    tokenise._tasks = lambda documents: until(documents, stall)
     prepare(DataConfig(**fields), workers=2)
 """
 
