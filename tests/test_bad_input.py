@@ -110,19 +110,19 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize("value", [HUGE, "-" + HUGE, LONG, "-2", "nan", "1e3", "True"])
 @pytest.mark.parametrize("field", WHOLE)
-def test_whole_numbers(refused, field, value):
-    err = refused("", *PLAN, f"--{field}={value}")
-    assert field.rpartition(".")[2].replace("-", "_") in err.replace("-", "_")
-    assert value in (LONG, HUGE, "-" + HUGE) or value in err
+def test_whole_numbers(refused, field):
+    for value in (HUGE, "-" + HUGE, LONG, "-2", "nan", "1e3", "True"):
+        err = refused("", *PLAN, f"--{field}={value}")
+        assert field.rpartition(".")[2].replace("-", "_") in err.replace("-", "_")
+        assert value in (LONG, HUGE, "-" + HUGE) or value in err
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "-1e-3", LONG, "x"])
 @pytest.mark.parametrize("field", REAL)
-def test_real_numbers(refused, field, value):
-    err = refused("", *PLAN, f"--{field}={value}")
-    assert field.rpartition(".")[2].replace("-", "_") in err.replace("-", "_")
+def test_real_numbers(refused, field):
+    for value in ("nan", "inf", "-inf", "1e300", "-1e-3", LONG, "x"):
+        err = refused("", *PLAN, f"--{field}={value}")
+        assert field.rpartition(".")[2].replace("-", "_") in err.replace("-", "_")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """A parser of the command, with the arguments of the verb that is asked for; others are named."""
     parser = _Parser(
         prog="gqa-scaling",
         description="Find the grouped-query transformer that reaches a loss at a context length "
@@ -44,15 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, (_, about, add) in VERBS.items():
-        raw = argparse.RawDescriptionHelpFormatter
         verb = verbs.add_parser(
             name,
             help=about,
             description=about,
             epilog=OVERRIDES,
-            formatter_class=raw,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if name != asked:
+            continue
         if name not in (*study.VERBS, "checkpoints"):
             verb.add_argument("experiment", help="module or file, such as experiments.smoke")
         add(verb)
@@ -62,10 +64,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What was asked, and what is left: the overrides of fields."""
-    parser = _parser()
     verb = next((each for each in arguments if not each.startswith("-")), None)
+    parser = _parser(verb)
     if verb is not None and verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; see {parser.prog} --help")
+        raise UserError(
+            f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; see {parser.prog} --help"
+        )
     args, rest = parser.parse_known_args(arguments)
     args.command = shlex.join([parser.prog, *arguments])
     if args.root is not None:

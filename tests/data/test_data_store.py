@@ -589,8 +589,3 @@ def test_the_standard_library_needs_nothing(tmp_path):
     store = prepare(DataConfig(store=str(tmp_path / "s")))
     assert store.train_tokens > 5_000_000
     assert 0.01 < store.heldout_tokens / store.train_tokens < 0.15
-
-
-def test_reading_a_store_needs_no_jax():
-    script = "import gqa_scaling.data, sys; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
