@@ -84,7 +84,9 @@ def with_learning_rate(
     return replace(run, optimizer=replace(run.optimizer, learning_rate=rate), note=note)
 
 
-def at_swept_rates(runs: Iterable[RunConfig], sweep: LearningRateSweep) -> list[RunConfig]:
-    """The runs, each at the rate that the sweep chose for its size (`with_learning_rate`)."""
-    choices = learning_rate_choices(sweep.experiment, sweep.runs())
+def at_swept_rates(
+    runs: Iterable[RunConfig], sweep: LearningRateSweep, root: Path | None = None
+) -> list[RunConfig]:
+    """The runs, each at the rate that the sweep below `root` chose for its size."""
+    choices = learning_rate_choices(sweep.experiment, sweep.runs(), root)
     return [with_learning_rate(run, choices, sweep.experiment) for run in runs]

@@ -50,18 +50,21 @@ class Experiment:
         return replace(self, runs=runs)
 
 
-def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    spec: str, overrides: Sequence[str] = (), root: Path | None = None
+) -> Experiment:
     """The experiment named by a module (experiments.smoke) or a file path (experiments/smoke.py).
 
     The working directory is on the path. `overrides` are pairs such as --model.n-layers 4 and
-    change every run. Raises UserError for an unknown experiment, field or value.
+    change every run. The sweep that learning rates are taken from lies below `root`, without it below
+    `runs_root()`. Raises UserError for an unknown experiment, field or value.
     """
     with _own_errors(spec):
         module = _import(spec)
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    declared = _declared_runs(spec, module)
+    declared = _declared_runs(spec, module, root)
     changed = [apply_overrides(run, changes) for run in declared]
     # overrides may leave one run of a grid, as those of `overrides_to` do
     runs = unique(dict.fromkeys(changed) if changes else changed)
@@ -74,7 +77,7 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
     return Experiment(name, tuple(runs), question, about)
 
 
-def _declared_runs(spec: str, module: ModuleType) -> list[RunConfig]:
+def _declared_runs(spec: str, module: ModuleType, root: Path | None) -> list[RunConfig]:
     """What the module's runs() returns, each at its size's swept learning rate if it names a sweep."""
     with _own_errors(spec):
         runs = module.runs()
@@ -89,7 +92,7 @@ def _declared_runs(spec: str, module: ModuleType) -> list[RunConfig]:
     is_one = isinstance(sweep, LearningRateSweep)
     require(is_one, f"{spec}: LEARNING_RATES must be a LearningRateSweep, not {_kind(sweep)}")
     with _own_errors(spec):
-        return at_swept_rates(runs, sweep)
+        return at_swept_rates(runs, sweep, root)
 
 
 def _kind(value: object) -> str:

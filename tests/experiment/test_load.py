@@ -193,6 +193,8 @@ def test_an_experiment_is_trained_at_the_best_rates_of_its_sweep(workplace):
     assert [run.optimizer.learning_rate for run in after] == [2e-3] * 3 + [1e-3] * 3
     assert after[0].note == "learning rate 0.002 from sweep (3 tried)"
     assert "has not finished L2 d32" in after[3].note
+    elsewhere = load_experiment("experiments.swept", root=workplace / "elsewhere").runs
+    assert [run.digest for run in elsewhere] == [run.digest for run in declared]
     given = load_experiment("experiments.swept", ["--optimizer.learning-rate", "3e-4"]).runs
     assert {run.optimizer.learning_rate for run in given} == {3e-4}
 
