@@ -162,7 +162,7 @@ def try_gqa(words: list[str]) -> None:
     if len(words) == 1:  # the text speaks of a verb
         assert words[0] in cli.VERBS
         return
-    args, rest = cli._parser().parse_known_args(words)
+    args, rest = cli._parse(words)
     source = getattr(args, "source", None) or args.experiment
     is_experiment = study._is_experiment(source) and not Path(source).is_dir()
     quick = args.verb in ("plan", "status", "learning-rates") or args.verb in study.VERBS
