@@ -51,6 +51,7 @@ MOST_LAYERS = MOST_HEADS = 10_000
 MOST_DEVICES = 10**6  # along one axis of a mesh
 MOST_BPE_TOKENS = 2**22  # its trainer takes memory for all of them at once
 MOST_NAME_BYTES = 255 - len("-0123456789ab")  # the file system's, less what a folder adds
+MAX_EPOCHS = 4.0  # more passes over a corpus must be allowed (`DataConfig.allow_repeats`)
 Implementation = Literal["reference", "blockwise", "splash", "triton", "cudnn"]
 
 

@@ -24,6 +24,7 @@ from gqa_scaling.context_sharding import mean_keys
 
 Convention = Literal["per_token", "per_sequence"]
 CONVENTIONS: tuple[Convention, ...] = ("per_token", "per_sequence")
+LOGIT_BYTES = 64 * 2**20  # of float32 logits that a loss forms at once, on each device
 Number = Any  # a Python number or a NumPy array of them
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from gqa_scaling.config import Implementation
+from gqa_scaling.costs import LOGIT_BYTES
 from gqa_scaling.devices.mesh import all_gather, axis_index, on_shards, pmax, psum, reduce_scatter
 from gqa_scaling.model.product import product
 from gqa_scaling.model.transformer import Transformer
 
-LOGIT_BYTES = 64 * 2**20  # of float32 logits at once, on each device
 _X, _TABLE, _TOKENS = ("batch", "time", None), ("vocab", "embed"), ("batch", "time")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from gqa_scaling.config import (
     LOSSES,
+    MAX_EPOCHS,
     MOST_CONTEXT,
     MOST_HEADS,
     MOST_LAYERS,
@@ -37,7 +38,6 @@ from gqa_scaling.files.storage import as_path, is_remote
 
 Count = Literal["n_exact", "n_formula", "n_given"]
 COUNTS: tuple[Count, ...] = ("n_exact", "n_formula", "n_given")
-MAX_EPOCHS = 4.0
 # A configuration: (n_heads, n_kv_heads) and, where heads do not see all keys, their pattern.
 Heads: TypeAlias = tuple[int, int] | tuple[int, int, ContextSharding]
 

@@ -37,7 +37,7 @@ def test_training_bytes_on_one_device():
     assert (predicted.gradients, predicted.accumulated, predicted.program) == (4 * total, 0, 0)
     hidden = 2 * 2 * 2**19 * 1280  # of each token, and its gradient, in bf16
     tables = (2 + 2 + 4 + 4) * 50304 * 1280  # in bf16, and its gradient, both twice
-    assert predicted.output == tables + memory.LOGIT_BUDGET_BYTES + hidden
+    assert predicted.output == tables + costs.LOGIT_BYTES + hidden
     assert predicted.total > predicted.state + predicted.gradients + predicted.activations
 
 
