@@ -14,10 +14,10 @@ import pytest
 from submitit import LocalExecutor
 
 from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.hardware import SLICES
 from launch.jobs import Job
 from launch.slurm import LOST_RESTARTS, ArrayTask, array_tasks
 from launch.submission import Study
-from launch.targets import SLICES
 
 CHECKOUT = Path(__file__).parents[2]
 
