@@ -13,20 +13,9 @@ from rich.text import Text
 
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.storage import is_remote
+from gqa_scaling.sweep import views
 from gqa_scaling.sweep.status import LOOK_SECONDS, REMOTE_LOOK_SECONDS, RunStatus, read_status
-from gqa_scaling.sweep.views import (
-    Cell,
-    coloured_state,
-    evaluation_loss,
-    known,
-    loss,
-    numbers,
-    status_counts,
-    status_title,
-    table,
-    time_use,
-    words,
-)
+from gqa_scaling.sweep.views import Cell, known, numbers, table, words
 from gqa_scaling.units import duration, quantity
 
 ENDED = ("done", "failed", "damaged")
@@ -66,20 +55,20 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
     shown = [rows[i] for i in sorted(chosen)]
     columns: list[tuple[Column, Cell[RunStatus]]] = [
         (words("run", overflow="fold"), lambda r: r.name),
-        (words("state", no_wrap=True, overflow="fold"), coloured_state),
+        (words("state", no_wrap=True, overflow="fold"), views.coloured_state),
         (_figure("done"), lambda r: f"{r.progress:.0%}"),
-        (_figure("training\nloss\n(nats)"), loss),
-        (_figure("held-out\nloss\n(nats)"), evaluation_loss),
+        (_figure("training\nloss\n(nats)"), views.loss),
+        (_figure("held-out\nloss\n(nats)"), views.evaluation_loss),
         (_figure("tokens/s\nper\ndevice"), lambda r: known(r.tokens_per_second, quantity)),
         (_figure("MFU"), lambda r: known(r.mfu, "{:.0%}".format)),
         (_figure("re-\nstarts"), lambda r: str(r.restarts or "")),
-        (_figure("goodput\n+ eval\n+ saving"), time_use),
+        (_figure("goodput\n+ eval\n+ saving"), views.time_use),
         (_figure("left"), lambda r: known(r.seconds_left, duration)),
     ]
     filled = [(column, cell) for column, cell in columns if any(cell(r) for r in shown)]
     body = table(filled, shown, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     hidden = [r for i, r in enumerate(rows) if i not in chosen]
-    more = [Text(f"and {len(hidden)} more: {status_counts(hidden)}", "dim")] if hidden else []
+    more = [Text(f"and {len(hidden)} more: {views.status_counts(hidden)}", "dim")] if hidden else []
     said = [
         Text(
             f"{r.name} {'' if r.state == 'damaged' else 'failed: '}{r.failure}",
@@ -89,7 +78,7 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
         )
         for r in failures
     ]
-    return Group(Text(status_title(experiment, rows), "bold"), body, *more, *said)
+    return Group(Text(views.status_title(experiment, rows), "bold"), body, *more, *said)
 
 
 def _figure(heading: str) -> Column:
