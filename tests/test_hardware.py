@@ -55,7 +55,7 @@ def test_ones_own_mfu_and_price():
     assert changed(CHIP) == CHIP
     assert changed(CHIP, mfu=0.1, price=0.0) == dataclasses.replace(CHIP, mfu=0.1, price=0.0)
     for mfu in (0.0, 1.1, 1e-300, float("nan")):
-        with pytest.raises(Refused, match="mfu=.* must be a number from 1e-06 to 1"):
+        with pytest.raises(Refused, match=r"mfu=.* must be a number from 1e-06 to 1"):
             changed(CHIP, mfu=mfu)
     for price in (-1.0, 1e300, float("inf"), float("nan")):
         with pytest.raises(Refused, match=r"price=.* from 0 to 1e\+06 dollars an hour"):

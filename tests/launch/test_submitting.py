@@ -3,7 +3,6 @@
 import io
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,23 +208,19 @@ def test_a_dry_run_needs_no_tool_and_leaves_nothing(
 
 
 def test_a_finished_sweep_submits_nothing_and_what_is_deleted_comes_back(
-    tmp_path, bucket, tools, capsys, monkeypatch
+    workplace, bucket, tools, capsys
 ):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(CHECKOUT / "experiments/head_ladder.py", tmp_path)
     tools.add("sky")
-    runs = load_experiment("head_ladder.py", STORE).runs
-    directories = [finish(run, "head_ladder") for run in runs]
-    command = [*SKY, "--yes", "head_ladder.py", *STORE, "--parallel.remat", "full"]
-    assert main(command) == 0
+    directories = {run.name: finish(run, "tiny") for run in tiny()}
+    assert main([*SKY, "--yes", *TINY]) == 0
     assert tools.calls() == []
-    assert "168 runs: 0 to launch, 168 finished" in capsys.readouterr().err
-    lost = range(3, 168, 17)
-    for i in lost:
-        directories[i].result_file.unlink()
-    assert main(command) == 0
-    assert "168 runs: 10 to launch, 158 finished" in capsys.readouterr().err
-    assert submitted(tools) == sorted(runs[i].name for i in lost)
+    assert "6 runs: 0 to launch, 6 finished" in capsys.readouterr().err
+    lost = ["L1-h2", "L2-h4"]
+    for name in lost:
+        directories[name].result_file.unlink()
+    assert main([*SKY, "--yes", *TINY]) == 0
+    assert "6 runs: 2 to launch, 4 finished" in capsys.readouterr().err
+    assert submitted(tools) == lost
 
 
 def test_running_and_failed_runs_are_left_alone(workplace, bucket, tools, capsys):
