@@ -13,17 +13,16 @@ TPU_RUNTIME = {"v5e": "v2-alpha-tpuv5-lite", "v6e": "v2-alpha-tpuv6e", "v5p": "v
 
 
 def startable(name: str) -> Slice:
-    """The slice of that name, one that clouds and clusters start as one machine group.
+    """The slice of that name, in either spelling, if a job can have it.
 
-    Raises UserError for what is no slice, for several slices, and for a shape that is not the usual
-    one of its number of chips, which engines are asked for.
+    Engines are asked for a number of chips and give the usual shape. Raises UserError for another
+    shape, for several slices, and for what is no slice.
     """
     found = slice_of(name)
     if SLICES.get(found.vendor_name) != found:
         alike = ", ".join(s.vendor_name for s in SLICES.values() if s.kind == found.kind)
         raise UserError(
-            f"no job can have {name}: it has one slice, of the usual shape for its size, which may be "
-            f"{alike}"
+            f"no job can have {name}: a job has one slice of the usual shape for its size: {alike}"
         )
     return found
 

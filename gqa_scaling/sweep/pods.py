@@ -173,7 +173,7 @@ def shapes(runs: tuple[RunConfig, ...]) -> list[tuple[RunConfig, ...]]:
 def check(experiment: Experiment, place: Slice) -> None:
     """Raise UserError unless every run can be laid out over the chips, with the attention that it
     asks for, and the compiler is there."""
-    require(place.is_tpu, f"--compile {place.name}: its compiler is for TPUs; name a slice of them")
+    require(place.is_tpu, f"--compile asks the compiler of TPUs: {place.name} is no slice of them")
     for first, *_ in shapes(experiment.runs):
         reason = layout_refusal(first, place.chips, "tpu")
         require(not reason, f"{first.name} on {place.name}: {reason}")

@@ -305,9 +305,9 @@ def test_a_command_that_fails_stops_the_rest_and_says_how_far_it_got(
         (("xpk", "v5e:2x2", *XPK[2:], *TINY), "xpk starts no v5e-4: name a larger slice"),
         (
             ("skypilot", "2xv5e-16", *TINY),
-            "no job can have 2xv5e-16: it has one slice, of the usual",
+            "no job can have 2xv5e-16: a job has one slice of the usual",
         ),
-        (("skypilot", "v5p:4x4x16", *TINY), "no job can have v5p:4x4x16: it has one slice"),
+        (("skypilot", "v5p:4x4x16", *TINY), "no job can have v5p:4x4x16: a job has one slice"),
         (("nowhere\x1b[31m",), "invalid choice: 'nowhere\\x1b[31m'"),
         (("skypilot", "\x1b[31mv5e-16", *TINY), "unknown slice '\\x1b[31mv5e-16'"),
         ((*SKY, *TINY, "--seed", "\x1b[31m"), "--seed='\\x1b[31m' must be of type int"),
