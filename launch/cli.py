@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
@@ -135,12 +136,9 @@ def launch(args: argparse.Namespace) -> int:
     target = _target(args)
     ENGINES[args.target].require_fields(target)
     root = _root(target)
-    if not (args.dry_run and is_remote(root)):
-        _read_states_from(root)
-        return _launch(args, target, root)
-    with tempfile.TemporaryDirectory() as empty:  # a bucket needs credentials
-        _read_states_from(empty)
-        return _launch(args, target, root)
+    with tempfile.TemporaryDirectory() as empty:
+        unseen = args.dry_run and is_remote(root)  # a bucket needs credentials
+        return _launch(args, target, root, _read_states_from(empty if unseen else root))
 
 
 def _target(args: argparse.Namespace) -> Target:
@@ -171,18 +169,20 @@ def _root(target: Target) -> str:
     return root if is_remote(root) else os.path.abspath(runs_root())  # no bucket is opened here
 
 
-def _read_states_from(root: str) -> None:
+def _read_states_from(root: str) -> Path:
     """Have finished runs, and learning rates that they chose, looked for in this folder."""
-    os.environ["GQA_SCALING_RUNS"] = root
+    os.environ["GQA_SCALING_RUNS"] = root  # experiments read it
+    return runs_root()
 
 
-def _launch(args: argparse.Namespace, target: Target, root: str) -> int:
+def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -> int:
+    """Launch runs that are kept in `root`, as far as `states` does not have them finished."""
     engine = ENGINES[args.target]
     experiment = load_experiment(args.experiment, args.overrides).select(args.only)
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if target.engine != "slurm":
         _require_to_travel(experiment, study, target)
-    left, said = _left_to_launch(experiment, args.retry_failed)
+    left, said = _left_to_launch(experiment, states, args.retry_failed)
     if args.dry_run and is_remote(root):
         said += f" (--dry-run does not look into {root}: it assumes that nothing is finished there)"
     offered = engine.offered(target.largest)
@@ -199,7 +199,7 @@ def _launch(args: argparse.Namespace, target: Target, root: str) -> int:
     _require_tokens(left)
     _confirm(jobs, args.yes)
     if args.retry_failed:
-        forget_failures(left, runs_root())
+        forget_failures(left, states)
     engine.submit(jobs, target, study)
     print("\n".join(["", *engine.after(jobs, target, study)]))
     where = shlex.join(["env", f"GQA_SCALING_RUNS={study.root}"])
@@ -224,9 +224,8 @@ def _require_to_travel(experiment: Experiment, study: Study, target: Target) -> 
         )
 
 
-def _left_to_launch(experiment: Experiment, retry: bool) -> tuple[Experiment, str]:
+def _left_to_launch(experiment: Experiment, root: Path, retry: bool) -> tuple[Experiment, str]:
     """The runs to submit, and what became of the others in words."""
-    root = runs_root()
     left = pending(experiment, root)
     states = {run: run_directory(root, experiment.name, run).state() for run in left}
     skipped = ("running",) if retry else ("running", "failed")

@@ -305,11 +305,12 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.experiment.grid import learning_rate_choices
+    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.sweep.views import learning_rates_dict, learning_rates_table
 
     experiment = _experiment(args, rest)
     name, runs = experiment.name, experiment.runs
-    choices = learning_rate_choices(name, runs)
+    choices = learning_rate_choices(name, runs, runs_root())
     _show(args, learning_rates_dict(choices), learning_rates_table(name, choices, runs))
     return 0
 

@@ -1,15 +1,16 @@
 """The tables and lines that people read of a sweep, and the same for programs.
 
-A table is a list of columns, each a heading with the text of a row.
+A table is a dict of columns: for each heading, the text that a row has there.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.console import JustifyMethod, OverflowMethod
+from rich.table import Table
 from rich.text import Text
 
 from gqa_scaling.config import RunConfig
@@ -25,25 +26,29 @@ from gqa_scaling.units import byte_size, duration, quantity
 Row = TypeVar("Row")
 Cell = Callable[[Row], str | Text]
 
+WORDS = {"run", "state", "pattern", "mesh", "remat", "kept", "saved", "a resume uses"}
 COLOURS = {"done": "green", "running": "cyan", "stale": "yellow", "failed": "red"}
 COLOURS |= {"pending": "dim", "damaged": "red", "whole": "green", "unfinished": "dim"}
 
 
-def words(heading: str, **how: Any) -> Column:
-    """A column of words, to the left."""
-    return Column(heading, **how)
+def table(
+    columns: Mapping[str, Cell[Row]],
+    rows: Iterable[Row],
+    whole: Container[str] = (),
+    overflow: OverflowMethod = "ellipsis",
+    **look: Any,
+) -> Table:
+    """The table of these rows; `look` are options of rich's Table.
 
-
-def numbers(heading: str, **how: Any) -> Column:
-    """A column of numbers, to the right."""
-    return Column(heading, justify="right", **how)
-
-
-def table(columns: Sequence[tuple[Column, Cell[Row]]], rows: Iterable[Row], **look: Any) -> Table:
-    """The table of these rows; `look` are options of rich's Table."""
-    made = Table(*(column for column, _ in columns), **look)
+    Words stand to the left and numbers to the right. Columns named in `whole` are never folded on a
+    narrow terminal; `overflow` is what becomes of text that is too long.
+    """
+    made = Table(**look)
+    for name in columns:
+        justify: JustifyMethod = "left" if name in WORDS else "right"
+        made.add_column(name, justify=justify, no_wrap=name in whole, overflow=overflow)
     for row in rows:
-        made.add_row(*(cell(row) for _, cell in columns))
+        made.add_row(*(cell(row) for cell in columns.values()))
     return made
 
 
@@ -60,36 +65,33 @@ def plan_table(plan: Plan) -> Table:
     h, runs = plan.hardware, plan.runs
     batches = {(r.batch_size, r.context_length) for r in runs}
     sparse = any(r.pattern for r in runs)
-    shown = {
-        "batch x T": len(batches) != 1,
-        "pattern": sparse,
-        "epochs": any(r.epochs is not None for r in runs),
-    }
-    # Narrow terminals fold words, never numbers.
-    fold: dict[str, Any] = {"overflow": "fold"}
-    whole: dict[str, Any] = {"overflow": "fold", "no_wrap": True}
+    hidden = {"batch x T"} if len(batches) == 1 else set()
+    hidden |= set() if sparse else {"pattern"}
+    hidden |= {"epochs"} if all(r.epochs is None for r in runs) else set()
 
     def memory(r: PlannedRun) -> Text:
         return Text(byte_size(r.training_bytes), "red" if r.training_bytes > h.memory else "")
 
-    columns: list[tuple[Column, Cell[PlannedRun]]] = [
-        (words("run", **fold), lambda r: r.name),
-        (numbers("L x d", **whole), lambda r: f"{r.n_layers}x{r.d_model}"),
-        (numbers("heads", **whole), lambda r: f"{r.n_heads},{r.n_kv_heads}"),
-        (words("pattern", **fold), lambda r: r.pattern or "dense"),
-        (numbers("N", **whole), lambda r: quantity(r.n_exact)),
-        (numbers("batch x T", **whole), lambda r: f"{r.batch_size}x{r.context_length}"),
-        (numbers("tokens", **whole), lambda r: quantity(r.tokens)),
-        (numbers("FLOPs", **whole), lambda r: f"{r.training_flops:.1e}"),
-        (numbers("memory", **whole), memory),
-        (numbers("time", **whole), lambda r: duration(r.seconds)),
-        (numbers("epochs", **whole), lambda r: known(r.epochs, "{:.2f}".format, "?")),
-    ]
+    columns: dict[str, Cell[PlannedRun]] = {
+        "run": lambda r: r.name,
+        "L x d": lambda r: f"{r.n_layers}x{r.d_model}",
+        "heads": lambda r: f"{r.n_heads},{r.n_kv_heads}",
+        "pattern": lambda r: r.pattern or "dense",
+        "N": lambda r: quantity(r.n_exact),
+        "batch x T": lambda r: f"{r.batch_size}x{r.context_length}",
+        "tokens": lambda r: quantity(r.tokens),
+        "FLOPs": lambda r: f"{r.training_flops:.1e}",
+        "memory": memory,
+        "time": lambda r: duration(r.seconds),
+        "epochs": lambda r: known(r.epochs, "{:.2f}".format, "?"),
+    }
     each = "".join(f", batches of {b} x {t:,} tokens" for b, t in batches if len(batches) == 1)
     parts = " Pattern: blocks of b tokens, w local, a stripe each s, k sinks; dense parts with +."
     return table(
-        [column for column in columns if shown.get(str(column[0].header), True)],
+        {name: cell for name, cell in columns.items() if name not in hidden},
         runs,
+        whole=columns.keys() - WORDS,
+        overflow="fold",
         title=f"{plan.experiment} on {plan.devices} x {h.name}{each}",
         caption=f"FLOPs: model FLOPs of forward and backward, causal attention, output head "
         f"included. Time: {h.peak_flops / 1e12:.3g} TFLOP/s peak x MFU {h.mfu:g}, and "
@@ -149,25 +151,25 @@ def compiled_table(found: Sequence[Compiled], place: Slice) -> Table:
     def received(one: Compiled) -> str:
         return "?" if one.flops is None else byte_size(round(one.received))
 
-    fold: dict[str, Any] = {"overflow": "fold"}
-    columns: list[tuple[Column, Cell[Compiled]]] = [
-        (words("run", **fold), name),
-        (words("mesh", **fold), mesh),
-        (words("remat", **fold), lambda one: one.parallel.remat),
-        (numbers("state + batch", **fold), lambda one: known(one.arguments, byte_size, "?")),
-        (numbers("temporaries", **fold), lambda one: known(one.temporaries, byte_size, "?")),
-        (numbers("total", **fold), lambda one: byte_size(one.needed)),
-        (numbers("predicted", **fold), predicted),
-        (numbers("FLOPs", **fold), lambda one: known(one.flops, quantity, "?")),
-        (numbers("model FLOPs", **fold), lambda one: known(one.model_flops, quantity, "?")),
-        (numbers("received", **fold), received),
-        (numbers("fits", **fold), lambda one: Text("yes") if one.fits else Text("no", "red")),
-    ]
+    columns: dict[str, Cell[Compiled]] = {
+        "run": name,
+        "mesh": mesh,
+        "remat": lambda one: one.parallel.remat,
+        "state + batch": lambda one: known(one.arguments, byte_size, "?"),
+        "temporaries": lambda one: known(one.temporaries, byte_size, "?"),
+        "total": lambda one: byte_size(one.needed),
+        "predicted": predicted,
+        "FLOPs": lambda one: known(one.flops, quantity, "?"),
+        "model FLOPs": lambda one: known(one.model_flops, quantity, "?"),
+        "received": received,
+        "fits": lambda one: Text("yes") if one.fits else Text("no", "red"),
+    }
     allowed = found[0].allowed if found else hardware(place.kind).memory
     compiler = found[0].compiler if found else "the TPU compiler"
     return table(
         columns,
         _with_changes(found),
+        overflow="fold",
         title=f"compiled for {place.name}: {place.chips} chips of {byte_size(allowed)}",
         caption=f"{compiler}. Per chip; FLOPs and bytes of one step, loops counted as often as they "
         "turn. Model FLOPs: causal attention, no recomputation. Received: what a chip gets from "
@@ -255,19 +257,19 @@ def evaluation_loss(row: RunStatus) -> str:
 
 def status_table(experiment: str, rows: Sequence[RunStatus]) -> Table:
     """A row for each run and, below one that failed, why."""
-    columns: list[tuple[Column, Cell[RunStatus]]] = [
-        (words("run", no_wrap=True), lambda r: r.name),
-        (words("state"), coloured_state),
-        (numbers("step"), lambda r: f"{r.step:,}/{r.steps:,}"),
-        (numbers("training\nloss\n(nats)"), loss),
-        (numbers("held-out\nloss\n(nats)"), evaluation_loss),
-        (numbers("tokens/s\nper\ndevice"), lambda r: known(r.tokens_per_second, "{:,.0f}".format)),
-        (numbers("goodput\n+ evaluation\n+ saving"), time_use),
-        (numbers("attempts"), lambda r: str(r.attempts)),
-    ]
-    made = table(columns, (), title=status_title(experiment, rows))
+    columns: dict[str, Cell[RunStatus]] = {
+        "run": lambda r: r.name,
+        "state": coloured_state,
+        "step": lambda r: f"{r.step:,}/{r.steps:,}",
+        "training\nloss\n(nats)": loss,
+        "held-out\nloss\n(nats)": evaluation_loss,
+        "tokens/s\nper\ndevice": lambda r: known(r.tokens_per_second, "{:,.0f}".format),
+        "goodput\n+ evaluation\n+ saving": time_use,
+        "attempts": lambda r: str(r.attempts),
+    }
+    made = table(columns, (), whole={"run"}, title=status_title(experiment, rows))
     for r in rows:
-        made.add_row(*(cell(r) for _, cell in columns))
+        made.add_row(*(cell(r) for cell in columns.values()))
         if r.failure:
             made.add_row("", Text(r.failure[:70], "red"), end_section=True)
     return made
@@ -347,17 +349,14 @@ def learning_rates_dict(choices: Choices) -> list[dict[str, Any]]:
 
 def learning_rates_table(experiment: str, choices: Choices, runs: Sequence[RunConfig]) -> Table:
     """The same for people, and the sizes of `runs` of which nothing can be said yet."""
-    columns: list[tuple[Column, Cell[dict[str, Any]]]] = [
-        (numbers("L"), lambda c: str(c["n_layers"])),
-        (numbers("d"), lambda c: str(c["d_model"])),
-        (numbers("learning rate"), lambda c: f"{c['learning_rate']:g}"),
-        (numbers("held-out loss (nats)"), lambda c: f"{c['loss']:.4f}"),
-        (numbers("tried"), lambda c: " ".join(f"{rate:g}" for rate in c["tried"])),
-        (
-            numbers("flag"),
-            lambda c: f"the {c['edge']} rate tried: widen the sweep" if c["edge"] else "",
-        ),
-    ]
+    columns: dict[str, Cell[dict[str, Any]]] = {
+        "L": lambda c: str(c["n_layers"]),
+        "d": lambda c: str(c["d_model"]),
+        "learning rate": lambda c: f"{c['learning_rate']:g}",
+        "held-out loss (nats)": lambda c: f"{c['loss']:.4f}",
+        "tried": lambda c: " ".join(f"{rate:g}" for rate in c["tried"]),
+        "flag": lambda c: f"the {c['edge']} rate tried: widen the sweep" if c["edge"] else "",
+    }
     title = f"{experiment}: best maximum learning rate by size"
     made = table(columns, learning_rates_dict(choices), title=title)
     sizes = {(run.model.n_layers, run.model.d_model) for run in runs}

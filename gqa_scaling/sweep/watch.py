@@ -4,18 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Column
 from rich.text import Text
 
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.storage import is_remote
 from gqa_scaling.sweep import views
 from gqa_scaling.sweep.status import LOOK_SECONDS, REMOTE_LOOK_SECONDS, RunStatus, read_status
-from gqa_scaling.sweep.views import Cell, known, numbers, table, words
+from gqa_scaling.sweep.views import Cell, known, table
 from gqa_scaling.units import duration, quantity
 
 ENDED = ("done", "failed", "damaged")
@@ -53,20 +53,22 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
     room = max(1, height - 7 - len(failures))  # title, head, last line, cursor
     chosen = sorted(range(len(rows)), key=lambda i: FIRST_SHOWN.index(rows[i].state))[:room]
     shown = [rows[i] for i in sorted(chosen)]
-    columns: list[tuple[Column, Cell[RunStatus]]] = [
-        (words("run", overflow="fold"), lambda r: r.name),
-        (words("state", no_wrap=True, overflow="fold"), views.coloured_state),
-        (_figure("done"), lambda r: f"{r.progress:.0%}"),
-        (_figure("training\nloss\n(nats)"), views.loss),
-        (_figure("held-out\nloss\n(nats)"), views.evaluation_loss),
-        (_figure("tokens/s\nper\ndevice"), lambda r: known(r.tokens_per_second, quantity)),
-        (_figure("MFU"), lambda r: known(r.mfu, "{:.0%}".format)),
-        (_figure("re-\nstarts"), lambda r: str(r.restarts or "")),
-        (_figure("goodput\n+ eval\n+ saving"), views.time_use),
-        (_figure("left"), lambda r: known(r.seconds_left, duration)),
-    ]
-    filled = [(column, cell) for column, cell in columns if any(cell(r) for r in shown)]
-    body = table(filled, shown, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    columns: dict[str, Cell[RunStatus]] = {
+        "run": lambda r: r.name,
+        "state": views.coloured_state,
+        "done": lambda r: f"{r.progress:.0%}",
+        "training\nloss\n(nats)": views.loss,
+        "held-out\nloss\n(nats)": views.evaluation_loss,
+        "tokens/s\nper\ndevice": lambda r: known(r.tokens_per_second, quantity),
+        "MFU": lambda r: known(r.mfu, "{:.0%}".format),
+        "re-\nstarts": lambda r: str(r.restarts or ""),
+        "goodput\n+ eval\n+ saving": views.time_use,
+        "left": lambda r: known(r.seconds_left, duration),
+    }
+    filled = {name: cell for name, cell in columns.items() if any(map(cell, shown))}
+    whole = columns.keys() - {"run"}
+    look: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
+    body = table(filled, shown, whole=whole, overflow="fold", **look)
     hidden = [r for i, r in enumerate(rows) if i not in chosen]
     more = [Text(f"and {len(hidden)} more: {views.status_counts(hidden)}", "dim")] if hidden else []
     said = [
@@ -79,7 +81,3 @@ def watch_table(experiment: str, rows: Sequence[RunStatus], height: int) -> Grou
         for r in failures
     ]
     return Group(Text(views.status_title(experiment, rows), "bold"), body, *more, *said)
-
-
-def _figure(heading: str) -> Column:
-    return numbers(heading, no_wrap=True, overflow="fold")
