@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
 from gqa_scaling.hardware import SLICES, hardware, slice_of
+from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import plan_run
 from launch.cli import ENGINES
 from launch.jobs import choose, fits, group, job_name, label, memory_needed
@@ -31,7 +32,7 @@ def test_both_spellings_of_a_slice_can_be_asked_for():
     assert startable("v5e:4x4") == startable("v5e-16") == slice_of("v5e-16")
     assert startable("v5p-512") == startable("v5p:4x8x8")
     for name in ("2xv5e-16", "v5p:4x4x16", "v5p:16x16x16"):
-        with pytest.raises(UserError, match=f"no job can have {name}: .* may be v5[ep]-"):
+        with pytest.raises(UserError, match=f"no job can have {name}: .* for its size: v5[ep]-"):
             startable(name)
 
 
@@ -82,6 +83,8 @@ def test_a_run_that_needs_memory_gets_more_chips():
     assert memory_needed(wide, place, V5E) <= V5E.memory
     assert place.chips > 8
     assert memory_needed(wide, SLICES["v5e-8"], V5E) > V5E.memory
+    predicted = memory.training_bytes(wide, place.chips, "tpu").total
+    assert memory_needed(wide, place, V5E) == math.ceil(1.1 * predicted)  # on the safe side
 
 
 def test_no_chip_is_left_with_next_to_nothing_to_do():
