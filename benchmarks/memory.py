@@ -22,12 +22,11 @@ from pathlib import Path
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.devices.layout import axis_sizes
-from gqa_scaling.hardware import Topology, topology
+from gqa_scaling.hardware import GIB, Slice, slice_of
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.compile import ASSIGNED
-from gqa_scaling.sweep.pods import compiler_environment, require_compiler
+from gqa_scaling.sweep.pods import COMMAND, compiler_environment, request, require_compiler
 
-GIB = 2**30
 LONGEST = 900  # seconds to wait for a compiler
 
 
@@ -50,7 +49,7 @@ def shape(
         tokens=100 * batch * context,
         parallel=parallel or ParallelConfig(),
     )
-    axis_sizes(run, topology(place).chips)
+    axis_sizes(run, slice_of(place).chips)
     return place, run
 
 
@@ -113,11 +112,11 @@ CALIBRATION = (
 )  # fmt: skip
 
 
-def assigned(run: RunConfig, place: Topology) -> int:
+def assigned(run: RunConfig, place: Slice) -> int:
     """Bytes of device memory that the compiler assigns to the train step of a run."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
         compiler = subprocess.Popen(
-            [sys.executable, "-m", "gqa_scaling.sweep.compile"],
+            COMMAND,
             env={**compiler_environment(place), "TMPDIR": folder},  # where it has its reports
             stdin=subprocess.PIPE,
             stdout=said,
@@ -125,7 +124,7 @@ def assigned(run: RunConfig, place: Topology) -> int:
             text=True,
         )
         try:
-            compiler.stdin.write(json.dumps({"run": run.to_dict(), "topology": place.name}))
+            compiler.stdin.write(request(run, place))
             compiler.stdin.close()
             end = time.monotonic() + LONGEST
             while time.monotonic() < end:
@@ -167,13 +166,13 @@ def main() -> None:
         errors = []
         for place, run in shapes:
             if key(place, run) not in known:
-                known[key(place, run)] = assigned(run, topology(place))
+                known[key(place, run)] = assigned(run, slice_of(place))
                 if args.results:
                     row = {"key": key(place, run), "bytes": known[key(place, run)]}
                     with args.results.open("a") as file:
                         file.write(json.dumps(row) + "\n")
             found = known[key(place, run)]
-            whole = memory.training_bytes(run, topology(place).chips, "tpu")
+            whole = memory.training_bytes(run, slice_of(place).chips, "tpu")
             predicted = whole.total - whole.program  # the report leaves the program out
             errors.append(predicted / found - 1)
             print(

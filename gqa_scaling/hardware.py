@@ -1,4 +1,6 @@
-"""What accelerators can do and cost: named rows that `plan` and cost objectives read.
+"""What accelerators can do and cost, and how slices of them are named.
+
+`plan`, `launch` and cost objectives read the named rows.
 
 Peaks are the vendors' dense bf16 figures for one chip (v5e, v5p, v6e) or one GPU. The memory of a
 TPU chip is what its compiler lets a program use. Prices are on-demand list prices in US dollars an
@@ -14,9 +16,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gqa_scaling.fields import did_you_mean, require
+from gqa_scaling.config import UserError, between, require
+from gqa_scaling.fields import did_you_mean
 
 GIB = 2**30
+LEAST_MFU, MOST_DOLLARS = (
+    1e-6,
+    1e6,
+)  # beyond these a figure is a slip, and prints hundreds of digits
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,8 @@ class Hardware:
         for name in ("peak_flops", "bandwidth", "memory"):
             value = getattr(self, name)
             require(value > 0, f"{name}={value} must be greater than 0")
-        require(0 < self.mfu <= 1, f"mfu={self.mfu} must lie in (0, 1]")
-        finite = 0 <= self.price < math.inf
-        require(finite, f"price={self.price} must not be negative, and finite")
+        between("mfu", self.mfu, LEAST_MFU, 1)
+        between("price", self.price, 0, MOST_DOLLARS, "dollars an hour")
 
     @property
     def platform(self) -> str:
@@ -79,65 +85,142 @@ def hardware(name: str) -> Hardware:
 
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-TPU_SHAPES = {"v5e": FLAT, "v6e": FLAT, "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4")}
+CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+TPU_SHAPES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES}  # for each number of chips the usual one
 LARGEST_V5P = (16, 16, 24)  # and from 4x4x4 on whatever has multiples of 4
+GPUS, GPU_COUNTS = ("a100", "h100", "h200"), (1, 2, 4, 8, 16, 32, 64)
+GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True)
-class Topology:
-    """TPU chips wired to each other: `slices` of one kind and shape, joined by a slower network."""
+class Slice:
+    """Accelerators that one job has to itself: TPU chips wired to each other, or GPUs.
+
+    `kind` is a row of HARDWARE. `shape` is how the chips of a TPU slice are wired; of GPUs it is
+    how many there are. A program may also span several TPU `slices` of one shape, which a slower
+    network joins.
+
+    A slice has two spellings, and `slice_of` reads both. `name` says the shape, as the compiler
+    wants it: v5e:16x16. `vendor_name` says the size as its vendor counts: v5e-256 is 256 chips, but
+    v5p-128 is 128 cores, which are 64 chips. Of GPUs both are 8xH100.
+    """
 
     kind: str
     shape: tuple[int, ...]
     slices: int = 1
 
     @property
-    def slice_name(self) -> str:
-        """One slice, as libtpu spells it: v5e:16x16."""
-        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.slices}x{self.slice_name}" if self.slices > 1 else self.slice_name
+    def is_tpu(self) -> bool:
+        return self.kind in TPU_SHAPES
 
     @property
     def chips(self) -> int:
+        """TPU chips, or GPUs, of all slices together."""
         return self.slices * math.prod(self.shape)
 
+    @property
+    def hosts(self) -> int:
+        """Machines that the chips are on; up to 8 flat TPU chips share one, beyond that 4."""
+        flat_on_one = self.kind != "v5p" and math.prod(self.shape) <= 8
+        each = GPUS_PER_HOST if flat_on_one or not self.is_tpu else 4
+        return self.slices * max(1, math.prod(self.shape) // each)
 
-def topology(name: str) -> Topology:
-    """The topology of a name such as v5e:16x16, v5p:4x4x8 or, for two slices, 2xv5e:16x16.
+    @property
+    def chips_per_host(self) -> int:
+        return self.chips // self.hosts
 
-    Raises UserError for a kind or shape that no slice has, naming those there are.
+    @property
+    def name(self) -> str:
+        """The spelling that tells the shape: v5e:16x16, 2xv5e:16x16 or 8xH100."""
+        return self._spelled(f"{self.kind}:{'x'.join(map(str, self.shape))}")
+
+    @property
+    def vendor_name(self) -> str:
+        """The spelling that tells the size: v5e-256, 2xv5e-256 or 8xH100."""
+        return self._spelled(f"{self.kind}-{self._counted // self.slices}")
+
+    @property
+    def cloud_type(self) -> str:
+        """The TPU type as Google Cloud spells it: v5litepod-16, v6e-16, v5p-128."""
+        return f"{'v5litepod' if self.kind == 'v5e' else self.kind}-{self._counted}"
+
+    @property
+    def _counted(self) -> int:
+        """What the vendor counts: the cores of v5p, two on each chip, else the chips."""
+        return self.chips * (2 if self.kind == "v5p" else 1)
+
+    def _spelled(self, one: str) -> str:
+        if not self.is_tpu:
+            return f"{self.chips}x{self.kind.upper()}"
+        return f"{self.slices}x{one}" if self.slices > 1 else one
+
+
+def _sides(shape: str) -> tuple[int, ...]:
+    return tuple(int(side) for side in shape.split("x"))
+
+
+_USUAL = [Slice(kind, _sides(shape)) for kind, shapes in TPU_SHAPES.items() for shape in shapes]
+_USUAL += [Slice(kind, (count,)) for kind in GPUS for count in GPU_COUNTS]
+SLICES = {place.vendor_name: place for place in _USUAL}  # of each kind from small to large
+
+
+def slice_of(name: str) -> Slice:
+    """The slice of either spelling: v5e:16x16 or v5e-256, 8xH100, 2xv5e:16x16 for two slices.
+
+    Raises UserError for a kind, size or shape that no slice has, naming those there are.
     """
-    found = re.fullmatch(r"(?:(\d{1,6})x)?(\w+):(\d{1,6}(?:x\d{1,6})+)", name)
-    example = "such as v5e:16x16, v5p:4x4x8 or, for two slices, 2xv5e:16x16"
-    require(found is not None, f"topology {name!r} must be KIND:SHAPE, {example}")
-    assert found is not None
-    slices, kind, shape = int(found[1] or 1), found[2], found[3]
+    if name in SLICES:
+        return SLICES[name]
+    several = re.fullmatch(r"(\d{1,6})x(\D.*)", name)
+    slices, one = (int(several[1]), several[2]) if several else (1, name)
+    require(slices > 0, f"slice {name!r} must have at least one slice")
+    if one in SLICES and SLICES[one].is_tpu:
+        return replace(SLICES[one], slices=slices)
+    shaped = re.fullmatch(r"(\w+):(\d{1,6}(?:x\d{1,6})+)", one)
+    if shaped is None:
+        raise UserError(
+            f"unknown slice {name!r}{did_you_mean(name, SLICES)}; they are v5e-16, v6e-64, v5p-128, 8xH100, "
+            "8xH200, ..., or by their shape v5e:4x4, v5p:4x4x8, ...; 2xv5e:16x16 is two slices"
+        )
+    kind, shape = shaped[1], shaped[2]
     known = ", ".join(TPU_SHAPES)
     require(
         kind in TPU_SHAPES,
         f"unknown TPU {kind!r} in {name!r}{did_you_mean(kind, TPU_SHAPES)}; known: {known}",
     )
-    require(slices > 0, f"topology {name!r} must have at least one slice")
-    sides = tuple(int(side) for side in shape.split("x"))
-    cube = kind == "v5p" and len(sides) == 3 and list(sides) == sorted(sides)
-    cube = cube and all(
-        side % 4 == 0 and 0 < side <= most for side, most in zip(sides, LARGEST_V5P, strict=True)
-    )
-    shapes = ", ".join(TPU_SHAPES[kind])
     more = ", or three multiples of 4 in rising order up to 16x16x24" if kind == "v5p" else ""
     require(
-        cube or shape in TPU_SHAPES[kind], f"no {kind} slice is {shape}: it may be {shapes}{more}"
+        shape in TPU_SHAPES[kind] or (kind == "v5p" and _is_large_v5p(_sides(shape))),
+        f"no {kind} slice is {shape}: it may be {', '.join(TPU_SHAPES[kind])}{more}",
     )
-    return Topology(kind, sides, slices)
+    return Slice(kind, _sides(shape), slices)
+
+
+def _is_large_v5p(sides: tuple[int, ...]) -> bool:
+    rising = len(sides) == 3 and list(sides) == sorted(sides)
+    return rising and all(
+        side % 4 == 0 and 0 < side <= most for side, most in zip(sides, LARGEST_V5P, strict=True)
+    )
+
+
+def hardware_of(name: str) -> tuple[Hardware, int | None]:
+    """The row of v5e, or the row and the number of devices of a slice such as v5e-16 or 8xH100.
+
+    Raises UserError for a name that is neither.
+    """
+    if name in HARDWARE or not re.search(r"^\d|[-:]", name):
+        return hardware(name), None
+    place = slice_of(name)
+    return hardware(place.kind), place.chips
 
 
 def changed(row: Hardware, mfu: float | None = None, price: float | None = None) -> Hardware:
     """The row with one's own MFU or price in dollars an hour."""
-    changes = {k: v for k, v in (("mfu", mfu), ("price", price)) if v is not None}
-    return replace(row, **changes)
+    return replace(
+        row,
+        mfu=row.mfu if mfu is None else mfu,
+        price=row.price if price is None else price,
+    )
 
 
 def detected(kind: str, devices: int = 1) -> Hardware | None:
@@ -148,8 +231,12 @@ def detected(kind: str, devices: int = 1) -> Hardware | None:
     kind = kind.lower()
     if kind == "cpu":
         row = HARDWARE["cpu"]
-        share = {"memory": row.memory // devices, "price": row.price / devices}
-        return replace(row, peak_flops=measured_peak() / devices, **share)
+        return replace(
+            row,
+            peak_flops=measured_peak() / devices,
+            memory=row.memory // devices,
+            price=row.price / devices,
+        )
     names = {"v5 lite": "v5e", "v5e": "v5e", "tpu v5": "v5p", "v6": "v6e"}  # first match counts
     names |= {"a100": "a100", "h100": "h100", " h200": "h200"}  # not the GH200
     return next((HARDWARE[name] for part, name in names.items() if part in kind), None)

@@ -1,4 +1,4 @@
-"""The targets, by name, and what is said and asked before anything is submitted."""
+"""The command line: what is said and asked before anything is submitted, and to whom it goes."""
 
 import argparse
 import os
@@ -7,28 +7,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gqa_scaling.cli.shared import print_error
 from gqa_scaling.config import UserError, require
+from gqa_scaling.data import open_store
+from gqa_scaling.experiment.load import Experiment, load_experiment
+from gqa_scaling.files.runs import run_directory, runs_root
 from gqa_scaling.files.storage import failure, is_remote
-from launch import local
+from gqa_scaling.hardware import changed, hardware
+from gqa_scaling.sweep.plan import check_epochs
+from gqa_scaling.sweep.run import forget_failures, pending
+from gqa_scaling.units import duration, quantity
+from launch import local, skypilot, slurm, tpu_vm, xpk
+from launch.jobs import Job, by_slice, group
+from launch.submission import Study
+from launch.targets import PRICES, Target, startable
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from gqa_scaling.experiment.load import Experiment
-    from launch.jobs import Job
-    from launch.submission import Study
-    from launch.targets import Target
-
+ENGINES = {e.name: e for e in (skypilot.ENGINE, xpk.ENGINE, slurm.ENGINE, tpu_vm.ENGINE)}
 USAGE = """\
 Overrides of the runs' fields come last, as for gqa-scaling run, and go with every job:
   python -m launch skypilot v5e-64 experiments.head_ladder --bucket gs://mine \\
     --data.store gs://mine/data/slimpajama --parallel.remat full --dry-run
 """
-
-
 OPTIONS: dict[str, dict[str, Any]] = {  # each engine names those that it reads
     "on-demand": {"action": "store_true", "help": "no spot machines"},
     "infra": {"help": "cloud[/region[/zone]] (default: gcp for TPUs, any cloud for GPUs)"},
@@ -58,28 +65,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def engines() -> dict[str, ModuleType]:
-    """Who carries jobs out elsewhere: each module renders and submits for one of them."""
-    from launch import skypilot, slurm, tpu_vm, xpk
-
-    return {"skypilot": skypilot, "xpk": xpk, "slurm": slurm, "tpu-vm": tpu_vm}
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(prog="python -m launch", description="Run an experiment on a target.")
     targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True)
     local.add(targets.add_parser("local", help=local.ABOUT, description=local.ABOUT))
-    for name, engine in engines().items():
+    for name, engine in ENGINES.items():
         one = targets.add_parser(
             name,
-            help=engine.ABOUT,
-            description=engine.ABOUT,
+            help=engine.about,
+            description=engine.about,
             epilog=USAGE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         _add_common(one)
-        for option in engine.OPTIONS:
+        for option in engine.options:
             one.add_argument(f"--{option}", **OPTIONS[option])
         one.set_defaults(launch=launch)
     return parser
@@ -113,12 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Launch on a target; exit code 2 for what the user can mend, else the target's own."""
     try:
         parser = _parser()
-        args, args.overrides = parser.parse_known_args(argv)
-        if args.target == "local" and args.overrides:  # those of its run are in args.run
-            parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
+        args, overrides = parser.parse_known_args(argv)
+        args.overrides = overrides
+        if args.target == "local" and overrides:  # those of its run are in args.run
+            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
         return args.launch(args)
     except UserError as error:
-        print(f"launch: {error}", file=sys.stderr)
+        print_error(error, "launch")
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -126,40 +127,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         away = failure(error)
         if away is None:
             raise
-        print(f"launch: {away}", file=sys.stderr)
+        print_error(away, "launch")
     return 2
 
 
 def launch(args: argparse.Namespace) -> int:
     """Match what is not finished to slices, say what it costs, ask, and submit it."""
     target = _target(args)
-    engines()[args.target].require_fields(target)
+    ENGINES[args.target].require_fields(target)
     root = _root(target)
-    if not (args.dry_run and is_remote(root)):
-        _read_states_from(root)
-        return _launch(args, target, root)
-    with tempfile.TemporaryDirectory() as empty:  # a bucket needs credentials
-        _read_states_from(empty)
-        return _launch(args, target, root)
+    with tempfile.TemporaryDirectory() as empty:
+        unseen = args.dry_run and is_remote(root)  # a bucket needs credentials
+        return _launch(args, target, root, _read_states_from(empty if unseen else root))
 
 
-def _launch(args: argparse.Namespace, target: "Target", root: str) -> int:
-    from gqa_scaling.experiment.load import load_experiment
-    from gqa_scaling.files.runs import runs_root
-    from gqa_scaling.sweep.run import forget_failures
-    from launch.jobs import group
-    from launch.submission import Study
+def _target(args: argparse.Namespace) -> Target:
+    largest = startable(args.slice)
+    able = [name for name, engine in ENGINES.items() if engine.has(largest)]
+    require(
+        args.target in able,
+        f"{args.target} is for {'GPUs' if largest.is_tpu else 'TPUs'}; take "
+        f"{', '.join(able[:-1])} or {able[-1]} for {largest.vendor_name}",
+    )
+    own = ("project", "zone", "infra", "cluster", "image", "partition", "account")
+    return Target(
+        engine=args.target,
+        largest=largest,
+        hardware=changed(hardware(largest.kind), args.mfu, args.price),
+        spot=not getattr(args, "on_demand", True),
+        bucket=args.bucket.rstrip("/"),
+        setup=tuple(getattr(args, "setup", None) or ()),
+        sbatch=tuple(getattr(args, "sbatch", None) or ()),
+        hours=args.hours,
+        **{name: getattr(args, name, None) or "" for name in own},
+    )
 
-    engine = engines()[args.target]
+
+def _root(target: Target) -> str:
+    """The folder of the runs as every host is told it."""
+    root = f"{target.bucket}/runs" if target.bucket else os.environ.get("GQA_SCALING_RUNS", "")
+    return root if is_remote(root) else os.path.abspath(runs_root())  # no bucket is opened here
+
+
+def _read_states_from(root: str) -> Path:
+    """Have finished runs, and learning rates that they chose, looked for in this folder."""
+    os.environ["GQA_SCALING_RUNS"] = root  # experiments read it
+    return runs_root()
+
+
+def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -> int:
+    """Launch runs that are kept in `root`, as far as `states` does not have them finished."""
+    engine = ENGINES[args.target]
     experiment = load_experiment(args.experiment, args.overrides).select(args.only)
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if target.engine != "slurm":
         _require_to_travel(experiment, study, target)
-    left, said = _left_to_launch(experiment, args.retry_failed)
+    left, said = _left_to_launch(experiment, states, args.retry_failed)
     if args.dry_run and is_remote(root):
         said += f" (--dry-run does not look into {root}: it assumes that nothing is finished there)"
     offered = engine.offered(target.largest)
-    require(bool(offered), f"{args.target} starts no {target.largest.name}: name a larger slice")
+    named = target.largest.vendor_name
+    require(bool(offered), f"{args.target} starts no {named}: name a larger slice")
     jobs = group(study.name, left.runs, offered, target.hardware, target.hours)
     _print_plan(jobs, target, study, said)
     if not jobs:
@@ -171,7 +199,7 @@ def _launch(args: argparse.Namespace, target: "Target", root: str) -> int:
     _require_tokens(left)
     _confirm(jobs, args.yes)
     if args.retry_failed:
-        forget_failures(left, runs_root())
+        forget_failures(left, states)
     engine.submit(jobs, target, study)
     print("\n".join(["", *engine.after(jobs, target, study)]))
     where = shlex.join(["env", f"GQA_SCALING_RUNS={study.root}"])
@@ -181,38 +209,7 @@ def _launch(args: argparse.Namespace, target: "Target", root: str) -> int:
     return 0
 
 
-def _target(args: argparse.Namespace) -> "Target":
-    from launch.targets import Target, accelerator, slice_of
-
-    largest = slice_of(args.slice)
-    own = ("project", "zone", "infra", "cluster", "image", "partition", "account")
-    return Target(
-        engine=args.target,
-        largest=largest,
-        hardware=accelerator(largest, args.mfu, args.price),
-        spot=not getattr(args, "on_demand", True),
-        bucket=args.bucket.rstrip("/"),
-        setup=tuple(getattr(args, "setup", None) or ()),
-        sbatch=tuple(getattr(args, "sbatch", None) or ()),
-        hours=args.hours,
-        **{name: getattr(args, name, None) or "" for name in own},
-    )
-
-
-def _read_states_from(root: str) -> None:
-    """Have finished runs, and learning rates that they chose, looked for in this folder."""
-    os.environ["GQA_SCALING_RUNS"] = root
-
-
-def _root(target: "Target") -> str:
-    """The folder of the runs as every host is told it."""
-    from gqa_scaling.files.runs import runs_root
-
-    root = f"{target.bucket}/runs" if target.bucket else os.environ.get("GQA_SCALING_RUNS", "")
-    return root if is_remote(root) else os.path.abspath(runs_root())  # no bucket is opened here
-
-
-def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target") -> None:
+def _require_to_travel(experiment: Experiment, study: Study, target: Target) -> None:
     """Refuse what fresh machines cannot see: they get this folder and the bucket."""
     place = study.source
     inside = not place.is_absolute() and ".." not in place.parts
@@ -227,23 +224,8 @@ def _require_to_travel(experiment: "Experiment", study: "Study", target: "Target
         )
 
 
-def _require_tokens(experiment: "Experiment") -> None:
-    """Refuse tokens that are not prepared, before a machine is paid for to say so."""
-    from gqa_scaling.data import open_store
-    from gqa_scaling.sweep.plan import check_epochs
-
-    stores = {run.data.store_path: run.data for run in experiment.runs}
-    tokens = {path: open_store(data).train_tokens for path, data in stores.items()}
-    for run in experiment.runs:
-        check_epochs(run, tokens[run.data.store_path])
-
-
-def _left_to_launch(experiment: "Experiment", retry: bool) -> tuple["Experiment", str]:
+def _left_to_launch(experiment: Experiment, root: Path, retry: bool) -> tuple[Experiment, str]:
     """The runs to submit, and what became of the others in words."""
-    from gqa_scaling.files.runs import run_directory, runs_root
-    from gqa_scaling.sweep.run import pending
-
-    root = runs_root()
     left = pending(experiment, root)
     states = {run: run_directory(root, experiment.name, run).state() for run in left}
     skipped = ("running",) if retry else ("running", "failed")
@@ -256,20 +238,24 @@ def _left_to_launch(experiment: "Experiment", retry: bool) -> tuple["Experiment"
     return replace(experiment, runs=chosen), ", ".join(said)
 
 
-def _print_plan(jobs: list["Job"], target: "Target", study: "Study", said: str) -> None:
+def _require_tokens(experiment: Experiment) -> None:
+    """Refuse tokens that are not prepared, before a machine is paid for to say so."""
+    stores = {run.data.store_path: run.data for run in experiment.runs}
+    tokens = {path: open_store(data).train_tokens for path, data in stores.items()}
+    for run in experiment.runs:
+        check_epochs(run, tokens[run.data.store_path])
+
+
+def _print_plan(jobs: list[Job], target: Target, study: Study, said: str) -> None:
     """What will be paid for; on stderr, so that what would be submitted stands alone."""
-    from rich.console import Console
-
-    from gqa_scaling.units import duration, quantity
-    from launch.targets import PRICES
-
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     row, lines = target.hardware, [said]
     if jobs:
         console.print(_plan_table(jobs, target, study))
         hours = sum(job.chip_hours for job in jobs)
         spot = "; spot costs less" if target.spot else ""
-        source = f"{PRICES}{spot}; --price" if row.price == _list_price(row.name) else "--price"
+        listed = row.price == hardware(row.name).price
+        source = f"{PRICES}{spot}; --price" if listed else "--price"
         lines += [
             f"{_counted(jobs)}, {quantity(hours)} chip-hours, ${hours * row.price:,.2f} at "
             f"${row.price:g} a chip-hour ({source})",
@@ -280,30 +266,16 @@ def _print_plan(jobs: list["Job"], target: "Target", study: "Study", said: str) 
         console.print(line, markup=False)
 
 
-def _list_price(name: str) -> float:
-    from gqa_scaling.hardware import hardware
-
-    return hardware(name).price
-
-
-def _plan_table(jobs: list["Job"], target: "Target", study: "Study") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    from gqa_scaling.units import duration, quantity
-    from launch.jobs import by_slice
-
-    spot = ", spot" if target.spot else ""
-    table = Table(
-        title=Text(f"{study.name} on {target.engine}{spot}"), box=SIMPLE_HEAD, pad_edge=False
-    )
+def _plan_table(jobs: list[Job], target: Target, study: Study) -> Table:
+    """A row for each size of slice."""
+    title = f"{study.name} on {target.engine}{', spot' if target.spot else ''}"
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False)
     for column in ("slice", "chips", "jobs", "runs", "longest job", "chip-hours", "dollars"):
         table.add_column(column, justify="left" if column == "slice" else "right", no_wrap=True)
     for place, members in sorted(by_slice(jobs).items(), key=lambda found: found[0].chips):
         hours = sum(job.chip_hours for job in members)
         table.add_row(
-            place.name,
+            place.vendor_name,
             str(place.chips),
             str(len(members)),
             str(sum(len(job.runs) for job in members)),
@@ -314,11 +286,11 @@ def _plan_table(jobs: list["Job"], target: "Target", study: "Study") -> "Table":
     return table
 
 
-def _counted(jobs: list["Job"]) -> str:
+def _counted(jobs: list[Job]) -> str:
     return f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
 
 
-def _confirm(jobs: list["Job"], yes: bool) -> None:
+def _confirm(jobs: list[Job], yes: bool) -> None:
     """Ask a person; raise UserError unless the answer is yes."""
     if yes:
         return

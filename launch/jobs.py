@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gqa_scaling.config import RunConfig, UserError
-from gqa_scaling.devices.layout import attention_implementation, axis_sizes
-from gqa_scaling.hardware import Hardware
+from gqa_scaling.hardware import Hardware, Slice
 from gqa_scaling.sweep import memory
-from gqa_scaling.sweep.plan import plan_run
+from gqa_scaling.sweep.plan import layout_refusal, plan_run
 from gqa_scaling.units import byte_size
-from launch.targets import Slice
 
-MARGIN = 1.1  # memory on TPUs is predicted up to 3% low, docs/pods.md
 BUSY_TOKENS = 2048  # tokens of a batch for each chip; with fewer it waits for its peers
 TOGETHER_HOURS = 1.0  # shorter runs share a job: starting machines takes a good part of an hour
 NAME_LENGTH = 39  # xpk's limit; Kubernetes adds to it and allows 63
@@ -35,35 +32,27 @@ class Job:
 
 
 def fits(run: RunConfig, place: Slice, row: Hardware) -> bool:
-    """Whether the slice can take the run (`refusal`) and its memory holds it."""
-    return not refusal(run, place, row) and memory_needed(run, place, row) <= row.memory
-
-
-def refusal(run: RunConfig, place: Slice, row: Hardware) -> str:
-    """Why the run cannot be laid out over the slice, or not have its attention there; else ""."""
-    try:
-        axis_sizes(run, place.chips)
-        attention_implementation(run, row.platform)
-    except UserError as error:
-        return str(error)
-    return ""
+    """Whether the run can be laid out over the slice and its chips have the memory."""
+    refused = layout_refusal(run, place.chips, row.platform)
+    return not refused and memory_needed(run, place, row) <= row.memory
 
 
 def memory_needed(run: RunConfig, place: Slice, row: Hardware) -> int:
     """Bytes on each chip, on the safe side."""
-    return math.ceil(MARGIN * memory.training_bytes(run, place.chips, row.platform).total)
+    return math.ceil(memory.SAFETY * memory.training_bytes(run, place.chips, row.platform).total)
 
 
 def why_nowhere(run: RunConfig, offered: Sequence[Slice], row: Hardware) -> str:
     """What keeps the run from the largest slice it can be laid out over, or else from the largest."""
     for place in reversed(offered):
-        if not refusal(run, place, row):
+        if not layout_refusal(run, place.chips, row.platform):
             return (
-                f"on {place.name} it needs {byte_size(memory_needed(run, place, row))} on each chip, "
-                f"which has {byte_size(row.memory)}: try --parallel.remat full, "
+                f"on {place.vendor_name} it needs {byte_size(memory_needed(run, place, row))} on each "
+                f"chip, which has {byte_size(row.memory)}: try --parallel.remat full, "
                 "--parallel.accumulation 2, --parallel.context 2 or larger chips"
             )
-    return f"on {offered[-1].name} {refusal(run, offered[-1], row)}; or name another slice"
+    reason = layout_refusal(run, offered[-1].chips, row.platform)
+    return f"on {offered[-1].vendor_name} {reason}; or name another slice"
 
 
 def choose(

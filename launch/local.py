@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import IO
 
 from gqa_scaling.config import require
+from launch.work import PREEMPTED
 
 ABOUT = "one job of several processes on this machine, as on a pod"
 
@@ -84,50 +85,35 @@ def supervise(command: list[str], environments: list[dict[str, str]]) -> int:
                 child.terminate()
 
     before = signal.signal(signal.SIGTERM, pass_on)
-    failures: list[int] = []
-    ended = threading.Condition()
-    codes: dict[int, int] = {}
-
-    def watch(i: int) -> None:
-        code = children[i].wait()
-        with ended:
-            codes[i] = code
-            ended.notify()
-
-    threads = [threading.Thread(target=watch, args=(i,), daemon=True) for i in range(len(children))]
-    for i, child in enumerate(children):
-        if i > 0:
-            assert child.stdout is not None
-            assert child.stderr is not None
-            threads.append(_mark(i, child.stdout, sys.stdout))
-            threads.append(_mark(i, child.stderr, sys.stderr))
-    for thread in threads:
-        thread.start()
-    try:
-        with ended:
-            while len(codes) < len(children) and not failures:
-                ended.wait(0.2)  # a signal is handled between waits
-                failures = [code for code in codes.values() if code not in (0, 75)]
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-        for thread in threads:
-            thread.join()
-        signal.signal(signal.SIGTERM, before)
-    if failures:
-        first = next(i for i, code in codes.items() if code not in (0, 75))
-        code = 128 - codes[first] if codes[first] < 0 else codes[first]
-        print(f"launch: process {first} ended with {code}; the job was ended", file=sys.stderr)
-        return code
-    return max(codes.values())
+    with ThreadPoolExecutor(3 * len(children)) as threads:
+        for i, child in enumerate(children):
+            for pipe, to in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+                if pipe is not None:
+                    threads.submit(_show_marked, i, pipe, to)
+        process_of = {threads.submit(child.wait): i for i, child in enumerate(children)}
+        preempted, failed = False, None
+        try:
+            for ended in as_completed(process_of):
+                if ended.result() not in (0, PREEMPTED):
+                    failed = ended
+                    break
+                preempted |= ended.result() == PREEMPTED
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+            signal.signal(signal.SIGTERM, before)
+    if failed is None:
+        return PREEMPTED if preempted else 0
+    code = 128 - failed.result() if failed.result() < 0 else failed.result()
+    process = process_of[failed]
+    print(f"launch: process {process} ended with {code}; the job was ended", file=sys.stderr)
+    return code
 
 
-def _mark(process: int, pipe: IO[bytes], to: IO[str]) -> threading.Thread:
-    def copy() -> None:
-        with pipe:
-            for line in pipe:
-                to.write(f"[{process}] {line.decode(errors='replace')}")
-                to.flush()
-
-    return threading.Thread(target=copy, daemon=True)
+def _show_marked(process: int, pipe: IO[bytes], to: IO[str]) -> None:
+    """Copy what a process writes, each line with its number, until it ends."""
+    with pipe:
+        for line in pipe:
+            to.write(f"[{process}] {line.decode(errors='replace')}")
+            to.flush()

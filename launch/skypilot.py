@@ -5,23 +5,16 @@ from collections.abc import Sequence
 
 import yaml
 
+from launch.engines import BUCKET, Engine
 from launch.jobs import Job
-from launch.submission import Step, Study, require_tool, run
-from launch.targets import Slice, Target, sizes_up_to
+from launch.submission import Step, Study, require_tool
+from launch.targets import TPU_RUNTIME, Target
 from launch.work import PREEMPTED
 
-ABOUT = "SkyPilot managed jobs on any cloud, spot with recovery"
-OPTIONS = ("on-demand", "infra", "image", "setup")
-RUNTIME = {"v5e": "v2-alpha-tpuv5-lite", "v6e": "v2-alpha-tpuv6e", "v5p": "v2-alpha-tpuv5"}
 GPUS = {"a100": "A100-80GB", "h100": "H100", "h200": "H200"}
 # A lost machine SkyPilot sees for itself. It gives 137 to the healthy peers of a failed process:
 # to recover from that would restart every bug for ever.
 RESTART = (PREEMPTED, 143)
-
-
-def offered(largest: Slice) -> list[Slice]:
-    """The slices that a run may get."""
-    return sizes_up_to(largest)
 
 
 def check(target: Target) -> None:
@@ -31,10 +24,6 @@ def check(target: Target) -> None:
     )
 
 
-def require_fields(target: Target) -> None:
-    target.require_fields(bucket="where the runs are kept, such as gs://my-bucket")
-
-
 def task(job: Job, target: Target, study: Study) -> dict[str, object]:
     """The managed job as SkyPilot's task YAML has it."""
     place = job.slice
@@ -42,10 +31,10 @@ def task(job: Job, target: Target, study: Study) -> dict[str, object]:
     resources: dict[str, object] = {"infra": infra} if infra else {}
     if place.is_tpu:
         resources["accelerators"] = f"tpu-{place.cloud_type}"
-        runtime = RUNTIME[place.accelerator]
+        runtime = TPU_RUNTIME[place.kind]
         resources["accelerator_args"] = {"tpu_vm": True, "runtime_version": runtime}
     else:
-        resources["accelerators"] = f"{GPUS[place.accelerator]}:{place.chips_per_host}"
+        resources["accelerators"] = f"{GPUS[place.kind]}:{place.chips_per_host}"
     if target.image:
         resources["image_id"] = target.image
     resources["use_spot"] = target.spot
@@ -85,11 +74,6 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
     return steps
 
 
-def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
-    """In the order of `render`."""
-    run(render(jobs, target, study))
-
-
 def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
     """What to type next."""
     return [
@@ -114,3 +98,14 @@ _Dumper.add_representer(str, _text)
 
 def dump(value: object) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=10**6, allow_unicode=True)
+
+
+ENGINE = Engine(
+    name="skypilot",
+    about="SkyPilot managed jobs on any cloud, spot with recovery",
+    options=("on-demand", "infra", "image", "setup"),
+    needs={"bucket": BUCKET},
+    check=check,
+    render=render,
+    after=after,
+)

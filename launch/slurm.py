@@ -17,26 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.config import require
 from gqa_scaling.files.storage import make_folder
+from gqa_scaling.hardware import GPUS_PER_HOST, Slice
+from launch.engines import Engine
 from launch.jobs import Job, by_slice, label
 from launch.submission import Step, Study, require_tool
-from launch.targets import GPUS_PER_HOST, Slice, Target, sizes_up_to
+from launch.targets import Target
 from launch.work import LOST, PREEMPTED, Work, commands
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
-ABOUT = "a SLURM cluster with GPUs, as array jobs that are requeued"
-OPTIONS = ("partition", "account", "setup", "sbatch")
 CPUS_PER_GPU = 8  # where a job has part of a node; every node with such GPUs has more than these
 GIB_PER_GPU = 64
 SAVE_SECONDS = 120  # before the time limit: to finish a step and save
 LOST_RESTARTS = 3  # a process that dies on a healthy machine will likely die again
 TIME_LIMITS = 50  # each follows hours of progress, but nothing goes on for ever
-
-
-def offered(largest: Slice) -> list[Slice]:
-    """The slices that a run may get."""
-    return sizes_up_to(largest)
 
 
 def check(target: Target) -> None:
@@ -45,11 +40,8 @@ def check(target: Target) -> None:
         require_tool(tool, "launch from a login node of the SLURM cluster")
 
 
-def require_fields(target: Target) -> None:
-    require(
-        not target.largest.is_tpu,
-        f"slurm is for GPUs; take skypilot, xpk or tpu-vm for {target.largest.name}",
-    )
+def refuse(target: Target) -> None:
+    """Raise UserError for options that cannot be passed on, and where submitit is not installed."""
     found = importlib.util.find_spec("submitit") is not None
     require(found, "slurm needs submitit: pip install -e '.[launch]'")
     own_options(target)
@@ -167,16 +159,12 @@ def _requeue_signal() -> int:
 
 def array_tasks(jobs: Sequence[Job], study: Study) -> list[ArrayTask]:
     """One for each job, in order."""
-    return [
-        ArrayTask(
-            tuple(
-                tuple(command)
-                for command in commands(study.spec, [r.name for r in job.runs], study.overrides)
-            ),
-            study.environment(job),
-        )
-        for job in jobs
-    ]
+
+    def todo(job: Job) -> tuple[tuple[str, ...], ...]:
+        names = [run.name for run in job.runs]
+        return tuple(map(tuple, commands(study.spec, names, study.overrides)))
+
+    return [ArrayTask(todo(job), study.environment(job)) for job in jobs]
 
 
 def parameters(jobs: Sequence[Job], target: Target, study: Study) -> dict[str, Any]:
@@ -210,7 +198,7 @@ def parameters(jobs: Sequence[Job], target: Target, study: Study) -> dict[str, A
 
 def folder(place: Slice, study: Study) -> Path:
     """Of the pickles and logs; every node must see it."""
-    return (study.folder / f"slurm-{place.name}").absolute()
+    return (study.folder / f"slurm-{place.vendor_name}").absolute()
 
 
 def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
@@ -249,9 +237,8 @@ def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
         executor.update_parameters(**parameters(members, target, study))
         with executor.batch():
             submitted = [executor.submit(task) for task in array_tasks(members, study)]
-        print(
-            f"{place.name}: SLURM job {submitted[0].job_id.partition('_')[0]}, {len(members)} tasks"
-        )
+        job = submitted[0].job_id.partition("_")[0]
+        print(f"{place.vendor_name}: SLURM job {job}, {len(members)} tasks")
 
 
 def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
@@ -262,3 +249,16 @@ def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
         "cancel:   scancel JOBID, or JOBID_TASK",
         f"clean up: rm -r {study.folder}",
     ]
+
+
+ENGINE = Engine(
+    name="slurm",
+    about="a SLURM cluster with GPUs, as array jobs that are requeued",
+    options=("partition", "account", "setup", "sbatch"),
+    tpus=False,
+    refuse=refuse,
+    check=check,
+    render=render,
+    after=after,
+    submit_by=submit,
+)

@@ -16,7 +16,11 @@ FOLDER = Path(".launch")  # of the files written for engines, in the checkout
 
 @dataclass(frozen=True)
 class Study:
-    """What every job of a launch has in common: the experiment as named, its overrides, its runs' folder."""
+    """What every job of a launch has in common.
+
+    `spec` is the experiment as it was named, `name` its own name, `root` the folder of the runs.
+    Raises UserError for text that no job's command can hold.
+    """
 
     spec: str
     name: str

@@ -9,22 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gqa_scaling.config import require
+from gqa_scaling.hardware import Slice
+from launch.engines import BUCKET, PROJECT, Engine
 from launch.jobs import Job, by_slice
-from launch.skypilot import RUNTIME
-from launch.submission import Step, Study, require_google_account, run
-from launch.targets import Slice, Target, sizes_up_to
+from launch.submission import Step, Study, require_google_account
+from launch.targets import TPU_RUNTIME, Target
 from launch.work import LOST, PREEMPTED
 
-ABOUT = "Cloud TPU queued resources, with nothing but gcloud"
-OPTIONS = ("on-demand", "project", "zone", "setup")
 CODE = ("gqa_scaling", "launch", "experiments", "pyproject.toml", "requirements.txt", "README.md")
 STARTS_A_DAY = 5
 HOME = "/opt/gqa_scaling"
-
-
-def offered(largest: Slice) -> list[Slice]:
-    """The slices that a run may get."""
-    return sizes_up_to(largest)
 
 
 def check(target: Target) -> None:
@@ -34,16 +28,8 @@ def check(target: Target) -> None:
     require(not missing, f"no {', '.join(missing)} here: launch tpu-vm from the checkout")
 
 
-def require_fields(target: Target) -> None:
-    require(
-        target.largest.is_tpu,
-        f"tpu-vm is for TPUs; take skypilot or slurm for {target.largest.name}",
-    )
-    target.require_fields(
-        bucket="where the runs are kept, such as gs://my-bucket",
-        project="the Google Cloud project",
-        zone="one with such TPUs, such as us-west4-a",
-    )
+def refuse(target: Target) -> None:
+    """Raise UserError for a bucket that gcloud cannot copy to."""
     require(
         target.bucket.startswith("gs://"),
         f"tpu-vm copies code with gcloud: {target.bucket} is no gs://",
@@ -123,8 +109,7 @@ def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
 
 def delete_command(job: Job, target: Target) -> str:
     """The shell command that deletes a job's slice and its place in the queue."""
-    where = ["--project", target.project, "--zone", target.zone]
-    return shlex.join([*_QUEUED, "delete", job.name, *where, "--force", "--quiet"])
+    return shlex.join([*_QUEUED, "delete", job.name, *target.google_place, "--force", "--quiet"])
 
 
 def billed(place: Slice, target: Target) -> str:
@@ -143,10 +128,9 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
     for job in jobs:
         path = study.folder / f"{job.name}.sh"
         command = (
-            *(*_QUEUED, "create", job.name, "--node-id", job.name),
-            *("--project", target.project, "--zone", target.zone),
+            *(*_QUEUED, "create", job.name, "--node-id", job.name, *target.google_place),
             *("--accelerator-type", job.slice.cloud_type),
-            *("--runtime-version", RUNTIME[job.slice.accelerator]),
+            *("--runtime-version", TPU_RUNTIME[job.slice.kind]),
             *("--metadata-from-file", f"startup-script={path}"),
             *(("--spot",) if target.spot else ()),
         )
@@ -154,15 +138,10 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
     return steps
 
 
-def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
-    """In the order of `render`."""
-    run(render(jobs, target, study))
-
-
 def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
     """What to type next."""
-    where = shlex.join(["--project", target.project, "--zone", target.zone])
-    costs = ", ".join(f"{place.name} {billed(place, target)}" for place in by_slice(jobs))
+    where = shlex.join(target.google_place)
+    costs = ", ".join(f"{place.vendor_name} {billed(place, target)}" for place in by_slice(jobs))
     return [
         f"queue:    {shlex.join(_QUEUED)} list {where}",
         f"log:      gcloud compute tpus tpu-vm ssh {jobs[0].name} {where} --worker=0 "
@@ -173,3 +152,16 @@ def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
         "not, the last line of that log says so: clean up. One that was preempted must be deleted,",
         "and its job launched again.",
     ]
+
+
+ENGINE = Engine(
+    name="tpu-vm",
+    about="Cloud TPU queued resources, with nothing but gcloud",
+    options=("on-demand", "project", "zone", "setup"),
+    gpus=False,
+    needs={"bucket": BUCKET, "project": PROJECT, "zone": "one with such TPUs, such as us-west4-a"},
+    refuse=refuse,
+    check=check,
+    render=render,
+    after=after,
+)

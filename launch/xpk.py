@@ -3,14 +3,13 @@
 import shlex
 from collections.abc import Sequence
 
-from gqa_scaling.config import require
+from gqa_scaling.hardware import Slice
+from launch.engines import BUCKET, PROJECT, Engine
 from launch.jobs import Job
-from launch.submission import Step, Study, require_google_account, require_tool, run
-from launch.targets import Slice, Target
+from launch.submission import Step, Study, require_google_account, require_tool
+from launch.targets import Target
 from launch.work import PREEMPTED
 
-ABOUT = "JobSets on a GKE cluster with TPUs, queued by Kueue, through xpk"
-OPTIONS = ("cluster", "project", "zone", "image")
 # xpk also restarts on 127 to 255, and there is no way to have it not: so not for ever.
 MAX_RESTARTS = 20
 GRACE_SECONDS = 120  # to save in
@@ -18,7 +17,7 @@ GRACE_SECONDS = 120  # to save in
 
 def offered(largest: Slice) -> list[Slice]:
     """The one that was named: a cluster has slices of one size. None below v5e-8."""
-    small = largest.accelerator == "v5e" and largest.chips < 8
+    small = largest.kind == "v5e" and largest.chips < 8
     return [] if small else [largest]
 
 
@@ -26,19 +25,6 @@ def check(target: Target) -> None:
     """Raise UserError for what is missing."""
     require_tool("xpk", "pip install xpk into an environment of its own, with Python 3.12 or newer")
     require_google_account()
-
-
-def require_fields(target: Target) -> None:
-    require(
-        target.largest.is_tpu, f"xpk is for TPUs; take skypilot or slurm for {target.largest.name}"
-    )
-    target.require_fields(
-        bucket="where the runs are kept, such as gs://my-bucket",
-        cluster="the GKE cluster",
-        project="the Google Cloud project",
-        zone="that of the cluster, such as us-west4-a",
-        image="a container with this checkout and its environment (docs/launch.md)",
-    )
 
 
 def command_line(job: Job, study: Study) -> str:
@@ -55,7 +41,7 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
             (
                 *("xpk", "workload", "create"),
                 *("--workload", job.name),
-                *("--cluster", target.cluster, "--project", target.project, "--zone", target.zone),
+                *("--cluster", target.cluster, *target.google_place),
                 *("--tpu-type", job.slice.cloud_type),
                 *("--docker-image", target.image),
                 *("--max-restarts", str(MAX_RESTARTS)),
@@ -68,19 +54,31 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
     ]
 
 
-def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
-    """In the order of `render`."""
-    run(render(jobs, target, study))
-
-
 def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
     """What to type next."""
-    where = shlex.join(
-        ["--cluster", target.cluster, "--project", target.project, "--zone", target.zone]
-    )
+    where = shlex.join(["--cluster", target.cluster, *target.google_place])
     return [
         f"queue:    xpk workload list {where}",
         "log:      kubectl logs --follow --selector jobset.sigs.k8s.io/jobset-name=JOB",
         f"cancel:   xpk workload delete --workload JOB {where}",
         f"clean up: xpk cluster delete {where}",
     ]
+
+
+ENGINE = Engine(
+    name="xpk",
+    about="JobSets on a GKE cluster with TPUs, queued by Kueue, through xpk",
+    options=("cluster", "project", "zone", "image"),
+    gpus=False,
+    needs={
+        "bucket": BUCKET,
+        "cluster": "the GKE cluster",
+        "project": PROJECT,
+        "zone": "that of the cluster, such as us-west4-a",
+        "image": "a container with this checkout and its environment (docs/launch.md)",
+    },
+    offered=offered,
+    check=check,
+    render=render,
+    after=after,
+)

@@ -180,7 +180,7 @@ def try_gqa(words: list[str]) -> None:
     else:
         assert rest == []
     if getattr(args, "compile", None):
-        hardware.topology(args.compile)
+        hardware.slice_of(args.compile)
     if hasattr(args, "losses"):
         study._asked(args, Question())
 

@@ -187,6 +187,7 @@ def brought_in(watched: set[str], modules: list[str]) -> list[str]:
 
 def test_declaring_planning_and_studying_load_no_jax():
     rooms = ["cli", "sweep.plan", "sweep.pods", "sweep.run", "sweep.status", "sweep.hlo", "data"]
+    rooms += ["sweep.views", "sweep.watch"]
     rooms += ["experiment.load", "experiment.grid", "files.runs", "hardware", "costs", "config"]
     rooms += [f"study.{p.stem}" for p in sorted((PACKAGE / "study").glob("*.py"))]
     modules = [f"gqa_scaling.{room}".removesuffix(".__init__") for room in rooms]

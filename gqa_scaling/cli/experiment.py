@@ -6,44 +6,19 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_error, print_json, print_table
-from gqa_scaling.config import require
+from gqa_scaling.config import UserError, require
 from gqa_scaling.files.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.table import Table
+
     from gqa_scaling.experiment.load import Experiment
     from gqa_scaling.hardware import Hardware
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    _add_selection(parser)
-    add_json(parser)
-    parser.add_argument(
-        "--hardware", help="cpu, v5e, v5p, v6e, a100, h100, h200 (default: detected)"
-    )
-    parser.add_argument(
-        "--devices", type=int, help="how many of them (default: those detected, or 1)"
-    )
-    parser.add_argument("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
-    parser.add_argument("--price", type=finite, help="dollars a device-hour")
-    parser.add_argument(
-        "--compile",
-        metavar="TOPOLOGY",
-        help="compile each train step for v5e:16x16, v5p:4x4x8, 2xv6e:16x16, ... on this machine "
-        "(docs/pods.md)",
-    )
-
-
-def _add_status(parser: argparse.ArgumentParser) -> None:
-    _add_selection(parser)
-    add_json(parser)
-    parser.add_argument(
-        "--watch", action="store_true", help="show it until every run is done or failed"
-    )
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
@@ -57,19 +32,58 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_view(parser: argparse.ArgumentParser) -> None:
     _add_selection(parser)
-    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    # said by --workers to its processes: their cores and the pid of their parent
-    parser.add_argument("--cores", help=argparse.SUPPRESS)
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    add_json(parser)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="processes that tokenise (default: all cores)")
     parser.add_argument("--rebuild", action="store_true", help="replace a store that is there")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_view(parser)
+    parser.add_argument(
+        "--hardware",
+        help="cpu, v5e, v5p, v6e, a100, h100, h200, or a slice: v5e-64, v5e:8x8, 8xH100, ... "
+        "(default: detected)",
+    )
+    parser.add_argument(
+        "--devices", type=int, help="how many of them (default: those detected, or 1)"
+    )
+    parser.add_argument("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
+    parser.add_argument("--price", type=finite, help="dollars a device-hour")
+    parser.add_argument(
+        "--compile",
+        metavar="SLICE",
+        help="compile each train step for v5e:16x16 (or v5e-256), v5p:4x4x8, 2xv6e:16x16, ... on "
+        "this machine (docs/pods.md)",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    # Said by --workers to its processes: their cores and the pid of their parent.
+    parser.add_argument("--cores", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_view(parser)
+    parser.add_argument(
+        "--watch", action="store_true", help="show it until every run is done or failed"
+    )
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", help="experiment, such as experiments.smoke, or the directory of a run or of runs"
+    )
+    _add_view(parser)
 
 
 def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
@@ -101,73 +115,67 @@ def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _detect(args: argparse.Namespace) -> tuple["Hardware", int]:
-    from gqa_scaling import hardware
+def _hardware(args: argparse.Namespace) -> tuple["Hardware", int]:
+    """The accelerator to plan for, and how many; those that jax sees where none is named."""
+    from gqa_scaling.hardware import HARDWARE, detected, hardware_of
 
     if args.hardware is not None:
-        found, devices = hardware.hardware(args.hardware), 1
-    else:
-        import jax
+        row, own = hardware_of(args.hardware)
+        require(
+            own is None or args.devices in (None, own),
+            f"--hardware {args.hardware} has {own} devices: leave out --devices {args.devices}",
+        )
+        return row, own or (1 if args.devices is None else args.devices)
+    import jax
 
-        from gqa_scaling.devices.processes import require_platform
+    from gqa_scaling.devices.processes import require_platform
 
-        require_platform()
-        kind, devices = jax.devices()[0].device_kind, jax.device_count()
-        row = hardware.detected(kind, devices)
-        known = ", ".join(hardware.HARDWARE)
-        require(row is not None, f"unknown device {kind!r}; name one with --hardware ({known})")
-        assert row is not None
-        found = row
-    return hardware.changed(found, args.mfu, args.price), (
-        devices if args.devices is None else args.devices
-    )
+    require_platform()
+    kind, devices = jax.devices()[0].device_kind, jax.device_count()
+    found = detected(kind, devices)
+    if found is None:
+        raise UserError(
+            f"unknown device {kind!r}; name one with --hardware ({', '.join(HARDWARE)})"
+        )
+    return found, devices if args.devices is None else args.devices
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.data import open_store
-    from gqa_scaling.sweep.plan import make_plan, plan_summary, plan_table
+    from gqa_scaling.hardware import changed, hardware, slice_of
+    from gqa_scaling.sweep import pods, views
+    from gqa_scaling.sweep.plan import make_plan
 
     experiment = _experiment(args, rest)
     stores = {run.data.store_path: run.data for run in experiment.runs}
     prepared = {p: open_store(d).train_tokens for p, d in stores.items() if as_path(p).exists()}
-    if args.compile is not None:
-        return _compile(args, experiment, prepared)
-    plan = make_plan(experiment, *_detect(args), prepared)
-    if args.json:
-        print_json(plan.to_dict())
+    place = None if args.compile is None else slice_of(args.compile)
+    if place is None:
+        row, devices = _hardware(args)
     else:
-        print_table(plan_table(plan), *plan_summary(plan))
-    return 0
-
-
-def _compile(args: argparse.Namespace, experiment: "Experiment", prepared: dict[str, int]) -> int:
-    from gqa_scaling import hardware
-    from gqa_scaling.sweep import pods
-    from gqa_scaling.sweep.plan import make_plan, plan_summary, plan_table
-
-    require(
-        args.hardware is None and args.devices is None,
-        f"--compile {args.compile} names the hardware and the devices: leave out --hardware and "
-        "--devices",
-    )
-    place = hardware.topology(args.compile)
-    pods.check(experiment, place)
-    row = hardware.changed(hardware.hardware(place.kind), args.mfu, args.price)
-    plan = make_plan(experiment, row, place.chips, prepared)
+        require(
+            args.hardware is None and args.devices is None,
+            f"--compile {args.compile} names the hardware and the devices: leave out --hardware and "
+            "--devices",
+        )
+        pods.check(experiment, place)
+        row, devices = hardware(place.kind), place.chips
+    plan = make_plan(experiment, changed(row, args.mfu, args.price), devices, prepared)
     if not args.json:
-        print_table(plan_table(plan), *plan_summary(plan))
+        print_table(views.plan_table(plan), *views.plan_summary(plan))
         sys.stdout.flush()  # compiling takes minutes
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    found = pods.compile_experiment(experiment, place, say)
+    found = None if place is None else pods.compile_experiment(experiment, place, _say)
     if args.json:
-        print_json({**plan.to_dict(), "compiled": [each.to_dict() for each in found]})
-        return 0
-    runs = {run.name: run for run in experiment.runs}
-    print_table(pods.compiled_table(found, place), *pods.compiled_summary(found, runs))
+        compiled = {} if found is None else {"compiled": [each.to_dict() for each in found]}
+        print_json(plan.to_dict() | compiled)
+    elif place is not None and found is not None:
+        runs = {run.name: run for run in experiment.runs}
+        print_table(views.compiled_table(found, place), *views.compiled_summary(found, runs))
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -239,7 +247,8 @@ def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.experiment.follow_ups import find_follow_ups
     from gqa_scaling.files.runs import runs_root
-    from gqa_scaling.sweep.status import read_status, status_dict, status_table
+    from gqa_scaling.sweep.status import read_status
+    from gqa_scaling.sweep.views import status_dict, status_table
 
     experiment, root = _experiment(args, rest), runs_root()
     if args.watch:
@@ -264,7 +273,7 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> int:
     from rich.console import Console
 
-    from gqa_scaling.sweep.status import watch
+    from gqa_scaling.sweep.watch import watch
 
     require(not args.json, "--watch is for people and --json for programs: choose one of the two")
     console = Console(highlight=False, markup=False, emoji=False)
@@ -272,18 +281,11 @@ def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> 
     return 1 if any(row.failure for row in watch(root, experiment, console)) else 0
 
 
-def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", help="experiment, such as experiments.smoke, or the directory of a run or of runs"
-    )
-    _add_selection(parser)
-    add_json(parser)
-
-
 def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.experiment.load import load_experiment
     from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
-    from gqa_scaling.sweep.status import checkpoints_dict, checkpoints_table, read_checkpoints
+    from gqa_scaling.sweep.status import read_checkpoints
+    from gqa_scaling.sweep.views import checkpoints_dict, checkpoints_table
 
     path = as_path(args.source)
     if path.is_dir() or is_remote(path):
@@ -297,23 +299,27 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
         experiment = load_experiment(args.source, rest).select(args.only, args.shard)
         directories = [run_directory(runs_root(), experiment.name, r) for r in experiment.runs]
     runs = read_checkpoints(directories)
-    if args.json:
-        print_json(checkpoints_dict(runs))
-    else:
-        print_table(checkpoints_table(runs))
+    _show(args, checkpoints_dict(runs), checkpoints_table(runs))
     return 1 if any(run.damaged for run in runs) else 0
 
 
 def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.sweep.status import learning_rate_table
+    from gqa_scaling.experiment.learning_rates import learning_rate_choices
+    from gqa_scaling.files.runs import runs_root
+    from gqa_scaling.sweep.views import learning_rates_dict, learning_rates_table
 
     experiment = _experiment(args, rest)
-    choices, table = learning_rate_table(experiment)
-    if args.json:
-        print_json(choices)
-    else:
-        print_table(table)
+    name, runs = experiment.name, experiment.runs
+    choices = learning_rate_choices(name, runs, runs_root())
+    _show(args, learning_rates_dict(choices), learning_rates_table(name, choices, runs))
     return 0
+
+
+def _show(args: argparse.Namespace, for_programs: Any, for_people: "Table") -> None:
+    if args.json:
+        print_json(for_programs)
+    else:
+        print_table(for_people)
 
 
 VERBS: dict[str, Verb] = {

@@ -34,14 +34,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def print_error(error: object) -> None:
+def print_error(error: object, program: str = "gqa-scaling") -> None:
     """One line on stderr, whatever the error quotes: a newline, or a terminal's control sequence.
 
     Where stderr too lies on a full disk, the exit code has to do.
     """
     said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     with contextlib.suppress(OSError):
-        print(f"gqa-scaling: {said}", file=sys.stderr)
+        print(f"{program}: {said}", file=sys.stderr)
 
 
 def print_table(*parts: Any) -> None:

@@ -3,8 +3,8 @@
     python -m gqa_scaling.sweep.compile < {"run": ..., "topology": "v5e:16x16", "parent": pid} > {...}
 
 prints what it needs, as JSON. The compiler is the real one, from the libtpu package, on a CPU host.
-It may abort the process, it holds a lock file and reads the environment before anything else: `pods`
-starts this and tells what came of it. Compiling takes minutes; it ends when the parent does.
+It may abort the process, it holds a lock file and reads the environment before anything else: so
+`pods` starts this and tells what came of it. Compiling takes minutes; it ends when the parent does.
 """
 
 import collections
@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from jax.experimental import topologies
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.devices.mesh import axis_size
 from gqa_scaling.devices.processes import end_with
-from gqa_scaling.hardware import Topology, topology
+from gqa_scaling.hardware import Slice, slice_of
 from gqa_scaling.model.attention.blockwise import mean_tiles
 from gqa_scaling.sweep.hlo import Array, Collective, Program
 from gqa_scaling.training.step import abstract_step
@@ -36,17 +37,18 @@ ASSIGNED = re.compile(r"^Total bytes: (\d+)", re.MULTILINE)  # of the first memo
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def chips(place: Topology) -> list[jax.Device]:
-    """The devices of a topology, good for compiling only."""
+def chips(place: Slice) -> list[jax.Device]:
+    """The devices of the slices, good for compiling only."""
     options: dict[str, Any] = {"num_slices": place.slices} if place.slices > 1 else {}
     if math.prod(place.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    found = topologies.get_topology_desc(place.slice_name, platform="tpu", **options)
+    one = replace(place, slices=1).name
+    found = topologies.get_topology_desc(one, platform="tpu", **options)
     return list(found.devices)
 
 
 def compile_step(run: RunConfig, devices: list[jax.Device] | None = None) -> dict[str, Any]:
-    """Lowers and compiles the very step that `run` calls, and reads the result.
+    """Compile the very step that the run takes, and read from it the fields of `pods.Compiled`.
 
     Bytes are per device. Where the compiler finds that the memory does not suffice, the dict
     holds just `mesh`, `needed` and `allowed`. Raises UserError when the run cannot be laid out.
@@ -68,16 +70,15 @@ def compile_step(run: RunConfig, devices: list[jax.Device] | None = None) -> dic
     found["seconds"] = time.time() - began
     memory = compiled.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    text = compiled.as_text()
-    program = Program(text, turns)
+    program = Program(compiled.as_text(), turns)
     state = jax.tree.leaves(arguments[0])
     return found | {
+        "needed": held + memory.generated_code_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         # The analysis counts up to 0.6 GiB more than this. The compiler refuses a program by what it
         # assigned and the code, and by nothing else.
         "temporaries": held - memory.argument_size_in_bytes - fresh,
         "code": memory.generated_code_size_in_bytes,
-        "fresh": fresh,
         "donated": memory.alias_size_in_bytes / memory.output_size_in_bytes,
         # of a pattern only the data know which branches run, and how often their loops turn
         "flops": None if run.model.pattern and not program.exact else program.flops,
@@ -152,7 +153,7 @@ def whole_parameters(program: Program, state: list[Any], tensor: int) -> list[Co
 def main() -> int:
     request = json.load(sys.stdin)
     end_with(request["parent"])
-    run, place = RunConfig.from_dict(request["run"]), topology(request["topology"])
+    run, place = RunConfig.from_dict(request["run"]), slice_of(request["topology"])
     try:
         found = compile_step(run, chips(place))
     except UserError as error:

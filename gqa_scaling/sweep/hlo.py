@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 COLLECTIVES = (
     "all-gather",
@@ -36,6 +37,9 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _WIDTH = re.compile(r"^[a-z]+(\d+)")  # f32, bf16, s4, u8, c64, f8e4m3fn
 
 
+# ---------------------------------------------------------------------------------- the text
+
+
 @dataclass(frozen=True)
 class Array:
     """Element type and dimensions of an array."""
@@ -45,13 +49,13 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """How many elements it has."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
         width = _WIDTH.match(self.dtype)
-        bits = int(width[1]) if width else 8 if self.dtype == "pred" else 0  # 0: tokens
+        bits = int(width[1]) if width else 8 if self.dtype == "pred" else 0  # a token has none
         return math.ceil(self.size * bits / 8)
 
 
@@ -67,11 +71,12 @@ class Instruction:
 
     @cached_property
     def operands(self) -> list[str]:
+        """The names of the instructions whose values it takes."""
         return _NAME.findall(self.inside)
 
     @cached_property
     def called(self) -> dict[str, str]:
-        """Computations it runs, by their role: calls, to_apply, body, condition."""
+        """The computations it runs, by their role: calls, to_apply, body, condition."""
         return dict(_CALLED.findall(self.attributes))
 
     @cached_property
@@ -79,24 +84,98 @@ class Instruction:
         """The computations of a conditional."""
         return [name for part in _BRANCHES.findall(self.attributes) for name in _NAME.findall(part)]
 
-    def numbers(self, attribute: str) -> tuple[int, ...]:
-        """Such as (0, 2) of `lhs_contracting_dims={0,2}`; () when it is not there."""
-        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(int(n) for n in found[1].split(",") if n) if found else ()
-
 
 @dataclass
 class Computation:
-    """Instructions by name, in order; `root` is the one whose value is returned."""
+    """Instructions by name, in order; the value of `root` is returned."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: str = ""
 
     @cached_property
-    def completes(self) -> bool:
+    def ends_asynchronous(self) -> bool:
         """Whether this is the last of the fusions of an asynchronous collective."""
         return any("AsyncCollectiveDone" in x.attributes for x in self.instructions.values())
+
+    def source(self, name: str) -> Instruction:
+        """The instruction that makes a value, seen through copies of it."""
+        found = self.instructions[name]
+        while found.opcode in ("copy", "bitcast"):
+            found = self.instructions[found.operands[0]]
+        return found
+
+    def element(self, name: str) -> int | None:
+        """Which element of the computation's parameter a value is; None when it is none."""
+        found = self.source(name)
+        if found.opcode != "get-tuple-element":
+            return None
+        if self.instructions[found.operands[0]].opcode != "parameter":
+            return None
+        index = re.search(r"\bindex=(\d+)", found.attributes)
+        return int(index[1]) if index else None
+
+    def constant(self, name: str, known: dict[int, int]) -> int | None:
+        """The value of an integer constant; `known` are those among the parameter's elements."""
+        found = self.source(name)
+        if found.opcode == "constant":
+            return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
+        element = self.element(name)
+        return None if element is None else known.get(element)
+
+    def hands_on(self, i: int) -> bool:
+        """Whether this body of a loop returns element `i` of its parameter unchanged."""
+        root = self.instructions[self.root]
+        return root.opcode == "tuple" and self.element(root.operands[i]) == i
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations by name, and the name of the one that the program begins with."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            header = _HEADER.match(line)
+            if header:
+                current = computations[header[2]] = Computation(header[2])
+                entry = header[2] if header[1] else entry
+        elif line == "}":
+            current = None
+        elif line.startswith("  ") and " = " in line:  # a kernel's attributes go on without indent
+            name, _, rest = line.strip().partition(" = ")
+            is_root = name.startswith("ROOT ")
+            each = _instruction(name.removeprefix("ROOT ").lstrip("%"), rest)
+            current.instructions[each.name] = each
+            current.root = each.name if is_root else current.root
+    if not entry:
+        raise ValueError("no entry computation in this text")
+    return computations, entry
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    """The instruction of a line, from what stands right of the equals sign."""
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 1
+    arrays = tuple(
+        Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
+        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
+    )
+    return Instruction(name, arrays, opcode, rest[: end - 1], rest[end:])
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that opens `text` has been closed."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"unbalanced brackets in {text[:80]!r}")
+
+
+# ------------------------------------------------------------------------------- the program
 
 
 @dataclass(frozen=True)
@@ -120,6 +199,7 @@ class Collective:
     `received` is what each device must at least receive from others each time, in bytes: (n-1)/n
     of the array among n devices, twice that for an all-reduce, all of it for a permutation and for
     what comes from other slices, whose number the text does not say: `devices` is 0 there.
+    `exact` is as in `Executed`, `source` the name that the program's own code has for it.
     """
 
     kind: str
@@ -154,16 +234,16 @@ class Program:
     def _walk(
         self, name: str, known: dict[int, int], turns: float, exact: bool
     ) -> Iterator[Executed]:
-        """`known` are the constants among the elements of the computation's parameter."""
+        """What a computation runs; `known` are the constants among its parameter's elements."""
         here = self.computations[name]
         for each in here.instructions.values():
             yield Executed(each, here, turns, exact)
             if each.opcode == "while":
                 body = each.called["body"]
-                constants = self._constants(here, each, known)
-                count = self._trips(each, constants)
+                start = _initial_constants(here, each, known)
+                kept = {i: v for i, v in start.items() if self.computations[body].hands_on(i)}
+                count = self._trips(each, start, kept)
                 times = turns * (self.dynamic_turns if count is None else count)
-                kept = {i: v for i, v in constants.items() if self._kept(body, i)}
                 yield from self._walk(body, kept, times, exact and count is not None)
             elif each.opcode in ("fusion", "async-start"):
                 yield from self._walk(each.called["calls"], {}, turns, exact)
@@ -171,44 +251,29 @@ class Program:
                 for inner in each.branches or [each.called["to_apply"]]:
                     yield from self._walk(inner, {}, turns, exact)
 
-    def _constants(
-        self, here: Computation, loop: Instruction, known: dict[int, int]
-    ) -> dict[int, int]:
-        """The integer constants among the initial values of a loop."""
-        start = here.instructions[loop.operands[0]]
-        values = enumerate(_value(here, x, known) for x in start.operands)
-        return {i: v for i, v in values if v is not None} if start.opcode == "tuple" else {}
-
-    def _kept(self, body: str, i: int) -> bool:
-        """Whether a turn of the loop hands element `i` on unchanged."""
-        here = self.computations[body]
-        root = here.instructions[here.root]
-        return root.opcode == "tuple" and _element(here, root.operands[i]) == i
-
-    def _trips(self, loop: Instruction, start: dict[int, int]) -> int | None:
+    def _trips(self, loop: Instruction, start: dict[int, int], kept: dict[int, int]) -> int | None:
         """How often a loop turns, None when only the data know.
 
         From the compiler's note if there is one. TPU programs carry none: there the condition
-        compares a counter, which each turn increases by a constant, with a constant.
+        compares a counter, which each turn increases by a constant, with a constant. `start` are the
+        constants among the initial values of the loop, `kept` those that no turn changes.
         """
         noted = _TRIPS.search(loop.attributes)
         if noted:
             return int(noted[1])
         condition = self.computations[loop.called["condition"]]
         body = self.computations[loop.called["body"]]
-        test = condition.instructions[condition.root]
+        test, root = condition.instructions[condition.root], body.instructions[body.root]
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
-        counter = _element(condition, test.operands[0])
-        kept = {i: v for i, v in start.items() if self._kept(body.name, i)}
-        end = _value(condition, test.operands[1], kept)
-        root = body.instructions[body.root]
+        counter = condition.element(test.operands[0])
+        end = condition.constant(test.operands[1], kept)
         if counter is None or end is None or counter not in start or root.opcode != "tuple":
             return None
-        turn = _through_copies(body, root.operands[counter])
-        if turn.opcode != "add" or _element(body, turn.operands[0]) != counter:
+        turn = body.source(root.operands[counter])
+        if turn.opcode != "add" or body.element(turn.operands[0]) != counter:
             return None
-        step = _value(body, turn.operands[1], kept)
+        step = body.constant(turn.operands[1], kept)
         return None if not step else max(0, math.ceil((end - start[counter]) / step))
 
     @cached_property
@@ -219,19 +284,18 @@ class Program:
     def _collective(self, each: Executed) -> Collective | None:
         it, here = each.instruction, each.computation
         if it.opcode == "recv" and "xla_megascale" in it.attributes:
-            arrived = it.arrays[:1]
-            return Collective(
-                BETWEEN_SLICES, arrived, 0, float(arrived[0].bytes), each.turns, each.exact, ""
-            )
+            arrays, received = it.arrays[:1], float(it.arrays[0].bytes)
+            return Collective(BETWEEN_SLICES, arrays, 0, received, each.turns, each.exact, "")
         kind = it.opcode.removesuffix("-start")
         devices = self._group(it) if kind in COLLECTIVES else 1
-        # TPU programs repeat an asynchronous one in the fusions it overlaps with and in its last
-        if devices == 1 or here.name.startswith("async_collective_fusion") or here.completes:
+        # TPU programs repeat an asynchronous one in the fusions it overlaps with and in its last.
+        repeated = here.name.startswith("async_collective_fusion") or here.ends_asynchronous
+        if devices == 1 or repeated:
             return None
         if kind == "all-reduce" and here.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # how TPU programs spell it: a fusion with a slice
         operands = [a for x in it.operands for a in here.instructions[x].arrays]
-        # asynchronous gathers return their operands too, before the results
+        # Asynchronous gathers return their operands too, before the results.
         arrays = it.arrays[-len(operands) :] if kind == "all-gather" else tuple(operands)
         total = sum(a.bytes for a in arrays)
         share = 1 if kind == "collective-permute" else (devices - 1) / devices
@@ -278,127 +342,85 @@ class Program:
         return sum(KERNEL in e.instruction.attributes for e in self.executed)
 
 
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if current is None:
-            header = _HEADER.match(line)
-            if header:
-                current = computations[header[2]] = Computation(header[2])
-                entry = header[2] if header[1] else entry
-        elif line == "}":
-            current = None
-        elif line.startswith("  ") and " = " in line:  # a kernel's attributes go on without indent
-            name, _, rest = line.strip().partition(" = ")
-            is_root = name.startswith("ROOT ")
-            each = _instruction(name.removeprefix("ROOT ").lstrip("%"), rest)
-            current.instructions[each.name] = each
-            current.root = each.name if is_root else current.root
-    if not entry:
-        raise ValueError("no entry computation in this text")
-    return computations, entry
+def _initial_constants(
+    here: Computation, loop: Instruction, known: dict[int, int]
+) -> dict[int, int]:
+    """The integer constants among the initial values of a loop, by their place."""
+    start = here.instructions[loop.operands[0]]
+    values = enumerate(here.constant(x, known) for x in start.operands)
+    return {i: v for i, v in values if v is not None} if start.opcode == "tuple" else {}
 
 
-def _instruction(name: str, rest: str) -> Instruction:
-    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode, _, rest = rest.partition("(")
-    end = _closing("(" + rest) - 1
-    arrays = tuple(
-        Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
-        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
-    )
-    return Instruction(name, arrays, opcode, rest[: end - 1], rest[end:])
-
-
-def _closing(text: str) -> int:
-    """Where the bracket that opens `text` has been closed."""
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"unbalanced brackets in {text[:80]!r}")
-
-
-def _through_copies(here: Computation, name: str) -> Instruction:
-    found = here.instructions[name]
-    while found.opcode in ("copy", "bitcast"):
-        found = here.instructions[found.operands[0]]
-    return found
-
-
-def _element(here: Computation, name: str) -> int | None:
-    """Which element of the computation's parameter this is, None when it is none."""
-    found = _through_copies(here, name)
-    if found.opcode != "get-tuple-element":
-        return None
-    if here.instructions[found.operands[0]].opcode != "parameter":
-        return None
-    index = re.search(r"\bindex=(\d+)", found.attributes)
-    return int(index[1]) if index else None
-
-
-def _value(here: Computation, name: str, known: dict[int, int]) -> int | None:
-    """An integer constant's value, also one handed down in the parameter."""
-    found = _through_copies(here, name)
-    if found.opcode == "constant":
-        return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
-    element = _element(here, name)
-    return None if element is None else known.get(element)
+# ------------------------------------------------------------------------------------- FLOPs
 
 
 def _flops(each: Executed) -> int:
+    """FLOPs of one turn of an instruction, if it is a matrix product."""
     it = each.instruction
     if it.opcode not in ("dot", "convolution"):
         return 0
     left, right = (each.computation.instructions[x].arrays[0] for x in it.operands[:2])
-    if it.opcode == "dot":
-        return (
-            2
-            * it.arrays[0].size
-            * math.prod(left.dims[i] for i in it.numbers("lhs_contracting_dims"))
+    if it.opcode == "convolution":
+        return _convolution_flops(it, left, right)
+    summed = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", it.attributes)
+    axes = [int(axis) for axis in summed[1].split(",") if axis] if summed else []
+    return 2 * it.arrays[0].size * math.prod(left.dims[axis] for axis in axes)
+
+
+class _Axis(NamedTuple):
+    """One spatial axis of a convolution, in XLA's terms.
+
+    The window slides over the base, between whose elements `base_dilation` - 1 holes lie, and which
+    is padded by `pad_low` at its beginning.
+    """
+
+    base: int
+    window: int
+    output: int
+    stride: int
+    pad_low: int
+    base_dilation: int
+    window_dilation: int
+
+    @property
+    def products(self) -> int:
+        """Pairs of an output and a window element that meet an element, no hole and no padding."""
+        last = (self.base - 1) * self.base_dilation
+        met = (
+            place * self.stride + k * self.window_dilation - self.pad_low
+            for place in range(self.output)
+            for k in range(self.window)
         )
-    return _convolution_flops(it, left, right)
+        return sum(0 <= at <= last and at % self.base_dilation == 0 for at in met)
 
 
 def _convolution_flops(it: Instruction, left: Array, right: Array) -> int:
+    """FLOPs of a convolution: two for each element of the input that meets one of the window."""
     labels = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", it.attributes)
     window = re.search(r"\bwindow=\{([^}]*)\}", it.attributes)
     if labels is None:
         raise ValueError(f"a convolution without dim_labels: {it.name}")
     options = dict(part.split("=") for part in window[1].split()) if window else {}
-    _, kernel, output = labels.groups()
+    base, kernel, output = labels.groups()
     spatial = sorted(c for c in kernel if c.isdigit())
 
-    def option(name: str, default: str) -> list[str]:
-        return options[name].split("x") if name in options else [default] * len(spatial)
+    def option(name: str, i: int, default: str) -> int:
+        """Of `pad=1_1x0_0` the low padding of axis i, of `stride=1x2` its stride."""
+        each = options[name].split("x") if name in options else [default] * len(spatial)
+        return int(each[i].split("_")[0])
 
-    pairs = 1
-    for i, axis in enumerate(spatial):
-        low, _ = (int(n) for n in option("pad", "0_0")[i].split("_"))
-        pairs *= _window_pairs(
-            left.dims[labels[1].index(axis)],
-            right.dims[kernel.index(axis)],
-            it.arrays[0].dims[output.index(axis)],
-            int(option("stride", "1")[i]),
-            low,
-            int(option("lhs_dilate", "1")[i]),
-            int(option("rhs_dilate", "1")[i]),
+    axes = (
+        _Axis(
+            base=left.dims[base.index(axis)],
+            window=right.dims[kernel.index(axis)],
+            output=it.arrays[0].dims[output.index(axis)],
+            stride=option("stride", i, "1"),
+            pad_low=option("pad", i, "0_0"),
+            base_dilation=option("lhs_dilate", i, "1"),
+            window_dilation=option("rhs_dilate", i, "1"),
         )
-    batch = it.arrays[0].dims[output.index("b")]
-    return 2 * batch * right.dims[kernel.index("i")] * right.dims[kernel.index("o")] * pairs
-
-
-def _window_pairs(
-    size: int, window: int, places: int, stride: int, low: int, dilation: int, spread: int
-) -> int:
-    """(place, window element) pairs along one axis that meet an element of the input."""
-    last = (size - 1) * dilation
-    return sum(
-        0 <= at <= last and at % dilation == 0
-        for place in range(places)
-        for k in range(window)
-        for at in (place * stride + k * spread - low,)
+        for i, axis in enumerate(spatial)
     )
+    products = math.prod(axis.products for axis in axes)
+    batch = it.arrays[0].dims[output.index("b")]
+    return 2 * batch * right.dims[kernel.index("i")] * right.dims[kernel.index("o")] * products

@@ -9,18 +9,30 @@ from gqa_scaling.costs import LOGIT_BYTES, parameters
 from gqa_scaling.devices.kernel_limits import LANES
 from gqa_scaling.devices.layout import attention_implementation
 
+# Shares by which arrays lie apart. Only programs for TPUs were compiled and compared.
+TPU_GAPS, OTHER_GAPS = 0.03, 0.2
+TPU_PROGRAM_BYTES = 32 * 2**20
+TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
+# What is bought for a run must hold this much more than predicted: on TPUs the prediction is up to
+# 3% low (docs/pods.md).
+SAFETY = 1.1
+
 
 @dataclass(frozen=True)
 class TrainingBytes:
     """Bytes that one device holds while training, predicted from shapes alone.
 
-    `state` is always there, and so are `casts`, the layers' weights in the compute dtype, and
-    `accumulated`, the gradients summed over microbatches. On top of them lies what the step holds
-    where it holds most, which is one of three moments: when the loss is known, the `activations`
-    kept for the backward pass and `output`, the tables of the vocabulary and a chunk of logits; in
-    the backward pass of a layer, activations, `gradients` and what that `layer` works with; at the
-    end, gradients and `sums`, those of the embedding table before devices have shared them out.
-    `program` is the code, `gaps` the share by which arrays lie apart.
+    Always there are `state` (parameters and moments), `casts` (the layers' weights in the compute
+    dtype), `accumulated` (gradients summed over microbatches) and `program`, the code. On top of
+    them lies what the step holds where it holds most, which is one of three moments:
+
+    - when the loss is known: the `activations` kept for the backward pass, and `output`, which is
+      the tables of the vocabulary and a chunk of logits;
+    - in the backward pass of a layer: activations, `gradients`, and what that `layer` works with;
+    - at the end: gradients and `sums`, those of the embedding table before devices have shared
+      them out.
+
+    `gaps` is the share by which the arrays of that moment lie apart.
     """
 
     state: int
@@ -36,6 +48,7 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it where it is most."""
         at_the_loss = self.activations + self.output
         in_a_layer = self.activations + self.gradients + self.layer
         most = max(at_the_loss, in_a_layer, self.gradients + self.sums)
@@ -43,20 +56,17 @@ class TrainingBytes:
         return always + round(most * (1 + self.gaps))
 
 
-TPU_GAPS, OTHER_GAPS = 0.03, 0.2  # only programs for TPUs were compiled and compared
-TPU_PROGRAM_BYTES = 32 * 2**20
-TILE_ROWS = 8  # fp32 arrays lie in TPU memory in tiles of 8 rows
-
-
 def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> TrainingBytes:
-    """Predicted bytes on one of `devices` of a platform ("cpu", "gpu", "tpu"), all terms those of the
-    step that `run` takes, and found in the buffers of steps compiled for TPUs (docs/pods.md).
+    """Predicted bytes on one of `devices` of a platform ("cpu", "gpu" or "tpu").
 
-    fp32 parameters and two moments (12 bytes a parameter) and gradients (4, twice that when
-    accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared by all axes
-    but tensor, which shares heads, FFN and vocabulary. One layer's weights are whole while it works;
-    attention reads the keys and values of whole sequences, and sums their gradients in fp32. Layers
-    of a pattern work one after another in the same memory, so that the one that needs most counts.
+    The terms are the arrays of the step that `run` takes, as found in the buffers of steps compiled
+    for TPUs (docs/pods.md). fp32 parameters and two moments (12 bytes a parameter) and gradients (4,
+    twice that when accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared
+    by all axes but tensor, which shares heads, FFN and vocabulary. The weights of one layer are whole
+    while it works; its attention reads the keys and values of whole sequences, and sums their
+    gradients in fp32. Layers of a pattern work one after another in the same memory, so that the
+    one that needs most counts.
+
     Raises UserError where the platform does not have the attention that the run asks for.
     """
     m, p, axes = run.model, parameters(run.model), run.parallel
@@ -112,8 +122,10 @@ def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> T
 
 
 def _tiles(head: HeadPattern | None, run: RunConfig) -> float:
-    """Keys that attention lays out for a head, to those of the sequence: all of them for windows,
-    and beside them the distant ones."""
+    """How many keys attention lays out for a head, as a share of those of the sequence.
+
+    All of them for the window of near keys and, beside them, the distant ones that the head sees.
+    """
     T = run.context_length
     return 1.0 if head is None else 1 + (head.slots(T) - min(T, head.window)) / T
 

@@ -1,27 +1,25 @@
-"""What a grid will cost, before any spend."""
+"""What a grid will cost, by arithmetic alone and before any spend; `views` prints it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
 from gqa_scaling import costs
 from gqa_scaling.config import MAX_EPOCHS, MOST_DEVICES, RunConfig, UserError, require
-from gqa_scaling.devices.layout import check_layout
+from gqa_scaling.devices.layout import attention_implementation, axis_sizes
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.sweep import memory
-from gqa_scaling.units import byte_size, duration, quantity
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run's cost. `training_flops` are model FLOPs with causal attention; `hardware_flops` are
-    what is executed, recomputation and masked products included. Bytes are per device. `pattern` is
-    the label of the keys that heads see, "" for all.
+    """What one run costs.
+
+    `training_flops` are model FLOPs with causal attention; `hardware_flops` are those executed,
+    recomputation and masked products included. `training_bytes` are per device, the bytes of
+    checkpoints on disk. `pattern` is the label of the keys that heads see, "" for all of them.
+    `epochs` is None where the corpus is not prepared yet.
     """
 
     name: str
@@ -60,28 +58,33 @@ class Plan:
         return sum(r.seconds for r in self.runs) / 3600
 
     @property
-    def dollars(self) -> float:
-        return self.hours * self.devices * self.hardware.price
+    def finished_bytes(self) -> int:
+        """Disk that all runs keep once they are finished."""
+        return sum(r.finished_bytes for r in self.runs)
 
     @property
     def disk_bytes(self) -> int:
         """Most disk at any time: what finished runs keep and the largest run in training."""
-        return sum(r.finished_bytes for r in self.runs) + max(
-            (r.checkpoint_bytes for r in self.runs), default=0
-        )
+        return self.finished_bytes + max((r.checkpoint_bytes for r in self.runs), default=0)
 
-    def to_dict(self) -> dict[str, Any]:
-        totals = {
+    @property
+    def totals(self) -> dict[str, float]:
+        """Sums over the runs: FLOPs, hours, device-hours, dollars and bytes of disk."""
+        device_hours = self.hours * self.devices
+        return {
             "runs": len(self.runs),
             "tokens": sum(r.tokens for r in self.runs),
             "training_flops": sum(r.training_flops for r in self.runs),
             "hardware_flops": sum(r.hardware_flops for r in self.runs),
             "hours": self.hours,
-            "device_hours": self.hours * self.devices,
-            "dollars": self.dollars,
+            "device_hours": device_hours,
+            "dollars": device_hours * self.hardware.price,
             "disk_bytes": self.disk_bytes,
         }
-        return {**asdict(self), "totals": totals}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {**asdict(self), "totals": self.totals}
 
 
 def plan_run(
@@ -91,35 +94,32 @@ def plan_run(
     m, flops = run.model, costs.training_flops(run)
     tokens, steps = costs.training_tokens(run), costs.training_steps(run)
     return PlannedRun(
-        run.name,
-        m.n_layers,
-        m.d_model,
-        m.n_heads,
-        m.n_kv_heads,
-        m.pattern.label if m.pattern else "",
-        run.context_length,
-        run.batch_size,
-        costs.n_exact(m),
-        tokens,
-        steps,
-        flops,
-        hardware_flops(run),
-        memory.training_bytes(run, devices, hardware.platform).total,
-        hardware.seconds(flops, steps, devices),
-        memory.checkpoint_bytes(run),
-        memory.finished_bytes(run),
-        None if train_tokens is None else tokens / train_tokens,
-        run.note,
+        name=run.name,
+        n_layers=m.n_layers,
+        d_model=m.d_model,
+        n_heads=m.n_heads,
+        n_kv_heads=m.n_kv_heads,
+        pattern=m.pattern.label if m.pattern else "",
+        context_length=run.context_length,
+        batch_size=run.batch_size,
+        n_exact=costs.n_exact(m),
+        tokens=tokens,
+        steps=steps,
+        training_flops=flops,
+        hardware_flops=hardware_flops_per_token(run) * tokens,
+        training_bytes=memory.training_bytes(run, devices, hardware.platform).total,
+        seconds=hardware.seconds(flops, steps, devices),
+        checkpoint_bytes=memory.checkpoint_bytes(run),
+        finished_bytes=memory.finished_bytes(run),
+        epochs=None if train_tokens is None else tokens / train_tokens,
+        note=run.note,
     )
 
 
-def hardware_flops(run: RunConfig) -> int:
-    """FLOPs that the run's attention implementation and remat policy execute in all."""
+def hardware_flops_per_token(run: RunConfig) -> int:
+    """FLOPs that the run's attention implementation and remat policy execute for each token."""
     full = run.parallel.attention == "reference"
-    per_token = costs.hardware_flops_per_token(
-        run.model, run.context_length, run.parallel.remat, full
-    )
-    return per_token * costs.training_tokens(run)
+    return costs.hardware_flops_per_token(run.model, run.context_length, run.parallel.remat, full)
 
 
 def make_plan(
@@ -139,17 +139,26 @@ def make_plan(
     for run in experiment.runs:
         check_steps(run)
         check_profile(run)
-        try:
-            check_layout(run, devices, hardware.platform)
-        except UserError as error:
-            other = "plan for other devices with --hardware NAME --devices N"
-            raise UserError(f"{error}; {other}") from None
+        reason = layout_refusal(run, devices, hardware.platform)
+        other = "plan for other devices with --hardware NAME --devices N"
+        require(not reason, f"{run.name}: {reason}; {other}")
         if run.data.store_path in known:
             check_epochs(run, known[run.data.store_path])
     runs = tuple(
         plan_run(run, hardware, devices, known.get(run.data.store_path)) for run in experiment.runs
     )
     return Plan(experiment.name, hardware, devices, runs)
+
+
+def layout_refusal(run: RunConfig, devices: int, platform: str) -> str:
+    """Why the run cannot be laid out over so many devices of a platform ("cpu", "gpu" or "tpu"), or
+    cannot have the attention that it asks for there; "" where it can."""
+    try:
+        axis_sizes(run, devices)
+        attention_implementation(run, platform)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def check_steps(run: RunConfig) -> None:
@@ -182,92 +191,3 @@ def check_epochs(run: RunConfig, train_tokens: int) -> None:
         f"{train_tokens:,} tokens of {run.data.name}, more than {MAX_EPOCHS:g}; use a larger corpus, "
         "fewer tokens, or --data.allow-repeats True",
     )
-
-
-def plan_table(plan: Plan) -> Table:
-    """The plan as people read it."""
-    h = plan.hardware
-    batches = {(r.batch_size, r.context_length) for r in plan.runs}
-    each = "".join(f", batches of {b} x {t:,} tokens" for b, t in batches if len(batches) == 1)
-    sharded = (
-        " Pattern: blocks of b tokens, w local, a stripe each s, k sinks; dense parts with +."
-        if any(r.pattern for r in plan.runs)
-        else ""
-    )
-    table = Table(
-        title=f"{plan.experiment} on {plan.devices} x {h.name}{each}",
-        caption=f"FLOPs: model FLOPs of forward and backward, causal attention, output head "
-        f"included. Time: {h.peak_flops / 1e12:.3g} TFLOP/s peak x MFU {h.mfu:g}, and "
-        f"{h.start_seconds:g} s to start. Memory: per device, an estimate ({byte_size(h.memory)} "
-        f"there).{sharded}",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    columns = (
-        "run",
-        "L x d",
-        "heads",
-        "pattern",
-        "N",
-        "batch x T",
-        "tokens",
-        "FLOPs",
-        "memory",
-        "time",
-        "epochs",
-    )
-    hidden = {"batch x T"} if len(batches) == 1 else set()
-    hidden |= {"pattern"} if not any(r.pattern for r in plan.runs) else set()
-    hidden |= {"epochs"} if all(r.epochs is None for r in plan.runs) else set()
-    shown = [i for i, column in enumerate(columns) if column not in hidden]
-    for i in shown:
-        wraps = columns[i] in ("run", "pattern")  # narrow terminals fold words, never numbers
-        table.add_column(
-            columns[i], justify="left" if wraps else "right", no_wrap=not wraps, overflow="fold"
-        )
-    for r in plan.runs:
-        too_large = r.training_bytes > h.memory
-        cells = (
-            r.name,
-            f"{r.n_layers}x{r.d_model}",
-            f"{r.n_heads},{r.n_kv_heads}",
-            r.pattern or "dense",
-            quantity(r.n_exact),
-            f"{r.batch_size}x{r.context_length}",
-            quantity(r.tokens),
-            f"{r.training_flops:.1e}",
-            Text(byte_size(r.training_bytes), style="red" if too_large else ""),
-            duration(r.seconds),
-            "?" if r.epochs is None else f"{r.epochs:.2f}",
-        )
-        table.add_row(*(cells[i] for i in shown))
-    return table
-
-
-def plan_summary(plan: Plan) -> list[str]:
-    """Totals and warnings, a line each."""
-    t = plan.to_dict()["totals"]
-    lines = [
-        f"{t['runs']} runs, {quantity(t['tokens'])} tokens, {t['training_flops']:.3g} model FLOPs "
-        f"({t['hardware_flops']:.3g} executed, with recomputation and masked products), "
-        f"{duration(3600 * plan.hours)} one after another, {t['device_hours']:.3g} device-hours, "
-        f"${t['dollars']:,.2f} at ${plan.hardware.price:g} a device-hour",
-        f"disk: {byte_size(plan.disk_bytes)} at most, "
-        f"{byte_size(sum(r.finished_bytes for r in plan.runs))} once finished",
-    ]
-    large = [r.name for r in plan.runs if r.training_bytes > plan.hardware.memory]
-    if large:
-        lines.append(
-            f"WARNING: {len(large)} runs are predicted not to fit {byte_size(plan.hardware.memory)} "
-            f"({', '.join(large[:3])}{', ...' if len(large) > 3 else ''}); try --parallel.remat full, "
-            "--parallel.accumulation or --parallel.fsdp"
-        )
-    if any(r.epochs is None for r in plan.runs):
-        lines.append("epochs: unknown until the data is prepared")
-    notes = sorted({r.note for r in plan.runs if r.note})
-    lines += [f"note: {note}" for note in notes[:12]]
-    if len(notes) > 12:
-        lines.append(f"note: ... and {len(notes) - 12} more (see --json)")
-    return lines

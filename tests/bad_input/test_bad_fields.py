@@ -171,7 +171,7 @@ def test_names(refused, said, name):
         ("price=-1.0", "--hardware v5e --price -1"),
         ("unknown hardware ''", "--hardware="),
         ("unknown hardware '[red]'", "--hardware [red]"),
-        ("topology '' must be", "--compile="),
+        ("unknown slice ''", "--compile="),
         ("no v5e slice is 0x0", "--compile v5e:0x0"),
         ("v5e:99999999999x4", "--compile v5e:99999999999x4"),
         (f"v5e:{LONG}x4", f"--compile v5e:{LONG}x4"),

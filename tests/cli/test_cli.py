@@ -156,7 +156,7 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
         ("plan experiments.tiny --hardware v5e --devices two", "invalid int value: 'two'"),
         ("plan experiments.tiny --hardware v5e --mfu 2", "mfu=2.0"),
         ("plan experiments.tiny --hardware v5e --price -1", "price=-1.0"),
-        ("plan experiments.tiny --compile v5e", "topology 'v5e' must be KIND:SHAPE"),
+        ("plan experiments.tiny --compile v5e", "unknown slice 'v5e'"),
         ("plan experiments.tiny --compile v5e:3x5", "no v5e slice is 3x5: it may be 1x1, 2x2"),
         (
             "plan experiments.tiny --compile v5e:2x2 --devices 4",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.files.runs import runs_root
 from launch import cli
 
 GRID = str(Path(__file__).parents[2] / "experiments/head_ladder.py")
@@ -50,7 +51,7 @@ def tools(tmp_path, monkeypatch):
 def bucket(tmp_path, monkeypatch):
     """gs://mine, whose runs lie in a folder here and whose tokens are there."""
     monkeypatch.setenv("GQA_SCALING_RUNS", str(tmp_path / "bucket"))
-    monkeypatch.setattr(cli, "_read_states_from", lambda root: None)
+    monkeypatch.setattr(cli, "_read_states_from", lambda root: runs_root())
     monkeypatch.setattr(cli, "_require_tokens", lambda experiment: None)
     return tmp_path / "bucket"
 

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa_scaling.config import ModelConfig, RunConfig, UserError
-from gqa_scaling.hardware import hardware
+from gqa_scaling.hardware import SLICES, hardware
 from launch import cli, skypilot, slurm, tpu_vm, work, xpk
 from launch.jobs import Job, group, job_name
 from launch.submission import Study
-from launch.targets import SLICES, Target
+from launch.targets import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 OWN = {"project": "my-project", "zone": "us-west4-a"}
@@ -56,7 +56,7 @@ TARGETS = {
         "tpu-vm", SLICES["v5p-128"], hardware("v5p"), True, "gs://mine", **OWN
     ),
 }
-ENGINES = cli.engines()
+ENGINES = cli.ENGINES
 
 
 def render(target, jobs, study):

@@ -3,7 +3,6 @@
 import io
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,23 +208,19 @@ def test_a_dry_run_needs_no_tool_and_leaves_nothing(
 
 
 def test_a_finished_sweep_submits_nothing_and_what_is_deleted_comes_back(
-    tmp_path, bucket, tools, capsys, monkeypatch
+    workplace, bucket, tools, capsys
 ):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(CHECKOUT / "experiments/head_ladder.py", tmp_path)
     tools.add("sky")
-    runs = load_experiment("head_ladder.py", STORE).runs
-    directories = [finish(run, "head_ladder") for run in runs]
-    command = [*SKY, "--yes", "head_ladder.py", *STORE, "--parallel.remat", "full"]
-    assert main(command) == 0
+    directories = {run.name: finish(run, "tiny") for run in tiny()}
+    assert main([*SKY, "--yes", *TINY]) == 0
     assert tools.calls() == []
-    assert "168 runs: 0 to launch, 168 finished" in capsys.readouterr().err
-    lost = range(3, 168, 17)
-    for i in lost:
-        directories[i].result_file.unlink()
-    assert main(command) == 0
-    assert "168 runs: 10 to launch, 158 finished" in capsys.readouterr().err
-    assert submitted(tools) == sorted(runs[i].name for i in lost)
+    assert "6 runs: 0 to launch, 6 finished" in capsys.readouterr().err
+    lost = ["L1-h2", "L2-h4"]
+    for name in lost:
+        directories[name].result_file.unlink()
+    assert main([*SKY, "--yes", *TINY]) == 0
+    assert "6 runs: 2 to launch, 4 finished" in capsys.readouterr().err
+    assert submitted(tools) == lost
 
 
 def test_running_and_failed_runs_are_left_alone(workplace, bucket, tools, capsys):
@@ -296,14 +291,28 @@ def test_a_command_that_fails_stops_the_rest_and_says_how_far_it_got(
             "cannot read tokens at data/",
         ),
         (("skypilot", "v5e-16", "--hours", "0", *TINY), "--hours 0 must be greater than 0"),
-        (("skypilot", "v5e-16", "--price", "-1", *TINY), "price=-1.0 must not be negative"),
-        (("skypilot", "v5e-16", "--mfu", "2", *TINY), "mfu=2.0 must lie in (0, 1]"),
+        (
+            ("skypilot", "v5e-16", "--price", "-1", *TINY),
+            "price=-1.0 must be a number from 0 to 1e+06 dollars",
+        ),
+        (("skypilot", "v5e-16", "--mfu", "2", *TINY), "mfu=2.0 must be a number from 1e-06 to 1"),
         ((*SKY, "experiments.tinny"), "unknown experiment 'experiments.tinny'"),
         ((*SKY, *TINY, "--modle.n-layers", "3"), "unknown field --modle.n-layers"),
         ((*SKY, *TINY, "--only", "nothing"), "--only 'nothing' matches none of 6 runs"),
         ((*SKY, *TINY, "--note", "a\nb"), "holds a line break"),
         ((*SKY, *TINY, "--parallel.fsdp", "128"), "no slice is right for"),
         (("xpk", "v5e-4", *XPK[2:], *TINY), "xpk starts no v5e-4: name a larger slice"),
+        (("xpk", "v5e:2x2", *XPK[2:], *TINY), "xpk starts no v5e-4: name a larger slice"),
+        (
+            ("skypilot", "2xv5e-16", *TINY),
+            "no job can have 2xv5e-16: a job has one slice of the usual",
+        ),
+        (("skypilot", "v5p:4x4x16", *TINY), "no job can have v5p:4x4x16: a job has one slice"),
+        (("nowhere\x1b[31m",), "invalid choice: 'nowhere\\x1b[31m'"),
+        (("skypilot", "\x1b[31mv5e-16", *TINY), "unknown slice '\\x1b[31mv5e-16'"),
+        ((*SKY, *TINY, "--seed", "\x1b[31m"), "--seed='\\x1b[31m' must be of type int"),
+        ((*SKY, *TINY, "\x1b[31m\n"), "unexpected argument '\\x1b[31m\\n'"),
+        (("local", "--processes", "1", "--\x1b[31m\n"), "launch: "),
         ((*SKY, str(CHECKOUT / "experiments/smoke.py"), *STORE), "must lie in this folder"),
         (("local", "--foo", "1", "experiments.tiny"), "unrecognized arguments: --foo"),
         (SKY, "the following arguments are required: experiment"),
@@ -387,7 +396,7 @@ def test_an_experiment_elsewhere_in_the_folder_is_copied_too():
 
 
 def test_launching_loads_no_jax():
-    script = "import sys; from launch.cli import engines; engines(); print('jax' in sys.modules)"
+    script = "import sys, launch.cli; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKOUT
     )

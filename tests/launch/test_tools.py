@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from gqa_scaling.config import ModelConfig, RunConfig
-from gqa_scaling.hardware import hardware
+from gqa_scaling.hardware import SLICES, hardware
 from launch import skypilot, work, xpk
 from launch.jobs import Job, group
 from launch.submission import Study
-from launch.targets import SLICES, Target, sizes_up_to
+from launch.targets import Target, sizes_up_to
 
 pytestmark = pytest.mark.tools
 HOSTILE = "experiments/$(touch pwned) `touch pwned` ' \" : - #$HOME $$.py"
@@ -49,7 +49,7 @@ for path in sys.argv[1:]:
 def test_skypilot_reads_every_job_of_the_published_grid(largest, spot, grid, tmp_path, monkeypatch):
     python = tool("skypilot", "python")
     place = SLICES[largest]
-    row = hardware(place.accelerator)
+    row = hardware(place.kind)
     target = Target("skypilot", place, row, spot, "gs://mine")
     study = Study(HOSTILE, "head_ladder", OVERRIDES, "gs://mine/runs")
     jobs = group(study.name, grid.runs, sizes_up_to(place), row, 24.0)
@@ -88,7 +88,7 @@ def test_skypilot_reads_every_job_of_the_published_grid(largest, spot, grid, tmp
 def test_xpk_makes_a_job_set_that_runs_the_job(name, tmp_path, monkeypatch):
     """Its manifest, and its container's own script in a real bash with a python that only tells."""
     program, place = tool("xpk", "xpk"), SLICES[name]
-    row = hardware(place.accelerator)
+    row = hardware(place.kind)
     own = {"project": "p", "zone": "us-central1-a", "cluster": "c", "image": "gcr.io/p/i:1"}
     target = Target("xpk", place, row, False, "gs://mine", **own)
     config = RunConfig("L1-é.x", ModelConfig(1, 32, 1, 1), 32, 32, tokens=32)
@@ -115,7 +115,7 @@ def test_xpk_makes_a_job_set_that_runs_the_job(name, tmp_path, monkeypatch):
     assert {75, 134, 137, 143} <= set(rule["onExitCodes"]["values"])
     assert not {0, 1, 2} & set(rule["onExitCodes"]["values"])
     pod = job["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == place.topology
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == place.name.partition(":")[2]
     assert pod["terminationGracePeriodSeconds"] == xpk.GRACE_SECONDS
     (container,) = pod["containers"]
     assert container["image"] == "gcr.io/p/i:1"

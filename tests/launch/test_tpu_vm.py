@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling.config import ModelConfig, RunConfig
-from gqa_scaling.hardware import hardware
+from gqa_scaling.hardware import SLICES, hardware
 from launch import tpu_vm
 from launch.jobs import Job
 from launch.submission import Study
-from launch.targets import SLICES, Target
+from launch.targets import Target
 
 RUN = RunConfig("L1", ModelConfig(1, 32, 1, 1), 32, 32, tokens=32)
 JOB = Job("grid-l1", SLICES["v5e-16"], (RUN,), 60.0)

@@ -7,7 +7,8 @@ import re
 import jax
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig
-from gqa_scaling.sweep.compile import compile_step
+from gqa_scaling.sweep import compile
+from gqa_scaling.sweep.hlo import Program
 from gqa_scaling.training.step import abstract_step
 
 RUN = RunConfig(
@@ -19,22 +20,28 @@ RUN = RunConfig(
 )
 MESHES = {
     "data 8": ParallelConfig(),
-    "fsdp 4, context 2": ParallelConfig(fsdp=4, context=2, remat="full"),
+    "fsdp 4, context 2": ParallelConfig(fsdp=4, context=2),
     "all four": ParallelConfig(data=2, fsdp=2, context=2, remat="dots"),
-    "tensor": ParallelConfig(fsdp=2, context=2, tensor=2, accumulation=2),
+    "tensor": ParallelConfig(fsdp=2, context=2, tensor=2, accumulation=2, remat="full"),
     "repeated heads": ParallelConfig(context=2, tensor=4),
 }
+texts = []
+
+
+def read(text: str, turns: float) -> Program:
+    texts.append(text)
+    return Program(text, turns)
+
+
+compile.Program = read
 out = {}
 for name, parallel in MESHES.items():
-    found = compile_step(dataclasses.replace(RUN, parallel=parallel))
+    run = dataclasses.replace(RUN, parallel=parallel)
+    found = compile.compile_step(run)
+    arrays = re.findall(r"f32\[([\d,]+)\]", texts.pop())
+    shapes = {tuple(sorted(map(int, dims.split(",")))) for dims in arrays}
+    state = jax.tree.leaves(abstract_step(run)[1][0][0])
+    stacks = {tuple(sorted(x.shape)) for x in state if x.ndim > 2}
     out[name] = {k: found[k] for k in ("mesh", "donated", "gathered", "mean_turns", "flops")}
-
-step, arguments, mesh = abstract_step(
-    dataclasses.replace(RUN, parallel=ParallelConfig(fsdp=4, context=2))
-)
-with jax.set_mesh(mesh):
-    text = step.lower(*arguments).compile().as_text()
-found = {tuple(sorted(map(int, dims.split(",")))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
-stacks = {tuple(sorted(x.shape)) for x in jax.tree.leaves(arguments[0][0]) if x.ndim > 2}
-out["whole stacks"] = [list(dims) for dims in stacks & found]
+    out[name]["whole stacks"] = sorted(stacks & shapes)
 print(json.dumps(out))

@@ -13,11 +13,12 @@ from gqa_scaling.config import EvaluationConfig, ModelConfig, ParallelConfig, Qu
 from gqa_scaling.config import UserError as Refused
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment.load import Experiment, load_experiment
-from gqa_scaling.hardware import GIB, HARDWARE, topology
+from gqa_scaling.hardware import GIB, HARDWARE, slice_of
 from gqa_scaling.sweep import memory, pods
+from gqa_scaling.sweep.views import compiled_summary, compiled_table
 
 CHECKOUT = Path(__file__).parents[2]
-V5E = topology("v5e:4x4")
+V5E = slice_of("v5e:4x4")
 RUN = RunConfig(
     name="a",
     model=ModelConfig(4, 256, 8, 2, vocab_size=1024),
@@ -34,10 +35,10 @@ COLLECTIVES = [
 FITS = {
     "mesh": {"data": 2, "fsdp": 8, "context": 1, "tensor": 1},
     "compiler": "libtpu 0",
+    "needed": 3 * GIB + 2**20,
     "arguments": 2**30,
     "temporaries": 2**31,
     "code": 2**20,
-    "fresh": 0,
     "donated": 1.0,
     "flops": 2e12,
     "mean_turns": 2.5,
@@ -49,8 +50,8 @@ FITS = {
 TOO_LARGE = {
     "mesh": FITS["mesh"],
     "compiler": "libtpu 0",
-    "needed": 20 * 2.0**30,
-    "allowed": 15.75 * 2**30,
+    "needed": 20 * GIB,
+    "allowed": int(15.75 * GIB),
 }
 
 
@@ -79,8 +80,8 @@ def experiment(*runs: RunConfig) -> Experiment:
 def shown(found: list[pods.Compiled], *runs: RunConfig) -> str:
     console = Console(width=240)
     with console.capture() as captured:
-        console.print(pods.compiled_table(found, V5E))
-        for line in pods.compiled_summary(found, {run.name: run for run in runs}):
+        console.print(compiled_table(found, V5E))
+        for line in compiled_summary(found, {run.name: run for run in runs}):
             console.print(line, markup=False)
     return captured.get()
 
@@ -90,7 +91,7 @@ def test_an_answer_is_told_in_full(compiler):
     answers.append(FITS)
     (found,) = pods.compile_experiment(experiment(RUN), V5E, lambda _: None)
     assert found.fits
-    assert found.needed == 2**30 + 2**31 + 2**20
+    assert found.needed == 3 * GIB + 2**20
     assert found.allowed == HARDWARE["v5e"].memory
     assert found.predicted == memory.training_bytes(RUN, 16, "tpu").total
     assert found.received == 3e6 + 8
@@ -168,7 +169,7 @@ def test_changes_cost_less_before_more():
     assert {2, 4} < {c.parallel.accumulation for c in found}
     first = next(c for c in found if c.parallel.remat == "none" and c.parallel.accumulation == 2)
     assert first.parallel.tensor == 1
-    two = topology("2xv5e:4x4")  # data goes across slices, so it stays
+    two = slice_of("2xv5e:4x4")  # data goes across slices, so it stays
     for c in pods.candidates(replace(run, parallel=ParallelConfig(fsdp=8)), two):
         assert 32 // (c.parallel.fsdp * c.parallel.context * c.parallel.tensor) % 2 == 0
 
@@ -220,6 +221,12 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_is_compiled(compiler
     assert asked == []
 
 
+def test_only_tpus_have_a_compiler_that_can_be_asked(compiler):
+    with pytest.raises(Refused, match="8xH100 is no slice of them"):
+        pods.compile_experiment(experiment(RUN), slice_of("8xH100"), lambda _: None)
+    assert compiler[1] == []
+
+
 def test_a_compiler_that_is_not_there_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(pods.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Refused, match=r"pip install -e '\.\[tpu\]'"):
@@ -234,46 +241,11 @@ def test_the_documented_table_is_predicted_on_the_safe_side():
     rows = [row for row in rows if row and row[0] in known]
     assert len(rows) == 12
     for name, chips, _, _, _, total, allowed, predicted, *_ in rows:
-        place = topology(chips)
+        place = slice_of(chips)
         found = memory.training_bytes(known[name], place.chips, "tpu").total / GIB
         assert float(predicted.split()[0]) == pytest.approx(found, abs=0.01), name
         assert 1 < found / float(total) < 1.2, name
         assert float(total) < float(allowed) == pytest.approx(HARDWARE[place.kind].memory / GIB)
-
-
-# -------------------------------------------------------------------------------- topologies
-
-
-@pytest.mark.parametrize(
-    ("name", "chips", "slices", "shape"),
-    [
-        ("v5e:16x16", 256, 1, (16, 16)),
-        ("v6e:2x4", 8, 1, (2, 4)),
-        ("v5p:2x2x1", 4, 1, (2, 2, 1)),
-        ("v5p:4x4x8", 128, 1, (4, 4, 8)),
-        ("2xv5e:16x16", 512, 2, (16, 16)),
-    ],
-)
-def test_topologies(name, chips, slices, shape):
-    found = topology(name)
-    assert (found.chips, found.slices, found.shape, found.name) == (chips, slices, shape, name)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("v5e", "must be KIND:SHAPE, such as v5e:16x16"),
-        ("v5q:4x4", r"unknown TPU 'v5q'.*did you mean v5"),
-        ("v5e:3x5", "no v5e slice is 3x5: it may be 1x1, 2x2"),
-        ("v5e:4x4x4", "no v5e slice is 4x4x4"),
-        ("v5p:16x16", "no v5p slice is 16x16: it may be 2x2x1.*multiples of 4"),
-        ("v5p:8x4x4", "rising order"),
-        ("0xv5e:4x4", "at least one slice"),
-    ],
-)
-def test_topologies_that_are_not(name, said):
-    with pytest.raises(Refused, match=said):
-        topology(name)
 
 
 # ------------------------------------------------------------------- the compiler itself, minutes
@@ -291,7 +263,7 @@ def test_topologies_that_are_not(name, said):
 )
 def test_the_real_compiler(name, attention):
     """Needs libtpu, which make test-slow brings; without it this fails and says so."""
-    place = topology(name)
+    place = slice_of(name)
     context = 2 if place.slices == 1 else 1
     parallel = ParallelConfig(fsdp=2, context=context, remat="full", attention=attention)
     run = replace(RUN, model=ModelConfig(3, 256, 4, 2, vocab_size=512), parallel=parallel)
@@ -312,7 +284,7 @@ def test_the_real_compiler(name, attention):
 def test_the_real_compiler_runs_out_of_memory():
     run = replace(RUN, model=ModelConfig(2, 8192, 8, 2, vocab_size=512), batch_tokens=2**19)
     found = pods.compile_run(
-        replace(run, tokens=2**20, parallel=ParallelConfig()), topology("v5e:1x1")
+        replace(run, tokens=2**20, parallel=ParallelConfig()), slice_of("v5e:1x1")
     )
     assert not found.fits
     assert found.allowed == HARDWARE["v5e"].memory

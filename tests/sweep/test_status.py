@@ -11,14 +11,9 @@ from gqa_scaling import cli
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root, write_json
 from gqa_scaling.sweep import status
-from gqa_scaling.sweep.status import (
-    RunStatus,
-    read_status,
-    status_table,
-    useful_seconds,
-    watch,
-    watch_table,
-)
+from gqa_scaling.sweep.status import RunStatus, read_status, useful_seconds
+from gqa_scaling.sweep.views import status_table
+from gqa_scaling.sweep.watch import watch, watch_table
 
 START = 1_800_000_000.0  # when the first attempt began
 
