@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gqa_scaling.config import RunConfig
 from gqa_scaling.devices.layout import AXES
-from gqa_scaling.experiment.grid import LearningRateChoice
+from gqa_scaling.experiment.learning_rates import LearningRateChoice
 from gqa_scaling.files.checksums import few
 from gqa_scaling.hardware import Slice, hardware
 from gqa_scaling.sweep.plan import Plan, PlannedRun
