@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.files.storage import failure, is_remote
+from gqa_scaling.files.failures import failure
+from gqa_scaling.files.storage import is_remote
 from launch import local
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,6 +121,23 @@ class LearningRateChoice:
         return "highest" if self.learning_rate == rates[-1] else ""
 
 
+# Where an experiment that is being declared finds the runs of others; None: as `runs_root` says.
+_lookup_root: ContextVar[Path | None] = ContextVar("lookup root", default=None)
+
+
+@contextlib.contextmanager
+def looking_up_in(root: Path | None) -> Iterator[None]:
+    """Have `learning_rate_choices`, where the body calls it without a root, read runs below this one.
+
+    An experiment's own `runs()` calls it so: it cannot know what --root a command was given.
+    """
+    token = _lookup_root.set(root)
+    try:
+        yield
+    finally:
+        _lookup_root.reset(token)
+
+
 def learning_rate_choices(
     experiment: str, runs: Iterable[RunConfig], root: Path | None = None
 ) -> dict[tuple[int, int], LearningRateChoice]:
@@ -127,13 +145,15 @@ def learning_rate_choices(
 
     Chen et al. 2025, appendix: swept once per size with MHA and kept for every head
     configuration. `runs` are those of the sweep; a size of which one is unfinished, or not judged
-    by its evaluation, is left out, so that a grid never changes while its sweep goes on.
+    by its evaluation, is left out, so that a grid never changes while its sweep goes on. The runs
+    are below `root`, by default that of the command which loads the experiment.
     """
+    root = root or _lookup_root.get() or runs_root()
     tried: dict[tuple[int, int], dict[float, float]] = {}
     unfinished = set()
     for run in runs:
         size = (run.model.n_layers, run.model.d_model)
-        whole = run_directory(root or runs_root(), experiment, run).result()
+        whole = run_directory(root, experiment, run).result()
         value = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
         if value:
             tried.setdefault(size, {})[run.optimizer.learning_rate] = value["loss"]

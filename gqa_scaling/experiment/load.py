@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 from gqa_scaling.config import Question, RunConfig, UserError, nearest, require
-from gqa_scaling.experiment.grid import unique
-from gqa_scaling.files.storage import failure
+from gqa_scaling.experiment.grid import looking_up_in, unique
+from gqa_scaling.files.failures import failure
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,21 @@ class Experiment:
         return replace(self, runs=runs)
 
 
-def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    spec: str, overrides: Sequence[str] = (), root: Path | None = None
+) -> Experiment:
     """The experiment named by a module (experiments.smoke) or a file path (experiments/smoke.py).
 
     The working directory is on the path. `overrides` are pairs such as --model.n-layers 4 and
-    change every run. Raises UserError for an unknown experiment, field or value.
+    change every run. Learning rates that the experiment looks up are those of runs below `root` (by
+    default as `runs_root` says). Raises UserError for an unknown experiment, field or value.
     """
-    with _own_errors(spec):
+    with _own_errors(spec), looking_up_in(root):
         module = _import(spec)
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    with _own_errors(spec):
+    with _own_errors(spec), looking_up_in(root):
         declared = module.runs()
     must = f"{spec}: runs() must return a list of RunConfig, not empty"
     require(isinstance(declared, list), f"{must}: it returned {_kind(declared)}")

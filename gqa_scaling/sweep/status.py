@@ -18,7 +18,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.experiment.grid import learning_rate_choices
 from gqa_scaling.experiment.load import Experiment
-from gqa_scaling.files.checksums import Kept, examine_run, few
+from gqa_scaling.files.checksums import StoredCheckpoint, abridged, examine_run
 from gqa_scaling.files.runs import RunDirectory, State, run_directory
 from gqa_scaling.files.storage import is_remote
 from gqa_scaling.units import byte_size, duration, quantity
@@ -319,9 +319,9 @@ def status_dict(experiment: str, rows: list[RunStatus]) -> dict[str, Any]:
     }
 
 
-def learning_rate_table(experiment: Experiment) -> tuple[list[dict[str, Any]], Table]:
+def learning_rate_table(root: Path, experiment: Experiment) -> tuple[list[dict[str, Any]], Table]:
     """The best learning rate of each size of a sweep, for programs and for people."""
-    choices = learning_rate_choices(experiment.name, experiment.runs)
+    choices = learning_rate_choices(experiment.name, experiment.runs, root)
     missing = {(r.model.n_layers, r.model.d_model) for r in experiment.runs} - choices.keys()
     table = Table(title=f"{experiment.name}: best maximum learning rate by size")
     for column in ("L", "d", "learning rate", "held-out loss (nats)", "tried", "flag"):
@@ -357,7 +357,7 @@ class RunCheckpoints:
     name: str
     path: str
     state: State
-    kept: tuple[Kept, ...]
+    kept: tuple[StoredCheckpoint, ...]
 
     @property
     def damaged(self) -> int:
@@ -393,7 +393,11 @@ def read_checkpoints(directories: Sequence[RunDirectory]) -> list[RunCheckpoints
         if state == "done":  # its checkpoints are dropped then, perhaps just now
             kept = [each for each in kept if each.step is None]
             if not kept:
-                kept = [Kept(None, "damaged", (f"{directory.parameters} is missing",), 0, None)]
+                kept = [
+                    StoredCheckpoint(
+                        None, "damaged", (f"{directory.parameters} is missing",), 0, None
+                    )
+                ]
         out.append(RunCheckpoints(directory.path.name, str(directory.path), state, tuple(kept)))
     return out
 
@@ -414,7 +418,7 @@ def checkpoints_table(runs: Sequence[RunCheckpoints]) -> Table:
         first = (run.name, run.resume)
         for kept in run.kept:
             when = "" if kept.saved is None else time.strftime("%F %T", time.localtime(kept.saved))
-            words = f"{kept.state}: {few(kept.damage)}" if kept.damage else kept.state
+            words = f"{kept.state}: {abridged(kept.damage)}" if kept.damage else kept.state
             state = Text(words, style=colours[kept.state])
             size = byte_size(kept.bytes)
             table.add_row(Text(first[0]), kept.name, size, when, state, first[1])

@@ -17,7 +17,8 @@ from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files import storage
-from gqa_scaling.files.runs import RunDirectory, claim, run_directory
+from gqa_scaling.files.claims import claim
+from gqa_scaling.files.runs import RunDirectory, run_directory
 
 SCRIPT = shutil.which("gqa-scaling", path=sysconfig.get_path("scripts"))
 ENTRIES = {"script": [SCRIPT], "module": [sys.executable, "-m", "gqa_scaling"]}
@@ -332,7 +333,7 @@ def test_status_tells_the_states_apart(call):
     failed.path.mkdir(parents=True)
     failed.fail("Traceback\nValueError: [/no] such [shape]\n", "ValueError")
     begun.path.mkdir(parents=True)
-    with claim(running):
+    with claim(running.claim_file):
         code, out, err = call("status", TINY, "--json")
         _, table, _ = call("status", TINY)
     assert (code, err) == (0, "")

@@ -27,9 +27,10 @@ from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store, prepare
 from gqa_scaling.files import checkpoint, checksums
 from gqa_scaling.files.checkpoint import array_checksums, load_parameters, open_checkpoints
-from gqa_scaling.files.runs import RunDirectory, claim, run_directory
+from gqa_scaling.files.claims import claim
+from gqa_scaling.files.runs import RunDirectory, run_directory
 from gqa_scaling.sweep.status import read_checkpoints
-from gqa_scaling.training import loop, watch
+from gqa_scaling.training import loop, speed
 
 KIT = Path(kit.__file__)
 LIKE = kit.abstract(kit.small_state())
@@ -244,7 +245,7 @@ def test_another_tree_is_no_damage(saved: Path) -> None:
     with open_checkpoints(saved, keep=2) as checkpoints:
         with pytest.raises(ValueError, match="structure"):
             checkpoints.restore_latest((LIKE[0], {"count": LIKE[1]["count"], "other": LIKE[0]}))
-        assert checkpoints.latest_step() == 10
+        assert checkpoints.manager.latest_step() == 10
 
 
 # ------------------------------------------------------------------------ saves and retention
@@ -443,7 +444,7 @@ def test_training_goes_on_from_the_step_before_to_the_same_result(
     write_corpus(Path("corpus"))
     run = tiny_run()
     prepare(run.data, show=False)
-    store, tick = open_store(run.data), watch.Meter.tick
+    store, tick = open_store(run.data), speed.Speed.step_ended
     straight = RunDirectory(Path("straight"))
     loop.train(run, straight, store)
 
@@ -454,7 +455,7 @@ def test_training_goes_on_from_the_step_before_to_the_same_result(
 
     directory = RunDirectory(Path("damaged"))
     with monkeypatch.context() as patch:
-        patch.setattr(watch.Meter, "tick", stop)
+        patch.setattr(speed.Speed, "step_ended", stop)
         with pytest.raises(KeyboardInterrupt):
             loop.train(run, directory, store)
     damaged = directory.checkpoints / "15"
@@ -535,7 +536,7 @@ def test_the_verb_changes_nothing_while_a_run_is_being_trained(
     def listing() -> list[tuple[Path, int]]:
         return [(p, p.stat().st_mtime_ns) for p in sorted(directory.path.rglob("*"))]
 
-    with claim(directory):
+    with claim(directory.claim_file):
         before = listing()
         code, out = told(capsys, "grid.py", "--only", "seed0")
         assert listing() == before

@@ -15,7 +15,7 @@ from training_kit import tiny_run, write_corpus
 from gqa_scaling.config import Question
 from gqa_scaling.data import prepare
 from gqa_scaling.experiment.load import Experiment
-from gqa_scaling.files import checkpoint, storage
+from gqa_scaling.files import checkpoint, failures
 from gqa_scaling.files.checkpoint import open_checkpoints
 from gqa_scaling.files.checksums import examine_run
 from gqa_scaling.files.runs import run_directory
@@ -89,9 +89,9 @@ def test_no_run_is_blamed_and_none_tried_after_it(
 
     monkeypatch.setattr(loop, "train", train)
     runs = (tiny_run("one"), tiny_run("two", seed=1))
-    with pytest.raises(storage.DiskError) as caught:
+    with pytest.raises(failures.DiskError) as caught:
         sweep.run_sweep(Experiment("tiny", runs, Question(), ""), Path("runs"))
-    assert storage.failure(caught.value) is caught.value
+    assert failures.failure(caught.value) is caught.value
     assert tried == [runs[0]]
     assert [run_directory("runs", "tiny", run).state() for run in runs] == ["pending"] * 2
 
@@ -133,7 +133,7 @@ def test_what_a_save_raises_in_the_background_is_known_before_the_next_one(
 
     with pytest.raises(OSError, match="No space left") as caught:
         save_and_look()
-    assert isinstance(storage.failure(caught.value), storage.DiskError)
+    assert isinstance(failures.failure(caught.value), failures.DiskError)
 
 
 # ------------------------------------------------------------------------------- real disks

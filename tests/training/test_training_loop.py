@@ -22,14 +22,14 @@ from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunCo
 from gqa_scaling.data import TokenStore, open_store, prepare
 from gqa_scaling.data.loader import heldout_chunks
 from gqa_scaling.devices import processes
-from gqa_scaling.devices.mesh import make_mesh
+from gqa_scaling.devices.compiled import keep_compiled
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import make_folder
-from gqa_scaling.model.transformer import create
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop, step
+from gqa_scaling.training.setup import set_up
 
 
 def experiment(*runs: RunConfig) -> Experiment:
@@ -62,8 +62,8 @@ def store() -> TokenStore:
 
 
 def trained_model(run: RunConfig) -> nnx.Module:
-    graph, like = loop.abstract_parameters(run, make_mesh(run))
-    return nnx.merge(graph, load_parameters(finished().parameters, like))
+    setup = set_up(run)
+    return nnx.merge(setup.graph, load_parameters(finished().parameters, setup.parameters))
 
 
 def test_result_records_what_made_it() -> None:
@@ -159,7 +159,7 @@ def test_a_torn_compiled_program_is_removed(tmp_path: Path) -> None:
     torn.write_bytes(torn.read_bytes()[:-5])
     folder = jax.config.jax_compilation_cache_dir
     try:
-        loop.keep_compiled(tmp_path)
+        keep_compiled(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
     assert whole.exists()
@@ -232,9 +232,9 @@ def test_a_run_held_elsewhere_is_said_once_and_looked_for_less_and_less_often(
 
     hold = sweep.claim
 
-    def claim(directory: RunDirectory) -> AbstractContextManager[bool]:
+    def claim(file: Path) -> AbstractContextManager[bool]:
         looks.append(slept)
-        return hold(directory)
+        return hold(file)
 
     def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
         directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
@@ -297,10 +297,9 @@ def test_a_batch_that_is_not_finite_leaves_every_bit_as_it_was(
 ) -> None:
     run = tiny_run()
     spoil(monkeypatch, run, {2}, np.inf)
-    graph = nnx.graphdef(create(run.model, 0))
-    optimizer = step.make_optimizer(run.optimizer, 24)
-    step_fn, data = step.train_step(graph, run, optimizer, "cpu"), loop.check_data(run, store())
-    state = step.initial_state(run, optimizer)
+    setup = set_up(run)
+    step_fn, data = step.train_step(setup), loop.check_data(run, store())
+    state = step.initial_state(setup)
     for number in (1, 2, 3):
         before = [np.asarray(x).copy() for x in jax.tree.leaves(state)]
         tokens = data.batch(number - 1)
@@ -351,8 +350,8 @@ def test_skipped_steps_are_counted_in_the_result(
     assert "at step 13, chunks [" in capsys.readouterr().err
 
 
-def spiky(**changes: object) -> RunConfig:
-    optimizer = dataclasses.replace(tiny_run().optimizer, spike_factor=20.0)
+def spiky(factor: float = 20.0, **changes: object) -> RunConfig:
+    optimizer = dataclasses.replace(tiny_run().optimizer, spike_factor=factor)
     return tiny_run(optimizer=optimizer, **changes)
 
 
@@ -409,21 +408,16 @@ def step_of_norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable]
     """For a spike_factor a function that takes a step whose gradient has the norm asked for."""
 
     def make(factor: float) -> Callable[[float], tuple[bool, float]]:
-        run = spiky()
-        run = dataclasses.replace(
-            run, optimizer=dataclasses.replace(run.optimizer, spike_factor=factor)
-        )
-        graph, parameters = nnx.split(create(run.model, 0))
-        scale = np.sqrt(sum(x.size for x in jax.tree.leaves(parameters)))
+        run = spiky(factor, tokens=1000 * 128)
+        setup = set_up(run)
+        scale = np.sqrt(sum(x.size for x in jax.tree.leaves(setup.parameters)))
 
         def loss(model: nnx.Module, norm: jax.Array, *_: object, **__: object) -> jax.Array:
             every = sum(x.sum() for x in jax.tree.leaves(nnx.state(model)))
             return every * norm[0, 0] / scale
 
         monkeypatch.setattr(step, "next_token_loss", loss)
-        optimizer = step.make_optimizer(run.optimizer, 1000)
-        step_fn = step.train_step(graph, run, optimizer, "cpu")
-        state = step.initial_state(run, optimizer)
+        step_fn, state = step.train_step(setup), step.initial_state(setup)
 
         def take(norm: float) -> tuple[bool, float]:
             nonlocal state
@@ -514,13 +508,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     run = tiny_run()
     micro = dataclasses.replace(run, parallel=ParallelConfig(accumulation=4))
     tokens = loop.check_data(run, store()).batch(0)
-    optimizer = loop.make_optimizer(run.optimizer, 24)
     out = []
     for each in (run, micro):
-        graph, parameters = nnx.split(create(run.model, 0))
-        state = (parameters, optimizer.init(parameters))
-        _, metrics = step.train_step(graph, each, optimizer, "cpu")(
-            state, tokens[:, :-1], tokens[:, 1:]
-        )
+        setup = set_up(each)
+        state = step.initial_state(setup)
+        _, metrics = step.train_step(setup)(state, tokens[:, :-1], tokens[:, 1:])
         out.append(metrics[:2])
     np.testing.assert_allclose(out[0], out[1], rtol=1e-5)

@@ -28,7 +28,7 @@ def test_cosine_decays_from_the_end_of_the_warmup() -> None:
 def test_adamw_step_by_hand_with_decay_on_matrices_only() -> None:
     config = OptimizerConfig(learning_rate=0.01, warmup=0.0, decay=0.0, clip_norm=1.0)
     parameters = nnx.state(create(ModelConfig(2, 16, 2, 1, 8, vocab_size=32), 0))
-    optimizer = make_optimizer(config, 100)
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 100))
     gradient = jax.tree.map(lambda x: jnp.full(x.shape, 3.0), parameters)
     updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
     # after clipping every entry is equal, so Adam's first step is the learning rate itself

@@ -22,10 +22,11 @@ from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.data.store import cached_store
 from gqa_scaling.devices import processes
-from gqa_scaling.files import runs
+from gqa_scaling.files import claims
 from gqa_scaling.files.checkpoint import open_checkpoints
 from gqa_scaling.files.checksums import examine_run
-from gqa_scaling.files.runs import RunDirectory, claim, run_directory, write_json
+from gqa_scaling.files.claims import claim
+from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import as_path, cache_folder, replace, sizes, version, write_atomic
 from gqa_scaling.sweep.status import read_checkpoints
 
@@ -43,10 +44,10 @@ import sys
 import time
 sys.path.insert(0, {kit!r})
 import training_kit
-from gqa_scaling.training import watch
+from gqa_scaling.training import speed
 
 moment = sys.argv.pop(1)
-tick = watch.Meter.tick
+tick = speed.Speed.step_ended
 
 def wait(self, step):
     if step == 13:
@@ -57,7 +58,7 @@ def wait(self, step):
     tick(self, step)
 
 if moment == "wait":
-    watch.Meter.tick = wait
+    speed.Speed.step_ended = wait
 elif moment:
     training_kit.arrange(moment)
 from gqa_scaling.cli import main
@@ -262,7 +263,7 @@ def test_one_without_its_last_object_never_counted(bucket):
     states = [(kept.name, kept.state) for kept in examine_run(bucket, bucket / "none")]
     assert states == [("step 1", "whole"), ("step 2", "unfinished")]
     with open_checkpoints(bucket, 2) as checkpoints:
-        assert checkpoints.latest_step() == 1
+        assert checkpoints.manager.latest_step() == 1
     assert [kept.name for kept in examine_run(bucket, bucket / "none")] == ["step 1"]
 
 
@@ -282,13 +283,13 @@ def test_a_server_that_is_away_is_no_damage(bucket, s3_server):
 
 def test_one_at_a_time_holds_a_run(bucket):
     directory = RunDirectory(bucket / "run")
-    with claim(directory) as first:
+    with claim(directory.claim_file) as first:
         assert first
         assert directory.state() == "running"
-        with claim(directory) as second:
+        with claim(directory.claim_file) as second:
             assert not second
     assert not directory.claim_file.exists()
-    with claim(directory) as third:
+    with claim(directory.claim_file) as third:
         assert third
 
 
@@ -297,9 +298,9 @@ def stale(bucket, monkeypatch):
     """A run whose holder, on another machine, has not been heard from for long."""
     directory = RunDirectory(bucket / "run")
     write_json(directory.claim_file, {"host": "elsewhere", "pid": 1, "born": "1", "token": "t"})
-    with claim(directory) as mine:
+    with claim(directory.claim_file) as mine:
         assert not mine  # it was renewed just now
-    monkeypatch.setattr(runs, "STALE_SECONDS", -1)
+    monkeypatch.setattr(claims, "STALE_SECONDS", -1)
     assert directory.state() == "stale"
     return directory
 
@@ -310,7 +311,7 @@ def never(*_: object) -> None:
 
 def test_a_stale_claim_is_taken_over_at_once(stale, monkeypatch):
     monkeypatch.setattr(time, "sleep", never)
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert mine
     assert not stale.claim_file.exists()
 
@@ -318,7 +319,7 @@ def test_a_stale_claim_is_taken_over_at_once(stale, monkeypatch):
 @pytest.mark.parametrize("happened", ["renewed", "taken over", "given back"])
 def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monkeypatch, happened):
     """Between two requests of ours: the server refuses the one that takes it over."""
-    before, judge = json.loads(stale.claim_file.read_text()), runs._is_stale
+    before, judge = json.loads(stale.claim_file.read_text()), claims._is_stale
     new = {"renewed": {"renewed": 1.0}, "taken over": {"token": "another's"}}
 
     def judge_and_lose(*looked: object) -> bool:
@@ -329,9 +330,9 @@ def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monke
             write_json(stale.claim_file, before | new[happened])
         return found
 
-    monkeypatch.setattr(runs, "_is_stale", judge_and_lose)
+    monkeypatch.setattr(claims, "_is_stale", judge_and_lose)
     monkeypatch.setattr(time, "sleep", never)
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert not mine
     if happened == "given back":
         assert not stale.claim_file.exists()
@@ -340,17 +341,17 @@ def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monke
 
 
 def test_of_many_that_find_a_claim_stale_one_has_it(stale, monkeypatch):
-    judge, many = runs._is_stale, threading.Barrier(8)
+    judge, many = claims._is_stale, threading.Barrier(8)
 
     def judge_together(*looked: object) -> bool:
         found = judge(*looked)
         many.wait()  # nobody writes before all have judged
         return found
 
-    monkeypatch.setattr(runs, "_is_stale", judge_together)
+    monkeypatch.setattr(claims, "_is_stale", judge_together)
 
     def contend(_: int) -> bool:
-        with claim(stale) as mine:
+        with claim(stale.claim_file) as mine:
             many.wait()  # nobody gives it back before all have tried
             return mine
 
@@ -373,20 +374,20 @@ def test_where_the_server_cannot_decide_the_last_that_writes_has_a_stale_claim(
     monkeypatch.setattr(S3Response, "put_object", put_without_conditions)
     other = {**json.loads(stale.claim_file.read_text()), "token": "another's"}
     monkeypatch.setattr(time, "sleep", lambda seconds: write_json(stale.claim_file, other))
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert not mine
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert mine
-    assert slept == [runs.SETTLE_SECONDS]
+    assert slept == [claims.SETTLE_SECONDS]
     assert not stale.claim_file.exists()
 
 
 def test_a_claim_is_renewed(bucket, monkeypatch):
     directory = RunDirectory(bucket / "run")
-    monkeypatch.setattr(runs, "RENEW_SECONDS", 0.05)
-    with claim(directory):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.05)
+    with claim(directory.claim_file):
         first = json.loads(directory.claim_file.read_text())
         seen = version(directory.claim_file)
         while version(directory.claim_file) == seen:

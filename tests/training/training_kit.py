@@ -71,7 +71,7 @@ def die() -> None:
 def arrange(moment: str) -> None:
     """Have this process killed at a moment of its run: compilation, save, evaluation or step N."""
     from gqa_scaling.files import checkpoint
-    from gqa_scaling.training import loop, watch
+    from gqa_scaling.training import loop, speed
 
     if moment == "compilation":
         place = loop.parallel.BatchLayout.place
@@ -94,14 +94,14 @@ def arrange(moment: str) -> None:
         make = loop.evaluator
         loop.evaluator = lambda *args: (make(*args), lambda parameters: die())[1]
     elif moment.startswith("step"):
-        tick = watch.Meter.tick
+        tick = speed.Speed.step_ended
 
         def tick_or_die(self: object, step: int) -> None:
             if step == int(moment.removeprefix("step")):
                 die()
             tick(self, step)
 
-        watch.Meter.tick = tick_or_die
+        speed.Speed.step_ended = tick_or_die
     else:
         raise ValueError(moment)
 
@@ -111,10 +111,10 @@ def disturb(process: str, what: str) -> None:
 
     After a SIGTERM, or from "SLOW" on, steps are slow, so that some are left when all stop.
     """
-    from gqa_scaling.training import watch
+    from gqa_scaling.training import speed
 
     which, act, at = what.split(":")
-    tick = watch.Meter.tick
+    tick = speed.Speed.step_ended
 
     def disturbed(self: object, step: int) -> None:
         tick(self, step)
@@ -125,18 +125,19 @@ def disturb(process: str, what: str) -> None:
         if act in ("TERM", "SLOW") and step >= int(at):
             time.sleep(0.05)
 
-    watch.Meter.tick = disturbed
+    speed.Speed.step_ended = disturbed
 
 
 if __name__ == "__main__":
     from gqa_scaling.data import open_store
-    from gqa_scaling.files.runs import claim, run_directory
+    from gqa_scaling.files.claims import claim
+    from gqa_scaling.files.runs import run_directory
     from gqa_scaling.training.loop import train
 
     if len(sys.argv) > 1:
         arrange(sys.argv[1])
     run = tiny_run()
     directory = run_directory("runs", "tiny", run)
-    with claim(directory) as mine:
+    with claim(directory.claim_file) as mine:
         assert mine
         train(run, directory, open_store(run.data))
