@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
-from gqa_scaling.data import open_store, prepare
+from gqa_scaling.data import open_store
 from gqa_scaling.files import checkpoint, checksums
 from gqa_scaling.files.checkpoint import array_checksums, load_parameters, open_checkpoints
 from gqa_scaling.files.claims import claim
@@ -427,26 +427,13 @@ def test_parameters_damaged_before_their_files_were_sealed_are_found(tmp_path: P
 # ------------------------------------------------------------------------------- training
 
 
-@pytest.fixture
-def compile_quickly() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_training_goes_on_from_the_step_before_to_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_corpus(Path("corpus"))
     run = tiny_run()
-    prepare(run.data, show=False)
     store, tick = open_store(run.data), speed.Speed.step_ended
-    straight = RunDirectory(Path("straight"))
-    loop.train(run, straight, store)
+    straight = run_directory(trained / "runs", "tiny", run)
 
     def stop(self: object, step: int) -> None:
         if step == 18:
@@ -477,7 +464,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunDirec
     text = f"""
 import sys
 sys.path.append({str(KIT.parent)!r})
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 def runs():
     return [tiny_run(f"seed{{i}}", seed=i) for i in range(3)]
 """

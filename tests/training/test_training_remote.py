@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoint_kit import abstract, same, save_steps, small_state
 from moto.s3.responses import S3Response
-from training_kit import tiny_run, write_corpus
+from training_kit import result_of, tiny_run
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
@@ -30,14 +30,6 @@ from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import as_path, cache_folder, replace, sizes, version, write_atomic
 from gqa_scaling.sweep.status import read_checkpoints
 
-EXPERIMENT = """
-import sys
-sys.path.insert(0, {kit!r})
-from training_kit import tiny_run
-
-def runs():
-    return [tiny_run()]
-"""
 # The command, killed at a moment; or at step 13 it says so and goes on after a line of input.
 COMMAND = """
 import sys
@@ -67,27 +59,21 @@ sys.exit(main())
 KIT = str(Path(__file__).parent)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The folder with the corpus, and the result of the run on the disk there."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_corpus(folder / "corpus")
-    (folder / "tiny.py").write_text(EXPERIMENT.format(kit=KIT))
-    (folder / "command.py").write_text(COMMAND.format(kit=KIT))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        prepare(tiny_run().data, show=False)
-    assert subprocess.run(command("run", "--root", "runs"), cwd=folder).returncode == 0
-    return folder, result(folder / "runs")
+@pytest.fixture
+def place(bucket, workplace, compiled, monkeypatch):
+    """The root of runs in the bucket, with the tokens beside it; the working directory is local."""
+    monkeypatch.setenv("GQA_SCALING_RUNS", str(bucket / "runs"))
+    cache_folder().mkdir()
+    (cache_folder() / "compiled").symlink_to(compiled)
+    Path("command.py").write_text(COMMAND.format(kit=KIT))
+    assert main("prepare") == 0
+    return bucket / "runs"
 
 
 @pytest.fixture
-def place(bucket, undisturbed, monkeypatch):
-    """The root of runs in the bucket, with the tokens beside it."""
-    monkeypatch.chdir(undisturbed[0])
-    monkeypatch.setenv("GQA_SCALING_RUNS", str(bucket / "runs"))
-    assert main("prepare") == 0
-    return bucket / "runs"
+def undisturbed(trained):
+    """The result of the run on a disk."""
+    return result_of(trained / "runs")
 
 
 def command(verb, *more, moment=""):
@@ -110,14 +96,6 @@ def start(root, moment=""):
     return subprocess.run(line, capture_output=True, text=True)
 
 
-def result(root):
-    """What the run is worth; where its tokens lay is part of its config, not of its worth."""
-    whole = run_directory(root, "tiny", tiny_run()).result()
-    assert whole is not None
-    whole["result"]["config"]["data"].pop("store")
-    return json.dumps(whole["result"], sort_keys=True)
-
-
 # ------------------------------------------------------------------------------- interruptions
 
 
@@ -127,7 +105,7 @@ def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
         assert run_directory(place, "tiny", tiny_run()).state() == "stale"
     done = start(place)
     assert (done.returncode, done.stderr) == (0, "")
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
     directory = run_directory(place, "tiny", tiny_run())
     assert len(directory.attempts()) == 2  # the third only evaluated
     assert not directory.checkpoints.exists()
@@ -139,7 +117,7 @@ def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
 def test_killed_at_each_moment(place, undisturbed, moment):
     assert start(place, moment).returncode == -signal.SIGKILL
     assert start(place).returncode == 0
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
 
 
 @pytest.mark.slow
@@ -160,7 +138,7 @@ def test_a_server_that_goes_away_costs_no_more_than_time(place, undisturbed, s3_
     assert [kept.state for kept in examine_run(directory.checkpoints, directory.parameters)]
     done = start(place)
     assert (done.returncode, done.stderr) == (0, "")
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
 
 
 @pytest.mark.slow
@@ -176,7 +154,7 @@ def test_preempted_it_saves_and_continues(place, undisturbed):
     assert kept.resume == kept.kept[0].name
     assert kept.damaged == 0
     assert start(place).returncode == 0
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
 
 
 def test_it_is_all_read_from_there(place, capsys):
@@ -403,9 +381,8 @@ def test_a_claim_is_renewed(bucket, monkeypatch):
 
 
 @pytest.fixture
-def tokens(bucket, undisturbed, monkeypatch):
+def tokens(bucket, workplace, monkeypatch):
     """The data of a run whose tokens lie in the bucket and not on this machine yet."""
-    monkeypatch.chdir(undisturbed[0])
     data = tiny_run(data=tiny_run().data).data
     data = type(data)(**{**data.to_dict(), "store": str(bucket / "tokens")})
     prepare(data, show=False)
@@ -413,7 +390,7 @@ def tokens(bucket, undisturbed, monkeypatch):
     return data
 
 
-def test_shards_are_copied_once_and_mapped(tokens, undisturbed, s3_server):
+def test_shards_are_copied_once_and_mapped(tokens, s3_server):
     store = open_store(tokens)
     assert not cache_folder().exists()  # to plan needs no shard
     assert store.hash == open_store(tiny_run().data).hash

@@ -3,7 +3,9 @@
 python training_kit.py MOMENT      train in the working directory, killed with SIGKILL at MOMENT
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -22,6 +24,14 @@ from gqa_scaling.config import (
     RunConfig,
 )
 
+EXPERIMENT = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from training_kit import tiny_run
+
+def runs():
+    return [tiny_run()]
+"""
 WORDS = ("loss", "heads", "cache", "query", "token", "layer", "scale", "mesh", "the", "of", "a")
 
 
@@ -32,6 +42,26 @@ def write_corpus(folder: Path, documents: int = 40) -> None:
     for i in range(documents):
         lines = (" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(40))
         (folder / f"{i:03d}.txt").write_text("\n".join(lines))
+
+
+def make_workplace(folder: Path) -> None:
+    """A folder with a prepared corpus and tiny.py, an experiment of one `tiny_run`."""
+    from gqa_scaling.data import prepare
+
+    write_corpus(folder / "corpus")
+    (folder / "tiny.py").write_text(EXPERIMENT)
+    with contextlib.chdir(folder):
+        prepare(tiny_run().data, show=False)
+
+
+def result_of(root: Path) -> str:
+    """What the run of tiny.py is worth; where its tokens lay is part of its config, not of that."""
+    from gqa_scaling.files.runs import run_directory
+
+    whole = run_directory(root, "tiny", tiny_run()).result()
+    assert whole is not None
+    whole["result"]["config"]["data"].pop("store")
+    return json.dumps(whole["result"], sort_keys=True)
 
 
 def tiny_run(name: str = "tiny", **changes: object) -> RunConfig:
@@ -74,6 +104,9 @@ def arrange(moment: str) -> None:
     from gqa_scaling.training import loop, speed
 
     if moment == "compilation":
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
         place = loop.parallel.BatchLayout.place
 
         def first_batch(*args: object) -> object:
