@@ -99,7 +99,7 @@ def start(root, moment=""):
 # ------------------------------------------------------------------------------- interruptions
 
 
-def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
+def test_killed_in_a_save_and_in_evaluation_and_read_from_there(place, undisturbed, capsys):
     for moment in ("save", "evaluation"):
         assert start(place, moment).returncode == -signal.SIGKILL
         assert run_directory(place, "tiny", tiny_run()).state() == "stale"
@@ -110,6 +110,17 @@ def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
     assert len(directory.attempts()) == 2  # the third only evaluated
     assert not directory.checkpoints.exists()
     assert not directory.claim_file.exists()
+    names = sizes(directory.path)
+    assert {"config.json", "metrics.jsonl", "attempts.jsonl", "result.json"} <= names.keys()
+    assert sum("tfevents" in name for name in names) == 3  # of two attempts, of HParams
+    capsys.readouterr()
+    assert main("status", "--json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["counts"]["done"] == 1
+    assert status["runs"][0]["path"].startswith(str(place))
+    assert main("run") == 0
+    assert "finished" in capsys.readouterr().out
+    assert cli.main(["checkpoints", str(place / "tiny")]) == 0
 
 
 @pytest.mark.slow
@@ -155,20 +166,6 @@ def test_preempted_it_saves_and_continues(place, undisturbed):
     assert kept.damaged == 0
     assert start(place).returncode == 0
     assert result_of(place) == undisturbed
-
-
-def test_it_is_all_read_from_there(place, capsys):
-    assert start(place).returncode == 0
-    assert main("status", "--json") == 0
-    status = json.loads(capsys.readouterr().out)
-    assert status["counts"]["done"] == 1
-    assert status["runs"][0]["path"].startswith(str(place))
-    assert main("run") == 0
-    assert "finished" in capsys.readouterr().out
-    assert cli.main(["checkpoints", str(place / "tiny")]) == 0
-    names = sizes(run_directory(place, "tiny", tiny_run()).path)
-    assert {"config.json", "metrics.jsonl", "attempts.jsonl", "result.json"} <= names.keys()
-    assert sum("tfevents" in name for name in names) == 2  # of training, of HParams
 
 
 def test_a_study_is_read_and_written_there(bucket):
