@@ -16,7 +16,7 @@ from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment.load import load_experiment
-from gqa_scaling.files import storage
+from gqa_scaling.files import failures
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
 
@@ -226,7 +226,7 @@ def test_a_damaged_result_is_named_and_the_other_runs_are_shown(call):
     assert f"{first.result_file} is damaged" in err
 
 
-@pytest.mark.parametrize("number", sorted(storage.REMEDIES), ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", sorted(failures.REMEDIES), ids=errno.errorcode.get)
 def test_a_disk_that_cannot_be_used_is_one_line(call, monkeypatch, number):
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number), "runs/tiny/x")
@@ -237,7 +237,7 @@ def test_a_disk_that_cannot_be_used_is_one_line(call, monkeypatch, number):
     assert (code, out) == (2, "")
     assert err == (
         f"gqa-scaling: cannot use the disk (runs/tiny/x): {os.strerror(number)}: "
-        f"{storage.REMEDIES[number]}, then give the same command again\n"
+        f"{failures.REMEDIES[number]}, then give the same command again\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Run by test_parallel.py with 8 virtual devices: trains on several meshes and prints JSON.
+"""Run by test_mesh.py with 8 virtual devices: trains on several meshes and prints JSON.
 
 python mesh_losses.py STEPS CONTEXT_LENGTH N_KV_HEADS [hybrid]
 """
