@@ -8,6 +8,7 @@ hour, rounded, and differ by region and contract: give your own with `--price`. 
 stands for any CPU: its peak is measured when it is used.
 """
 
+import functools
 import math
 import os
 import re
@@ -249,6 +250,7 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+@functools.cache  # once in a process: it takes a second
 def measured_peak(size: int = 1024, repeats: int = 20) -> float:
     """fp32 FLOP/s of this machine's CPU: the best of a few square matrix products."""
     a = np.ones((size, size), np.float32)

@@ -19,8 +19,9 @@ from gqa_scaling.cli.shared import print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment, load_experiment
+from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import run_directory, runs_root
-from gqa_scaling.files.storage import failure, is_remote
+from gqa_scaling.files.storage import is_remote
 from gqa_scaling.hardware import changed, hardware
 from gqa_scaling.sweep.plan import check_epochs
 from gqa_scaling.sweep.run import forget_failures, pending
@@ -138,7 +139,7 @@ def launch(args: argparse.Namespace) -> int:
     root = _root(target)
     with tempfile.TemporaryDirectory() as empty:
         unseen = args.dry_run and is_remote(root)  # a bucket needs credentials
-        return _launch(args, target, root, _read_states_from(empty if unseen else root))
+        return _launch(args, target, root, runs_root(empty if unseen else root))
 
 
 def _target(args: argparse.Namespace) -> Target:
@@ -169,16 +170,10 @@ def _root(target: Target) -> str:
     return root if is_remote(root) else os.path.abspath(runs_root())  # no bucket is opened here
 
 
-def _read_states_from(root: str) -> Path:
-    """Have finished runs, and learning rates that they chose, looked for in this folder."""
-    os.environ["GQA_SCALING_RUNS"] = root  # experiments read it
-    return runs_root()
-
-
 def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -> int:
     """Launch runs that are kept in `root`, as far as `states` does not have them finished."""
     engine = ENGINES[args.target]
-    experiment = load_experiment(args.experiment, args.overrides).select(args.only)
+    experiment = load_experiment(args.experiment, args.overrides, states).select(args.only)
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if target.engine != "slurm":
         _require_to_travel(experiment, study, target)

@@ -76,6 +76,7 @@ def bucket(s3_server, tmp_path, monkeypatch):
         "AWS_ACCESS_KEY_ID": "tests",
         "AWS_SECRET_ACCESS_KEY": "tests",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "2",  # a test that stops the server need not wait for more
         "GQA_SCALING_CACHE": str(tmp_path / "cache"),
     }
     for name, value in settings.items():

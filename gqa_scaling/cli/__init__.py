@@ -15,8 +15,9 @@ from gqa_scaling.cli import experiment, study
 from gqa_scaling.cli.shared import Verb, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
+from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import runs_root
-from gqa_scaling.files.storage import NO_PLACE, failure
+from gqa_scaling.files.storage import NO_PLACE
 
 VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
 OVERRIDES = """\
@@ -75,8 +76,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.root is not None:
         named = bool(args.root) and "\0" not in args.root
         require(named, f"--root {args.root!r} must name a folder")
-        os.environ["GQA_SCALING_RUNS"] = args.root
-        runs_root()  # refused for every verb, before any work
+        runs_root(args.root)  # refused for every verb, before any work
     return args, rest
 
 

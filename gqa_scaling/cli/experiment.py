@@ -88,8 +88,9 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
     from gqa_scaling.experiment.load import load_experiment
+    from gqa_scaling.files.runs import runs_root
 
-    experiment = load_experiment(args.experiment, rest)
+    experiment = load_experiment(args.experiment, rest, runs_root(args.root))
     return experiment.select(getattr(args, "only", None), getattr(args, "shard", None))
 
 
@@ -182,6 +183,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from contextlib import nullcontext
 
     from gqa_scaling.files.runs import runs_root
+    from gqa_scaling.sweep import display, workers
     from gqa_scaling.sweep import run as sweep
 
     require(args.workers > 0, f"--workers {args.workers} must be greater than 0")
@@ -193,15 +195,15 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "one job of several: choose one of the two",
     )
     if worker:
-        sweep.be_worker(args.cores, args.parent)
-    experiment, root = _experiment(args, rest), runs_root()
+        workers.be_worker(args.cores, args.parent)
+    experiment, root = _experiment(args, rest), runs_root(args.root)
     left, leads = len(sweep.pending(experiment, root)), True
     if left and args.workers == 1:
         from gqa_scaling.devices import processes
 
         processes.join(alone=worker)
         if worker:
-            sweep.check_worker()
+            workers.check_worker()
         if not processes.agree(
             zlib.crc32(" ".join(r.digest for r in experiment.runs).encode()) >> 1
         ):
@@ -219,10 +221,10 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.retry_failed and leads:
         sweep.forget_failures(experiment, root)
     shown = leads and not args.quiet
-    with sweep.live_display(experiment, root) if shown else nullcontext():
+    with display.live_display(experiment, root) if shown else nullcontext():
         if args.workers > 1:
             sweep.check(experiment, root)
-            code = sweep.run_workers(_worker_command(args, rest), args.workers, left)
+            code = workers.run_workers(_worker_command(args, rest), args.workers, left)
         else:
             try:
                 code = sweep.run_sweep(experiment, root).exit_code
@@ -231,7 +233,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
                 return processes.EXIT_PREEMPTED
     if worker or not leads:
         return code
-    code = max(code, sweep.report_end(experiment, root))
+    code = max(code, display.report_end(experiment, root))
     if code == 0:
         print(f"{experiment.name}: finished; next: gqa-scaling report {args.experiment}")
     return code
@@ -239,8 +241,8 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     command = [sys.executable, "-m", "gqa_scaling", "run", args.experiment, "--quiet"]
-    selection = {"only": args.only, "shard": args.shard}
-    command += [f"--{flag}={value}" for flag, value in selection.items() if value is not None]
+    told = {"only": args.only, "shard": args.shard, "root": args.root}
+    command += [f"--{flag}={value}" for flag, value in told.items() if value is not None]
     return command + list(rest)
 
 
@@ -250,7 +252,7 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.sweep.status import read_status
     from gqa_scaling.sweep.views import status_dict, status_table
 
-    experiment, root = _experiment(args, rest), runs_root()
+    experiment, root = _experiment(args, rest), runs_root(args.root)
     if args.watch:
         return _watch(args, experiment, root)
     rows = read_status(root, experiment)
@@ -296,8 +298,9 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
         directories = [RunDirectory(p) for p in found]
         require(bool(directories), f"{path} is neither a run nor a folder of runs: no config.json")
     else:
-        experiment = load_experiment(args.source, rest).select(args.only, args.shard)
-        directories = [run_directory(runs_root(), experiment.name, r) for r in experiment.runs]
+        root = runs_root(args.root)
+        experiment = load_experiment(args.source, rest, root).select(args.only, args.shard)
+        directories = [run_directory(root, experiment.name, r) for r in experiment.runs]
     runs = read_checkpoints(directories)
     _show(args, checkpoints_dict(runs), checkpoints_table(runs))
     return 1 if any(run.damaged for run in runs) else 0
@@ -310,7 +313,7 @@ def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     experiment = _experiment(args, rest)
     name, runs = experiment.name, experiment.runs
-    choices = learning_rate_choices(name, runs, runs_root())
+    choices = learning_rate_choices(name, runs, runs_root(args.root))
     _show(args, learning_rates_dict(choices), learning_rates_table(name, choices, runs))
     return 0
 

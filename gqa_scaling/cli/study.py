@@ -148,8 +148,9 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", Q
         return published(), PUBLISHED_QUESTION
     if args.source.endswith(".csv"):
         return from_csv(args.source), Question()
-    experiment = load_experiment(args.source, rest)
-    results = from_runs(runs_root(), experiment.name, experiment.runs)
+    root = runs_root(args.root)
+    experiment = load_experiment(args.source, rest, root)
+    results = from_runs(root, experiment.name, experiment.runs)
     return results, experiment.question
 
 
@@ -282,7 +283,8 @@ def _with_training(
     from gqa_scaling.study.frontier import check_runs
     from gqa_scaling.study.results import from_runs
 
-    experiment, root = load_experiment(args.source, rest), runs_root()
+    root = runs_root(args.root)
+    experiment = load_experiment(args.source, rest, root)
     context = found.fit.context_length or int(results.context_length.max())
     tokens = round(found.tokens.at_tokens) if found.tokens else None
     runs = [run for run in experiment.runs if run.context_length == context]
@@ -351,6 +353,7 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.experiment.load import load_experiment
+    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.context import spans_contexts
     from gqa_scaling.study.frontier import target_losses
     from gqa_scaling.study.suggest import suggest
@@ -371,7 +374,7 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "for each size; name one length with --context, or select runs with --only",
     )
     losses = question.losses or target_losses(_estimates_of(args, results).fit)
-    grid = list(load_experiment(args.source, rest).runs)
+    grid = list(load_experiment(args.source, rest, runs_root(args.root)).runs)
     question = replace(question, losses=tuple(losses))
     found = suggest(results, grid, question, budget_flops=args.budget_flops, most=args.most)
     if args.json:
@@ -428,7 +431,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if source.suffix == ".csv":
         folder = source.with_name(f"{source.stem}-report")
     else:
-        folder = runs_root() / (
+        folder = runs_root(args.root) / (
             source.stem if source.suffix == ".py" else args.source.split(".")[-1]
         )
     path = folder / "report.html"

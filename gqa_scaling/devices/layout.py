@@ -1,6 +1,6 @@
-"""Which mesh and which attention a run gets on its devices, and which positions each holds; no jax.
+"""Which mesh and which attention a run gets on its devices, and which positions each holds.
 
-Told without any device, so that a plan can refuse what would fail on a pod.
+All of it is arithmetic without jax or any device, so that a plan can refuse what would fail on a pod.
 """
 
 import math
@@ -97,9 +97,12 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
             not reason, f"attention={wanted} {reason}: take auto, or blockwise, which runs anywhere"
         )
         return wanted
-    by_platform = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
-    fit = (name for name in by_platform.get(platform, ()) if not _unfit(name, run, platform))
-    return next(fit, "blockwise")
+    kernels: dict[str, tuple[Implementation, ...]] = {
+        "tpu": ("splash",),
+        "gpu": ("cudnn", "triton"),
+    }
+    fit = [name for name in kernels.get(platform, ()) if not _unfit(name, run, platform)]
+    return fit[0] if fit else "blockwise"
 
 
 def check_layout(run: RunConfig, devices: int, platform: str) -> None:
@@ -119,12 +122,11 @@ def _unfit(name: str, run: RunConfig, platform: str) -> str:
         return f"needs a {needed.upper()}, and this is a {platform.upper()}"
     if name == "cudnn":
         return cudnn_limit(m.head_dim, m.dtype, m.pattern is not None, context)
-    parts = 1 if context == 1 else 2
     if name == "triton":
         block = m.pattern.block if m.pattern else None
-        return triton_limit(m.head_dim, block, T // (2 * context) if parts > 1 else None)
+        return triton_limit(m.head_dim, block, T // (2 * context) if context > 1 else None)
     kinds = {replace(h, offset=0) if h else None for layer in m.layer_patterns for h in layer}
-    return splash_limit(T // context, T, parts, kinds)
+    return splash_limit(T // context, T, 2 if context > 1 else 1, kinds)
 
 
 def zigzag(positions_T: Any, context: int) -> Any:
@@ -142,10 +144,12 @@ def zigzag(positions_T: Any, context: int) -> Any:
 
 
 def _divides(name: str, size: int, total: int, what: str) -> None:
+    """Refuse a `size`, written as `name`, that does not divide a `total`, written as `what`."""
     require(total % size == 0, f"{name} must divide {what}: it may be {_among(_divisors(total))}")
 
 
 def _tensor_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
+    """Sizes of the tensor axis that a model's heads can be divided over."""
     return [i for i in _divisors(n_heads) if n_kv_heads % i == 0 or i % n_kv_heads == 0]
 
 

@@ -64,11 +64,6 @@ def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(grid, AXES)
 
 
-def platform_of(mesh: Mesh) -> str:
-    """What kind of devices the mesh has: "cpu", "gpu" or "tpu"."""
-    return mesh.devices.flat[0].platform
-
-
 def axis_size(*axes: str) -> int:
     """How many devices lie along mesh axes, together; 1 when no mesh is set."""
     shape = jax.sharding.get_abstract_mesh().shape
@@ -83,7 +78,8 @@ def partition_spec(
     A mesh axis serves once: given the array's `shape` and the `mesh`, the first axis that it
     divides.
     """
-    out, used = [], set()
+    out: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for i, axis in enumerate(axes):
         to = RULES[axis] if axis else None
         names = (to,) if isinstance(to, str) else to or ()
@@ -173,6 +169,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def abstract(shapes: Any, mesh: Mesh) -> Any:
+    """Abstract arrays with their `shardings`: what restoring and compiling need to know."""
+
+    def of(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(of, shapes, shardings(shapes, mesh))
+
+
 def create_sharded(build: Callable[[], Any], mesh: Mesh) -> Any:
     """The pytree that `build()` returns, each device computing just the part it holds."""
     with jax.set_mesh(mesh):
@@ -184,8 +189,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "time")))
 
 
-def pieces_of(part: tuple[slice, slice], rows: int, time: int, context: int) -> list[Piece]:
-    """A device's part of a (rows, time) batch in zig-zag order, as contiguous natural pieces."""
+def pieces_of(part: Any, rows: int, time: int, context: int) -> list[Piece]:
+    """A device's part of a (rows, time) batch in zig-zag order, as contiguous natural pieces.
+
+    `part` is the pair of slices, of sequences and of positions, that jax gives as a device's index.
+    """
     mine, positions = range(rows)[part[0]], range(time)[part[1]]
     if context == 1:
         return [(mine, positions)]
@@ -212,7 +220,7 @@ class BatchLayout:
         indices = batch_sharding(self.mesh).addressable_devices_indices_map((self.rows, self.time))
         return tuple(dict.fromkeys(p for part in indices.values() for p in self._pieces(part)))
 
-    def _pieces(self, part: tuple[slice, slice]) -> list[Piece]:
+    def _pieces(self, part: Any) -> list[Piece]:
         return pieces_of(part, self.rows, self.time, self.mesh.shape["context"])
 
     def place(self, tokens: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
@@ -221,7 +229,7 @@ class BatchLayout:
         sharding, shape = batch_sharding(self.mesh), (self.rows, self.time)
 
         def of(shift: slice) -> jax.Array:
-            def tokens_of(part: tuple[slice, slice]) -> np.ndarray:
+            def tokens_of(part: Any) -> np.ndarray:
                 return np.concatenate([held[p][:, shift] for p in self._pieces(part)], axis=1)
 
             return jax.make_array_from_callback(shape, sharding, tokens_of)

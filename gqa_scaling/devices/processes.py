@@ -92,8 +92,12 @@ def _join(alone: bool) -> None:
             f"JAX_PROCESS_ID={process} must be less than JAX_NUM_PROCESSES={processes}",
         )
         _past_proxies(address.rpartition(":")[0])
-        _initialize(address, processes, process, cluster_detection_method="deactivate")
-        return
+        return _initialize(
+            coordinator_address=address,
+            num_processes=processes,
+            process_id=process,
+            cluster_detection_method="deactivate",
+        )
     tasks = os.environ.get("SLURM_NTASKS")
     if not alone and tasks != "1":
         # jax would show each task one device, also where it has a node to itself
@@ -109,19 +113,17 @@ def _join(alone: bool) -> None:
     address = f"127.0.0.1:{free_port()}"
     _past_proxies("127.0.0.1")
     _initialize(
-        address,
-        1,
-        0,
+        coordinator_address=address,
+        num_processes=1,
+        process_id=0,
         cluster_detection_method="deactivate",
         coordinator_bind_address=address,
         heartbeat_timeout_seconds=10**6,  # it may be suspended, and has no peer to lose
     )
 
 
-def _initialize(*place: object, **settings: Any) -> None:
-    jax.distributed.initialize(
-        *place, **{"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, **settings}
-    )
+def _initialize(**settings: Any) -> None:
+    jax.distributed.initialize(**{"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, **settings})
 
 
 def _stop_with_supervisor() -> None:
@@ -186,17 +188,17 @@ def is_leader() -> bool:
 
 
 def leaders(value: int) -> int:
-    """The leader's number on every process; all must ask."""
+    """The number that the leader passed, on every process; all must call this."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def agree(value: int) -> bool:
-    """Whether the number is the same on every process; all must ask."""
+    """Whether the number is the same on every process; all must call this."""
     return len(np.unique(multihost_utils.process_allgather(np.int32(value)))) == 1
 
 
 def wait_for_all(what: str) -> None:
-    """Return when every process is here."""
+    """Return when every process has come to the place that `what` names."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 

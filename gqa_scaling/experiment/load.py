@@ -20,7 +20,7 @@ from gqa_scaling.experiment.grid import unique
 from gqa_scaling.experiment.learning_rates import LearningRateSweep, at_swept_rates
 from gqa_scaling.experiment.overrides import apply_overrides, parse_overrides
 from gqa_scaling.fields import did_you_mean
-from gqa_scaling.files.storage import failure
+from gqa_scaling.files.failures import failure
 
 
 @dataclass(frozen=True)

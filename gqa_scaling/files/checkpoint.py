@@ -32,25 +32,19 @@ from gqa_scaling.files.checksums import (
     UNFINISHED_SUFFIX,
     DamagedError,
     Seal,
-    few,
+    abridged,
+    damaged_files,
     is_saved,
     read_seal,
     seal,
-    what_is_wrong,
 )
-from gqa_scaling.files.storage import absolute, as_path, failure, is_remote, write_atomic
+from gqa_scaling.files.failures import failure
+from gqa_scaling.files.storage import absolute, as_path, is_remote, write_atomic
 
 PyTree = Any
 POSITION_NAME = "position.json"  # beside trained parameters
 REMOVED = "removed"  # where a checkpoint goes, at one stroke, before its files are deleted
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by the bytes of an element
-
-
-def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Abstract arrays with a place on the mesh: what a restore needs to know."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
 
 
 # ---------------------------------------------------------------------------- array checksums
@@ -144,28 +138,30 @@ def _verify_files(folder: Path) -> Seal:
 
     Processes share the reading, and all come to the same end.
     """
-    saved, words = None, ""
+    saved, damage = None, ""
     try:
         saved = read_seal(folder)
         names = [*sorted(saved.files), *COMMIT_NOTES][jax.process_index() :: jax.process_count()]
-        wrong = what_is_wrong(folder, saved, names)
-        words = few(f"{name} {text}" for name, text in wrong.items())
+        damaged = damaged_files(folder, saved, names)
+        damage = abridged(f"{name} {text}" for name, text in damaged.items())
     except DamagedError as error:
-        words = str(error)
-    words = _words_of_all(words)
-    if words:
-        raise DamagedError(words)
+        damage = str(error)
+    damage = _of_all_processes(damage)
+    if damage:
+        raise DamagedError(damage)
     assert saved is not None
     return saved
 
 
-def _words_of_all(words: str, length: int = 1000) -> str:
-    """What any process has to say, the same on every one of them."""
+def _of_all_processes(text: str, most: int = 1000) -> str:
+    """What each process says, joined without repetition and the same on all; "" if none says anything.
+
+    Of each text the first `most` bytes are kept.
+    """
     if jax.process_count() == 1:
-        return words
-    mine = np.zeros(length, np.uint8)
-    text = words.encode()[:length]
-    mine[: len(text)] = list(text)
+        return text
+    mine, data = np.zeros(most, np.uint8), text.encode()[:most]
+    mine[: len(data)] = list(data)
     rows = (bytes(row).rstrip(b"\0") for row in multihost_utils.process_allgather(mine))
     return "; ".join(dict.fromkeys(row.decode(errors="replace") for row in rows if row))
 
@@ -190,10 +186,6 @@ class Checkpoints:
     @property
     def path(self) -> Path:
         return as_path(self.manager.directory)
-
-    def latest_step(self) -> int | None:
-        """The last complete checkpoint; one cut short by a kill does not count."""
-        return self.manager.latest_step()
 
     def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
         """Save in the background. `position` is what must be known beside the state, as JSON.

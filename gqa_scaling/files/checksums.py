@@ -12,9 +12,8 @@ it is being trained; nothing is written or removed but by `seal`.
 import errno
 import hashlib
 import json
-import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ SEAL_NAME = "checksums.json"
 COMMIT_NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 UNFINISHED_SUFFIX = ".orbax-checkpoint-tmp"
 READERS = 8  # files read at once
-WRONG = ("is missing", "is truncated", "is too long", "is altered", "cannot be read")
 
 
 class DamagedError(RuntimeError):
@@ -37,8 +35,8 @@ class DamagedError(RuntimeError):
 class Seal:
     """What a checkpoint was when it was saved.
 
-    `files` maps a path inside the checkpoint to (bytes, SHA-256 in hex), `arrays` the name of an
-    array to its checksum in hex, `saved` is the time of the save in seconds since 1970.
+    `files` maps a path inside the checkpoint to (bytes, SHA-256 in hex), `arrays` maps the name of an
+    array to its checksum in hex, and `saved` is the time of the save in seconds since 1970.
     """
 
     files: Mapping[str, tuple[int, str]]
@@ -46,7 +44,7 @@ class Seal:
     saved: float
 
     def text(self) -> str:
-        """The one text that says this: whatever else stands in the file is damage."""
+        """The file's text; a file that holds any other text is damaged."""
         body = {
             "arrays": dict(self.arrays),
             "files": {name: list(value) for name, value in self.files.items()},
@@ -90,15 +88,16 @@ def read_seal(folder: Path) -> Seal:
     raise DamagedError(f"{SEAL_NAME} is altered")
 
 
-def what_is_wrong(folder: Path, seal: Seal, names: Iterable[str] | None = None) -> dict[str, str]:
-    """{file: one of WRONG} for every file that is not as it was sealed; {} for a whole checkpoint.
+def damaged_files(folder: Path, seal: Seal, names: Iterable[str] | None = None) -> dict[str, str]:
+    """{file: what is wrong with it} of every file that is not as it was sealed; {} if all are whole.
 
+    What is wrong is "is missing", "is truncated", "is too long", "is altered" or "cannot be read".
     `names` limits it to a share of the files (default: all of them and the notes of the commit).
+    Raises OSError for what is refused just now and may be granted later.
     """
-    if names is None:
-        names = (*sorted(seal.files), *COMMIT_NOTES)
+    names = [*sorted(seal.files), *COMMIT_NOTES] if names is None else list(names)
 
-    def wrong(name: str) -> str | None:
+    def damage(name: str) -> str | None:
         try:
             found = size(folder / name)
             if name in COMMIT_NOTES:
@@ -110,13 +109,12 @@ def what_is_wrong(folder: Path, seal: Seal, names: Iterable[str] | None = None) 
         except OSError as error:
             return _unreadable(error, folder)
 
-    names = list(names)
     with ThreadPoolExecutor(READERS) as pool:
-        return {n: text for n, text in zip(names, pool.map(wrong, names), strict=True) if text}
+        return {n: text for n, text in zip(names, pool.map(damage, names), strict=True) if text}
 
 
-def few(lines: Iterable[str], most: int = 3) -> str:
-    """The first of the lines as one, and how many more there are."""
+def abridged(lines: Iterable[str], most: int = 3) -> str:
+    """The first lines as one, and how many more files there are."""
     lines = list(lines)
     more = [f"and {len(lines) - most} more files"] if len(lines) > most else []
     return "; ".join(lines[:most] + more)
@@ -128,6 +126,7 @@ def _sha256(path: Path) -> str:
 
 
 def _unreadable(error: OSError, folder: Path) -> str:
+    """The damage that an error while reading a file tells of; raises it where it is none."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "is missing"
     if is_remote(folder) or error.errno not in (errno.EIO, errno.EISDIR):
@@ -135,21 +134,20 @@ def _unreadable(error: OSError, folder: Path) -> str:
     return "cannot be read"
 
 
-# --------------------------------------------------------------------------------- a whole run
-
-State = Literal["whole", "damaged", "unfinished"]
+# ------------------------------------------------------------------------ all that a run has
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredCheckpoint:
     """One checkpoint on disk: of a step, or (`step` None) the trained parameters.
 
-    `damage` says what is wrong with it. Unfinished is one that is being written just now, or
-    whose writing was cut short: it never counted and the next attempt removes it.
+    `damage` says what is wrong with it. An unfinished one is being written just now, or its writing
+    was cut short: it never counted, and the next attempt removes it. `saved` is when it was saved,
+    in seconds since 1970.
     """
 
     step: int | None
-    state: State
+    state: Literal["whole", "damaged", "unfinished"]
     damage: tuple[str, ...]
     bytes: int
     saved: float | None
@@ -160,53 +158,45 @@ class Kept:
         return "parameters" if self.step is None else f"step {self.step}"
 
 
-def examine(folder: Path, step: int | None = None) -> Kept:
+def examine(folder: Path, step: int | None = None) -> StoredCheckpoint:
     """Verify one checkpoint by its files alone, reading all of them."""
-    saved, damage = None, ()
+    saved = None
+    damage: tuple[str, ...] = ()
     try:
         seal = read_seal(folder)
         saved = seal.saved
-        damage = tuple(f"{name} {wrong}" for name, wrong in what_is_wrong(folder, seal).items())
+        damage = tuple(f"{name} {text}" for name, text in damaged_files(folder, seal).items())
     except DamagedError as error:
         damage = (str(error),)
-    return Kept(step, "damaged" if damage else "whole", damage, _size(folder), saved)
+    return StoredCheckpoint(step, "damaged" if damage else "whole", damage, _size(folder), saved)
 
 
-def examine_run(checkpoints: Path, parameters: Path) -> list[Kept]:
+def examine_run(checkpoints: Path, parameters: Path) -> list[StoredCheckpoint]:
     """Verify the checkpoints of one run, newest first, then its trained parameters, if any.
 
     Right also while the run is being trained: a checkpoint that retention removes in the meantime
     is left out.
     """
-    out = []
-    for step, folder in reversed(_steps(checkpoints)):
-        kept = examine(folder, step)
-        if kept.state == "whole" or folder.exists():
-            out.append(kept)
-    for folder in _unfinished(checkpoints):
-        step = int(folder.name.removesuffix(UNFINISHED_SUFFIX))
-        out.append(Kept(step, "unfinished", (), _size(folder), None))
+    out, unfinished = [], []
+    for step, folder, saved in sorted(_steps(checkpoints), reverse=True):
+        if not saved:
+            unfinished.append(StoredCheckpoint(step, "unfinished", (), _size(folder), None))
+            continue
+        found = examine(folder, step)
+        if found.state == "whole" or folder.exists():
+            out.append(found)
+    out += unfinished
     if is_saved(parameters):
         out.append(examine(parameters))
     return out
 
 
-def _steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    found = (f for f in _folders(checkpoints) if f.name.isdecimal() and is_saved(f))
-    return sorted((int(f.name), f) for f in found)
-
-
-def _unfinished(checkpoints: Path) -> list[Path]:
-    if is_remote(checkpoints):
-        found = (f for f in _folders(checkpoints) if f.name.isdecimal() and not is_saved(f))
-    else:
-        pattern = re.compile(rf"\d+{re.escape(UNFINISHED_SUFFIX)}")
-        found = (f for f in _folders(checkpoints) if pattern.fullmatch(f.name))
-    return sorted(found)
-
-
-def _folders(checkpoints: Path) -> list[Path]:
-    return [f for f in checkpoints.iterdir() if f.is_dir()] if checkpoints.is_dir() else []
+def _steps(checkpoints: Path) -> Iterator[tuple[int, Path, bool]]:
+    """(step, folder, whether it is saved) of every checkpoint, unfinished ones included."""
+    for folder in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        step = folder.name.removesuffix(UNFINISHED_SUFFIX)
+        if step.isdecimal() and folder.is_dir():
+            yield int(step), folder, folder.name == step and is_saved(folder)
 
 
 def _size(folder: Path) -> int:

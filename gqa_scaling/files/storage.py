@@ -1,22 +1,22 @@
 """Files on a disk of this machine, or objects at gs:// and s3://: what differs between the two.
 
 A remote path is one of etils.epath, as in Orbax, and reaches its bucket through fsspec (gcsfs, s3fs).
-One request writes an object whole, so none is ever seen in part; there are no folders, no appending
+One request writes a whole object, so none is ever seen in part; there are no folders, no appending
 and no renaming. A write can be made to depend on what is there: of two that create an object, or
-that replace the same version of it, only one succeeds. That is all the locking there is.
+that replace the same version of it, only one succeeds. No other locking is used in a bucket.
 """
 
 import contextlib
 import errno
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.config import UserError, require
 
@@ -25,12 +25,21 @@ if TYPE_CHECKING:
 
 # For each scheme the package that reaches it, and the extra that installs that.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
-# TensorStore's errors are ValueErrors: a status, then words, some of these among them.
-STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")
-OF_REQUESTS = ("CURL error", "HTTP response", "retry attempts failed", "gs://", "s3://")
-NO_VERSION = "1"  # that of no file
+NO_VERSION = "1"  # a version that no file has
 OTHER_VERSION = ("PreconditionFailed", "ConditionalRequestConflict")  # how S3 refuses to replace
+# What the system says where no folder can be made at this path, whoever tries again.
+NO_PLACE = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+)
+
+
+# --------------------------------------------------------------------------------------- paths
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -59,11 +68,11 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     import fsspec.config
     from etils import epath
 
-    # What it has to say of a server that is away, whoever asked is told as well.
-    for talker in ("asyncio", "gcsfs"):
-        logging.getLogger(talker).setLevel(logging.CRITICAL)
-
-    # Others write there too: a listing that is kept tells of what was. Orbax's own included.
+    # These two log what they also raise when a server is away.
+    for logger in ("asyncio", "gcsfs"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # Other machines write to the bucket too, so a listing that is kept would be out of date. The
+    # setting holds for Orbax's paths as well.
     fsspec.config.conf.setdefault(package.removesuffix("fs"), {})["use_listings_cache"] = False
     return epath.Path(text)
 
@@ -88,6 +97,17 @@ def files_of(path: Path) -> "fsspec.AbstractFileSystem":
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps copies of what is remote: $GQA_SCALING_CACHE, else as XDG says.
+
+    Raises UserError where this user has no home folder and neither is set.
+    """
+    own = os.environ.get("GQA_SCALING_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"), "gqa_scaling")
+
+
 # ------------------------------------------------------------------------------------- writing
 
 
@@ -110,6 +130,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         if isinstance(error, OSError):
             error.filename = os.fspath(path)  # a failed write does not say of which file
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by this value as indented JSON, keys sorted, at one stroke."""
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def version(path: Path) -> str | None:
@@ -141,8 +166,8 @@ def replace(path: Path, data: str, expected: str | None) -> bool:
             condition = {"IfMatch": f'"{expected}"'} if expected else {"IfNoneMatch": "*"}
             files.pipe_file(place, data.encode(), **condition)
     except OSError as error:
-        said = getattr(error.__cause__, "response", None) or {}  # what s3fs was told
-        code = said.get("Error", {}).get("Code")
+        answer = getattr(error.__cause__, "response", None) or {}  # what S3 told s3fs
+        code = answer.get("Error", {}).get("Code")
         gone = expected is not None and isinstance(error, FileNotFoundError)
         if gone or isinstance(error, FileExistsError) or code in OTHER_VERSION:
             return False
@@ -159,27 +184,27 @@ def _on_google(path: Path) -> bool:
 class GrowingFile:
     """A remote file that is written bit by bit: kept in memory, and put there whole by each flush.
 
-    Left unclosed, what came since is lost. No file of `io`: those have a file descriptor.
+    What was written since the last flush is lost unless it is closed. It is no file of `io`, as
+    those have a file descriptor.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._data = path, bytearray(path.read_bytes() if path.exists() else b"")
-        self._there = len(self._data)
+        self._flushed_bytes = len(self._data)
 
     def write(self, data: bytes) -> None:
         self._data += data
 
     def flush(self) -> None:
-        if len(self._data) > self._there:
+        if len(self._data) > self._flushed_bytes:
             write_atomic(self._path, bytes(self._data))
-            self._there = len(self._data)
+            self._flushed_bytes = len(self._data)
 
     def close(self) -> None:
         self.flush()
 
 
-NO_PLACE = (errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT)
-NO_PLACE += (errno.ENOTDIR, errno.EPERM)
+# ------------------------------------------------------------------------------------- folders
 
 
 def require_folder(path: Path) -> None:
@@ -189,7 +214,7 @@ def require_folder(path: Path) -> None:
             in_the_way = not stat.S_ISDIR(os.stat(place).st_mode)
         except FileNotFoundError:
             in_the_way = place.is_symlink()
-        except NotADirectoryError:  # which of those above it, is found next
+        except NotADirectoryError:  # which of those above it is a file, a later turn finds
             in_the_way = False
         except OSError as error:
             raise UserError(f"{path} cannot be a folder: {error.strerror}; name another") from None
@@ -197,7 +222,7 @@ def require_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and those above it; buckets need none and are never made.
+    """Make the folder and those above it; buckets need none and are never made.
 
     Raises UserError where none can be made, whoever tries again. A full disk is an OSError.
     """
@@ -214,7 +239,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Have all below a folder on the disk itself, where it outlives a fall of the machine."""
+    """Have all below a folder on the disk itself, so that it outlives a power failure."""
     if is_remote(folder):
         return  # a request that was answered is kept
     for parent, _, names in os.walk(folder):
@@ -250,7 +275,7 @@ def check_writable(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file. Raises FileNotFoundError, also for a folder."""
+    """Bytes of a file. Raises FileNotFoundError where there is none."""
     if not is_remote(path):
         return path.stat().st_size
     info = files_of(path).info(os.fspath(path))
@@ -294,118 +319,3 @@ def sizes(folder: Path) -> dict[str, int]:
             with contextlib.suppress(OSError):  # it was moved or removed since
                 out[path.relative_to(folder).as_posix()] = path.stat().st_size
     return dict(sorted(out.items()))
-
-
-def cache_folder() -> Path:
-    """Where this machine keeps copies of what is remote: $GQA_SCALING_CACHE, else as XDG says.
-
-    Raises UserError where this user has no home folder and neither is set.
-    """
-    own = os.environ.get("GQA_SCALING_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"), "gqa_scaling")
-
-
-# -------------------------------------------------------------------------------------- errors
-
-
-class StorageError(OSError):
-    """A bucket or a disk cannot be read or written just now; the message is one line.
-
-    `exit_code` is that of a command that ends so.
-    """
-
-    exit_code = 1
-
-
-class DiskError(StorageError):
-    """A disk of this machine is full, read-only, failing or closed to this user."""
-
-    exit_code = 2
-
-
-# What the system says of a disk that cannot be used, and what helps.
-REMEDIES = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room within the quota",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
-    errno.EROFS: "mount it for writing",
-    errno.EIO: "the device fails, see the system's log",
-    errno.ESTALE: "mount it again",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EACCES: "give this user access",
-    errno.EPERM: "give this user access",
-    errno.ENOTCONN: "mount it again",  # a bucket mounted as a folder, whose program has ended
-    errno.ENODEV: "mount it again",
-    errno.ETIMEDOUT: "mount it again",
-}
-# Said of other things too: these count only where the error names a file.
-OF_MORE = (errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
-# The words of the others count also where a library kept only the words of an error.
-SAID_OF_DISKS = tuple(n for n in REMEDIES if n not in OF_MORE)
-
-
-def failure(error: BaseException, place: Path | None = None) -> StorageError | None:
-    """The failing bucket or disk behind an error, however it was wrapped; None if there is none.
-
-    A disk is named by the file in the error, or by `place` where the error has none.
-    """
-    for seen in _behind(error):
-        if isinstance(seen, StorageError):
-            return seen
-        library = type(seen).__module__.partition(".")[0] in LIBRARIES
-        if library or _is_tensorstores(str(seen)):
-            words = " ".join(str(seen).split())[:300]
-            return StorageError(
-                f"remote storage failed ({type(seen).__name__}: {words}); what was saved is whole "
-                "and the same command continues when it answers again"
-            )
-        number = _number(seen)
-        if number is not None:
-            named = getattr(seen, "filename", None) or place
-            where = f" ({os.fsdecode(named)})" if isinstance(named, str | bytes | Path) else ""
-            return DiskError(
-                f"cannot use the disk{where}: {os.strerror(number)}: {REMEDIES[number]}, then give "
-                "the same command again"
-            )
-    return None
-
-
-def _behind(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what led to it, each once: libraries build chains that end in themselves."""
-    seen: list[BaseException] = []
-    left: list[BaseException | None] = [error]
-    while left:
-        this = left.pop()
-        if this is None or any(this is one for one in seen):
-            continue
-        seen.append(this)
-        yield this
-        left.append(this.__cause__ or (None if this.__suppress_context__ else this.__context__))
-        if isinstance(this, BaseExceptionGroup):
-            left.extend(this.exceptions)
-
-
-def _number(error: BaseException) -> int | None:
-    """What the system said of a disk in this error, as a key of REMEDIES; None if nothing."""
-    if isinstance(error, OSError) and error.errno is not None:
-        named = error.filename is not None or error.errno in SAID_OF_DISKS
-        return error.errno if error.errno in REMEDIES and named else None
-    return next((n for n in SAID_OF_DISKS if os.strerror(n) in str(error)), None)
-
-
-def _is_tensorstores(words: str) -> bool:
-    return any(s in words for s in STATUSES) and any(part in words for part in OF_REQUESTS)
-
-
-@contextlib.contextmanager
-def failures_are_fine() -> Iterator[None]:
-    """For what may as well be done later, or not at all: a disk or bucket that is away is no error."""
-    try:
-        yield
-    except OSError:
-        pass
-    except Exception as error:
-        if failure(error) is None:
-            raise

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.experiment.load import Experiment
-from gqa_scaling.files.checksums import Kept, examine_run
+from gqa_scaling.files.checksums import StoredCheckpoint, examine_run
 from gqa_scaling.files.runs import RunDirectory, State, run_directory
 from gqa_scaling.files.storage import is_remote
 
@@ -187,7 +187,7 @@ class RunCheckpoints:
     name: str
     path: str
     state: State
-    kept: tuple[Kept, ...]
+    kept: tuple[StoredCheckpoint, ...]
 
     @property
     def damaged(self) -> int:
@@ -223,6 +223,10 @@ def read_checkpoints(directories: Sequence[RunDirectory]) -> list[RunCheckpoints
         if state == "done":  # its checkpoints are dropped then, perhaps just now
             kept = [each for each in kept if each.step is None]
             if not kept:
-                kept = [Kept(None, "damaged", (f"{directory.parameters} is missing",), 0, None)]
+                kept = [
+                    StoredCheckpoint(
+                        None, "damaged", (f"{directory.parameters} is missing",), 0, None
+                    )
+                ]
         out.append(RunCheckpoints(directory.path.name, str(directory.path), state, tuple(kept)))
     return out

@@ -16,7 +16,7 @@ from rich.text import Text
 from gqa_scaling.config import RunConfig
 from gqa_scaling.devices.layout import AXES
 from gqa_scaling.experiment.learning_rates import LearningRateChoice
-from gqa_scaling.files.checksums import few
+from gqa_scaling.files.checksums import abridged
 from gqa_scaling.hardware import Slice, hardware
 from gqa_scaling.sweep.plan import Plan, PlannedRun
 from gqa_scaling.sweep.pods import Compiled, difference
@@ -302,7 +302,7 @@ def checkpoints_table(runs: Sequence[RunCheckpoints]) -> Table:
         first = (run.name, run.resume)
         for kept in run.kept:
             when = "" if kept.saved is None else time.strftime("%F %T", time.localtime(kept.saved))
-            said = f"{kept.state}: {few(kept.damage)}" if kept.damage else kept.state
+            said = f"{kept.state}: {abridged(kept.damage)}" if kept.damage else kept.state
             state = Text(said, COLOURS[kept.state])
             made.add_row(Text(first[0]), kept.name, byte_size(kept.bytes), when, state, first[1])
             first = ("", "")

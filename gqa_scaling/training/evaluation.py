@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gqa_scaling.config import RunConfig
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
-from gqa_scaling.devices.layout import attention_implementation, zigzag
-from gqa_scaling.devices.mesh import BatchLayout, platform_of
+from gqa_scaling.devices.layout import zigzag
+from gqa_scaling.devices.mesh import BatchLayout
 from gqa_scaling.model.loss import per_position_nll
+from gqa_scaling.training.setup import Setup
 
 POSITION_PARTS = 32  # of the context, for which losses are told apart
 
@@ -37,22 +37,19 @@ class Evaluation:
     loss_by_position: tuple[float, ...] = ()
 
 
-def evaluator(
-    run: RunConfig, graph: nnx.GraphDef, store: TokenStore, mesh: jax.sharding.Mesh
-) -> Callable[[Any], Evaluation]:
+def evaluator(setup: Setup, store: TokenStore) -> Callable[[Any], Evaluation]:
     """A function from parameters to the loss on the run's evaluation stream, compiled once.
 
     Each target counts once. Batches are as large as a training microbatch, the last one filled up
     with a repeated row that is not counted. Sums are taken on the host in float64, in order.
     """
-    longest = run.evaluation_context
+    run, mesh, longest = setup.run, setup.mesh, setup.run.evaluation_context
     chunks = heldout_chunks(store, run.context_length, run.evaluation.tokens, longest)
     stream = evaluation_hash(store, run.evaluation.tokens, longest)
     rows = run.batch_size // run.parallel.accumulation  # a batch this size is known to fit
     targets = len(chunks) * run.context_length
 
     layout = BatchLayout(mesh, rows, run.context_length)
-    attention = attention_implementation(run, platform_of(mesh))
     order = zigzag(np.arange(run.context_length), mesh.shape["context"])
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -60,8 +57,8 @@ def evaluator(
         parameters: Any, rows_left: int, inputs_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Summed over positions, (B,), and over the rows that count, (T,)."""
-        model = nnx.merge(graph, parameters)
-        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=attention)
+        model = nnx.merge(setup.graph, parameters)
+        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=setup.attention)
         counted = jnp.arange(rows)[:, None] < rows_left
         return nll_BT.sum(1), jnp.where(counted, nll_BT, 0).sum(0)
 

@@ -11,15 +11,10 @@ import importlib.metadata
 import math
 import platform
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import optax
-import zstandard
-from flax import nnx
 
 from gqa_scaling import __version__, costs
 from gqa_scaling.config import RunConfig, UserError, require
@@ -27,7 +22,6 @@ from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.devices import mesh as parallel
 from gqa_scaling.devices import processes
-from gqa_scaling.devices.layout import attention_implementation
 from gqa_scaling.files.checkpoint import (
     Checkpoints,
     Restored,
@@ -38,35 +32,13 @@ from gqa_scaling.files.checkpoint import (
 )
 from gqa_scaling.files.checksums import is_saved
 from gqa_scaling.files.runs import RunDirectory
-from gqa_scaling.hardware import cores
 from gqa_scaling.training.evaluation import Evaluation, evaluator
-from gqa_scaling.training.optimizer import make_optimizer
+from gqa_scaling.training.monitor import History, Monitor, NonFiniteLoss, saved_history
 from gqa_scaling.training.profiler import Profiler
-from gqa_scaling.training.step import (
-    abstract_parameters,
-    abstract_state,
-    initial_state,
-    train_step,
-)
+from gqa_scaling.training.setup import Setup, set_up
+from gqa_scaling.training.speed import Speed
+from gqa_scaling.training.step import abstract_state, initial_state, train_step
 from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
-from gqa_scaling.training.watch import NonFiniteLoss, Tally, Watch, position_at
-
-
-def keep_compiled(folder: Path) -> None:
-    """Keep compiled programs in a folder that processes share, so that a restart need not wait.
-
-    An entry that a kill cut short would be refused and never replaced: it is removed. One that the
-    disk refuses costs time only, and a run that needs the disk as well says so itself.
-    """
-    refused = r"Error (reading|writing) persistent compilation cache entry .*: \w+: \[Errno"
-    warnings.filterwarnings("ignore", refused)
-    for entry in folder.glob("*-cache"):
-        try:
-            zstandard.ZstdDecompressor().decompress(entry.read_bytes())
-        except (zstandard.ZstdError, FileNotFoundError):
-            entry.unlink(missing_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
@@ -92,9 +64,9 @@ def train(
     training diverges, Preempted once the state is saved. Speeds are measured by the clock, in
     seconds.
     """
-    began, leader = time.time(), processes.is_leader()
-    data, mesh = check_data(run, store), parallel.make_mesh(run)
-    if leader:
+    began = time.time()
+    data, setup = check_data(run, store), set_up(run)
+    if processes.is_leader():
         directory.begin(run, store.describe())
     processes.wait_for_all("run directory")
     require(
@@ -102,48 +74,42 @@ def train(
         f"{directory.path} is not seen by process {jax.process_index()}: all processes must share "
         "one file system; set GQA_SCALING_RUNS to a folder there",
     )
-    layout = {
-        "mesh": dict(mesh.shape),
-        "processes": jax.process_count(),
-        "device": jax.devices()[0].device_kind,
-        "cores": len(cores()),
-        "attention": attention_implementation(run, parallel.platform_of(mesh)),
-    }
-    graph, like = abstract_parameters(run, mesh)
-    trained = processes.leaders(is_saved(directory.parameters))
-    with jax.set_mesh(mesh):
-        evaluate = evaluator(run, graph, store, mesh)
-        if trained:  # and interrupted in its evaluation
-            parameters = load_parameters(directory.parameters, like)
-            saved, steps = position_of(directory.parameters), costs.training_steps(run)
-            tally = Tally.of(position_at(run, directory, steps, saved))
+    with jax.set_mesh(setup.mesh):
+        evaluate = evaluator(setup, store)
+        if processes.leaders(is_saved(directory.parameters)):  # and interrupted in its evaluation
+            parameters = load_parameters(directory.parameters, setup.parameters)
+            position = position_of(directory.parameters)
+            history = saved_history(setup, directory, setup.steps, position)
         else:
             with open_checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
-                loop = _Loop(run, directory, data, checkpoints, graph, mesh, evaluate, clock)
-                start = loop.begin()
-                if leader:
-                    directory.add_attempt(
-                        {
-                            "began": began,
-                            "first_step": start.step,
-                            "damaged_checkpoints": start.damaged,
-                            "layout": layout,
-                            "versions": versions(),
-                            "parallel": run.parallel.to_dict(),
-                            "checkpoint": run.checkpoint.to_dict(),
-                        }
-                    )
-                parameters, tally = loop.take_steps(start)
-                checkpoints.wait()
-            position = _position(run, costs.training_steps(run), tally)
+                attempt = _Attempt(setup, directory, data, checkpoints, evaluate, clock)
+                parameters, history = attempt.train(began)
+            position = _position(run, setup.steps, history)
             save_parameters(directory.parameters, parameters, position)
         value = evaluate(parameters)
     require_finite(value)
-    if leader:
+    if processes.is_leader():
         metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
-        write_hparams(directory, run, metrics)
-        result = _result(run, store, tally, value, layout)
-        directory.finish(result, _timing(run, directory))
+        write_hparams(directory, setup, metrics)
+        result = _result(setup, store, history, value)
+        directory.finish(result, _timing(setup, directory))
+    processes.wait_for_all("result")
+
+
+def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+    """Judge a finished run by a new evaluation; the old values stay, nothing is trained."""
+    whole = directory.result()
+    if whole is None:
+        raise UserError(f"{directory.path} has no result yet; run it first")
+    directory.require_same_data(whole["result"].get("data", {}), store.describe())
+    setup = set_up(run)
+    with jax.set_mesh(setup.mesh):
+        parameters = load_parameters(directory.parameters, setup.parameters)
+        value = evaluator(setup, store)(parameters)
+    require_finite(value)
+    if processes.is_leader():
+        whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
+        directory.finish(whole["result"], whole.get("timing") or {})
     processes.wait_for_all("result")
 
 
@@ -153,142 +119,140 @@ def require_finite(value: Evaluation) -> None:
         raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
 
 
-def _timing(run: RunConfig, directory: RunDirectory) -> dict[str, float]:
-    """How fast it went: steps on average and what was done apart from them, both of the last
-    attempt, and from the average the time of all steps.
-    """
-    last = directory.last_metrics("perf/step_time_seconds")
-    timing = {k.removeprefix("perf/"): v for k, v in last.items() if k.startswith("perf/")}
-    if last:
-        steps = costs.training_steps(run)
-        timing["training_seconds"] = steps * last["perf/step_time_seconds"]
-    return {**timing, "finished": time.time()}
-
-
-def _position(run: RunConfig, step: int, tally: Tally) -> dict[str, Any]:
-    """What is saved with the state of a step, as JSON."""
-    return {"step": step, "seed": run.seed, "digest": run.digest, **dataclasses.asdict(tally)}
+# --------------------------------------------------------------------------------- the steps
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
-    """Everything that taking steps needs."""
+class _Attempt:
+    """One start of training: everything that taking steps needs."""
 
-    run: RunConfig
+    setup: Setup
     directory: RunDirectory
     data: TrainingData
     checkpoints: Checkpoints
-    graph: nnx.GraphDef
-    mesh: jax.sharding.Mesh
     evaluate: Callable[[Any], Evaluation]
     clock: Callable[[], float]
 
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.run.optimizer, costs.training_steps(self.run))
+    def train(self, began: float) -> tuple[Any, History]:
+        """The trained parameters and the history of all steps; `began` is when train was called.
 
-    def begin(self) -> Restored:
-        """The newest whole checkpoint or a fresh state, allocated once, sharded."""
-        like = abstract_state(self.run, self.optimizer, self.mesh)
-        restored = self.checkpoints.restore_latest(like)
-        if restored is None:
-            build = functools.partial(initial_state, self.run, self.optimizer)
-            return Restored(0, parallel.create_sharded(build, self.mesh), {}, ())
-        digest, path = restored.position["digest"], self.directory.checkpoints
-        require(digest == self.run.digest, f"{path} holds digest {digest}, not {self.run.digest}")
-        position = position_at(self.run, self.directory, restored.step, restored.position)
-        return dataclasses.replace(restored, position=position)
-
-    def take_steps(self, start: Restored) -> tuple[Any, Tally]:
-        """Take the steps that are left and return the trained parameters and the tally.
-
-        Metrics are read one step late, so the device never waits for the host. Raises
-        NonFiniteLoss, LastingSpike, and Preempted once the state is saved.
+        Raises as `take_steps` does.
         """
-        state, first = start.state, start.step
-        run, steps = self.run, costs.training_steps(self.run)
-        devices = parallel.platform_of(self.mesh)
-        step_fn = train_step(self.graph, run, self.optimizer, devices)
-        layout = parallel.BatchLayout(self.mesh, run.batch_size, run.context_length)
-        batches = self.data.iterate(first, layout.pieces)
+        start, history = self.restore()
+        if processes.is_leader():
+            self.directory.add_attempt(
+                {
+                    "began": began,
+                    "first_step": start.step,
+                    "damaged_checkpoints": start.damaged,
+                    "layout": self.setup.layout,
+                    "versions": versions(),
+                    "parallel": self.setup.run.parallel.to_dict(),
+                    "checkpoint": self.setup.run.checkpoint.to_dict(),
+                }
+            )
+        parameters = self.take_steps(start, history)
+        self.checkpoints.wait()
+        return parameters, history
+
+    def restore(self) -> tuple[Restored, History]:
+        """The newest whole checkpoint, or a fresh state, allocated once, sharded."""
+        setup, directory = self.setup, self.directory
+        found = self.checkpoints.restore_latest(abstract_state(setup))
+        if found is None:
+            state = parallel.create_sharded(functools.partial(initial_state, setup), setup.mesh)
+            return Restored(0, state, {}, ()), History()
+        digest, expected = found.position["digest"], setup.run.digest
+        require(
+            digest == expected, f"{directory.checkpoints} holds digest {digest}, not {expected}"
+        )
+        return found, saved_history(setup, directory, found.step, found.position)
+
+    def take_steps(self, start: Restored, history: History) -> Any:
+        """Take the steps that are left, added to the history, and return the trained parameters.
+
+        Raises NonFiniteLoss, LastingSpike, and Preempted once the state is saved.
+        """
+        setup, run, steps = self.setup, self.setup.run, self.setup.steps
+        state, step_fn = start.state, train_step(setup)
+        layout = parallel.BatchLayout(setup.mesh, run.batch_size, run.context_length)
+        batches = self.data.iterate(start.step, layout.pieces)
         leader = processes.is_leader()
         with (
-            Telemetry(self.directory, first, leader) as telemetry,
+            Telemetry(self.directory, start.step, leader) as telemetry,
             Profiler(run, self.directory, leader) as profiler,
         ):
-            telemetry.introduce(run)
-            watch = Watch(run, self.checkpoints, self.data, telemetry, start, self.clock)
-            for step in range(first + 1, steps + 1):
-                profiler.before(step, watch)
+            telemetry.introduce(setup)
+            speed = Speed(setup, self.clock)
+            monitor = Monitor(
+                setup, self.data, self.checkpoints, telemetry, speed, history, start.step
+            )
+            for step in range(start.step + 1, steps + 1):
+                profiler.before(step, monitor)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, *layout.place(next(batches)))
                 self.checkpoints.check()
-                watch.read()
-                watch.pending = step, metrics
+                monitor.dispatched(step, metrics)
                 stop = processes.preempted() and step < steps
                 every = run.evaluation.every_steps
                 if every and step % every == 0 and step < steps:
-                    with watch.apart("evaluation"):
+                    with monitor.outside_steps("evaluation"):
                         loss = self.evaluate(state[0]).loss
                     telemetry.log(step, {"evaluation/loss": loss})
                 if stop or (step % run.checkpoint.every_steps == 0 and step < steps):
-                    with watch.apart("checkpoint"):  # what is saved has been judged
+                    with monitor.outside_steps("checkpoint"):  # what is saved has been judged
                         telemetry.flush()
-                        self.checkpoints.save(step, state, _position(run, step, watch.tally))
-                    watch.last_saved = step
+                        self.checkpoints.save(step, state, _position(run, step, history))
+                    monitor.last_saved = step
                 if stop:
                     self.checkpoints.wait()
                     raise processes.Preempted(f"{run.name}: saved step {step} of {steps}")
-            watch.read()
-        return state[0], watch.tally
+            monitor.read()
+        return state[0]
 
 
-def _result(
-    run: RunConfig,
-    store: TokenStore,
-    tally: Tally,
-    value: Evaluation,
-    layout: dict[str, Any],
-) -> dict[str, Any]:
+def _position(run: RunConfig, step: int, history: History) -> dict[str, Any]:
+    """What is saved with the state of a step, as JSON."""
+    return {"step": step, "seed": run.seed, "digest": run.digest, **dataclasses.asdict(history)}
+
+
+# -------------------------------------------------------------------------------- the result
+
+
+def _result(setup: Setup, store: TokenStore, history: History, value: Evaluation) -> dict[str, Any]:
     """What the run is worth; equal to the byte however often it was interrupted."""
-    steps = costs.training_steps(run)
+    run = setup.run
     config = dataclasses.replace(run, profile="").to_dict()  # tracing changes no result
     del config["max_spike_steps"]  # nor does a limit that was not reached
+    parameters = costs.parameters(run.model)
     return {
         "name": run.name,
         "digest": run.digest,
         "config": config,
-        "n_exact": costs.n_exact(run.model),
-        "n_total": costs.parameters(run.model).total,
-        "tokens": costs.training_tokens(run),
-        "steps": steps,
+        "n_exact": parameters.non_embedding,
+        "n_total": parameters.total,
+        "tokens": setup.tokens,
+        "steps": setup.steps,
         "training_flops": costs.training_flops(run),
-        "epochs": costs.training_tokens(run) / store.train_tokens,
-        "train_loss": tally.train_loss,
-        "skipped_steps": tally.skipped_steps,
+        "epochs": setup.tokens / store.train_tokens,
+        "train_loss": history.train_loss,
+        "skipped_steps": history.skipped_steps,
         "data": store.describe(),
         "evaluations": {run.evaluation_digest: dataclasses.asdict(value)},
         "versions": versions(),
-        "layout": layout,
+        "layout": setup.layout,
     }
 
 
-def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
-    """Judge a finished run by a new evaluation; the old values stay, nothing is trained."""
-    whole = directory.result()
-    if whole is None:
-        raise UserError(f"{directory.path} has no result yet; run it first")
-    directory.require_same_data(whole["result"].get("data", {}), store.describe())
-    mesh = parallel.make_mesh(run)
-    graph, like = abstract_parameters(run, mesh)
-    with jax.set_mesh(mesh):
-        parameters = load_parameters(directory.parameters, like)
-        value = evaluator(run, graph, store, mesh)(parameters)
-    require_finite(value)
-    if processes.is_leader():
-        whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
-        directory.finish(whole["result"], whole.get("timing") or {})
-    processes.wait_for_all("result")
+def _timing(setup: Setup, directory: RunDirectory) -> dict[str, float]:
+    """How fast it went, in seconds: what the last attempt's steps took on average, and what was done
+    outside them; from that average the time of all steps; when the run was finished.
+    """
+    last = directory.last_metrics("perf/step_time_seconds")
+    timing = {k.removeprefix("perf/"): v for k, v in last.items() if k.startswith("perf/")}
+    if last:
+        timing["training_seconds"] = setup.steps * last["perf/step_time_seconds"]
+    return {**timing, "finished": time.time()}
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from gqa_scaling.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warmup from 0, constant, cosine to `final_fraction`.
+    """Learning rate by steps taken before: linear warmup from 0, constant, cosine to `final_fraction`.
 
     With schedule "cosine" the decay takes all steps after the warmup.
     """
@@ -32,12 +32,14 @@ def is_matrix(path: tuple[Any, ...], _: jax.Array) -> bool:
     return "norm" not in jax.tree_util.keystr(path)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW."""
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW at the learning rates of the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate_schedule(config, steps),
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,

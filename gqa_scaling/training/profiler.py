@@ -11,7 +11,7 @@ import jax
 from gqa_scaling.config import RunConfig
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import is_remote, sizes, write_atomic
-from gqa_scaling.training.watch import Watch
+from gqa_scaling.training.monitor import Monitor
 
 
 class Profiler:
@@ -26,15 +26,15 @@ class Profiler:
         self._directory = directory
         self._trace: ExitStack | None = None
 
-    def before(self, step: int, watch: Watch) -> None:
+    def before(self, step: int, monitor: Monitor) -> None:
         """Begin or end the trace if this step is the first one in it, or after it."""
-        if (step in self._steps) == (self._trace is not None):
+        tracing = self._trace is not None
+        if (step in self._steps) == tracing:
             return
-        began = self._trace is not None
-        with watch.apart("profiling"):  # when the device is done with the step before
-            self._end() if began else self._begin()
-        if began:
-            watch.meter.restart()  # traced steps are slow
+        with monitor.outside_steps("profiling"):  # when the device is done with the step before
+            self._end() if tracing else self._begin()
+        if tracing:
+            monitor.speed.restart()  # traced steps are slow
 
     def _begin(self) -> None:
         with ExitStack() as stack:

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gqa_scaling import costs
 from gqa_scaling.config import RunConfig
 from gqa_scaling.devices import mesh as parallel
-from gqa_scaling.devices.layout import attention_implementation
-from gqa_scaling.files.checkpoint import placed
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
-from gqa_scaling.training.optimizer import make_optimizer
+from gqa_scaling.training.setup import Setup, set_up
 
 State = tuple[Any, Any]
 NORMS_REMEMBERED = 100  # steps over which a usual gradient norm is averaged
@@ -47,36 +44,35 @@ class Norms(NamedTuple):
     """
 
     mean: jax.Array
-    count: jax.Array
+    count: Any  # an array; as a type it would contradict the method `count` of tuples
 
 
-def train_step(
-    graph: nnx.GraphDef, run: RunConfig, optimizer: optax.GradientTransformation, platform: str
-) -> Any:
-    """The jitted step on devices of a platform: (state, inputs [B, T], targets [B, T]) -> (state,
-    StepMetrics).
+def train_step(setup: Setup) -> Any:
+    """The jitted step: (state, inputs [B, T], targets [B, T]) -> (state, StepMetrics).
 
     With accumulation the batch is cut into equal microbatches whose gradients are averaged.
     """
-    attention = attention_implementation(run, platform)
-    settings = {"remat": run.parallel.remat, "attention": attention}
+    run = setup.run
 
     def loss_of(parameters: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return next_token_loss(nnx.merge(graph, parameters), inputs_BT, targets_BT, **settings)
+        model = nnx.merge(setup.graph, parameters)
+        return next_token_loss(
+            model, inputs_BT, targets_BT, remat=run.parallel.remat, attention=setup.attention
+        )
 
     def gradients(parameters: Any, *batch: jax.Array) -> tuple[jax.Array, Any]:
         micro = run.parallel.accumulation
         if micro == 1:
             return jax.value_and_grad(loss_of)(parameters, *batch)
 
-        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        def add(total: Any, part: Any) -> tuple[Any, None]:
             new = jax.value_and_grad(loss_of)(parameters, *part)
             return jax.tree.map(jnp.add, total, new), None
 
         # every device keeps a share of each microbatch: rows are dealt out, not cut in runs
-        parts = [x.reshape(-1, micro, x.shape[-1]).swapaxes(0, 1) for x in batch]
-        parts = tuple(parallel.constrain(x, None, "batch", "time") for x in parts)
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
+        dealt = [x.reshape(-1, micro, x.shape[-1]).swapaxes(0, 1) for x in batch]
+        parts = tuple(parallel.constrain(x, None, "batch", "time") for x in dealt)
+        zero: Any = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
         total, _ = jax.lax.scan(add, zero, parts)
         return jax.tree.map(lambda x: x / micro, total)
 
@@ -93,7 +89,7 @@ def train_step(
             moments, norms = moments
             usual_norm = norms.mean
             taken &= (norms.count < NORMS_REMEMBERED) | (norm <= factor * norms.mean)
-        updates, new_moments = optimizer.update(grads, moments, parameters)
+        updates, new_moments = setup.optimizer.update(grads, moments, parameters)
         new = optax.apply_updates(parameters, updates), new_moments
         old = parameters, moments
         if factor:
@@ -113,27 +109,18 @@ def train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def initial_state(run: RunConfig, optimizer: optax.GradientTransformation) -> State:
+def initial_state(setup: Setup) -> State:
     """The state before the first step, a function of the seed."""
-    parameters = nnx.state(create(run.model, run.seed))
-    moments = optimizer.init(parameters)
-    if run.optimizer.spike_factor:
+    parameters = nnx.state(create(setup.run.model, setup.run.seed))
+    moments = setup.optimizer.init(parameters)
+    if setup.run.optimizer.spike_factor:
         moments = moments, Norms(jnp.zeros(()), jnp.zeros(()))
     return parameters, moments
 
 
-def abstract_parameters(run: RunConfig, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, Any]:
-    """The model's graph, and shapes and shardings of its parameters; nothing is allocated."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
-    return graph, placed(shapes, parallel.shardings(shapes, mesh))
-
-
-def abstract_state(
-    run: RunConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> State:
+def abstract_state(setup: Setup) -> State:
     """Shapes and shardings of parameters and moments; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: initial_state(run, optimizer))
-    return placed(shapes, parallel.shardings(shapes, mesh))
+    return parallel.abstract(jax.eval_shape(lambda: initial_state(setup)), setup.mesh)
 
 
 def abstract_step(
@@ -144,14 +131,10 @@ def abstract_step(
     Inside `jax.set_mesh(mesh)`, `step.lower(*arguments)` can be compiled for devices that are not
     there (`jax.experimental.topologies`).
     """
-    mesh = parallel.make_mesh(run, devices)
-    graph, _ = abstract_parameters(run, mesh)
-    optimizer = make_optimizer(run.optimizer, costs.training_steps(run))
+    setup = set_up(run, devices)
     tokens = jax.ShapeDtypeStruct(
-        (run.batch_size, run.context_length), jnp.int32, sharding=parallel.batch_sharding(mesh)
+        (run.batch_size, run.context_length),
+        jnp.int32,
+        sharding=parallel.batch_sharding(setup.mesh),
     )
-    return (
-        train_step(graph, run, optimizer, parallel.platform_of(mesh)),
-        (abstract_state(run, optimizer, mesh), tokens, tokens),
-        mesh,
-    )
+    return train_step(setup), (abstract_state(setup), tokens, tokens), setup.mesh

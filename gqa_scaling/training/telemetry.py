@@ -13,10 +13,11 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams, scalar
 
-from gqa_scaling import costs
-from gqa_scaling.config import RunConfig
+from gqa_scaling.costs import n_exact
+from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import RunDirectory
-from gqa_scaling.files.storage import SCHEMES, GrowingFile, as_path, failure, is_remote
+from gqa_scaling.files.storage import SCHEMES, GrowingFile, as_path, is_remote
+from gqa_scaling.training.setup import Setup
 
 FLUSH_SECONDS = 5.0
 FINAL_METRICS = ("evaluation/loss", "evaluation/bits_per_byte")
@@ -98,10 +99,10 @@ class Telemetry:
             self._file = GrowingFile(file) if self._remote else open(file, "ab")  # noqa: SIM115
             self._board = TensorBoard(directory, start_step + 1 if start_step else None)
 
-    def introduce(self, run: RunConfig) -> None:
+    def introduce(self, setup: Setup) -> None:
         """Have TensorBoard's HParams tab show the run while it trains."""
         if self._writes:
-            for summary in hparams(_hyperparameters(run), dict.fromkeys(FINAL_METRICS, 0.0))[:2]:
+            for summary in hparams(_hyperparameters(setup), dict.fromkeys(FINAL_METRICS, 0.0))[:2]:
                 self._board.summary(summary)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -140,17 +141,17 @@ class Telemetry:
         self._board.close()
 
 
-def write_hparams(directory: RunDirectory, run: RunConfig, metrics: Mapping[str, float]) -> None:
+def write_hparams(directory: RunDirectory, setup: Setup, metrics: Mapping[str, float]) -> None:
     """Write what TensorBoard's HParams tab compares runs by, and the final metrics."""
     board = TensorBoard(directory)
-    for summary in hparams(_hyperparameters(run), dict(metrics)):
+    for summary in hparams(_hyperparameters(setup), dict(metrics)):
         board.summary(summary)
-    board.scalars(costs.training_steps(run), metrics)
+    board.scalars(setup.steps, metrics)
     board.close()
 
 
-def _hyperparameters(run: RunConfig) -> dict[str, Any]:
-    model = run.model
+def _hyperparameters(setup: Setup) -> dict[str, Any]:
+    run, model = setup.run, setup.run.model
     return {
         "n_layers": model.n_layers,
         "d_model": model.d_model,
@@ -160,8 +161,8 @@ def _hyperparameters(run: RunConfig) -> dict[str, Any]:
         "head_dim": model.head_dim,
         "context_length": run.context_length,
         "batch_tokens": run.batch_tokens,
-        "tokens": costs.training_tokens(run),
+        "tokens": setup.tokens,
         "learning_rate": run.optimizer.learning_rate,
-        "n_exact": costs.n_exact(model),
+        "n_exact": n_exact(model),
         "seed": run.seed,
     }

@@ -2,7 +2,6 @@
 
 import io
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from rich.console import Console
 
 from gqa_scaling import cli
 from gqa_scaling.experiment.load import load_experiment
-from gqa_scaling.sweep import run as sweep
+from gqa_scaling.sweep import display
+from gqa_scaling.sweep.status import read_status
 
 ODD = "[red]x[/] [/] :smile: {task} \\[b]"
 
@@ -43,9 +43,8 @@ def test_a_csv_named_and_filled_with_brackets_is_printed_as_it_is(workplace, cap
 def test_the_display_of_a_sweep_shows_brackets_as_they_are(workplace):
     tiny = replace(load_experiment(TINY), name=ODD)
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    stop = threading.Event()
-    stop.set()
-    sweep._show_bar(tiny, workplace, console, stop)
+    with display._progress(console) as progress:
+        display._bar(tiny, progress)(read_status(workplace, tiny))
     assert ODD in console.file.getvalue()
 
 

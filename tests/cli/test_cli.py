@@ -16,8 +16,9 @@ from gqa_scaling import __version__, cli
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment.load import load_experiment
-from gqa_scaling.files import storage
-from gqa_scaling.files.runs import RunDirectory, claim, run_directory
+from gqa_scaling.files import failures
+from gqa_scaling.files.claims import claim
+from gqa_scaling.files.runs import RunDirectory, run_directory
 
 SCRIPT = shutil.which("gqa-scaling", path=sysconfig.get_path("scripts"))
 ENTRIES = {"script": [SCRIPT], "module": [sys.executable, "-m", "gqa_scaling"]}
@@ -221,7 +222,7 @@ def test_a_damaged_result_is_named_and_the_other_runs_are_shown(call):
     assert f"{first.result_file} is damaged" in err
 
 
-@pytest.mark.parametrize("number", sorted(storage.REMEDIES), ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", sorted(failures.REMEDIES), ids=errno.errorcode.get)
 def test_a_disk_that_cannot_be_used_is_one_line(call, monkeypatch, number):
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number), "runs/tiny/x")
@@ -232,7 +233,7 @@ def test_a_disk_that_cannot_be_used_is_one_line(call, monkeypatch, number):
     assert (code, out) == (2, "")
     assert err == (
         f"gqa-scaling: cannot use the disk (runs/tiny/x): {os.strerror(number)}: "
-        f"{storage.REMEDIES[number]}, then give the same command again\n"
+        f"{failures.REMEDIES[number]}, then give the same command again\n"
     )
 
 
@@ -328,7 +329,7 @@ def test_status_tells_the_states_apart(call):
     failed.path.mkdir(parents=True)
     failed.fail("Traceback\nValueError: [/no] such [shape]\n", "ValueError")
     begun.path.mkdir(parents=True)
-    with claim(running):
+    with claim(running.claim_file):
         code, out, err = call("status", TINY, "--json")
         _, table, _ = call("status", TINY)
     assert (code, err) == (0, "")

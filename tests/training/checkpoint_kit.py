@@ -86,7 +86,7 @@ def big_state(mib: int, step: int) -> Any:
 
 def save(folder: Path, mib: int) -> None:
     with open_checkpoints(folder, keep=2) as checkpoints:
-        if checkpoints.latest_step() is None:
+        if checkpoints.manager.latest_step() is None:
             checkpoints.save(1, big_state(mib, 1), {"step": 1})
             checkpoints.wait()
         state = jax.block_until_ready(big_state(mib, 2))

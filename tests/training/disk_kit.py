@@ -41,7 +41,7 @@ def arrange(moment: str, how: str) -> None:
     """Have the disk fail just before the program first comes to this place."""
     from gqa_scaling.files import checkpoint, runs
     from gqa_scaling.sweep import run as sweep
-    from gqa_scaling.training import loop, watch
+    from gqa_scaling.training import loop, speed
 
     def before(owner: Any, name: str, here: Callable[..., bool] = lambda *_: True) -> None:
         real, done = getattr(owner, name), []
@@ -57,7 +57,7 @@ def arrange(moment: str, how: str) -> None:
     if moment == "start":
         fail(how)
     elif moment.startswith("step"):
-        before(watch.Meter, "tick", lambda _, step: step == int(moment.removeprefix("step")))
+        before(speed.Speed, "step_ended", lambda _, step: step == int(moment.removeprefix("step")))
     elif moment.startswith("save"):
         at = int(moment.removeprefix("save"))
         before(checkpoint.Checkpoints, "save", lambda _, step, *rest: step == at)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
-from gqa_scaling.data import open_store, prepare
+from gqa_scaling.data import open_store
 from gqa_scaling.files import checkpoint, checksums
 from gqa_scaling.files.checkpoint import array_checksums, load_parameters, open_checkpoints
-from gqa_scaling.files.runs import RunDirectory, claim, run_directory
+from gqa_scaling.files.claims import claim
+from gqa_scaling.files.runs import RunDirectory, run_directory
 from gqa_scaling.sweep.status import read_checkpoints
-from gqa_scaling.training import loop, watch
+from gqa_scaling.training import loop, speed
 
 KIT = Path(kit.__file__)
 LIKE = kit.abstract(kit.small_state())
@@ -244,7 +245,7 @@ def test_another_tree_is_no_damage(saved: Path) -> None:
     with open_checkpoints(saved, keep=2) as checkpoints:
         with pytest.raises(ValueError, match="structure"):
             checkpoints.restore_latest((LIKE[0], {"count": LIKE[1]["count"], "other": LIKE[0]}))
-        assert checkpoints.latest_step() == 10
+        assert checkpoints.manager.latest_step() == 10
 
 
 # ------------------------------------------------------------------------ saves and retention
@@ -426,26 +427,13 @@ def test_parameters_damaged_before_their_files_were_sealed_are_found(tmp_path: P
 # ------------------------------------------------------------------------------- training
 
 
-@pytest.fixture
-def compile_quickly() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_training_goes_on_from_the_step_before_to_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_corpus(Path("corpus"))
     run = tiny_run()
-    prepare(run.data, show=False)
-    store, tick = open_store(run.data), watch.Meter.tick
-    straight = RunDirectory(Path("straight"))
-    loop.train(run, straight, store)
+    store, tick = open_store(run.data), speed.Speed.step_ended
+    straight = run_directory(trained / "runs", "tiny", run)
 
     def stop(self: object, step: int) -> None:
         if step == 18:
@@ -454,7 +442,7 @@ def test_training_goes_on_from_the_step_before_to_the_same_result(
 
     directory = RunDirectory(Path("damaged"))
     with monkeypatch.context() as patch:
-        patch.setattr(watch.Meter, "tick", stop)
+        patch.setattr(speed.Speed, "step_ended", stop)
         with pytest.raises(KeyboardInterrupt):
             loop.train(run, directory, store)
     damaged = directory.checkpoints / "15"
@@ -476,7 +464,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunDirec
     text = f"""
 import sys
 sys.path.append({str(KIT.parent)!r})
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 def runs():
     return [tiny_run(f"seed{{i}}", seed=i) for i in range(3)]
 """
@@ -535,7 +523,7 @@ def test_the_verb_changes_nothing_while_a_run_is_being_trained(
     def listing() -> list[tuple[Path, int]]:
         return [(p, p.stat().st_mtime_ns) for p in sorted(directory.path.rglob("*"))]
 
-    with claim(directory):
+    with claim(directory.claim_file):
         before = listing()
         code, out = told(capsys, "grid.py", "--only", "seed0")
         assert listing() == before

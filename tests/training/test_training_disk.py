@@ -10,47 +10,21 @@ from pathlib import Path
 
 import pytest
 from checkpoint_kit import small_state
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 
 from gqa_scaling.config import Question
-from gqa_scaling.data import prepare
 from gqa_scaling.experiment.load import Experiment
-from gqa_scaling.files import checkpoint, storage
+from gqa_scaling.files import checkpoint, failures
 from gqa_scaling.files.checkpoint import open_checkpoints
 from gqa_scaling.files.checksums import examine_run
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop
 
-HERE = Path(__file__).parent
-KIT = HERE / "disk_kit.py"
-EXPERIMENT = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
-from training_kit import tiny_run
-
-def runs():
-    return [tiny_run()]
-"""
+KIT = Path(__file__).with_name("disk_kit.py")
 # Seconds, from the failure to the end, that no busy machine needs and every wait for a timeout of
 # Orbax's exceeds; the process itself takes one or two.
 LONG = 120
-
-
-def make_workplace(folder: Path) -> None:
-    write_corpus(folder / "corpus")
-    (folder / "tiny.py").write_text(EXPERIMENT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        prepare(tiny_run().data, show=False)
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with a prepared corpus."""
-    make_workplace(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def broken(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,9 +63,9 @@ def test_no_run_is_blamed_and_none_tried_after_it(
 
     monkeypatch.setattr(loop, "train", train)
     runs = (tiny_run("one"), tiny_run("two", seed=1))
-    with pytest.raises(storage.DiskError) as caught:
+    with pytest.raises(failures.DiskError) as caught:
         sweep.run_sweep(Experiment("tiny", runs, Question(), ""), Path("runs"))
-    assert storage.failure(caught.value) is caught.value
+    assert failures.failure(caught.value) is caught.value
     assert tried == [runs[0]]
     assert [run_directory("runs", "tiny", run).state() for run in runs] == ["pending"] * 2
 
@@ -133,20 +107,10 @@ def test_what_a_save_raises_in_the_background_is_known_before_the_next_one(
 
     with pytest.raises(OSError, match="No space left") as caught:
         save_and_look()
-    assert isinstance(storage.failure(caught.value), storage.DiskError)
+    assert isinstance(failures.failure(caught.value), failures.DiskError)
 
 
 # ------------------------------------------------------------------------------- real disks
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    make_workplace(folder)
-    line = [sys.executable, "-m", "gqa_scaling", "run", "tiny.py", "--quiet"]
-    assert subprocess.run(line, cwd=folder).returncode == 0
-    results = [json.loads(f.read_text())["result"] for f in folder.glob("runs/tiny/*/result.json")]
-    return folder, json.dumps(results, sort_keys=True)
 
 
 def can_mount(*more: str) -> bool:
@@ -170,17 +134,16 @@ STORIES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "moment", "how"), STORIES)
 def test_a_disk_that_fails_at_any_moment_costs_no_more_than_time(
-    tmp_path: Path, undisturbed: tuple[Path, str], kind: str, moment: str, how: str
+    workplace: Path, trained: Path, kind: str, moment: str, how: str
 ) -> None:
     root = os.geteuid() == 0
     mine = ["--mount"] if root else ["--mount", "--map-root-user"]
     if not can_mount(*mine) or (kind == "ext4" and not root):
         pytest.skip("mounting is not permitted here")
-    folder, expected = undisturbed
-    for name in ("corpus", "data", "tiny.py"):
-        (tmp_path / name).symlink_to(folder / name)
+    files = trained.glob("runs/tiny/*/result.json")
+    expected = [json.loads(file.read_text())["result"] for file in files]
     line = ["unshare", *mine, sys.executable, str(KIT), "story", kind, moment, how]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=workplace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["code"], found["said"].count("\n"), found["failures"]) == (2, 1, 0), found
@@ -188,4 +151,4 @@ def test_a_disk_that_fails_at_any_moment_costs_no_more_than_time(
     assert "disk/runs" in found["said"]
     assert found["seconds"] < LONG
     assert found["again"] == [0, ""]
-    assert found["result"] == expected
+    assert found["result"] == json.dumps(expected, sort_keys=True)

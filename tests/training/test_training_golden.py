@@ -1,15 +1,15 @@
 """Three optimizer steps of a tiny model, pinned: nothing may change what a run computes unseen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from training_kit import tiny_run
 
-from gqa_scaling.model.transformer import create
-from gqa_scaling.training.optimizer import make_optimizer
-from gqa_scaling.training.step import train_step
+from gqa_scaling.training.setup import set_up
+from gqa_scaling.training.step import initial_state, train_step
 
 LOSSES = [6.239962577819824, 6.033593654632568, 6.095376491546631]
 NORM = 26.099485397338867
@@ -20,12 +20,12 @@ WHY = (
 )
 
 
+@pytest.mark.usefixtures("full_optimization")
 def test_golden_steps() -> None:
-    run = tiny_run()
-    graph, parameters = nnx.split(create(run.model, run.seed))
-    optimizer = make_optimizer(run.optimizer, 10)
-    step = train_step(graph, run, optimizer, "cpu")
-    state, losses = (parameters, optimizer.init(parameters)), []
+    run = tiny_run(tokens=10 * 128)
+    setup = set_up(run)
+    state, losses = jax.jit(functools.partial(initial_state, setup))(), []
+    step = train_step(setup)
     tokens = np.random.default_rng(0).integers(0, 257, (3, 4, 33), np.int32)
     for batch in tokens:
         state, metrics = step(state, batch[:, :-1], batch[:, 1:])

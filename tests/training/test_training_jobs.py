@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 
 from gqa_scaling.config import UserError
-from gqa_scaling.data import open_store, prepare
+from gqa_scaling.data import open_store
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.devices.mesh import Piece, pieces_of
 from gqa_scaling.devices.processes import HEARTBEAT_SECONDS, free_port, require_platform
@@ -33,11 +33,11 @@ def runs():
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_corpus(tmp_path / "corpus")
+    for name in ("corpus", "data"):
+        (tmp_path / name).symlink_to(trained / name)
     (tmp_path / "grid.py").write_text(GRID)
-    prepare(tiny_run().data)
     return tmp_path
 
 

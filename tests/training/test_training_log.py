@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 
 from gqa_scaling.config import CheckpointConfig, Question, UserError
-from gqa_scaling.data import open_store, prepare
+from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files import checkpoint
 from gqa_scaling.files.runs import RunDirectory, run_directory
@@ -62,13 +62,13 @@ def train_and_copy(name: str, old: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with `new` and `old`, both finished, and their copies."""
     folder = tmp_path_factory.mktemp("work")
-    write_corpus(folder / "corpus")
+    for name in ("corpus", "data"):
+        (folder / name).symlink_to(trained / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prepare(RUN.data, show=False)
         train_and_copy("new", old=False)
         train_and_copy("old", old=True)
     return folder

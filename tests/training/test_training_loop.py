@@ -1,9 +1,11 @@
 """One run and one sweep: what is written, what is refused, what goes on after a failure."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,21 +17,21 @@ import pytest
 import zstandard
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_kit import tiny_run, traced_steps, write_corpus
+from training_kit import tiny_run, traced_steps
 
 from gqa_scaling import costs
 from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunConfig, UserError
-from gqa_scaling.data import TokenStore, open_store, prepare
-from gqa_scaling.data.loader import heldout_chunks
+from gqa_scaling.data import TokenStore, open_store
+from gqa_scaling.data.loader import TrainingData, heldout_chunks
 from gqa_scaling.devices import processes
-from gqa_scaling.devices.mesh import make_mesh
+from gqa_scaling.devices.compiled import keep_compiled
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import make_folder
-from gqa_scaling.model.transformer import create
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop, step
+from gqa_scaling.training.setup import Setup, set_up
 
 
 def experiment(*runs: RunConfig) -> Experiment:
@@ -37,14 +39,10 @@ def experiment(*runs: RunConfig) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a prepared corpus and one finished run, `tiny`."""
-    folder = tmp_path_factory.mktemp("work")
-    write_corpus(folder / "corpus")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        prepare(tiny_run().data, show=False)
-        assert sweep.run_sweep(experiment(tiny_run()), Path("runs")).exit_code == 0
+    folder = tmp_path_factory.mktemp("work") / "copy"
+    shutil.copytree(trained, folder)
     return folder
 
 
@@ -61,9 +59,8 @@ def store() -> TokenStore:
     return open_store(tiny_run().data)
 
 
-def trained_model(run: RunConfig) -> nnx.Module:
-    graph, like = loop.abstract_parameters(run, make_mesh(run))
-    return nnx.merge(graph, load_parameters(finished().parameters, like))
+def initial_state(setup: Setup) -> step.State:
+    return jax.jit(functools.partial(step.initial_state, setup))()
 
 
 def test_result_records_what_made_it() -> None:
@@ -86,8 +83,15 @@ def test_loss_is_the_mean_over_every_held_out_target() -> None:
     run = tiny_run()
     (value,) = finished().result()["result"]["evaluations"].values()
     chunks = heldout_chunks(store(), 32, 1024, 32)
-    model = trained_model(run)
-    logits = np.asarray(model.logits(model(chunks[:, :-1])), np.float64)
+    setup = set_up(run)
+    parameters = load_parameters(finished().parameters, setup.parameters)
+
+    @jax.jit
+    def logits_of(parameters: object, inputs: jax.Array) -> jax.Array:
+        model = nnx.merge(setup.graph, parameters)
+        return model.logits(model(inputs))
+
+    logits = np.asarray(logits_of(parameters, chunks[:, :-1]), np.float64)
     logits -= logits.max(-1, keepdims=True)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(logp, chunks[:, 1:, None], -1)
@@ -159,7 +163,7 @@ def test_a_torn_compiled_program_is_removed(tmp_path: Path) -> None:
     torn.write_bytes(torn.read_bytes()[:-5])
     folder = jax.config.jax_compilation_cache_dir
     try:
-        loop.keep_compiled(tmp_path)
+        keep_compiled(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
     assert whole.exists()
@@ -232,9 +236,9 @@ def test_a_run_held_elsewhere_is_said_once_and_looked_for_less_and_less_often(
 
     hold = sweep.claim
 
-    def claim(directory: RunDirectory) -> AbstractContextManager[bool]:
+    def claim(file: Path) -> AbstractContextManager[bool]:
         looks.append(slept)
-        return hold(directory)
+        return hold(file)
 
     def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
         directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
@@ -264,16 +268,27 @@ def test_a_sweep_that_waits_stops_when_it_is_told_to(
     assert slept == [1, 1, 1]
 
 
+SPOILED = (1.0, math.nan, math.inf, 1e4, 1e8)  # what a batch's loss is multiplied by
+MARK = 1000  # times the place in SPOILED is added to every token of a batch
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, run: RunConfig, bad: Collection[int], by: float) -> None:
-    """Multiply the loss of these steps' batches, and with it the gradient."""
-    data = loop.check_data(run, store())
-    first = jnp.array([data.batch(step - 1)[:, :-1].ravel() for step in bad])
-    real = step.next_token_loss
+    """Multiply the loss of these steps' batches, and with it the gradient.
+
+    The factor travels with the tokens, so that one compiled step serves all tests.
+    """
+    data, read, real = loop.check_data(run, store()), TrainingData._read, step.next_token_loss
+    marked = {tuple(data.chunks(number - 1)) for number in bad}
+    mark = MARK * [str(factor) for factor in SPOILED].index(str(by))
+
+    def read_marked(self: TrainingData, chunks: np.ndarray, *where: range) -> np.ndarray:
+        return read(self, chunks, *where) + np.int32(mark * (tuple(chunks) in marked))
 
     def loss(model: nnx.Module, inputs: jax.Array, targets: jax.Array, **more: object) -> jax.Array:
-        hit = (first == inputs.ravel()).all(axis=1).any()
-        return real(model, inputs, targets, **more) * jnp.where(hit, by, 1.0)
+        factor = jnp.array(SPOILED)[inputs[0, 0] // MARK]
+        return real(model, inputs % MARK, targets % MARK, **more) * factor
 
+    monkeypatch.setattr(TrainingData, "_read", read_marked)
     monkeypatch.setattr(step, "next_token_loss", loss)
 
 
@@ -297,10 +312,9 @@ def test_a_batch_that_is_not_finite_leaves_every_bit_as_it_was(
 ) -> None:
     run = tiny_run()
     spoil(monkeypatch, run, {2}, np.inf)
-    graph = nnx.graphdef(create(run.model, 0))
-    optimizer = step.make_optimizer(run.optimizer, 24)
-    step_fn, data = step.train_step(graph, run, optimizer, "cpu"), loop.check_data(run, store())
-    state = step.initial_state(run, optimizer)
+    setup = set_up(run)
+    step_fn, data = step.train_step(setup), loop.check_data(run, store())
+    state = initial_state(setup)
     for number in (1, 2, 3):
         before = [np.asarray(x).copy() for x in jax.tree.leaves(state)]
         tokens = data.batch(number - 1)
@@ -351,8 +365,8 @@ def test_skipped_steps_are_counted_in_the_result(
     assert "at step 13, chunks [" in capsys.readouterr().err
 
 
-def spiky(**changes: object) -> RunConfig:
-    optimizer = dataclasses.replace(tiny_run().optimizer, spike_factor=20.0)
+def spiky(factor: float = 20.0, **changes: object) -> RunConfig:
+    optimizer = dataclasses.replace(tiny_run().optimizer, spike_factor=factor)
     return tiny_run(optimizer=optimizer, **changes)
 
 
@@ -409,21 +423,16 @@ def step_of_norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable]
     """For a spike_factor a function that takes a step whose gradient has the norm asked for."""
 
     def make(factor: float) -> Callable[[float], tuple[bool, float]]:
-        run = spiky()
-        run = dataclasses.replace(
-            run, optimizer=dataclasses.replace(run.optimizer, spike_factor=factor)
-        )
-        graph, parameters = nnx.split(create(run.model, 0))
-        scale = np.sqrt(sum(x.size for x in jax.tree.leaves(parameters)))
+        run = spiky(factor, tokens=1000 * 128)
+        setup = set_up(run)
+        scale = np.sqrt(sum(x.size for x in jax.tree.leaves(setup.parameters)))
 
         def loss(model: nnx.Module, norm: jax.Array, *_: object, **__: object) -> jax.Array:
             every = sum(x.sum() for x in jax.tree.leaves(nnx.state(model)))
             return every * norm[0, 0] / scale
 
         monkeypatch.setattr(step, "next_token_loss", loss)
-        optimizer = step.make_optimizer(run.optimizer, 1000)
-        step_fn = step.train_step(graph, run, optimizer, "cpu")
-        state = step.initial_state(run, optimizer)
+        step_fn, state = step.train_step(setup), initial_state(setup)
 
         def take(norm: float) -> tuple[bool, float]:
             nonlocal state
@@ -514,13 +523,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     run = tiny_run()
     micro = dataclasses.replace(run, parallel=ParallelConfig(accumulation=4))
     tokens = loop.check_data(run, store()).batch(0)
-    optimizer = loop.make_optimizer(run.optimizer, 24)
     out = []
     for each in (run, micro):
-        graph, parameters = nnx.split(create(run.model, 0))
-        state = (parameters, optimizer.init(parameters))
-        _, metrics = step.train_step(graph, each, optimizer, "cpu")(
-            state, tokens[:, :-1], tokens[:, 1:]
-        )
+        setup = set_up(each)
+        state = initial_state(setup)
+        _, metrics = step.train_step(setup)(state, tokens[:, :-1], tokens[:, 1:])
         out.append(metrics[:2])
     np.testing.assert_allclose(out[0], out[1], rtol=1e-5)

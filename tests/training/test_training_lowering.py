@@ -5,13 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from training_kit import tiny_run
 
 from gqa_scaling.config import ModelConfig, ParallelConfig
-from gqa_scaling.model.transformer import create
-from gqa_scaling.training.optimizer import make_optimizer
-from gqa_scaling.training.step import train_step
+from gqa_scaling.training.setup import set_up
+from gqa_scaling.training.step import abstract_state, train_step
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -23,11 +21,9 @@ def test_train_step_lowers(platform: str, dtype: str) -> None:
         tiny_run(), model=model, context_length=2048, batch_tokens=4096, tokens=8192,
         parallel=parallel, evaluation=dataclasses.replace(tiny_run().evaluation, tokens=2048),
     )  # fmt: skip
-    graph, parameters = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
-    optimizer = make_optimizer(run.optimizer, 10)
-    state = (parameters, jax.eval_shape(optimizer.init, parameters))
+    setup = set_up(run)
     tokens = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    traced = train_step(graph, run, optimizer, "cpu").trace(state, tokens, tokens)
+    traced = train_step(setup).trace(abstract_state(setup), tokens, tokens)
     lowered = traced.lower(lowering_platforms=(platform,))
     text = lowered.as_text()
     assert ("bf16" in text) == (dtype == "bfloat16")

@@ -27,10 +27,12 @@ def test_cosine_decays_from_the_end_of_the_warmup() -> None:
 
 def test_adamw_step_by_hand_with_decay_on_matrices_only() -> None:
     config = OptimizerConfig(learning_rate=0.01, warmup=0.0, decay=0.0, clip_norm=1.0)
-    parameters = nnx.state(create(ModelConfig(2, 16, 2, 1, 8, vocab_size=32), 0))
-    optimizer = make_optimizer(config, 100)
+    model = ModelConfig(2, 16, 2, 1, 8, vocab_size=32)
+    parameters = jax.jit(lambda: nnx.state(create(model, 0)))()
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 100))
     gradient = jax.tree.map(lambda x: jnp.full(x.shape, 3.0), parameters)
-    updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
+    update = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
+    updates, _ = update(gradient, parameters)
     # after clipping every entry is equal, so Adam's first step is the learning rate itself
     for path, update in nnx.to_flat_state(updates):
         value = dict(nnx.to_flat_state(parameters))[path][...]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoint_kit import abstract, same, save_steps, small_state
 from moto.s3.responses import S3Response
-from training_kit import tiny_run, write_corpus
+from training_kit import result_of, tiny_run
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
@@ -22,31 +22,24 @@ from gqa_scaling.data import open_store, prepare
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.data.store import cached_store
 from gqa_scaling.devices import processes
-from gqa_scaling.files import runs
+from gqa_scaling.files import claims
 from gqa_scaling.files.checkpoint import open_checkpoints
 from gqa_scaling.files.checksums import examine_run
-from gqa_scaling.files.runs import RunDirectory, claim, run_directory, write_json
+from gqa_scaling.files.claims import claim
+from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import as_path, cache_folder, replace, sizes, version, write_atomic
 from gqa_scaling.sweep.status import read_checkpoints
 
-EXPERIMENT = """
-import sys
-sys.path.insert(0, {kit!r})
-from training_kit import tiny_run
-
-def runs():
-    return [tiny_run()]
-"""
 # The command, killed at a moment; or at step 13 it says so and goes on after a line of input.
 COMMAND = """
 import sys
 import time
 sys.path.insert(0, {kit!r})
 import training_kit
-from gqa_scaling.training import watch
+from gqa_scaling.training import speed
 
 moment = sys.argv.pop(1)
-tick = watch.Meter.tick
+tick = speed.Speed.step_ended
 
 def wait(self, step):
     if step == 13:
@@ -57,7 +50,7 @@ def wait(self, step):
     tick(self, step)
 
 if moment == "wait":
-    watch.Meter.tick = wait
+    speed.Speed.step_ended = wait
 elif moment:
     training_kit.arrange(moment)
 from gqa_scaling.cli import main
@@ -66,27 +59,21 @@ sys.exit(main())
 KIT = str(Path(__file__).parent)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The folder with the corpus, and the result of the run on the disk there."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_corpus(folder / "corpus")
-    (folder / "tiny.py").write_text(EXPERIMENT.format(kit=KIT))
-    (folder / "command.py").write_text(COMMAND.format(kit=KIT))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        prepare(tiny_run().data, show=False)
-    assert subprocess.run(command("run", "--root", "runs"), cwd=folder).returncode == 0
-    return folder, result(folder / "runs")
+@pytest.fixture
+def place(bucket, workplace, compiled, monkeypatch):
+    """The root of runs in the bucket, with the tokens beside it; the working directory is local."""
+    monkeypatch.setenv("GQA_SCALING_RUNS", str(bucket / "runs"))
+    cache_folder().mkdir()
+    (cache_folder() / "compiled").symlink_to(compiled)
+    Path("command.py").write_text(COMMAND.format(kit=KIT))
+    assert main("prepare") == 0
+    return bucket / "runs"
 
 
 @pytest.fixture
-def place(bucket, undisturbed, monkeypatch):
-    """The root of runs in the bucket, with the tokens beside it."""
-    monkeypatch.chdir(undisturbed[0])
-    monkeypatch.setenv("GQA_SCALING_RUNS", str(bucket / "runs"))
-    assert main("prepare") == 0
-    return bucket / "runs"
+def undisturbed(trained):
+    """The result of the run on a disk."""
+    return result_of(trained / "runs")
 
 
 def command(verb, *more, moment=""):
@@ -109,28 +96,31 @@ def start(root, moment=""):
     return subprocess.run(line, capture_output=True, text=True)
 
 
-def result(root):
-    """What the run is worth; where its tokens lay is part of its config, not of its worth."""
-    whole = run_directory(root, "tiny", tiny_run()).result()
-    assert whole is not None
-    whole["result"]["config"]["data"].pop("store")
-    return json.dumps(whole["result"], sort_keys=True)
-
-
 # ------------------------------------------------------------------------------- interruptions
 
 
-def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
+def test_killed_in_a_save_and_in_evaluation_and_read_from_there(place, undisturbed, capsys):
     for moment in ("save", "evaluation"):
         assert start(place, moment).returncode == -signal.SIGKILL
         assert run_directory(place, "tiny", tiny_run()).state() == "stale"
     done = start(place)
     assert (done.returncode, done.stderr) == (0, "")
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
     directory = run_directory(place, "tiny", tiny_run())
     assert len(directory.attempts()) == 2  # the third only evaluated
     assert not directory.checkpoints.exists()
     assert not directory.claim_file.exists()
+    names = sizes(directory.path)
+    assert {"config.json", "metrics.jsonl", "attempts.jsonl", "result.json"} <= names.keys()
+    assert sum("tfevents" in name for name in names) == 3  # of two attempts, of HParams
+    capsys.readouterr()
+    assert main("status", "--json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["counts"]["done"] == 1
+    assert status["runs"][0]["path"].startswith(str(place))
+    assert main("run") == 0
+    assert "finished" in capsys.readouterr().out
+    assert cli.main(["checkpoints", str(place / "tiny")]) == 0
 
 
 @pytest.mark.slow
@@ -138,7 +128,7 @@ def test_killed_in_a_save_and_in_evaluation(place, undisturbed):
 def test_killed_at_each_moment(place, undisturbed, moment):
     assert start(place, moment).returncode == -signal.SIGKILL
     assert start(place).returncode == 0
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
 
 
 @pytest.mark.slow
@@ -159,7 +149,7 @@ def test_a_server_that_goes_away_costs_no_more_than_time(place, undisturbed, s3_
     assert [kept.state for kept in examine_run(directory.checkpoints, directory.parameters)]
     done = start(place)
     assert (done.returncode, done.stderr) == (0, "")
-    assert result(place) == undisturbed[1]
+    assert result_of(place) == undisturbed
 
 
 @pytest.mark.slow
@@ -175,21 +165,7 @@ def test_preempted_it_saves_and_continues(place, undisturbed):
     assert kept.resume == kept.kept[0].name
     assert kept.damaged == 0
     assert start(place).returncode == 0
-    assert result(place) == undisturbed[1]
-
-
-def test_it_is_all_read_from_there(place, capsys):
-    assert start(place).returncode == 0
-    assert main("status", "--json") == 0
-    status = json.loads(capsys.readouterr().out)
-    assert status["counts"]["done"] == 1
-    assert status["runs"][0]["path"].startswith(str(place))
-    assert main("run") == 0
-    assert "finished" in capsys.readouterr().out
-    assert cli.main(["checkpoints", str(place / "tiny")]) == 0
-    names = sizes(run_directory(place, "tiny", tiny_run()).path)
-    assert {"config.json", "metrics.jsonl", "attempts.jsonl", "result.json"} <= names.keys()
-    assert sum("tfevents" in name for name in names) == 2  # of training, of HParams
+    assert result_of(place) == undisturbed
 
 
 def test_a_study_is_read_and_written_there(bucket):
@@ -262,7 +238,7 @@ def test_one_without_its_last_object_never_counted(bucket):
     states = [(kept.name, kept.state) for kept in examine_run(bucket, bucket / "none")]
     assert states == [("step 1", "whole"), ("step 2", "unfinished")]
     with open_checkpoints(bucket, 2) as checkpoints:
-        assert checkpoints.latest_step() == 1
+        assert checkpoints.manager.latest_step() == 1
     assert [kept.name for kept in examine_run(bucket, bucket / "none")] == ["step 1"]
 
 
@@ -282,13 +258,13 @@ def test_a_server_that_is_away_is_no_damage(bucket, s3_server):
 
 def test_one_at_a_time_holds_a_run(bucket):
     directory = RunDirectory(bucket / "run")
-    with claim(directory) as first:
+    with claim(directory.claim_file) as first:
         assert first
         assert directory.state() == "running"
-        with claim(directory) as second:
+        with claim(directory.claim_file) as second:
             assert not second
     assert not directory.claim_file.exists()
-    with claim(directory) as third:
+    with claim(directory.claim_file) as third:
         assert third
 
 
@@ -297,9 +273,9 @@ def stale(bucket, monkeypatch):
     """A run whose holder, on another machine, has not been heard from for long."""
     directory = RunDirectory(bucket / "run")
     write_json(directory.claim_file, {"host": "elsewhere", "pid": 1, "born": "1", "token": "t"})
-    with claim(directory) as mine:
+    with claim(directory.claim_file) as mine:
         assert not mine  # it was renewed just now
-    monkeypatch.setattr(runs, "STALE_SECONDS", -1)
+    monkeypatch.setattr(claims, "STALE_SECONDS", -1)
     assert directory.state() == "stale"
     return directory
 
@@ -310,7 +286,7 @@ def never(*_: object) -> None:
 
 def test_a_stale_claim_is_taken_over_at_once(stale, monkeypatch):
     monkeypatch.setattr(time, "sleep", never)
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert mine
     assert not stale.claim_file.exists()
 
@@ -318,7 +294,7 @@ def test_a_stale_claim_is_taken_over_at_once(stale, monkeypatch):
 @pytest.mark.parametrize("happened", ["renewed", "taken over", "given back"])
 def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monkeypatch, happened):
     """Between two requests of ours: the server refuses the one that takes it over."""
-    before, judge = json.loads(stale.claim_file.read_text()), runs._is_stale
+    before, judge = json.loads(stale.claim_file.read_text()), claims._is_stale
     new = {"renewed": {"renewed": 1.0}, "taken over": {"token": "another's"}}
 
     def judge_and_lose(*looked: object) -> bool:
@@ -329,9 +305,9 @@ def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monke
             write_json(stale.claim_file, before | new[happened])
         return found
 
-    monkeypatch.setattr(runs, "_is_stale", judge_and_lose)
+    monkeypatch.setattr(claims, "_is_stale", judge_and_lose)
     monkeypatch.setattr(time, "sleep", never)
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert not mine
     if happened == "given back":
         assert not stale.claim_file.exists()
@@ -340,17 +316,17 @@ def test_a_claim_that_changed_since_it_was_judged_is_not_taken_over(stale, monke
 
 
 def test_of_many_that_find_a_claim_stale_one_has_it(stale, monkeypatch):
-    judge, many = runs._is_stale, threading.Barrier(8)
+    judge, many = claims._is_stale, threading.Barrier(8)
 
     def judge_together(*looked: object) -> bool:
         found = judge(*looked)
         many.wait()  # nobody writes before all have judged
         return found
 
-    monkeypatch.setattr(runs, "_is_stale", judge_together)
+    monkeypatch.setattr(claims, "_is_stale", judge_together)
 
     def contend(_: int) -> bool:
-        with claim(stale) as mine:
+        with claim(stale.claim_file) as mine:
             many.wait()  # nobody gives it back before all have tried
             return mine
 
@@ -373,20 +349,20 @@ def test_where_the_server_cannot_decide_the_last_that_writes_has_a_stale_claim(
     monkeypatch.setattr(S3Response, "put_object", put_without_conditions)
     other = {**json.loads(stale.claim_file.read_text()), "token": "another's"}
     monkeypatch.setattr(time, "sleep", lambda seconds: write_json(stale.claim_file, other))
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert not mine
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    with claim(stale) as mine:
+    with claim(stale.claim_file) as mine:
         assert mine
-    assert slept == [runs.SETTLE_SECONDS]
+    assert slept == [claims.SETTLE_SECONDS]
     assert not stale.claim_file.exists()
 
 
 def test_a_claim_is_renewed(bucket, monkeypatch):
     directory = RunDirectory(bucket / "run")
-    monkeypatch.setattr(runs, "RENEW_SECONDS", 0.05)
-    with claim(directory):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.05)
+    with claim(directory.claim_file):
         first = json.loads(directory.claim_file.read_text())
         seen = version(directory.claim_file)
         while version(directory.claim_file) == seen:
@@ -402,9 +378,8 @@ def test_a_claim_is_renewed(bucket, monkeypatch):
 
 
 @pytest.fixture
-def tokens(bucket, undisturbed, monkeypatch):
+def tokens(bucket, workplace, monkeypatch):
     """The data of a run whose tokens lie in the bucket and not on this machine yet."""
-    monkeypatch.chdir(undisturbed[0])
     data = tiny_run(data=tiny_run().data).data
     data = type(data)(**{**data.to_dict(), "store": str(bucket / "tokens")})
     prepare(data, show=False)
@@ -412,7 +387,7 @@ def tokens(bucket, undisturbed, monkeypatch):
     return data
 
 
-def test_shards_are_copied_once_and_mapped(tokens, undisturbed, s3_server):
+def test_shards_are_copied_once_and_mapped(tokens, s3_server):
     store = open_store(tokens)
     assert not cache_folder().exists()  # to plan needs no shard
     assert store.hash == open_store(tiny_run().data).hash

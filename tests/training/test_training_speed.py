@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_kit import tiny_run, write_corpus
+from training_kit import tiny_run
 
 from gqa_scaling.config import CheckpointConfig, EvaluationConfig
-from gqa_scaling.data import open_store, prepare
+from gqa_scaling.data import open_store
 from gqa_scaling.files.checkpoint import Checkpoints
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.training import loop
@@ -54,11 +54,8 @@ class Pending:
 
 
 @pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None) -> Device:
+def device(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     """Steps, evaluations, saves and traces that take the times above on a device."""
-    monkeypatch.chdir(tmp_path)
-    write_corpus(Path("corpus"))
-    prepare(tiny_run().data, show=False)
     device, taken, traced = Device(), [], []
 
     def slow_steps(*args: object) -> Callable:

@@ -20,6 +20,7 @@ from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import sizes
 from gqa_scaling.sweep.plan import check_profile
 from gqa_scaling.training.profiler import Profiler
+from gqa_scaling.training.setup import set_up
 from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
 
 
@@ -43,10 +44,10 @@ def test_hparams_of_all_runs_of_a_folder_are_shown_together(tmp_path):
     for name, run, loss in (("dense", dense, 2.25), ("sparse", sparse, 2.5)):
         directory = RunDirectory(tmp_path / name)
         directory.path.mkdir()
-        write_hparams(directory, run, dict.fromkeys(FINAL_METRICS, loss))
+        write_hparams(directory, set_up(run), dict.fromkeys(FINAL_METRICS, loss))
     (tmp_path / "training").mkdir()
     with Telemetry(RunDirectory(tmp_path / "training"), 0) as telemetry:
-        telemetry.introduce(replace(dense, seed=2))
+        telemetry.introduce(set_up(replace(dense, seed=2)))
         telemetry.log(1, {"learning/loss": 5.0})
     found = session_groups(tmp_path)
     assert found.keys() == {"dense", "sparse", "training"}
@@ -72,9 +73,9 @@ def test_hparams_of_all_runs_of_a_folder_are_shown_together(tmp_path):
 class Still:
     """A run at which nothing is pending."""
 
-    meter = SimpleNamespace(restart=lambda: None)
+    speed = SimpleNamespace(restart=lambda: None)
 
-    def apart(self, what: str) -> nullcontext:
+    def outside_steps(self, name: str) -> nullcontext:
         return nullcontext()
 
 

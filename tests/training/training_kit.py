@@ -3,7 +3,9 @@
 python training_kit.py MOMENT      train in the working directory, killed with SIGKILL at MOMENT
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -22,6 +24,14 @@ from gqa_scaling.config import (
     RunConfig,
 )
 
+EXPERIMENT = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from training_kit import tiny_run
+
+def runs():
+    return [tiny_run()]
+"""
 WORDS = ("loss", "heads", "cache", "query", "token", "layer", "scale", "mesh", "the", "of", "a")
 
 
@@ -32,6 +42,26 @@ def write_corpus(folder: Path, documents: int = 40) -> None:
     for i in range(documents):
         lines = (" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(40))
         (folder / f"{i:03d}.txt").write_text("\n".join(lines))
+
+
+def make_workplace(folder: Path) -> None:
+    """A folder with a prepared corpus and tiny.py, an experiment of one `tiny_run`."""
+    from gqa_scaling.data import prepare
+
+    write_corpus(folder / "corpus")
+    (folder / "tiny.py").write_text(EXPERIMENT)
+    with contextlib.chdir(folder):
+        prepare(tiny_run().data, show=False)
+
+
+def result_of(root: Path) -> str:
+    """What the run of tiny.py is worth; where its tokens lay is part of its config, not of that."""
+    from gqa_scaling.files.runs import run_directory
+
+    whole = run_directory(root, "tiny", tiny_run()).result()
+    assert whole is not None
+    whole["result"]["config"]["data"].pop("store")
+    return json.dumps(whole["result"], sort_keys=True)
 
 
 def tiny_run(name: str = "tiny", **changes: object) -> RunConfig:
@@ -71,9 +101,12 @@ def die() -> None:
 def arrange(moment: str) -> None:
     """Have this process killed at a moment of its run: compilation, save, evaluation or step N."""
     from gqa_scaling.files import checkpoint
-    from gqa_scaling.training import loop, watch
+    from gqa_scaling.training import loop, speed
 
     if moment == "compilation":
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
         place = loop.parallel.BatchLayout.place
 
         def first_batch(*args: object) -> object:
@@ -94,14 +127,14 @@ def arrange(moment: str) -> None:
         make = loop.evaluator
         loop.evaluator = lambda *args: (make(*args), lambda parameters: die())[1]
     elif moment.startswith("step"):
-        tick = watch.Meter.tick
+        tick = speed.Speed.step_ended
 
         def tick_or_die(self: object, step: int) -> None:
             if step == int(moment.removeprefix("step")):
                 die()
             tick(self, step)
 
-        watch.Meter.tick = tick_or_die
+        speed.Speed.step_ended = tick_or_die
     else:
         raise ValueError(moment)
 
@@ -111,10 +144,10 @@ def disturb(process: str, what: str) -> None:
 
     After a SIGTERM, or from "SLOW" on, steps are slow, so that some are left when all stop.
     """
-    from gqa_scaling.training import watch
+    from gqa_scaling.training import speed
 
     which, act, at = what.split(":")
-    tick = watch.Meter.tick
+    tick = speed.Speed.step_ended
 
     def disturbed(self: object, step: int) -> None:
         tick(self, step)
@@ -125,18 +158,21 @@ def disturb(process: str, what: str) -> None:
         if act in ("TERM", "SLOW") and step >= int(at):
             time.sleep(0.05)
 
-    watch.Meter.tick = disturbed
+    speed.Speed.step_ended = disturbed
 
 
 if __name__ == "__main__":
+    from gqa_scaling import hardware
     from gqa_scaling.data import open_store
-    from gqa_scaling.files.runs import claim, run_directory
+    from gqa_scaling.files.claims import claim
+    from gqa_scaling.files.runs import run_directory
     from gqa_scaling.training.loop import train
 
+    hardware.measured_peak = lambda: 1e11  # it takes a second
     if len(sys.argv) > 1:
         arrange(sys.argv[1])
     run = tiny_run()
     directory = run_directory("runs", "tiny", run)
-    with claim(directory) as mine:
+    with claim(directory.claim_file) as mine:
         assert mine
         train(run, directory, open_store(run.data))

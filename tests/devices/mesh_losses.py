@@ -1,22 +1,21 @@
-"""Run by test_parallel.py with 8 virtual devices: trains on several meshes and prints JSON.
+"""Run by test_mesh.py with 8 virtual devices: trains on several meshes and prints JSON.
 
 python mesh_losses.py STEPS CONTEXT_LENGTH N_KV_HEADS [hybrid]
 """
 
+import functools
 import hashlib
 import json
 import sys
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.devices import mesh as parallel
-from gqa_scaling.model.transformer import create
-from gqa_scaling.training.optimizer import make_optimizer
-from gqa_scaling.training.step import train_step
+from gqa_scaling.training.setup import set_up
+from gqa_scaling.training.step import initial_state, train_step
 
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8))
 VOCABULARY = 64
@@ -53,24 +52,18 @@ def run_config(
 def train(run: RunConfig, steps: int) -> dict:
     sizes = run.parallel
     devices = sizes.data * sizes.fsdp * sizes.context * sizes.tensor
-    mesh = parallel.make_mesh(run, jax.devices()[:devices])
-    optimizer = make_optimizer(run.optimizer, 100)
-    graph = nnx.graphdef(create(run.model, 0))
-
-    def init():
-        parameters = nnx.state(create(run.model, 0))
-        return parameters, optimizer.init(parameters)
-
+    setup = set_up(run, jax.devices()[:devices])
+    mesh = setup.mesh
     layout = parallel.BatchLayout(mesh, run.batch_size, run.context_length)
     tokens = np.random.default_rng(0).integers(
         VOCABULARY, size=(4, run.batch_size, run.context_length + 1), dtype=np.int32
     )
     with jax.set_mesh(mesh):
-        state = parallel.create_sharded(init, mesh)
+        state = parallel.create_sharded(functools.partial(initial_state, setup), mesh)
         bits = hashlib.sha256()
         for leaf in jax.tree.leaves(state[0]):
             bits.update(np.asarray(leaf).tobytes())
-        step = train_step(graph, run, optimizer, "cpu")
+        step = train_step(setup)
         gate = state[0]["layers"]["gate_DF"][...]
         moment = state[1][1][0].mu["layers"]["gate_DF"][...]
         out = {

@@ -1,0 +1,72 @@
+"""What follows from a run's config and the devices it is on, worked out once and passed down."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from gqa_scaling.config import Implementation, RunConfig
+from gqa_scaling.costs import training_steps
+from gqa_scaling.devices import mesh as parallel
+from gqa_scaling.devices.layout import attention_implementation
+from gqa_scaling.hardware import cores
+from gqa_scaling.model.transformer import create
+from gqa_scaling.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run on its devices.
+
+    `steps` are its optimizer steps, `schedule` gives the learning rate by the number of steps taken
+    before, `graph` is the model without its parameters, of which `parameters` holds shapes, dtypes
+    and shardings.
+    """
+
+    run: RunConfig
+    steps: int
+    mesh: jax.sharding.Mesh
+    attention: Implementation
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    graph: nnx.GraphDef
+    parameters: Any
+
+    @property
+    def tokens(self) -> int:
+        """D: the tokens of all steps."""
+        return self.steps * self.run.batch_tokens
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What a run's files record of its devices."""
+        return {
+            "mesh": dict(self.mesh.shape),
+            "processes": jax.process_count(),
+            "device": jax.devices()[0].device_kind,
+            "cores": len(cores()),
+            "attention": self.attention,
+        }
+
+
+def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """The run on these devices, by default all of all processes; nothing is allocated there.
+
+    Raises UserError where they cannot hold the run's mesh or compute its attention.
+    """
+    mesh, steps = parallel.make_mesh(run, devices), training_steps(run)
+    schedule = learning_rate_schedule(run.optimizer, steps)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
+    return Setup(
+        run=run,
+        steps=steps,
+        mesh=mesh,
+        attention=attention_implementation(run, mesh.devices.flat[0].platform),
+        schedule=schedule,
+        optimizer=make_optimizer(run.optimizer, schedule),
+        graph=graph,
+        parameters=parallel.abstract(shapes, mesh),
+    )
