@@ -17,7 +17,7 @@ from flax import nnx
 from gqa_scaling.config import Implementation, ModelConfig
 from gqa_scaling.devices.layout import zigzag
 from gqa_scaling.devices.mesh import axis_size, constrain
-from gqa_scaling.model.attention import attend
+from gqa_scaling.model.attention.attend import attend
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.product import product
 from gqa_scaling.model.projection import project
