@@ -164,7 +164,7 @@ def _require_no_other_files(path: Path) -> None:
     if "store.json" in found and not any(name.endswith(".bin") for name in found):
         try:
             known = "splits" in json.loads((path / "store.json").read_bytes())
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             known = False
         others += [] if known else ["store.json"]
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -173,11 +173,9 @@ def _require_no_other_files(path: Path) -> None:
         f"{path} is in the way: {others[0] if others else ''}{more} in it is no part of a token store "
         "and would be removed: move that away, or choose another data.store",
     )
-    if is_remote(path):
-        return
-    empty = path.is_dir() and not any(path.iterdir())
+    nothing = not found and (path.is_dir() or not path.exists())
     require(
-        not path.exists() or empty or (path / "store.json").exists(),
+        is_remote(path) or nothing or "store.json" in found,
         f"{path} is in the way, it is no token store: move it or choose another data.store",
     )
 

@@ -82,6 +82,7 @@ class TrainingData:
 
         Threads read ahead.
         """
+        # The order of a batch is looked up once, not for every piece: that is most of the work.
         batches = self._order[start_step:].map(
             lambda chunks: [self._read(chunks, rows, time) for rows, time in pieces]
         )
