@@ -12,6 +12,7 @@ from launch.targets import Target, sizes_up_to
 # What to give for a field of `Target` that several engines need.
 BUCKET = "where the runs are kept, such as gs://my-bucket"
 PROJECT = "the Google Cloud project"
+SAVE_SECONDS = 120  # that a run is given to finish a step and save
 
 Jobs = Sequence[Job]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_scaling.config import require
 from gqa_scaling.files.storage import make_folder
 from gqa_scaling.hardware import GPUS_PER_HOST, Slice
-from launch.engines import Engine
+from launch.engines import SAVE_SECONDS, Engine
 from launch.jobs import Job, by_slice, label
 from launch.submission import Step, Study, require_tool
 from launch.targets import Target
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 CPUS_PER_GPU = 8  # where a job has part of a node; every node with such GPUs has more than these
 GIB_PER_GPU = 64
-SAVE_SECONDS = 120  # before the time limit: to finish a step and save
 LOST_RESTARTS = 3  # a process that dies on a healthy machine will likely die again
 TIME_LIMITS = 50  # each follows hours of progress, but nothing goes on for ever
 

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from gqa_scaling.hardware import Slice
-from launch.engines import BUCKET, PROJECT, Engine
+from launch.engines import BUCKET, PROJECT, SAVE_SECONDS, Engine
 from launch.jobs import Job
 from launch.submission import Step, Study, require_google_account, require_tool
 from launch.targets import Target
@@ -12,7 +12,6 @@ from launch.work import PREEMPTED
 
 # xpk also restarts on 127 to 255, and there is no way to have it not: so not for ever.
 MAX_RESTARTS = 20
-GRACE_SECONDS = 120  # to save in
 
 
 def offered(largest: Slice) -> list[Slice]:
@@ -46,7 +45,7 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
                 *("--docker-image", target.image),
                 *("--max-restarts", str(MAX_RESTARTS)),
                 *("--restart-on-exit-codes", str(PREEMPTED)),
-                *("--termination-grace-period-seconds", str(GRACE_SECONDS)),
+                *("--termination-grace-period-seconds", str(SAVE_SECONDS)),
                 *("--command", command_line(job, study)),
             )
         )

@@ -116,7 +116,7 @@ def test_xpk_makes_a_job_set_that_runs_the_job(name, tmp_path, monkeypatch):
     assert not {0, 1, 2} & set(rule["onExitCodes"]["values"])
     pod = job["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == place.name.partition(":")[2]
-    assert pod["terminationGracePeriodSeconds"] == xpk.GRACE_SECONDS
+    assert pod["terminationGracePeriodSeconds"] == xpk.SAVE_SECONDS
     (container,) = pod["containers"]
     assert container["image"] == "gcr.io/p/i:1"
 
