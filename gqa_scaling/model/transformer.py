@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
         positions_T = zigzag(jnp.arange(tokens_BT.shape[1]), axis_size("context"))
         rope = rope_tables(constrain(positions_T, "time"), config.head_dim, config.rope_theta)
         graphdef, stack = nnx.split(self.layers)
-        patterns = None if config.pattern is None else config.layer_patterns
+        patterns = config.layer_patterns
 
         def layer(x_BTD: jax.Array, xs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             params, index = xs
