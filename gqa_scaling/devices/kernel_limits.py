@@ -1,7 +1,7 @@
 """What the attention kernels cannot take, each limit stated once; arithmetic only, no jax.
 
-The kernels ask here before they start, and so does a plan, which may have no device at hand: what a
-kernel would refuse on a pod is known before the pod is paid for.
+Attention asks here before it starts a kernel, and so does a plan, which may have no device at hand:
+what a kernel would refuse on a pod is known before the pod is paid for.
 
 Splash, the kernel for TPUs, reads from scalar memory which tiles of keys each tile of queries
 visits. How large those tables are follows from how it walks over its tiles (`walk`), which is told
@@ -10,10 +10,39 @@ here too.
 
 import functools
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
-from gqa_scaling.context_sharding import HeadPattern
+from gqa_scaling.context_sharding import Blocks, HeadPattern
+
+NEVER = 2**30  # a position after every query
+DENSE = HeadPattern(block=NEVER, local=1)  # a head that sees all keys before it, as a pattern
+
+KERNEL_PLATFORM = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}  # the others run on any
+
+
+def kernel_limit(
+    name: str,
+    kinds: Collection[HeadPattern | None],
+    *,
+    T: int,
+    context: int,
+    head_dim: int,
+    dtype: str,
+) -> str:
+    """What keeps a kernel from T positions on `context` devices; "" when nothing does.
+
+    `kinds` are the patterns of the heads without their offsets, None or `DENSE` for dense ones.
+    """
+    if name == "cudnn":
+        patterned = any(kind not in (None, DENSE) for kind in kinds)
+        return cudnn_limit(head_dim, dtype, patterned, context)
+    if name == "triton":
+        part = T // (2 * context) if context > 1 else None
+        limits = (triton_limit(head_dim, kind.block if kind else None, part) for kind in kinds)
+        return next(filter(None, limits), "")
+    return splash_limit(T // context, T, 1 if context == 1 else 2, kinds)
+
 
 # ---------------------------------------------------------------------------------------- GPUs
 
@@ -25,8 +54,8 @@ CUDNN_UNIT, CUDNN_LARGEST_HEAD = 8, 128
 def triton_limit(head_dim: int, block: int | None, part: int | None) -> str:
     """What keeps the kernel from heads of this size; "" when nothing does.
 
-    `block` is that of the pattern, None when all heads are dense. `part` is the length of each of
-    the two runs of positions that a device holds of a sequence, None when it holds all of it.
+    `block` is that of the pattern, None for dense heads. `part` is the length of each of the two
+    runs of positions that a device holds of a sequence, None when it holds all of it.
     """
     if head_dim not in TRITON_HEAD_SIZES:
         *most, last = map(str, TRITON_HEAD_SIZES)
@@ -58,32 +87,39 @@ def cudnn_limit(head_dim: int, dtype: str, patterned: bool, context: int) -> str
 # ---------------------------------------------------------------------------------------- TPUs
 
 LANES = 128  # a vector register holds rows of so many values
-NEVER = 2**30  # a position after every query
-DENSE = HeadPattern(block=NEVER, local=1)
 SCALAR_MEMORY = 2**20 - 2**16  # bytes of a TPU core, less some for the compiler
 
 
-def splash_limit(T: int, S: int, parts: int, kinds: Iterable[HeadPattern | None]) -> str:
+def splash_limit(T: int, S: int, parts: int, kinds: Collection[HeadPattern | None]) -> str:
     """What keeps the kernel from T queries in `parts` runs on S keys; "" when nothing does.
 
-    `kinds` are the patterns of the heads, None for dense ones. Head size and dtype do not matter:
-    heads of 8 to 1,024 values and both dtypes were compiled.
+    `kinds` are the patterns of the heads, None or `DENSE` for dense ones. Head size and dtype do
+    not matter: heads of 8 to 1,024 values and both dtypes were compiled.
     """
     if S >= NEVER:
         return f"counts positions up to {NEVER:,}, not {S:,}"
     for kind in kinds:
+        found = walk(T, parts, S, kind)
         needed = metadata_bytes(T, kind, parts, S)
         if needed > SCALAR_MEMORY:
+            name = "a dense head" if kind in (None, DENSE) else str(kind)
             return (
-                f"needs {needed:,} bytes of tables for {kind or 'a dense head'} and {T:,} queries of "
-                f"T={S:,}, but the scalar memory of a TPU core has room for {SCALAR_MEMORY:,} (a "
-                "shorter context, a larger context axis or a sparser pattern needs less)"
+                f"needs {needed:,} bytes of tables for {name} and {T:,} queries of T={S:,}, but the "
+                f"scalar memory of a TPU core has room for {SCALAR_MEMORY:,} (a shorter context, a "
+                "larger context axis or a sparser pattern needs less)"
             )
-        if kind is not None and kind.stride is not None:
-            found = walk(T, parts, S, kind)
-            if found.stripe and kind.stride.bit_length() + position_bits(found) > 31:
-                return f"needs a stride that fits 31 bits beside T={S:,}, not {kind.stride}"
+        stride = found.kind.stride or 1
+        if found.stripe and stride.bit_length() + position_bits(found) > 31:
+            return f"needs a stride that fits 31 bits beside T={S:,}, not {stride}"
     return ""
+
+
+def most_distant(kind: HeadPattern, S: int) -> tuple[int, int]:
+    """Blocks that some of S queries see beyond their window: sinks, and stripes of the offset that
+    has most."""
+    beyond = max(0, -(-S // kind.block) - kind.local)
+    sinks = min(kind.sinks, beyond)
+    return sinks, -(-(beyond - sinks) // kind.stride) if kind.stride else 0
 
 
 class Walk(NamedTuple):
@@ -99,8 +135,19 @@ class Walk(NamedTuple):
     stripe: int
     far: int
     near: int
-    near_rows: int  # the most tiles of natural keys that one of queries sees
-    near_columns: int  # the most tiles of queries that see one of natural keys
+    near_rows: int = 0  # the most tiles of natural keys that one of queries sees
+    near_columns: int = 0  # the most tiles of queries that see one of natural keys
+
+    def keys_seen(self, tile: Blocks) -> tuple[Blocks, Blocks]:
+        """The first tile of natural keys that the tile of queries at a position sees, and one past
+        the last."""
+        first = (tile // self.kind.block - self.kind.local + 1) * self.kind.block
+        last, most = (tile + self.block - 1) // self.block, self.near // self.block - 1
+        return first * (first > 0) // self.block, last - (last - most) * (last > most) + 1
+
+    def left_by(self, tile: Blocks) -> Blocks:
+        """The position from which on no query has a key of the tile at a position in its window."""
+        return ((tile + self.block - 1) // self.kind.block + self.kind.local) * self.kind.block
 
 
 def tile_side(run: int, S: int, kind: HeadPattern) -> int:
@@ -113,30 +160,25 @@ def tile_side(run: int, S: int, kind: HeadPattern) -> int:
 @functools.lru_cache(maxsize=1024)
 def walk(T: int, parts: int, S: int, kind: HeadPattern | None) -> Walk:
     """The walk of T queries in `parts` equal runs over S keys, all heads of one kind."""
-    if kind is None or kind.window >= S or kind.stride == 1:  # it hides nothing
+    if kind is None or not kind.hides(S):
         kind = DENSE
     run = T // parts
     block = tile_side(run, S, kind)
-    beyond = -(-S // kind.block) - kind.local  # blocks that leave some query's window
-    sinks = min(kind.sinks, beyond)
-    stripe = -(-(beyond - sinks) // kind.stride) if kind.stride else 0
-    far = _up((sinks + stripe) * kind.block, block)
-    rows, near = parts * _up(run, block) // block, _up(S, block)
-    near_rows, near_columns = near // block, rows
-    if kind != DENSE:
-        tiles = [i + j for i in range(0, S, run) for j in range(0, run, block)]  # of all devices
-        near_rows = max(
-            min(-(-t // block) + 1, near // block)
-            - max(0, (t // kind.block - kind.local + 1) * kind.block) // block
-            for t in tiles
-        )
-        seen_by = (
-            bisect_left(tiles, ((j + block - 1) // kind.block + kind.local) * kind.block)
-            - bisect_right(tiles, j - block)
-            for j in range(0, near, block)
-        )
-        near_columns = min(rows, max(seen_by))
-    return Walk(kind, parts, run, block, rows, sinks, stripe, far, near, near_rows, near_columns)
+    sinks, stripe = most_distant(kind, S)
+    far, near = _up((sinks + stripe) * kind.block, block), _up(S, block)
+    rows = parts * _up(run, block) // block
+    found = Walk(kind, parts, run, block, rows, sinks, stripe, far, near)
+    if kind == DENSE:
+        return found._replace(near_rows=near // block, near_columns=rows)
+    tiles = [i + j for i in range(0, S, run) for j in range(0, run, block)]  # of all devices
+    seen_by = (
+        bisect_left(tiles, found.left_by(j)) - bisect_right(tiles, j - block)
+        for j in range(0, near, block)
+    )
+    return found._replace(
+        near_rows=max(end - first for first, end in map(found.keys_seen, tiles)),
+        near_columns=min(rows, max(seen_by)),
+    )
 
 
 def metadata_bytes(T: int, kind: HeadPattern | None, parts: int = 1, S: int | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from gqa_scaling.config import Implementation, RunConfig, UserError, require
-from gqa_scaling.devices.kernel_limits import cudnn_limit, splash_limit, triton_limit
+from gqa_scaling.devices.kernel_limits import KERNEL_PLATFORM, kernel_limit
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -116,17 +116,18 @@ def check_layout(run: RunConfig, devices: int, platform: str) -> None:
 
 def _unfit(name: str, run: RunConfig, platform: str) -> str:
     """Why a kernel cannot serve this run; "" where it can."""
-    m, T, context = run.model, run.context_length, run.parallel.context
-    needed = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}[name]
+    m, needed = run.model, KERNEL_PLATFORM[name]
     if platform != needed:
         return f"needs a {needed.upper()}, and this is a {platform.upper()}"
-    if name == "cudnn":
-        return cudnn_limit(m.head_dim, m.dtype, m.pattern is not None, context)
-    if name == "triton":
-        block = m.pattern.block if m.pattern else None
-        return triton_limit(m.head_dim, block, T // (2 * context) if context > 1 else None)
     kinds = {replace(h, offset=0) if h else None for layer in m.layer_patterns for h in layer}
-    return splash_limit(T // context, T, 2 if context > 1 else 1, kinds)
+    return kernel_limit(
+        name,
+        kinds,
+        T=run.context_length,
+        context=run.parallel.context,
+        head_dim=m.head_dim,
+        dtype=m.dtype,
+    )
 
 
 def zigzag(positions_T: Any, context: int) -> Any:

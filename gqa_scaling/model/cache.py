@@ -23,9 +23,9 @@ from gqa_scaling.context_sharding import (
     distant_block,
     is_distant,
 )
-from gqa_scaling.model.product import product
-
-_MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
+from gqa_scaling.devices.kernel_limits import DENSE
+from gqa_scaling.model.attention.shard import MASKED, sees
+from gqa_scaling.model.einsum import einsum_f32
 
 
 @functools.partial(
@@ -37,7 +37,7 @@ _MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
 class HeadsCache:
     """Keys and values of those KV heads of a layer whose patterns differ in `offset` alone.
 
-    `pattern` is theirs with offset 0, None when dense, and `heads` says which KV heads they are.
+    `pattern` is theirs with offset 0, `DENSE` for dense ones, and `heads` says which they are.
     Offsets are data, not structure: the caches of layers whose stripes lie elsewhere have one
     structure and can be stacked and scanned over.
     """
@@ -45,7 +45,7 @@ class HeadsCache:
     k_BKSH: jax.Array
     v_BKSH: jax.Array
     offset_K: jax.Array
-    pattern: HeadPattern | None
+    pattern: HeadPattern
     heads: tuple[int, ...]
 
 
@@ -61,17 +61,17 @@ def create(
     """
     for name, value in (("batch", batch), ("max_length", max_length), ("head_dim", head_dim)):
         require(value > 0, f"{name}={value} must be greater than 0")
-    kinds: dict[HeadPattern | None, list[int]] = {}
+    kinds: dict[HeadPattern, list[int]] = {}
     for head, own in enumerate(pattern):
-        kind = None if own is None else dataclasses.replace(own, offset=0)
+        kind = DENSE if own is None else dataclasses.replace(own, offset=0)
         kinds.setdefault(kind, []).append(head)
+    all_offsets = [own.offset if own else 0 for own in pattern]
     caches = []
     for kind, heads in kinds.items():
-        slots = max_length if kind is None else kind.slots(max_length)
+        slots = kind.slots(max_length)
         # Two arrays, as one buffer cannot be donated twice.
         k, v = (jnp.zeros((batch, len(heads), slots, head_dim), dtype) for _ in "kv")
-        offsets = [0 if kind is None else pattern[head].offset for head in heads]
-        offset_K = jnp.array(offsets, jnp.int32)
+        offset_K = jnp.array([all_offsets[head] for head in heads], jnp.int32)
         caches.append(HeadsCache(k, v, offset_K, kind, tuple(heads)))
     return tuple(caches)
 
@@ -120,7 +120,7 @@ def prefill(cache: Cache, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Cache:
     """
     length = k_BSKH.shape[1]
     for part in cache:
-        needed = length if part.pattern is None else part.pattern.slots(length)
+        needed = part.pattern.slots(length)
         require(
             0 < needed <= part.k_BKSH.shape[2],
             f"a prompt of {length} tokens needs {needed} slots of a cache of "
@@ -152,22 +152,19 @@ def attend_one(cache: Cache, q_BKGH: jax.Array, position: jax.Array) -> jax.Arra
 def _attend(cache: HeadsCache, q_BKGH: jax.Array, position: jax.Array) -> jax.Array:
     q_BKGH = q_BKGH[:, np.array(cache.heads)]
     held_KS = _held(cache, position)
-    visible_KS = held_KS >= 0
-    if (p := cache.pattern) is not None:
-        # The ring still holds the rest of the block that this one is overwriting.
-        i, j_KS = position // p.block, held_KS // p.block
-        distant_KS = is_distant(j_KS, p.stride, cache.offset_K[:, None], p.sinks)
-        visible_KS &= (i - j_KS < p.local) | distant_KS
-    scores_BKGS = product("BKGH,BKSH->BKGS", q_BKGH, cache.k_BKSH) / math.sqrt(q_BKGH.shape[-1])
-    weights = jax.nn.softmax(jnp.where(visible_KS[:, None], scores_BKGS, _MASKED), axis=-1)
-    o_BKGH = product("BKGS,BKSH->BKGH", weights.astype(cache.v_BKSH.dtype), cache.v_BKSH)
+    # The ring still holds the rest of the block that this one is overwriting.
+    visible_KS = (held_KS >= 0) & sees(
+        cache.pattern, cache.offset_K[:, None], position, jnp.maximum(held_KS, 0)
+    )
+    scores_BKGS = einsum_f32("BKGH,BKSH->BKGS", q_BKGH, cache.k_BKSH) / math.sqrt(q_BKGH.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible_KS[:, None], scores_BKGS, MASKED), axis=-1)
+    o_BKGH = einsum_f32("BKGS,BKSH->BKGH", weights.astype(cache.v_BKSH.dtype), cache.v_BKSH)
     return o_BKGH.astype(q_BKGH.dtype)
 
 
 def _ring(cache: HeadsCache) -> int:
     """Slots, the first ones, that hold the latest tokens in turn."""
-    slots = cache.k_BKSH.shape[2]
-    return slots if cache.pattern is None else min(slots, cache.pattern.window)
+    return min(cache.k_BKSH.shape[2], cache.pattern.window)
 
 
 def _held(cache: HeadsCache, position: jax.Array) -> jax.Array:

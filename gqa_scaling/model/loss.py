@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gqa_scaling.config import Implementation
 from gqa_scaling.costs import LOGIT_BYTES
 from gqa_scaling.devices.mesh import all_gather, axis_index, on_shards, pmax, psum, reduce_scatter
-from gqa_scaling.model.product import product
+from gqa_scaling.model.einsum import einsum_f32
 from gqa_scaling.model.transformer import Transformer
 
 _X, _TABLE, _TOKENS = ("batch", "time", None), ("vocab", "embed"), ("batch", "time")
@@ -73,7 +73,7 @@ def _nll_and_softmax(
     hidden_ND: jax.Array, table_VD: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """On shards: cross-entropy of N tokens, and on demand its gradient by the logits held here."""
-    logits = product("ND,VD->NV", hidden_ND, table_VD)
+    logits = einsum_f32("ND,VD->NV", hidden_ND, table_VD)
     first = axis_index("tensor") * len(table_VD)
     top = pmax(logits.max(-1, keepdims=True), "tensor")
     weights = jnp.exp(logits - top)
@@ -125,7 +125,7 @@ def _forward(
             total, dtable_DV = carry
             nll, gradient = _nll_and_softmax(hidden, table_VD, targets)
             dlogits = (gradient() / count).astype(dtype)
-            dtable_DV += product("ND,NV->DV", hidden, dlogits)
+            dtable_DV += einsum_f32("ND,NV->DV", hidden, dlogits)
             dhidden = psum(jnp.einsum("NV,VD->ND", dlogits, table_VD), "tensor")
             return (total + nll.sum(), dtable_DV), dhidden
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gqa_scaling.devices.mesh import axis_size, constrain, gathered
-from gqa_scaling.model.product import product
+from gqa_scaling.model.einsum import einsum_f32
 
 Axes = tuple[str, ...]
 
@@ -52,7 +52,7 @@ def _backward(
     x, weight = residuals
     (of_x, of_weight), of_y = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
     dx = jnp.einsum(f"{of_y},{of_weight}->{of_x}", dy, _whole(weight, x.dtype, axes))
-    dweight = product(f"{of_x},{of_y}->{of_weight}", x, dy)
+    dweight = einsum_f32(f"{of_x},{of_y}->{of_weight}", x, dy)
     if _repeats(weight, axes) > 1:  # joined before the reshape, which no sharding survives
         dweight = constrain(dweight, *("embed" if axis == "embed" else None for axis in axes))
         dweight = dweight.reshape(weight.shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gqa_scaling.devices.mesh import constrain, gathered
-from gqa_scaling.model.product import product
+from gqa_scaling.model.einsum import einsum_f32
 
 _IN, _OUT = ("embed", "mlp"), ("mlp", "embed")
 
@@ -43,9 +43,9 @@ def _backward(residuals: Any, dy_BTD: jax.Array) -> tuple[jax.Array, ...]:
     dup = dhidden * silu
     dx = jnp.einsum("BTF,DF->BTD", dgate, gathered(gate_DF, dtype, _IN))
     dx += jnp.einsum("BTF,DF->BTD", dup, gathered(up_DF, dtype, _IN))
-    dgate_DF = constrain(product("BTD,BTF->DF", x_BTD, dgate), *_IN)
-    dup_DF = constrain(product("BTD,BTF->DF", x_BTD, dup), *_IN)
-    ddown_DF = constrain(product("BTD,BTF->DF", dy_BTD, silu * up_BTF), *_IN)
+    dgate_DF = constrain(einsum_f32("BTD,BTF->DF", x_BTD, dgate), *_IN)
+    dup_DF = constrain(einsum_f32("BTD,BTF->DF", x_BTD, dup), *_IN)
+    ddown_DF = constrain(einsum_f32("BTD,BTF->DF", dy_BTD, silu * up_BTF), *_IN)
     return dx, dgate_DF, dup_DF, ddown_DF.T
 
 

@@ -17,9 +17,9 @@ from flax import nnx
 from gqa_scaling.config import Implementation, ModelConfig
 from gqa_scaling.devices.layout import zigzag
 from gqa_scaling.devices.mesh import axis_size, constrain
-from gqa_scaling.model.attention.attend import attend
+from gqa_scaling.model.attention import attend
+from gqa_scaling.model.einsum import einsum_f32
 from gqa_scaling.model.embedding import embed
-from gqa_scaling.model.product import product
 from gqa_scaling.model.projection import project
 from gqa_scaling.model.swiglu import swiglu
 
@@ -147,13 +147,13 @@ class Transformer(nnx.Module):
         positions_T = zigzag(jnp.arange(tokens_BT.shape[1]), axis_size("context"))
         rope = rope_tables(constrain(positions_T, "time"), config.head_dim, config.rope_theta)
         graphdef, stack = nnx.split(self.layers)
-        patterns = None if config.pattern is None else config.layer_patterns
+        patterns = config.layer_patterns
 
         def layer(x_BTD: jax.Array, xs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             params, index = xs
 
-            def attention_of_layer(*qkv: jax.Array) -> jax.Array:
-                return attend(*qkv, patterns, index, implementation=attention)
+            def attention_of_layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                return attend(q, k, v, patterns, index, implementation=attention)
 
             return nnx.merge(graphdef, params)(x_BTD, rope, attention_of_layer), None
 
@@ -168,7 +168,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits of hidden states, (B, T, V), in float32."""
         table_VD = self.output_table().astype(hidden_BTD.dtype)
-        return product("BTD,VD->BTV", hidden_BTD, table_VD)
+        return einsum_f32("BTD,VD->BTV", hidden_BTD, table_VD)
 
 
 def _rematerialised(layer: Callable, remat: str) -> Callable:

@@ -1,6 +1,7 @@
 """The transformer's equations once more, in plain NumPy and float64, written without the package."""
 
 import numpy as np
+from masked_attention import visible
 
 
 def _norm(x, scale, eps):
@@ -18,17 +19,6 @@ def _rope(x_TH, theta):
     return out
 
 
-def _visible(T, head):
-    """(T, T): which keys a head sees, of the words of arXiv 2407.17678; None is a dense head."""
-    out = np.tri(T, dtype=bool)
-    for t in range(T) if head else ():
-        for s in range(t + 1):
-            i, j = t // head.block, s // head.block
-            striped = head.stride is not None and (j + head.offset) % head.stride == 0
-            out[t, s] = i - j < head.local or j < head.sinks or striped
-    return out
-
-
 def _attention(x_TD, p, config, heads):
     K, H = config.n_kv_heads, config.head_dim
     T, out = len(x_TD), 0.0
@@ -39,7 +29,7 @@ def _attention(x_TD, p, config, heads):
             q = _norm(q, p["q_norm_H"], config.norm_eps)
             k = _norm(k, p["k_norm_H"], config.norm_eps)
         q, k = _rope(q, config.rope_theta), _rope(k, config.rope_theta)
-        scores = np.where(_visible(T, heads[kv]), q @ k.T / np.sqrt(H), -np.inf)
+        scores = np.where(visible(heads[kv], T), q @ k.T / np.sqrt(H), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         out = out + weights @ (x_TD @ p["v_DKH"][:, kv]) @ p["o_KGHD"][kv, g]

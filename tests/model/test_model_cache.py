@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from masked_attention import masked, operands
 
 from gqa_scaling.config import UserError
 from gqa_scaling.context_sharding import (
@@ -16,31 +17,9 @@ from gqa_scaling.model.cache import append, attend_one, create, prefill
 B, G, H = 2, 2, 8
 
 
-def tokens(K: int, T: int, dtype="float32") -> tuple[jax.Array, jax.Array, jax.Array]:
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal(shape) for shape in ((B, T, K, G, H), *[(B, T, K, H)] * 2))
-    return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
-
-
-def masked_attention(q_BTKGH, k_BSKH, v_BSKH, pattern) -> np.ndarray:
-    """Attention over all keys in float64, each head's mask written out token by token."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q_BTKGH, k_BSKH, v_BSKH))
-    T = q.shape[1]
-    t, u = np.arange(T)[:, None], np.arange(T)
-    o = np.empty_like(q)
-    for head, p in enumerate(pattern):
-        visible = u <= t
-        if p is not None:
-            i, j = t // p.block, u // p.block
-            distant = j < p.sinks
-            if p.stride is not None:
-                distant |= (j + p.offset) % p.stride == 0
-            visible = visible & ((i - j < p.local) | distant)
-        scores = np.einsum("btgh,bsh->bgts", q[:, :, head], k[:, :, head]) / np.sqrt(H)
-        weights = np.exp(scores) * visible
-        weights /= weights.sum(-1, keepdims=True)
-        o[:, :, head] = np.einsum("bgts,bsh->btgh", weights, v[:, :, head])
-    return o
+def tokens(K: int, T: int, dtype="float32") -> list[jax.Array]:
+    """q, k and v."""
+    return operands(B, T, K, G, H, dtype=dtype)[:3]
 
 
 @jax.jit
@@ -79,7 +58,7 @@ MIXED = (
 def test_every_step_is_masked_full_attention(pattern, T):
     q, k, v = tokens(len(pattern), T)
     o = decode(create(pattern, B, T, H, "float32"), q, k, v)
-    np.testing.assert_allclose(o, masked_attention(q, k, v, pattern), atol=2e-6)
+    np.testing.assert_allclose(o, masked(q, k, v, pattern), atol=2e-6)
 
 
 @pytest.mark.slow
@@ -89,7 +68,7 @@ def test_2000_steps_are_masked_full_attention():
     q, k, v = tokens(3, T)
     for pattern in layers:
         o = decode(create(pattern, B, T, H, "float32"), q, k, v)
-        np.testing.assert_allclose(o, masked_attention(q, k, v, pattern), atol=2e-6)
+        np.testing.assert_allclose(o, masked(q, k, v, pattern), atol=2e-6)
 
 
 def test_bfloat16():
@@ -97,9 +76,7 @@ def test_bfloat16():
     pattern = HeadPattern(4, 3, 4, 1), None
     o = decode(create(pattern, B, 60, H, "bfloat16"), q, k, v)
     assert o.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        np.asarray(o, np.float32), masked_attention(q, k, v, pattern), atol=0.03
-    )
+    np.testing.assert_allclose(np.asarray(o, np.float32), masked(q, k, v, pattern), atol=0.03)
 
 
 @pytest.mark.parametrize("start", [1, 12, 33])
@@ -109,7 +86,7 @@ def test_a_prompt_may_come_at_once(start):
     cache = create(MIXED, B, 53, H, "float32")
     cache = jax.jit(prefill)(cache, k[:, :start], v[:, :start])
     o = decode(cache, q[:, start:], k[:, start:], v[:, start:], start)
-    np.testing.assert_allclose(o, masked_attention(q, k, v, MIXED)[:, start:], atol=2e-6)
+    np.testing.assert_allclose(o, masked(q, k, v, MIXED)[:, start:], atol=2e-6)
 
 
 def bytes_of(pattern, T, dtype="bfloat16") -> int:
@@ -145,15 +122,14 @@ def test_layers_that_differ_in_offsets_can_be_stacked():
     stack = jax.tree.map(lambda *x: jnp.stack(x), *caches)
     _, o = jax.lax.scan(lambda _, cache: (None, decode(cache, q, k, v)), None, stack)
     for own, pattern in zip(o, layers, strict=True):
-        np.testing.assert_allclose(own, masked_attention(q, k, v, pattern), atol=2e-6)
+        np.testing.assert_allclose(own, masked(q, k, v, pattern), atol=2e-6)
 
 
 def test_what_may_never_be_seen_again_is_forgotten():
     p = HeadPattern(4, 2, 4, 1)
     _, k, v = tokens(1, 44)
-    lost = ~is_distant(np.arange(44) // 4, p.stride, p.offset, p.sinks) & (
-        np.arange(44) // 4 + p.local <= 10
-    )
+    j = np.arange(44) // 4
+    lost = ~is_distant(j, p.stride, p.offset, p.sinks) & (j + p.local <= 10)
     v = jnp.where(lost[:, None, None], jnp.nan, v)
 
     @jax.jit

@@ -1,7 +1,8 @@
-"""Dense causal attention over tiles in XLA, on any platform: O(T) memory, forward and backward.
+"""Dense causal attention over tiles in XLA, on any platform (arXiv 2205.14135).
 
-Tiles above the diagonal are skipped. On a CPU it was ahead of all T x T scores at every T from
-128 on, by 3 times at 256 (benchmarks/attention.py).
+Tiles above the diagonal are skipped. On a CPU it was ahead of all T x T scores at every T from 128
+on, by 3 times at 256 (benchmarks/attention.py). It is not `sparse` with every key a distant one:
+that walks over keys in another order and multiplies in another layout, and so rounds otherwise.
 """
 
 from typing import Any
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.devices.mesh import axis_size
-from gqa_scaling.model.product import product
-
-_MASKED = -1e30  # finite, so that exp(masked - masked) is no NaN
+from gqa_scaling.model.attention.shard import MASKED, Operands, Upstream, padded, positions
+from gqa_scaling.model.attention.tiles import Softmax, natural, rows_of
+from gqa_scaling.model.einsum import einsum_f32
 
 
 def _block(T: int) -> int:
@@ -33,98 +35,62 @@ def mean_tiles(T: int) -> float:
     return (-(-T * axis_size("context") // block) + 1) / 2
 
 
-def _rows(x_BTKG: jax.Array, block: int) -> jax.Array:
-    """Blocks of queries, a group's positions side by side: (T/b, B, K, G b, ...), 0 past T."""
-    B, T, K, G, *rest = x_BTKG.shape
-    n = -(-T // block)
-    x = jnp.pad(x_BTKG, [(0, 0), (0, n * block - T)] + [(0, 0)] * (x_BTKG.ndim - 2))
-    x = x.reshape(B, n, block, K, G, *rest)
-    x = x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
-    return x.reshape(n, B, K, G * block, *rest)
-
-
-def _positions(rows: jax.Array, T: int, G: int, block: int) -> jax.Array:
-    """The inverse of `_rows`."""
-    n, B, K, _, *rest = rows.shape
-    x = rows.reshape(n, B, K, G, block, *rest)
-    x = x.transpose(1, 0, 4, 2, 3, *range(5, x.ndim))
-    return x.reshape(B, n * block, K, G, *rest)[:, :T]
+def _rows(block: int, *xs_BTKG: jax.Array) -> tuple[jax.Array, ...]:
+    """Blocks of queries, (T / block, B, K, G block, ...)."""
+    return tuple(rows_of(x, block, block).squeeze(3) for x in xs_BTKG)
 
 
 def _tiles(x_BSKH: jax.Array, block: int) -> jax.Array:
-    """Blocks of keys, positions last: (S/b, B, K, H, b), 0 past S."""
+    """Blocks of keys, positions last: (S / block, B, K, H, block), 0 past S."""
     B, S, K, H = x_BSKH.shape
     n = -(-S // block)
-    x = jnp.pad(x_BSKH, [(0, 0), (0, n * block - S), (0, 0), (0, 0)])
-    return x.reshape(B, n, block, K, H).transpose(1, 0, 3, 4, 2)
+    x = padded(x_BSKH, 1, after=n * block - S).reshape(B, n, block, K, H)
+    return x.transpose(1, 0, 3, 4, 2)
 
 
 def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
-    """Scores of one tile, (B, K, G b, b), masked where it lies on the diagonal."""
+    """Scores of one tile, (B, K, G block, block), masked where it lies on the diagonal."""
     block = k_BKHS.shape[-1]
     visible = jnp.tile(jnp.tri(block, dtype=bool), (q.shape[2] // block, 1))
-    return jnp.where(visible | ~diagonal, product("bkqh,bkhs->bkqs", q, k_BKHS), _MASKED)
+    return jnp.where(visible | ~diagonal, einsum_f32("bkqh,bkhs->bkqs", q, k_BKHS), MASKED)
 
 
-def _places(starts: jax.Array, n: int, block: int) -> jax.Array:
-    """The places in the sequence of the n blocks of queries held here."""
-    return (starts[:, None] // block + jnp.arange(n // len(starts))).reshape(-1)
-
-
-def forward(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, starts: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """o_BTKGH and the log-sum-exp of the scores, lse_BTKG (see `attention._Kernels.forward`).
-
-    Online softmax over the tiles of each row (Dao et al. 2022, algorithm 1).
-    """
-    T, _, G, H = q_BTKGH.shape[1:]
+def forward(kind: HeadPattern, x: Operands) -> tuple[jax.Array, jax.Array]:
+    """See `shard`. Of each row of queries, softmax over one tile of keys after the other."""
+    T, _, G, H = x.q_BTKGH.shape[1:]
     block = _block(T)
-    q_rows = _rows(q_BTKGH * H**-0.5, block)
-    k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
+    (q_rows,) = _rows(block, x.q_BTKGH * H**-0.5)
+    k_tiles, v_tiles = _tiles(x.k_BSKH, block), _tiles(x.v_BSKH, block)
 
     def row(x: Any) -> tuple[jax.Array, jax.Array]:
         i, q = x
 
-        def tile(j: jax.Array, carry: Any) -> Any:
-            top, total, o = carry
-            s = _scores(q, k_tiles[j], i == j)
-            new_top = jnp.maximum(top, s.max(-1))
-            p, fade = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
-            o = o * fade[..., None] + product("bkqs,bkhs->bkqh", p.astype(q.dtype), v_tiles[j])
-            return new_top, total * fade + p.sum(-1), o
+        def tile(j: jax.Array, softmax: Softmax) -> Softmax:
+            def weigh(p: jax.Array) -> jax.Array:
+                return einsum_f32("bkqs,bkhs->bkqh", p.astype(q.dtype), v_tiles[j])
 
-        shape = q.shape[:-1]
-        empty = jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
-        top, total, o = lax.fori_loop(0, i + 1, tile, empty)
-        return (o / total[..., None]).astype(q.dtype), top + jnp.log(total)
+            return softmax.over(_scores(q, k_tiles[j], i == j), weigh)
 
-    o_rows, lse_rows = lax.map(row, (_places(starts, len(q_rows), block), q_rows))
-    return _positions(o_rows, T, G, block), _positions(lse_rows, T, G, block)
+        return lax.fori_loop(0, i + 1, tile, Softmax.empty(q.shape)).result(q.dtype)
+
+    places = positions(x.starts, len(q_rows), block) // block
+    o_rows, lse_rows = lax.map(row, (places, q_rows))
+    return natural(o_rows[:, :, :, None], T, G), natural(lse_rows[:, :, :, None], T, G)
 
 
-def backward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    o_BTKGH: jax.Array,
-    lse_BTKG: jax.Array,
-    do_BTKGH: jax.Array,
-    starts: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq_BTKGH, dk_BSKH and dv_BSKH, the latter in float32 (see `attention._Kernels.backward`).
-
-    Recomputes each tile's weights from the saved log-sum-exp (ibid., algorithm 4).
+def backward(kind: HeadPattern, x: Operands, y: Upstream) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `shard`. Recomputes each tile's weights from the log-sum-exp (ibid., algorithm 4).
 
     The operand with H comes first and positions last, so that no product transposes a tile.
     """
-    (_, T, K, G, H), dtype, S = q_BTKGH.shape, q_BTKGH.dtype, k_BSKH.shape[1]
+    (_, T, K, G, H), dtype, S = x.q_BTKGH.shape, x.q_BTKGH.dtype, x.k_BSKH.shape[1]
     block = _block(T)
-    delta_BTKG = product("BTKGH,BTKGH->BTKG", do_BTKGH, o_BTKGH)
-    rows = tuple(_rows(x, block) for x in (q_BTKGH * H**-0.5, do_BTKGH, delta_BTKG, lse_BTKG))
-    k_tiles, v_tiles = _tiles(k_BSKH, block), _tiles(v_BSKH, block)
+    delta_BTKG = einsum_f32("BTKGH,BTKGH->BTKG", y.do_BTKGH, y.o_BTKGH)
+    rows = _rows(block, x.q_BTKGH * H**-0.5, y.do_BTKGH, delta_BTKG, y.lse_BTKG)
+    k_tiles, v_tiles = _tiles(x.k_BSKH, block), _tiles(x.v_BSKH, block)
 
-    put = lax.dynamic_update_index_in_dim
+    def add(x: jax.Array, dx: jax.Array, j: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(x, x[j] + dx, j, axis=0)
 
     def row(carry: Any, x: Any) -> tuple[Any, jax.Array]:
         i, (q, do, delta, lse) = x
@@ -133,20 +99,21 @@ def backward(
             dq, dk, dv = carry
             k, v = k_tiles[j], v_tiles[j]
             p = jnp.exp(_scores(q, k, i == j) - lse[..., None])
-            ds = p * (product("bkqh,bkhs->bkqs", do, v) - delta[..., None])
+            ds = p * (einsum_f32("bkqh,bkhs->bkqs", do, v) - delta[..., None])
             ds, p = ds.astype(dtype), p.astype(dtype)
-            dk = put(dk, dk[j] + product("bkqh,bkqs->bkhs", q, ds), j, axis=0)
-            dv = put(dv, dv[j] + product("bkqh,bkqs->bkhs", do, p), j, axis=0)
-            return dq + product("bkqs,bkhs->bkqh", ds, k), dk, dv
+            dk = add(dk, einsum_f32("bkqh,bkqs->bkhs", q, ds), j)
+            dv = add(dv, einsum_f32("bkqh,bkqs->bkhs", do, p), j)
+            return dq + einsum_f32("bkqs,bkhs->bkqh", ds, k), dk, dv
 
         dq = jnp.zeros(q.shape, jnp.float32)
         dq, *carry = lax.fori_loop(0, i + 1, tile, (dq, *carry))
         return tuple(carry), dq.astype(dtype)
 
     zero = jnp.zeros(k_tiles.shape, jnp.float32)
-    (dk, dv), dq_rows = lax.scan(row, (zero, zero), (_places(starts, len(rows[0]), block), rows))
+    places = positions(x.starts, len(rows[0]), block) // block
+    (dk, dv), dq_rows = lax.scan(row, (zero, zero), (places, rows))
 
-    def natural(tiles: jax.Array) -> jax.Array:
+    def of_keys(tiles: jax.Array) -> jax.Array:
         return tiles.transpose(1, 0, 4, 2, 3).reshape(-1, len(tiles) * block, K, H)[:, :S]
 
-    return _positions(dq_rows, T, G, block) * H**-0.5, natural(dk), natural(dv)
+    return natural(dq_rows[:, :, :, None], T, G) * H**-0.5, of_keys(dk), of_keys(dv)

@@ -33,139 +33,122 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.devices import kernel_limits
 from gqa_scaling.devices.kernel_limits import DENSE, LANES, NEVER, Walk, position_bits
-from gqa_scaling.model.attention.operands import check_operands
+from gqa_scaling.model.attention.shard import (
+    Operands,
+    Upstream,
+    distant_of,
+    padded,
+    positions,
+    stripe_residue,
+)
 
 
 def forward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    kind: HeadPattern | None,
-    offset_K: jax.Array,
-    starts: jax.Array,
-    *,
-    interpret: bool = False,
+    kind: HeadPattern, x: Operands, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """On shards: causal attention of T queries to all S keys, in natural order.
+    """See `shard`; what the kernels cannot take, `kernel_limits.splash_limit` names."""
+    walk = _walk(x, kind)
+    block, G = walk.block, x.q_BTKGH.shape[3]
 
-    Returns o_BTKGH in q's dtype and lse_BTKG, the natural log of the sum of exponentials of scaled
-    scores, float32. All heads are of one `kind` (static; None: dense) but for their offsets, int32,
-    which are read where the kind has a stride. The queries are one or two equal runs of positions
-    that begin at `starts`, int32, ascending multiples of a run's length: one run of all S = T
-    positions, or the two parts that a device holds in zig-zag order (`layout.zigzag`).
-
-    Any T: what lacks to whole tiles is padded. Softmax in float32, scores scaled by 1/sqrt(H);
-    memory is O(S). `interpret` runs the kernels anywhere, slowly. Raises `ValueError` where the
-    shapes do not fit each other or the tables would not fit the chip's scalar memory.
-    """
-    walk = _checked(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
-    starts = jnp.asarray(starts, jnp.int32)
-    block, G = walk.block, q_BTKGH.shape[3]
-
-    def head(q: Any, k: Any, v: Any, residue: Any) -> tuple[jax.Array, jax.Array]:
-        o_NTH, (lse_NT,) = kernels._splash_attention_forward(
-            _rows(walk, starts, residue),
+    def head(queries: Any, k: Any, v: Any, residue: Any) -> tuple[jax.Array, jax.Array]:
+        (q,) = queries
+        found: Any = kernels._splash_attention_forward(
+            _rows(walk, x.starts, residue),
             q,
             _laid(k, walk, residue),
             _laid(v, walk, residue),
             segment_ids=None,
             sinks=None,
+            mask_value=kernels.DEFAULT_MASK_VALUE,
+            is_mqa=False,
             block_sizes=kernels.BlockSizes(block, block, _part(block)),
-            save_residuals=True,
             residual_checkpoint_name=None,
+            save_residuals=True,
             mask_function=_mask(walk),
+            attn_logits_soft_cap=None,
             interpret=interpret,
-            **_PLAIN,
         )
+        o_NTH, (lse_NT,) = found
         return o_NTH, lse_NT
 
-    q = _queries(q_BTKGH * q_BTKGH.shape[-1] ** -0.5, walk)
-    o, lse = _each_head(head, walk, offset_K, q, _heads(k_BSKH), _heads(v_BSKH))
+    o, lse = _each_head(head, walk, x, [x.q_BTKGH * x.q_BTKGH.shape[-1] ** -0.5])
     return _positions(o, G, walk), _positions(lse, G, walk)
 
 
 def backward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    o_BTKGH: jax.Array,
-    lse_BTKG: jax.Array,
-    do_BTKGH: jax.Array,
-    kind: HeadPattern | None,
-    offset_K: jax.Array,
-    starts: jax.Array,
-    *,
-    interpret: bool = False,
+    kind: HeadPattern, x: Operands, y: Upstream, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """On shards: dq_BTKGH in q's dtype, and dk_BSKH and dv_BSKH in float32 of all S keys, what
-    these queries contribute. o and lse are of `forward`, and so is the rest."""
-    walk = _checked(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
-    starts = jnp.asarray(starts, jnp.int32)
-    scale, G = q_BTKGH.shape[-1] ** -0.5, q_BTKGH.shape[3]
-    delta_BTKG = jnp.sum(do_BTKGH.astype(jnp.float32) * o_BTKGH.astype(jnp.float32), axis=-1)
-    layout = kernels.QKVLayout.HEAD_DIM_MINOR
-    common = {"q_layout": layout, "k_layout": layout, "v_layout": layout, "interpret": interpret}
+    """See `shard`."""
+    walk = _walk(x, kind)
+    scale, G = x.q_BTKGH.shape[-1] ** -0.5, x.q_BTKGH.shape[3]
 
-    def head(
-        q: Any, do: Any, delta: Any, lse: Any, k: Any, v: Any, residue: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def head(queries: Any, k: Any, v: Any, residue: Any) -> tuple[jax.Array, ...]:
+        q, do, lse, delta = queries
         k_laid, v_laid = _laid(k, walk, residue), _laid(v, walk, residue)
         dq = kernels._splash_attention_bwd_dq(
-            *(q, k_laid, v_laid, None, None, lse, do, delta),
+            q,
+            k_laid,
+            v_laid,
+            segment_ids=None,
+            sinks=None,
+            logsumexp=lse,
+            do=do,
+            di=delta,
             bq=walk.block,
             bkv=walk.block,
-            mask_info=_rows(walk, starts, residue),
+            is_mqa=False,
+            mask_info=_rows(walk, x.starts, residue),
+            mask_value=kernels.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=None,
+            q_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
+            k_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
+            v_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
             mask_function=_mask(walk),
-            **common,
-            **_PLAIN,
+            interpret=interpret,
         )
 
         def of_keys(start: int, end: int, table: MaskInfo) -> list[jax.Array]:
             _, *dkv = kernels._splash_attention_bwd_dkv(
-                *(q, k_laid[:, start:end], v_laid[:, start:end], None, None, lse, do, delta),
+                q,
+                k_laid[:, start:end],
+                v_laid[:, start:end],
+                segment_ids=None,
+                sinks=None,
+                logsumexp=lse,
+                do=do,
+                di=delta,
                 bq=walk.block,
                 bkv=walk.block,
                 bkv_compute=_part(walk.block),
+                is_mqa=False,
                 mask_info=table,
-                mask_function=_mask(walk, start),
+                mask_value=kernels.DEFAULT_MASK_VALUE,
+                attn_logits_soft_cap=None,
                 use_fused_bwd_kernel=False,
-                **common,
-                **_PLAIN,
+                q_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
+                k_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
+                v_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
+                mask_function=_mask(walk, start),
+                interpret=interpret,
             )
             return [x.astype(jnp.float32) for x in dkv]
 
         far, end = walk.far, walk.far + walk.near
-        parts = [of_keys(far, end, _columns_near(walk, starts, residue))]
+        parts = [of_keys(far, end, _columns_near(walk, x.starts, residue))]
         if far:
-            parts.insert(0, of_keys(0, far, _columns_far(walk, starts, residue)))
+            parts.insert(0, of_keys(0, far, _columns_far(walk, x.starts, residue)))
         key = jax.ShapeDtypeStruct(k.shape, jnp.float32)
-        home = jax.linear_transpose(lambda x: _laid(x, walk, residue), key)
+        home: Any = jax.linear_transpose(lambda x: _laid(x, walk, residue), key)
         dk, dv = (home(jnp.concatenate(x, axis=1))[0] for x in zip(*parts, strict=True))
         return dq, dk, dv
 
-    queries = (q_BTKGH * scale, do_BTKGH, delta_BTKG, lse_BTKG)
-    queries = [_queries(x, walk) for x in queries]
-    dq, dk, dv = _each_head(head, walk, offset_K, *queries, _heads(k_BSKH), _heads(v_BSKH))
+    of_queries = [x.q_BTKGH * scale, y.do_BTKGH, y.lse_BTKG, y.delta_BTKG()]
+    dq, dk, dv = _each_head(head, walk, x, of_queries)
     dk, dv = (x.transpose(1, 2, 0, 3) for x in (dk, dv))
     return _positions(dq, G, walk) * scale, dk, dv
 
 
 # --------------------------------------------------------------------------- what is visited
-
-
-def _keys_seen(tiles: Any, kind: HeadPattern, block: int, near: int) -> tuple[Any, Any]:
-    """For tiles of queries, told by where they begin, the first tile of natural keys that they see
-    and one past the last."""
-    first = (tiles // kind.block - kind.local + 1) * kind.block
-    return first.clip(0) // block, ((tiles + block - 1) // block + 1).clip(None, near // block)
-
-
-def _queries_seeing(tiles: Any, kind: HeadPattern, block: int, near: int) -> tuple[Any, Any]:
-    """For each tile of natural keys how many tiles of queries end before it, and how many begin
-    while it is in their window; `tiles` as in `_keys_seen`, ascending."""
-    start = np.arange(0, near, block)
-    until = ((start + block - 1) // kind.block + kind.local) * kind.block
-    return (tiles[:, None] + block <= start).sum(0), (tiles[:, None] < until).sum(0)
 
 
 def _since(n: Any, residue: Any, walk: Walk) -> jax.Array:
@@ -174,7 +157,7 @@ def _since(n: Any, residue: Any, walk: Walk) -> jax.Array:
     The stripe begins `residue` blocks after the sinks. Past the last block, after all queries.
     """
     b, w, sinks = walk.kind.block, walk.kind.local, walk.sinks
-    if not walk.stripe:
+    if walk.kind.stride is None or not walk.stripe:
         return jnp.where(n < sinks, (n + w) * b, NEVER)
     block = sinks + residue + (n - sinks) * walk.kind.stride
     return (jnp.where(n < sinks, n, block) + w) * b
@@ -182,16 +165,16 @@ def _since(n: Any, residue: Any, walk: Walk) -> jax.Array:
 
 def _tiles(walk: Walk, starts: jax.Array) -> jax.Array:
     """Where tiles of queries begin, ascending."""
-    return (starts[:, None] + jnp.arange(0, walk.run, walk.block)).reshape(-1)
+    return positions(starts, walk.rows, walk.block)
 
 
 def _rows(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
     """For each tile of queries the tiles of keys that it visits, distant ones first; the entries
     after them fetch what the next one needs first."""
     block, n = walk.block, walk.far // walk.block
-    tiles = _tiles(walk, starts)
-    far = (_far_since(walk, residue) < tiles[:, None] + block).sum(1, keepdims=True)
-    first, end = _keys_seen(tiles[:, None], walk.kind, block, walk.near)
+    tiles = _tiles(walk, starts)[:, None]
+    far = (_far_since(walk, residue) < tiles + block).sum(1, keepdims=True)
+    first, end = walk.keys_seen(tiles)
     step = jnp.arange(n + walk.near_rows)
     visits = jnp.where(step < far, step, n + first + step - far)
     busy = step < far + end - first
@@ -200,9 +183,11 @@ def _rows(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
 
 
 def _columns_near(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
-    """For each tile of natural keys the tiles of queries that visit it."""
-    seen = _queries_seeing(_tiles(walk, starts), walk.kind, walk.block, walk.near)
-    return _columns(*seen, walk.near_columns, walk, starts, residue)
+    """For each tile of natural keys the tiles of queries that visit it: from those that end after
+    it begins to those that begin while some query has it in its window."""
+    tiles, keys = _tiles(walk, starts)[:, None], np.arange(0, walk.near, walk.block)
+    first, end = (tiles + walk.block <= keys).sum(0), (tiles < walk.left_by(keys)).sum(0)
+    return _columns(first, end, walk.near_columns, walk, starts, residue)
 
 
 def _columns_far(walk: Walk, starts: jax.Array, residue: jax.Array) -> MaskInfo:
@@ -231,21 +216,16 @@ def _table(
     visits: jax.Array, most: int, busy: jax.Array, walk: Walk, starts: jax.Array, residue: Any
 ) -> MaskInfo:
     """Of numbers below `most`, with the positions of the queries."""
-    positions = starts[:, None] + jnp.arange(walk.rows * walk.block // walk.parts)
+    queries = positions(starts, walk.rows * walk.block)
     if walk.stripe:
-        positions += residue << position_bits(walk)
+        queries += residue << position_bits(walk)
     return MaskInfo(
-        visits.astype(_integer(most))[None],
-        None,
-        busy.astype(jnp.int8)[None],
-        None,
-        positions.reshape(-1).astype(jnp.int32),
+        data_next=visits.astype(f"int{8 * kernel_limits.entry_bytes(most)}")[None],
+        mask_next=None,
+        block_mask=busy.astype(jnp.int8)[None],
+        partial_mask_blocks=None,
+        q_sequence=queries.astype(jnp.int32),  # type: ignore[arg-type]  # kernels take any array
     )
-
-
-def _integer(most: int) -> np.dtype:
-    """The smallest type for numbers below `most`."""
-    return np.dtype(f"int{8 * kernel_limits.entry_bytes(most)}")
 
 
 def _mask(walk: Walk, start: int = 0) -> Callable:
@@ -280,45 +260,29 @@ def _over(x: jax.Array, n: int) -> jax.Array:
 
 # ------------------------------------------------------------------------ around the kernels
 
-_PLAIN = {
-    "is_mqa": False,
-    "mask_value": kernels.DEFAULT_MASK_VALUE,
-    "attn_logits_soft_cap": None,
-}
-
 
 def _part(block: int) -> int:
     """Keys of a tile that a kernel works on at once."""
     return block // 2 if block > 512 and block % (2 * LANES) == 0 else block
 
 
-def _checked(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    kind: HeadPattern | None,
-    offset_K: jax.Array,
-    starts: jax.Array,
-) -> Walk:
-    """The walk; what cannot be walked raises `ValueError`."""
-    check_operands(q_BTKGH, k_BSKH, v_BSKH, kind, offset_K, starts)
-    T, S, parts = q_BTKGH.shape[1], k_BSKH.shape[1], starts.size
-    reason = kernel_limits.splash_limit(T, S, parts, (kind,))
-    if reason:
-        raise ValueError(f"splash {reason}: take a shorter context or another implementation")
-    return kernel_limits.walk(T, parts, S, kind)
+def _walk(x: Operands, kind: HeadPattern) -> Walk:
+    return kernel_limits.walk(x.q_BTKGH.shape[1], len(x.starts), x.k_BSKH.shape[1], kind)
 
 
-def _each_head(head: Callable, walk: Walk, offset_K: jax.Array, *xs: jax.Array) -> Any:
-    """`head(*x, residue)` for each KV head x of xs, one after the other where their tables differ.
+def _each_head(head: Callable, walk: Walk, x: Operands, queries_BTKG: list[jax.Array]) -> Any:
+    """`head(queries, keys, values, residue)` for each KV head, one after the other where their
+    tables differ, otherwise at once, with all heads in the first axis.
 
-    xs begin with the KV heads, followed by batch, or batch and query heads; so do the results.
+    Queries are (B G, T, ...), keys and values (B, S, H); results begin with the KV heads.
     """
-    if not walk.stripe:
-        out = head(*(x.reshape(-1, *x.shape[2:]) for x in xs), jnp.int32(0))
-        return [x.reshape(len(xs[0]), -1, *x.shape[1:]) for x in out]
-    residue_K = -(offset_K + walk.sinks) % walk.kind.stride
-    return lax.map(lambda x: head(*x), (*xs, residue_K))
+    keys, values = (each.transpose(2, 0, 1, 3) for each in (x.k_BSKH, x.v_BSKH))
+    arrays = [_queries(each, walk) for each in queries_BTKG], keys, values
+    if walk.stripe:
+        residue_K = stripe_residue(walk.kind, x.offset_K)
+        return lax.map(lambda xs: head(*xs), (*arrays, residue_K))
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+    return [x.reshape(len(keys), -1, *x.shape[1:]) for x in head(*flat, jnp.int32(0))]
 
 
 def _queries(x_BTKG: jax.Array, walk: Walk) -> jax.Array:
@@ -326,8 +290,7 @@ def _queries(x_BTKG: jax.Array, walk: Walk) -> jax.Array:
     B, _, K, G, *rest = x_BTKG.shape
     padding = walk.rows * walk.block // walk.parts - walk.run
     x = x_BTKG.reshape(B, walk.parts, walk.run, K, G, *rest)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
-    x = x.transpose(3, 0, 4, 1, 2, *range(5, x.ndim))
+    x = padded(x, 2, after=padding).transpose(3, 0, 4, 1, 2, *range(5, x.ndim))
     return x.reshape(K, B * G, walk.rows * walk.block, *rest)
 
 
@@ -339,25 +302,10 @@ def _positions(x_KNT: jax.Array, G: int, walk: Walk) -> jax.Array:
     return x.reshape(N // G, walk.parts * walk.run, K, G, *rest)
 
 
-def _heads(x_BSKH: jax.Array) -> jax.Array:
-    return x_BSKH.transpose(2, 0, 1, 3)
-
-
 def _laid(x_NSH: jax.Array, walk: Walk, residue: jax.Array) -> jax.Array:
     """A head's distant keys, then all in natural order, each padded by 0."""
-    N, _, H = x_NSH.shape
-
-    def padded(x: jax.Array, length: int) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, max(0, length - x.shape[1])), (0, 0)])
-
-    parts = []
-    if walk.far:
-        b, stride, n = walk.kind.block, walk.kind.stride, walk.stripe
-        far = x_NSH[:, : walk.sinks * b]
-        if n:
-            first, end = walk.sinks * b, (walk.sinks + n * stride) * b
-            stripes = padded(x_NSH, end)[:, first:end].reshape(N, n, stride, b, H)
-            stripe = lax.dynamic_index_in_dim(stripes, residue, axis=2, keepdims=False)
-            far = jnp.concatenate([far, stripe.reshape(N, n * b, H)], axis=1)
-        parts.append(padded(far, walk.far))
-    return jnp.concatenate([*parts, padded(x_NSH, walk.near)], axis=1)
+    near = padded(x_NSH, 1, after=walk.near - x_NSH.shape[1])
+    if not walk.far:
+        return near
+    far = distant_of(x_NSH, walk.kind, residue)
+    return jnp.concatenate([padded(far, 1, after=walk.far - far.shape[1]), near], axis=1)

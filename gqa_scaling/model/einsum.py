@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum(subscripts, a, b)`, accumulated and returned in float32."""
 
     def accumulated(a: jax.Array, b: jax.Array) -> jax.Array:
