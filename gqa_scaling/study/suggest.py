@@ -18,9 +18,9 @@ from gqa_scaling.context_sharding import density
 from gqa_scaling.costs import n_formula, training_flops
 from gqa_scaling.experiment.ladder import REACH
 from gqa_scaling.study.fit import densities, plain
-from gqa_scaling.study.frontier import costs_at, scale_of
 from gqa_scaling.study.results import Heads, Results, heads_of, pattern_of
-from gqa_scaling.study.shapes import shapes
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of, shapes
 
 STRAY_U, STRAY_B = 0.02, 0.01  # of one configuration from what all share, prior deviations
 DRAWS = 1000
@@ -149,19 +149,17 @@ class Decider:
 
     def __init__(self, results: Results, heads: Sequence[Heads], question: Question) -> None:
         require(bool(question.losses), "suggest needs target losses: name them in the question")
-        self.question, scale = question, scale_of(results)
+        self.question, family = question, family_of(results)
         span = np.log(n_formula(results.n_layers, results.d_model, 0, 0))
         low, high = np.log(REACH)
         self.grid = np.linspace(span.min() + low, span.max() + high, 400)
-        layers, width = shapes(np.exp(self.grid), (0, 0), scale.head_dim, scale.ladder)
+        layers, width = shapes(np.exp(self.grid), (0, 0), family.head_dim, family.ladder)
+        sizes = [family.from_formula(family.formula(layers, width, h), h) for h in heads]
         self.log_z = {}
         for context in question.contexts:
-            rows = []
-            for pair in heads:
-                n = n_formula(layers, width, *pair[:2], scale.head_dim)
-                n = scale.from_formula(n, pair)
-                rows.append(np.log(costs_at(n, pair, context, question, scale)[0].z))
-            self.log_z[context] = np.array(rows)
+            place = Deployment(family, question, context)
+            z = [place.costs(n, h).z for n, h in zip(sizes, heads, strict=True)]
+            self.log_z[context] = np.log(z)
 
     def costs(self, belief: Belief, theta: np.ndarray) -> list[np.ndarray]:
         """ln Z (rows, configurations) for every answer: target losses, then contexts."""
@@ -250,7 +248,8 @@ def suggest(
         heads, done, results.loss, np.ones(len(results)), _density(heads, results, todo)
     )
     decider, rng = Decider(results, heads, question), np.random.default_rng(seed)
-    left, free, out = budget_flops, np.ones(len(todo), bool), []
+    left, free = budget_flops, np.ones(len(todo), bool)
+    out: list[Suggestion] = []
     while len(out) < most and (free & (flops <= left)).any():
         theta = belief.draw(rng)
         costs = decider.costs(belief, theta)

@@ -8,8 +8,9 @@ from scipy.optimize import approx_fprime
 
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
 from gqa_scaling.costs import n_formula, training_flops
-from gqa_scaling.study.frontier import costs_at, scale_of
-from gqa_scaling.study.results import published
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.sources import published
 from gqa_scaling.study.suggest import Belief, Decider, Runs, suggest
 
 QUESTION = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")
@@ -119,12 +120,13 @@ def test_contenders_are_looked_at_before_the_hopeless(some):
 def test_costs_are_those_of_the_frontier_however_n_is_counted(belief):
     exact = dataclasses.replace(R, n_params=1.04 * R.n_params, count="n_exact")
     for results in (R, exact):
-        decider, scale = Decider(results, HEADS, QUESTION), scale_of(results)
+        decider = Decider(results, HEADS, QUESTION)
+        deployment = Deployment(family_of(results), QUESTION, 131072)
         for i in (0, 9, 39):
             k = HEADS.index(R.heads[i])
             at = np.log(n_formula(R.n_layers[i], R.d_model[i], 0, 0))
             log_z = np.interp(at, decider.grid, decider.log_z[131072][k])
-            z = costs_at(results.n_params[i], R.heads[i], 131072, QUESTION, scale)[0].z
+            z = deployment.costs(results.n_params[i], R.heads[i]).z
             assert np.exp(log_z) == pytest.approx(float(z), rel=2e-3)
 
 
