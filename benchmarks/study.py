@@ -37,9 +37,9 @@ from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.context import context_law
 from gqa_scaling.study.fit import BOOTSTRAPS, Fit, fit, interval
-from gqa_scaling.study.frontier import frontier, tied
+from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.models import LAWS, Separate, solve_point
-from gqa_scaling.study.ranking import rank
+from gqa_scaling.study.ranking import rank, tied
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
@@ -419,11 +419,7 @@ def suggest(sets: int, seed: int) -> None:
         grid = _grid(seen)
         flops = np.array([float(training_flops(run)) for run in grid])
         index = {run.name: j for j, run in enumerate(grid)}
-        runs = Runs(
-            np.array([HEADS.index(h) for h in seen.heads]),
-            np.log(n_formula(seen.n_layers, seen.d_model, 0, 0).astype(float)),
-            flops,
-        )
+        runs = Runs.of(list(zip(seen.heads, seen.n_layers, seen.d_model, strict=True)), HEADS)
         decider = Decider(seen, HEADS, q)
         corner = [h in ((1, 1), (8, 2), (32, 32)) for h in seen.heads]
         start = np.flatnonzero(np.isin(seen.n_layers, (12, 20, 32)) & corner).tolist()
@@ -446,8 +442,8 @@ def suggest(sets: int, seed: int) -> None:
                         left, taken = left - flops[j], [*taken, j]
                 cuts[f"{share:.0%} of the FLOPs"] = taken
             for cut, taken in cuts.items():
-                at = Runs(runs.curve[taken], runs.log_backbone[taken], flops[taken])
-                belief = Belief(HEADS, at, seen.loss[taken], np.ones(len(taken)))
+                at = Runs(runs.curve[taken], runs.log_backbone[taken])
+                belief = Belief(HEADS, at, seen.loss[taken])
                 costs = decider.costs(belief, belief.mode)
                 regret = regret_of([HEADS[int(c[0].argmin())] for c in costs])
                 spent = len(taken), flops[taken].sum() / flops.sum()

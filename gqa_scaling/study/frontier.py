@@ -19,9 +19,9 @@ import numpy as np
 from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.study.build import Check, Model, build
 from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
-from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
+from gqa_scaling.study.fit import Fit, Interval, interval, plain
 from gqa_scaling.study.models import Curves
-from gqa_scaling.study.ranking import Ranked, rank
+from gqa_scaling.study.ranking import Ranked, rank, tied
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment, Objective, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
@@ -282,22 +282,6 @@ def _model(fit: Fit, deployment: Deployment, best: Choice) -> Model | None:
     return None
 
 
-def tied(choices: Sequence[Ranked], level: float = LEVEL) -> tuple[Heads, ...]:
-    """The fewest configurations that hold `level` of the probability, most probable first.
-
-    `choices[0]`, the cheapest by the curves, is always among them; none where it misses the loss.
-    """
-    if not choices[0].reached:
-        return ()
-    out, held = [], 0.0
-    for choice in sorted(choices, key=lambda c: -c.probability):
-        if held >= level - 1e-12 or not choice.probability:
-            break
-        out.append(choice.heads)
-        held += choice.probability
-    return tuple(out) if choices[0].heads in out else (*out, choices[0].heads)
-
-
 # --------------------------------------------------------------------------------------- in words
 
 
@@ -338,54 +322,59 @@ def _flags(answers: Sequence[Answer], reach: dict[Heads, Interval], baseline: He
         return "; ".join(f"{a.loss:g} nats at {a.context:,} tokens" for a in some)
 
     many, most = len(answers), quantity(max(high for _, high in reach.values()))
-    lost, reached = ([a for a in answers if a.best.reached == there] for there in (False, True))
+    reached = [a for a in answers if a.best.reached]
+    out: list[str] = []
+
+    def tell(some: Sequence[Any], words: str) -> None:
+        if some:
+            out.append(words)
+
     far = [f"{a.loss:g} at {a.context:,}" for a in reached if a.best.extrapolated]
+    tell(
+        far,
+        f"the best configuration's N* lies outside its fitted sizes for {len(far)} of {many} answers "
+        f"(marked ~): {'; '.join(far[:3])}{' ...' if len(far) > 3 else ''}",
+    )
+    lost = [a for a in answers if not a.best.reached]
+    tell(
+        lost,
+        f"no configuration reaches {goals(lost)} with what must hold, at any size that can be built, "
+        f"up to {most} parameters",
+    )
     easy = [a for a in reached if a.best.n <= reach[a.best.heads][0]]
+    tell(easy, f"the smallest size that can be built reaches {goals(easy)}: ask for less")
     missed = [
         f"{a.best.unreachable:.0%} of the refits never reach {goals([a])}"
         for a in reached
         if a.best.unreachable > MISSED
     ]
+    tell(
+        missed,
+        f"with the best configuration and what must hold, {'; '.join(missed)}, at any size that can "
+        f"be built, up to {most} parameters",
+    )
     capped = [a for a in answers if a.lowest and a.lowest.equal_cost.n >= reach[a.lowest.heads][1]]
+    tell(
+        capped,
+        f"what is gained at equal cost ends at the largest size that can be built, {most} parameters, "
+        f"for {goals(capped)}",
+    )
     unsaved = [
         f"{a.baseline_unreachable:.0%} of the refits for {goals([a])}"
         for a in reached
         if a.baseline_unreachable > MISSED
     ]
-    unbuilt = [a for a in reached if a.model is None]
-    open_ended = [a for a in answers if len(a.tied) > 1]
-    sentences = (
-        (
-            far,
-            f"the best configuration's N* lies outside its fitted sizes for {len(far)} of {many} "
-            f"answers (marked ~): {'; '.join(far[:3])}{' ...' if len(far) > 3 else ''}",
-        ),
-        (
-            lost,
-            f"no configuration reaches {goals(lost)} with what must hold, at any size that can be "
-            f"built, up to {most} parameters",
-        ),
-        (easy, f"the smallest size that can be built reaches {goals(easy)}: ask for less"),
-        (
-            missed,
-            f"with the best configuration and what must hold, {'; '.join(missed)}, at any size that "
-            f"can be built, up to {most} parameters",
-        ),
-        (
-            capped,
-            f"what is gained at equal cost ends at the largest size that can be built, {most} "
-            f"parameters, for {goals(capped)}",
-        ),
-        (
-            unsaved,
-            f"the baseline {pair(baseline)} never reaches the loss, so that savings leave them out, "
-            f"in {'; '.join(unsaved)}",
-        ),
-        (unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}"),
-        (
-            open_ended,
-            f"the noise cannot separate the best configuration in {len(open_ended)} of {many} "
-            "answers: they are printed as tied",
-        ),
+    tell(
+        unsaved,
+        f"the baseline {pair(baseline)} never reaches the loss, so that savings leave them out, in "
+        f"{'; '.join(unsaved)}",
     )
-    return [words for found, words in sentences if found]
+    unbuilt = [a for a in reached if a.model is None]
+    tell(unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}")
+    ties = sum(len(a.tied) > 1 for a in answers)
+    tell(
+        range(ties),
+        f"the noise cannot separate the best configuration in {ties} of {many} answers: they are "
+        "printed as tied",
+    )
+    return out

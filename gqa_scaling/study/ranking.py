@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.study.fit import Interval, interval
+from gqa_scaling.study.fit import LEVEL, Interval, interval
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.serving import Costs, Deployment
 
@@ -125,6 +125,22 @@ def decide(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     draws, least = draws[kept], least[kept]
     probability = np.bincount(draws.argmin(1), minlength=draws.shape[1]) / len(draws)
     return probability, (draws / least[:, None] - 1).mean(0)
+
+
+def tied(choices: Sequence[Ranked]) -> tuple[Heads, ...]:
+    """The fewest configurations that hold 90% of the probability, most probable first.
+
+    `choices[0]`, the cheapest by the curves, is always among them; none where it misses the loss.
+    """
+    if not choices[0].reached:
+        return ()
+    out, held = [], 0.0
+    for choice in sorted(choices, key=lambda c: -c.probability):
+        if held >= LEVEL - 1e-12 or not choice.probability:
+            break
+        out.append(choice.heads)
+        held += choice.probability
+    return tuple(out) if choices[0].heads in out else (*out, choices[0].heads)
 
 
 def saved(cost: Any, reference: Any) -> Any:

@@ -139,15 +139,6 @@ class Results:
             for i in range(len(self))
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "count": self.count,
-            "missing": list(self.missing),
-            "provenance": self.provenance,
-            "runs": self.rows(),
-        }
-
 
 KINDS = {Integers: int, Floats: float, Objects: object}
 COLUMNS = {f.name: KINDS[f.type] for f in dataclasses.fields(Results) if f.type in KINDS}

@@ -25,20 +25,11 @@ from gqa_scaling.config import (
     require,
 )
 from gqa_scaling.context_sharding import ContextSharding
-from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.files.storage import as_path, is_remote
-from gqa_scaling.study.results import (
-    COUNTS,
-    PATTERN_COLUMNS,
-    Count,
-    Results,
-    check,
-    listed,
-    pair,
-    table,
-)
+from gqa_scaling.study.counting import count_of, formula, require_counts
+from gqa_scaling.study.results import COUNTS, PATTERN_COLUMNS, Results, check, listed, table
 
 
 class Column(NamedTuple):
@@ -55,12 +46,11 @@ class Column(NamedTuple):
     zero: bool = False
 
 
-_REQUIRED = {
+REQUIRED = ("n_heads", "n_kv_heads", "loss")
+_COLUMNS = {
     "n_heads": Column(int, None, 1, MOST_HEADS, "heads"),
     "n_kv_heads": Column(int, None, 1, MOST_HEADS, "heads"),
     "loss": Column(float, None, *LOSSES, "nats per token"),
-}
-_OPTIONAL = {
     "name": Column(str, ""),
     "head_dim": Column(int, 64, 1, 2**20),
     "n_layers": Column(int, 0, 1, MOST_LAYERS, "layers"),
@@ -83,7 +73,6 @@ _PATTERN = dict.fromkeys(PATTERN_COLUMNS, Column(int)) | {
     "pattern_sinks": Column(int, zero=True),
     "pattern_dense_kv_heads": Column(int, zero=True),
 }
-_COLUMNS = _REQUIRED | _OPTIONAL | _PATTERN
 
 
 # ------------------------------------------------------------------------------- our own runs
@@ -96,111 +85,97 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     Raises UserError for a damaged file, a loss that is not a number, or runs that cannot be
     compared.
     """
-    rows, missing, finished = [], [], []
-    models: dict[str, ModelConfig] = {}
-    positions: dict[str, tuple[float, ...]] = {}
+    finished, rows, missing = [], [], []
     for run in runs:
         directory = run_directory(root, experiment, run)
         where, whole = f"{directory.result_file}: run {run.name}", directory.result()
-        evaluations = {}
-        if whole is not None:
-            evaluations = _value(_value(whole, "result", where), "evaluations", where)
-        judged = evaluations.get(run.evaluation_digest)
-        if whole is None or not judged:
+        judged = whole and _evaluations(whole, where).get(run.evaluation_digest)
+        if not whole or not judged:
             missing.append(run.name)
             continue
+        finished.append((run, whole))
         rows.append(_finished(run, whole["result"], judged, where))
-        finished.append(whole)
-        models[run.name] = run.model
-        if judged.get("loss_by_position"):
-            by_position = judged["loss_by_position"]
-            positions[run.name] = tuple(_bounded("loss", x, "loss", where) for x in by_position)
     require(
         bool(rows),
         f"no finished runs under {as_path(root) / experiment}"
         + (f"; missing: {listed(missing)}" if missing else "; the experiment declares none"),
     )
-    skipped = {
-        row["name"]: steps
-        for row, whole in zip(rows, finished, strict=True)
-        if (steps := whole["result"].get("skipped_steps"))
-    }
-    return check(
-        table(
-            rows,
-            source=f"{experiment} ({len(rows)} runs)",
-            count="n_exact",
-            missing=tuple(missing),
-            provenance=_provenance(experiment, finished) | {"skipped_steps": skipped},
-            template=_template(models, experiment),
-            positions=positions,
-        )
+    found = table(
+        rows,
+        source=f"{experiment} ({len(rows)} runs)",
+        count="n_exact",
+        missing=tuple(missing),
+        provenance=_provenance(experiment, finished),
+        template=_template([run for run, _ in finished], experiment),
+        positions={row["name"]: row["positions"] for row in rows if row["positions"]},
     )
+    return check(found)
+
+
+def _evaluations(whole: dict[str, Any], where: str) -> dict[str, Any]:
+    return _value(_value(whole, "result", where), "evaluations", where)
 
 
 def _finished(
     run: RunConfig, result: dict[str, Any], judged: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """A finished run as a row; `judged` is its evaluation."""
+    """A finished run as a row; `judged` is its evaluation, from which come `positions` too."""
     model, data = run.model, result.get("data", {})
-
-    def number(values: dict[str, Any], key: str, column: str) -> float:
-        return _bounded(key, _value(values, key, where), column, where)
-
-    return {
+    shape = ("n_heads", "n_kv_heads", "head_dim", "n_layers", "d_model", "vocab_size", "pattern")
+    positions = [_bounded("loss", x, "loss", where) for x in judged.get("loss_by_position") or ()]
+    return {name: getattr(model, name) for name in shape} | {
         "name": run.name,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.n_kv_heads,
-        "head_dim": model.head_dim,
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "n_params": number(result, "n_exact", "n_params"),
+        "n_params": _bounded("n_exact", _value(result, "n_exact", where), "n_params", where),
         "context_length": run.context_length,
-        "tokens": number(result, "tokens", "tokens"),
-        "loss": number(judged, "loss", "loss"),
+        "tokens": _bounded("tokens", _value(result, "tokens", where), "tokens", where),
+        "loss": _bounded("loss", _value(judged, "loss", where), "loss", where),
         "seed": run.seed,
         "learning_rate": run.optimizer.learning_rate,
         "epochs": result.get("epochs") or math.nan,
         "evaluation": judged.get("hash", ""),
-        "vocab_size": model.vocab_size,
         "tokenizer": data.get("tokenizer_hash", ""),
         "corpus": data.get("corpus_hash") or data.get("store_hash", ""),
-        "pattern": model.pattern,
+        "positions": tuple(positions),
     }
 
 
-def _provenance(experiment: str, finished: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The versions, devices and seconds behind these result files."""
+def _provenance(
+    experiment: str, finished: Sequence[tuple[RunConfig, dict[str, Any]]]
+) -> dict[str, Any]:
+    """The versions, devices, seconds and skipped steps behind these result files."""
     versions: dict[str, dict[str, None]] = {}
-    devices: dict[str, None] = {}
-    for whole in finished:
+    devices: dict[str | None, None] = {}
+    seconds, skipped = 0.0, {}
+    for run, whole in finished:
         for package, version in (whole["result"].get("versions") or {}).items():
             versions.setdefault(package, {})[str(version)] = None
         for attempt in whole.get("attempts") or []:
-            if device := attempt.get("layout", {}).get("device"):
-                devices[device] = None
-    seconds = [(whole.get("timing") or {}).get("training_seconds") or 0.0 for whole in finished]
+            devices[attempt.get("layout", {}).get("device")] = None
+        seconds += (whole.get("timing") or {}).get("training_seconds") or 0.0
+        if steps := whole["result"].get("skipped_steps"):
+            skipped[run.name] = steps
     return {
         "experiment": experiment,
-        "versions": {package: " and ".join(found) for package, found in versions.items()},
-        "devices": list(devices),
-        "training_seconds": sum(seconds),
+        "versions": {package: " and ".join(each) for package, each in versions.items()},
+        "devices": [device for device in devices if device],
+        "training_seconds": seconds,
+        "skipped_steps": skipped,
     }
 
 
-def _template(models: dict[str, ModelConfig], experiment: str) -> ModelConfig:
+def _template(runs: Sequence[RunConfig], experiment: str) -> ModelConfig:
     """The first model; UserError when others differ in what a built model's size follows from."""
-    first, *rest = models
-    for name in rest:
+    first, *rest = runs
+    for run in rest:
         for field in ("tie_embeddings", "qk_norm", "d_ff"):
-            one, other = (getattr(models[n], field) for n in (first, name))
+            one, other = (getattr(r.model, field) for r in (first, run))
             same = (one is None) == (other is None) if field == "d_ff" else one == other
             require(
                 same,
-                f"{experiment}: the runs mix architectures ({first}: {field}={one}, {name}: "
+                f"{experiment}: the runs mix architectures ({first.name}: {field}={one}, {run.name}: "
                 f"{field}={other}); fit one architecture at a time",
             )
-    return models[first]
+    return first.model
 
 
 def _value(values: Any, key: str, where: str) -> Any:
@@ -214,9 +189,9 @@ def _value(values: Any, key: str, where: str) -> Any:
 
 def _bounded(name: str, value: Any, column: str, where: str) -> float:
     """The value of a run; UserError where it is none that the column may hold."""
-    _, _, low, high, unit, _ = _COLUMNS[column]
+    c, remedy = _COLUMNS[column], "train that run again, or leave it out"
     try:
-        between(name, value, low, high, f"{unit}; train that run again, or leave it out")
+        between(name, value, c.low, c.high, f"{c.unit}; {remedy}")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return float(value)
@@ -263,7 +238,7 @@ def from_text(text: str, source: str) -> Results:
     )
     (first, names), *cells = [(where, _cells(line, where)) for where, line in lines]
     header = [name.strip() for name in names]
-    absent = [name for name in _REQUIRED if name not in header]
+    absent = [name for name in REQUIRED if name not in header]
     values = [name for name in header if _is_number(name)]
     require(
         not (absent and values),
@@ -279,10 +254,10 @@ def from_text(text: str, source: str) -> Results:
         shaped or "n_params" in header,
         f"{source}: give column n_params, or n_layers and d_model; found {found}",
     )
-    needed = {*_REQUIRED, *(("n_layers", "d_model") if shaped else ("n_params",))}
+    needed = {*REQUIRED, *(("n_layers", "d_model") if shaped else ("n_params",))}
     rows = [_row(header, values, needed, where) for where, values in cells]
-    _require_counts(rows, [where for where, _ in cells])
-    return check(table(rows, source=source, count=_count(rows, source)))
+    require_counts(rows, [where for where, _ in cells])
+    return check(table(rows, source=source, count=count_of(rows, source)))
 
 
 def _cells(line: str, where: str) -> list[str]:
@@ -307,9 +282,9 @@ def _row(header: list[str], values: list[str], needed: set[str], where: str) -> 
     )
     given = {k: v.strip() for k, v in zip(header, values, strict=True) if v.strip()}
     row = {}
-    for name, column in (_REQUIRED | _OPTIONAL).items():
+    for name, column in _COLUMNS.items():
         require(name in given or name not in needed, f"{where}: column {name} is empty")
-        row[name] = _read(name, given[name], where) if name in given else column.default
+        row[name] = _read(name, given[name], column, where) if name in given else column.default
     require(
         row["n_heads"] % row["n_kv_heads"] == 0,
         f"{where}: column n_kv_heads={row['n_kv_heads']} must divide n_heads={row['n_heads']}",
@@ -322,7 +297,7 @@ def _row(header: list[str], values: list[str], needed: set[str], where: str) -> 
     if not (row["n_layers"] and row["d_model"]):  # half a shape is none
         row["n_layers"] = row["d_model"] = 0
     if math.isnan(row["n_params"]):
-        row["n_params"] = float(_formula(row))
+        row["n_params"] = float(formula(row))
         require(
             row["n_params"] <= MOST_PARAMETERS,
             f"{where}: its shape has {row['n_params']:.3g} parameters and may have at most "
@@ -339,9 +314,8 @@ def _row(header: list[str], values: list[str], needed: set[str], where: str) -> 
     return row
 
 
-def _read(name: str, text: str, where: str) -> Any:
+def _read(name: str, text: str, column: Column, where: str) -> Any:
     """The value of a cell that is not empty."""
-    column = _COLUMNS[name]
     if column.kind is str:
         return text
     value, integer = float(text) if _is_number(text) else math.nan, column.kind is int
@@ -360,8 +334,8 @@ def _read(name: str, text: str, where: str) -> Any:
 def _pattern(given: dict[str, str], row: dict[str, Any], where: str) -> ContextSharding | None:
     """The pattern that a line of the file names, None where its columns are empty or absent."""
     fields = {
-        field: _read(name, given[name], where)
-        for name, field in PATTERN_COLUMNS.items()
+        PATTERN_COLUMNS[name]: _read(name, given[name], column, where)
+        for name, column in _PATTERN.items()
         if name in given
     }
     if not fields:
@@ -374,76 +348,3 @@ def _pattern(given: dict[str, str], row: dict[str, Any], where: str) -> ContextS
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return pattern
-
-
-# ---------------------------------------------------------------------- how a file counts N
-
-
-def _formula(row: dict[str, Any]) -> float:
-    return n_formula(
-        row["n_layers"], row["d_model"], row["n_heads"], row["n_kv_heads"], row["head_dim"]
-    )
-
-
-def _follows_formula(row: dict[str, Any]) -> bool:
-    return abs(row["n_params"] / _formula(row) - 1) < 1e-3
-
-
-def _count(rows: Sequence[dict[str, Any]], source: str) -> Count:
-    """How the file counts N: as its n_count column says, else told from the shapes."""
-    said = sorted({row["n_count"] for row in rows})
-    require(len(said) == 1, f"{source}: the runs mix counts of N ({', '.join(said)}); use one")
-    if said[0]:
-        return said[0]
-    formula = all(row["n_layers"] and _follows_formula(row) for row in rows)
-    return "n_formula" if formula else "n_given"
-
-
-def _require_counts(rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
-    """Raise UserError where n_params contradicts the shape in the same line.
-
-    N = 8 L d^2 + 2 L d d_h (n_h + n_kv) holds for an FFN of 8d/3; other sizes, norms and rounding are
-    as good. So a count is believed where it is that formula's, within a quarter, or exactly that of
-    a model built here with any d_ff, or where another model of the file is as far from the formula.
-    Always N is more than the attention's own parameters, and at most what an FFN of 16 d makes. Where
-    column n_count says how N is counted, that alone is checked: n_given may be any count above the
-    attention's.
-    """
-    shaped = [(row, where) for row, where in zip(rows, places, strict=True) if row["n_layers"]]
-    ratios: dict[tuple, float] = {}
-    for row, _ in shaped:
-        ratios.setdefault(_shape(row), row["n_params"] / _formula(row))
-    for row, where in shaped:
-        n, formula, cubic = row["n_params"], _formula(row), row["n_layers"] * row["d_model"] ** 2
-        attention = formula - 8 * cubic
-        if row["n_count"] == "n_formula":
-            good = _follows_formula(row)
-        elif row["n_count"] == "n_exact":
-            good = _can_be_built(row)
-        else:
-            others = [ratio for shape, ratio in ratios.items() if shape != _shape(row)]
-            alike = any(max(n / formula / r, r * formula / n) < 1.25 for r in (1.0, *others))
-            plain = n <= attention + 3 * 16 * cubic and (alike or _can_be_built(row))
-            good = n > attention and (plain or row["n_count"] == "n_given")
-        require(
-            good,
-            f"{where}: n_params={n:,.0f} contradicts n_layers={row['n_layers']}, "
-            f"d_model={row['d_model']} and {pair((row['n_heads'], row['n_kv_heads']))} heads of size "
-            f"{row['head_dim']}, which make {formula:,.0f} parameters without embeddings: correct one "
-            "of them, leave n_params out, or give column n_count=n_given where N is counted otherwise",
-        )
-
-
-def _shape(row: dict[str, Any]) -> tuple[int, ...]:
-    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim")
-    return tuple(row[name] for name in names)
-
-
-def _can_be_built(row: dict[str, Any]) -> bool:
-    """Whether a model of this shape, with some d_ff, with or without QK norms, has exactly N."""
-    layers, d = row["n_layers"], row["d_model"]
-    rest = row["n_params"] - (_formula(row) - 8 * layers * d**2) - (2 * layers + 1) * d
-    return any(
-        left > 0 and left % (3 * layers * d) == 0
-        for left in (rest, rest - 2 * layers * row["head_dim"])
-    )

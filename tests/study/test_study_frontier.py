@@ -21,8 +21,8 @@ from gqa_scaling.study import tables
 from gqa_scaling.study.build import check_runs, run_interval
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import Fit, fit, interval
-from gqa_scaling.study.frontier import default_baseline, frontier, target_losses, tied
-from gqa_scaling.study.ranking import decide, saved
+from gqa_scaling.study.frontier import default_baseline, frontier, target_losses
+from gqa_scaling.study.ranking import decide, saved, tied
 from gqa_scaling.study.report import frontier_csv
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import OBJECTIVES, Deployment, Serving

@@ -145,12 +145,8 @@ def test_a_joint_law_reaches_as_far_as_separate_curves():
 def test_suggestions_cost_finite_whatever_the_target():
     r = published()
     heads = sorted(set(r.heads))
-    done = Runs(
-        np.array([heads.index(h) for h in r.heads]),
-        np.log(n_formula(r.n_layers, r.d_model, 0, 0).astype(float)),
-        np.zeros(len(r)),
-    )
-    belief = Belief(heads, done, r.loss, np.ones(len(r)))
+    done = Runs.of(list(zip(r.heads, r.n_layers, r.d_model, strict=True)), heads)
+    belief = Belief(heads, done, r.loss)
     decider = Decider(r, heads, Question(losses=(0.01, 2.0, 100.0)))
     least, none, most = decider.costs(belief, belief.mode)[::3]
     assert np.isfinite([least, none, most]).all()

@@ -22,7 +22,6 @@ from gqa_scaling.experiment.grid import run_of
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import tables
 from gqa_scaling.study.compare import compare
-from gqa_scaling.study.equal_training import Trainer
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import default_baseline, frontier
@@ -37,6 +36,7 @@ from gqa_scaling.study.sources import from_csv, published
 from gqa_scaling.study.sparsity import sparsity
 from gqa_scaling.study.suggest import Belief, Runs, suggest
 from gqa_scaling.study.tokens import token_law
+from gqa_scaling.study.trainer import Trainer
 
 T = 4096
 STRIDED = ContextSharding(64, 4, 8)
@@ -113,7 +113,7 @@ def test_the_written_csv_reads_back_with_its_patterns(tmp_path):
         a, b = getattr(again, column), getattr(r, column)
         assert (a == b).all() or np.allclose(a.astype(float), b.astype(float), rtol=0)
     assert again.rows() == r.rows()
-    assert json.loads(json.dumps(r.to_dict()))["runs"][5]["pattern_dense_layers"]
+    assert json.loads(json.dumps(r.rows()))[5]["pattern_dense_layers"]
 
 
 def test_a_dense_csv_says_nothing_of_patterns():
@@ -543,11 +543,11 @@ def test_suggest_believes_in_density():
     heads = sorted(set(r.heads))
     curve = np.array([heads.index(h) for h in r.heads])
     share = np.array([r.density[curve == k].mean() for k in range(len(heads))])
-    runs = Runs(curve, np.log(n_formula(r.n_layers, r.d_model, 0, 0).astype(float)), r.loss)
-    belief = Belief(heads, runs, r.loss, np.ones(len(r)), share)
+    runs = Runs.of(list(zip(r.heads, r.n_layers, r.d_model, strict=True)), heads)
+    belief = Belief(heads, runs, r.loss, share)
     assert belief.mode[5] == pytest.approx(R, abs=0.01)
-    numeric = approx_fprime(belief.mode, lambda t: belief._loss(t, runs)[0])
-    assert np.allclose(belief._gradient(belief.mode, runs), numeric, atol=1e-6)
+    numeric = approx_fprime(belief.mode, lambda t: belief.loss(t, runs)[0])
+    assert np.allclose(belief.gradient(belief.mode, runs), numeric, atol=1e-6)
     grid = [
         RunConfig(
             name=f"L{L}-{i}",
