@@ -15,6 +15,8 @@ from gqa_scaling.study.fit import Fit, Interval, interval
 from gqa_scaling.study.results import Heads, Results, heads_of
 from gqa_scaling.study.serving import Deployment
 
+_ARCHITECTURE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -74,12 +76,7 @@ def build(fit: Fit, deployment: Deployment, heads: Heads, n: float) -> Model:
     costs = deployment.costs_of_shape(counted, heads, layers, width, keys)
     cache = context_sharding.kv_cache_values(patterns, context, family.head_dim)
     return Model(
-        n_layers=layers,
-        d_model=width,
-        n_heads=heads[0],
-        n_kv_heads=heads[1],
-        head_dim=family.head_dim,
-        vocab_size=config.vocab_size,
+        **{name: getattr(config, name) for name in _ARCHITECTURE},
         n=counted,
         n_exact=exact,
         parameters=total,

@@ -5,17 +5,16 @@ widths, and may even fall with N where the ladder turns wider at once.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import elementwise
 
 from gqa_scaling.study import laws
-from gqa_scaling.study.fit import Interval
+from gqa_scaling.study.fit import Fit, Interval
 from gqa_scaling.study.models import Curves
 from gqa_scaling.study.ranking import known_interval
-from gqa_scaling.study.results import Heads
 from gqa_scaling.study.serving import Deployment
 
 Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
@@ -47,18 +46,14 @@ NOT_SOUGHT = EqualCost(
 
 
 def equal_costs(
-    deployment: Deployment,
-    heads: Sequence[Heads],
-    curves: Curves,
-    trained: Sequence[Interval],
-    base: int,
-    n: np.ndarray,
+    fit: Fit, curves: Curves, deployment: Deployment, base: int, n: np.ndarray
 ) -> list[EqualCost]:
     """`EqualCost` of every configuration for what the baseline, of index `base`, costs at sizes n.
 
-    `n` are (rows,), as the curves: the point estimate, then every refit. `trained` holds the least and
-    the largest N of each configuration's runs. The baseline's own loss is free of what must hold.
+    `n` is (rows,), as are the curves: the point estimate, then every refit. The baseline's own loss is
+    free of what must hold.
     """
+    heads = fit.heads
     budgets = deployment.objective_of(deployment.costs(n, heads[base]))
     limit, family = deployment.serving.limit_bytes, deployment.family
 
@@ -75,8 +70,8 @@ def equal_costs(
     _, baseline = reached(base, math.inf, n)
     nowhere = np.full_like(budgets, math.nan)
     out = []
-    for k, (low, high) in enumerate(trained):
-        sizes, losses = nowhere, nowhere
+    for k in range(len(heads)):
+        sizes, losses, (low, high) = nowhere, nowhere, fit.points.range_n(k)
         if deployment.serving.allows(heads[k]):
             sizes, losses = reached(k, limit, n if k == base else None)
         gains = baseline - losses

@@ -226,14 +226,13 @@ def _answer(fit: Fit, deployment: Deployment, loss: float, baseline: Heads, gain
     n_star = curves.n_star(loss)
     n = np.stack([family.within(n_star[:, k], h) for k, h in enumerate(fit.heads)], 1)
     ranking = rank(deployment, fit.heads, n)
-    trained = [fit.points.range_n(k) for k in range(len(fit.heads))]
-    gained = [NOT_SOUGHT] * len(trained)
+    gained = [NOT_SOUGHT] * len(fit.heads)
     if gains:
-        gained = equal_costs(deployment, fit.heads, curves, trained, base, n[:, base])
+        gained = equal_costs(fit, curves, deployment, base, n[:, base])
     least = ranking.cost[0].min()
     choices = []
-    for k, (low, high) in enumerate(trained):
-        costs, cost = ranking.costs[k], float(ranking.cost[0, k])
+    for k, costs in enumerate(ranking.costs):
+        cost, (low, high) = float(ranking.cost[0, k]), fit.points.range_n(k)
         choices.append(
             Choice(
                 **vars(ranking.of(k, ranking.costs[base])),

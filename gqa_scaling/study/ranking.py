@@ -97,18 +97,8 @@ class Ranking:
 
 def rank(deployment: Deployment, heads: Sequence[Heads], n: np.ndarray) -> Ranking:
     """Compare configurations whose sizes are n (rows, configurations), infinite where there is none."""
-    costs, serving = [deployment.costs(n[:, k], h) for k, h in enumerate(heads)], deployment.serving
-    cost = np.stack(
-        [
-            np.where(
-                (c.bytes <= serving.limit_bytes) & serving.allows(h),
-                deployment.objective_of(c),
-                math.inf,
-            )
-            for c, h in zip(costs, heads, strict=True)
-        ],
-        axis=1,
-    )
+    costs = [deployment.costs(n[:, k], h) for k, h in enumerate(heads)]
+    cost = np.stack([deployment.cost(c, h) for c, h in zip(costs, heads, strict=True)], axis=1)
     return Ranking(deployment, heads, n, costs, cost, *decide(cost[1:]))
 
 

@@ -175,6 +175,11 @@ class Deployment:
         """The cost that is to be least."""
         return getattr(costs, self.objective)
 
+    def cost(self, costs: Costs, heads: Heads) -> np.ndarray:
+        """The cost that is to be least, infinite where what must hold does not."""
+        holds = (costs.bytes <= self.serving.limit_bytes) & self.serving.allows(heads)
+        return np.where(holds, self.objective_of(costs), math.inf)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The costs that savings are stated of: always Z, memory and FLOPs, and the objective."""

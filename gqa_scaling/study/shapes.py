@@ -158,21 +158,19 @@ def effective_context(heads: Heads, layers: np.ndarray, context: int) -> Any:
     Keys over all layers, L T_eff, are those of `context_sharding.effective_context` at whole L and
     straight between them, so that costs rise with L as they do for dense models.
     """
-    pattern = pattern_of(heads)
-    return context if pattern is None else _per_layer(pattern, heads, layers, context, False)
+    return _per_layer(heads, layers, context, training=False)
 
 
 def training_keys(heads: Heads, layers: np.ndarray, context: int) -> Any:
     """Tbar (`costs.training_keys`) in models of real-valued L, between whole L as above."""
+    return _per_layer(heads, layers, context, training=True) - 1 / 2
+
+
+def _per_layer(heads: Heads, layers: np.ndarray, context: int, *, training: bool) -> Any:
+    """Keys read, a mean over layers and KV heads, for the last token or one of a training run."""
     pattern = pattern_of(heads)
     if pattern is None:
-        return context / 2
-    return _per_layer(pattern, heads, layers, context, True) - 1 / 2
-
-
-def _per_layer(
-    pattern: ContextSharding, heads: Heads, layers: np.ndarray, context: int, training: bool
-) -> np.ndarray:
+        return (context + 1) / 2 if training else context
     finite = np.where(np.isfinite(layers), layers, 1.0)
     most = 2 ** int(np.ceil(np.log2(finite.max() + 1)))  # few tables serve all calls
     table = _keys(pattern, heads[1], context, most, training)

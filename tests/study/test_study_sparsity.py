@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.optimize import approx_fprime
 
@@ -471,7 +472,8 @@ def test_a_pattern_without_a_dense_twin_has_no_cost_and_no_saving():
     assert "No rate of loss by density" in console.file.getvalue()
 
 
-def test_the_page_of_a_sharded_study(tmp_path):
+def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, out, **_: out.write(bytes(24)))  # seconds
     r = study((None, HYBRID, WINDOW), heads=((8, 2),), noise=0.001)
     found = fit(r, refits=100)
     answers = frontier(found, r, Question(contexts=(T, 65536), losses=(2.8,)))

@@ -330,6 +330,7 @@ def test_uncertainty_goes_through_to_the_answers(noisy):
     assert goal.trained[0].beyond == "larger"  # best for so many FLOPs, than any that was trained
     assert goal.trained[0].n <= 1.001 * goal.n
     told = " ".join(found.flags)
+    assert "every run brought there" not in told  # that is said of curves at one budget
     assert "~ marks N more than 10% outside" in told
     assert "training FLOPs are those at T = 65,536 tokens, losses were measured at 8,192" in told
     assert "beyond it the answer assumes" in told
