@@ -22,7 +22,7 @@ from gqa_scaling.study.build import check_runs, run_interval
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import Fit, fit, interval
 from gqa_scaling.study.frontier import default_baseline, frontier, target_losses
-from gqa_scaling.study.ranking import decide, saved, tied
+from gqa_scaling.study.ranking import decide, rank, saved, tied
 from gqa_scaling.study.report import frontier_csv
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import OBJECTIVES, Deployment, Serving
@@ -246,6 +246,7 @@ def test_loss_at_equal_cost_by_brute_force(chen, objective):
             assert e.extrapolated == (not low <= n <= high)
         own = answer.choice((8, 8)).equal_cost
         assert own.gain == pytest.approx(0, abs=1e-9)
+        assert own.n >= answer.choice((8, 8)).n
         assert own.n == pytest.approx(answer.choice((8, 8)).n, rel=1e-8)
         assert answer.lowest.equal_cost.gain == max(c.equal_cost.gain for c in answer.choices)
 
@@ -326,7 +327,9 @@ def test_what_must_hold_holds_at_equal_cost_too(chen):
         base = free.choice((8, 8))
         both = max(float(held.bytes) / limit, float(held.z) / base.z)
         assert both == pytest.approx(1, abs=1e-9)
+        assert e.gain == pytest.approx(2.8 - e.loss, abs=1e-9)  # the baseline itself is free of it
         assert e.n <= free.choice(heads).equal_cost.n * (1 + 1e-9)
+    assert not tight.choice((8, 8)).reached
 
 
 def test_a_loss_the_baseline_never_reaches_gives_no_gain(chen):
@@ -486,6 +489,25 @@ def test_a_baseline_that_never_reaches_the_loss_saves_nothing():
     share = saved(np.array([1.0, 1.0, math.inf]), np.array([math.inf, 2.0, math.inf]))
     assert np.isnan(share).tolist() == [True, False, True]
     assert share[1] == 0.5
+    rounded = saved(np.array([1 + 1e-15]), np.array(1.0))
+    assert np.copysign(1, rounded) == 1  # printed as 0.0%, not as -0.0%
+
+
+def test_refits_that_miss_the_loss_cost_endlessly_or_are_left_out():
+    n = np.full((11, 2), 1e9)
+    n[1:6, 1] = np.inf
+    deployment = Deployment(family_of(published()), Question(), 8192)
+    ranking = rank(deployment, [(8, 8), (8, 1)], n)
+    reference = deployment.costs(1e9, (8, 8))
+    endless, left_out = (ranking.of(1, reference, finite=f) for f in (False, True))
+    assert endless.saving_interval["z"] == (-math.inf, pytest.approx(endless.saving["z"]))
+    assert left_out.saving_interval["z"] == pytest.approx((left_out.saving["z"],) * 2)
+    for found in (endless, left_out):
+        assert found.saving["memory"] > 0.1
+        assert found.unreachable == 0.5
+        assert found.probability == 0.5
+    assert ranking.of(0, reference).saving["z"] == 0
+    assert np.isinf(ranking.regret[1])
 
 
 def test_the_cheapest_is_always_among_the_tied(table_4):

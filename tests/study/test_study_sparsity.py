@@ -540,7 +540,7 @@ def test_equal_training_flops_count_the_keys_that_are_read():
             assert float(trainer.flops_per_token(n)) == pytest.approx(6 * n + 12 * L * tbar * 512)
 
 
-def test_suggest_believes_in_density():
+def test_suggest_believes_in_density(monkeypatch):
     r = study((None, STRIDED, WINDOW), noise=0.001)
     heads = sorted(set(r.heads))
     curve = np.array([heads.index(h) for h in r.heads])
@@ -561,7 +561,18 @@ def test_suggest_believes_in_density():
         for L in (4, 8, 16)
         for i, p in enumerate(PATTERNS)
     ]
+    told = []
+
+    class Spied(Belief):
+        def __init__(self, heads, done, loss, density=None):
+            told.append(dict(zip(heads, density, strict=True)))
+            super().__init__(heads, done, loss, density)
+
+    monkeypatch.setattr("gqa_scaling.study.suggest.Belief", Spied)
     found = suggest(r, grid, Question(losses=(2.8,), contexts=(65536,)), most=3)
+    assert told[0][(8, 8)] == 1
+    for pattern in (WINDOW, SPARSER):  # run already, and to do; nearly alike at every depth
+        assert told[0][(8, 2, pattern)] == pytest.approx(density(pattern.layers(4, 2), T), rel=0.05)
     assert {s.heads for s in found} <= {(8, 2, HYBRID), (8, 2, SPARSER)}  # the rest are done
 
 
