@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -38,9 +37,13 @@ from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.context import context_law
 from gqa_scaling.study.fit import BOOTSTRAPS, Fit, fit, interval
-from gqa_scaling.study.frontier import costs_at, decide, frontier, scale_of, tied
+from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.models import LAWS, Separate, solve_point
-from gqa_scaling.study.results import Heads, Results, published
+from gqa_scaling.study.ranking import rank, tied
+from gqa_scaling.study.results import Heads, Results
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.sources import published
 from gqa_scaling.study.suggest import Belief, Decider, Runs
 from gqa_scaling.study.suggest import suggest as suggested
 
@@ -160,19 +163,13 @@ def bound(sets: int, seed: int) -> None:
 
 def _decisions(f: Fit, r: Results, q: Question) -> list[tuple[Heads, tuple[Heads, ...]]]:
     """The best configuration and the tied ones of every answer, as `frontier` finds them."""
-    scale, out = scale_of(r), []
+    family, out = family_of(r), []
     for loss in q.losses:
-        n, draws = f.curves.n_star(loss), f.draws.n_star(loss)
+        n = np.vstack([f.curves.n_star(loss), f.draws.n_star(loss)])
         for context in q.contexts:
-            every = enumerate(f.heads)
-            z = [costs_at(np.r_[n[k], draws[:, k]], h, context, q, scale)[0].z for k, h in every]
-            z = np.stack(z, 1)
-            probability, _ = decide(z[1:])
-            columns = zip(z[0], -probability, f.heads, strict=True)
-            rows = [
-                SimpleNamespace(heads=h, probability=-p, reached=np.isfinite(cost))
-                for cost, p, h in sorted(columns)
-            ]
+            ranking = rank(Deployment(family, q, context), f.heads, n)
+            rows = [ranking.of(k, ranking.costs[0]) for k in range(len(f.heads))]
+            rows.sort(key=lambda row: row.order)
             out.append((rows[0].heads, tied(rows)))
     return out
 
@@ -422,11 +419,7 @@ def suggest(sets: int, seed: int) -> None:
         grid = _grid(seen)
         flops = np.array([float(training_flops(run)) for run in grid])
         index = {run.name: j for j, run in enumerate(grid)}
-        runs = Runs(
-            np.array([HEADS.index(h) for h in seen.heads]),
-            np.log(n_formula(seen.n_layers, seen.d_model, 0, 0).astype(float)),
-            flops,
-        )
+        runs = Runs.of(list(zip(seen.heads, seen.n_layers, seen.d_model, strict=True)), HEADS)
         decider = Decider(seen, HEADS, q)
         corner = [h in ((1, 1), (8, 2), (32, 32)) for h in seen.heads]
         start = np.flatnonzero(np.isin(seen.n_layers, (12, 20, 32)) & corner).tolist()
@@ -449,8 +442,8 @@ def suggest(sets: int, seed: int) -> None:
                         left, taken = left - flops[j], [*taken, j]
                 cuts[f"{share:.0%} of the FLOPs"] = taken
             for cut, taken in cuts.items():
-                at = Runs(runs.curve[taken], runs.log_backbone[taken], flops[taken])
-                belief = Belief(HEADS, at, seen.loss[taken], np.ones(len(taken)))
+                at = Runs(runs.curve[taken], runs.log_backbone[taken])
+                belief = Belief(HEADS, at, seen.loss[taken])
                 costs = decider.costs(belief, belief.mode)
                 regret = regret_of([HEADS[int(c[0].argmin())] for c in costs])
                 spent = len(taken), flops[taken].sum() / flops.sum()

@@ -11,10 +11,11 @@ from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.files.storage import as_path
 
 if TYPE_CHECKING:
-    from gqa_scaling.study.aligned import Aligned
+    from gqa_scaling.study.equal_training import EqualTraining
     from gqa_scaling.study.estimates import Estimates
-    from gqa_scaling.study.frontier import Frontier, Serving
+    from gqa_scaling.study.frontier import Frontier
     from gqa_scaling.study.results import Results
+    from gqa_scaling.study.serving import Serving
 
 PUBLISHED = "chen2025"
 
@@ -137,7 +138,7 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> tuple["Results", Q
     """The source's finished runs and the question it comes with."""
     from gqa_scaling.experiment.load import load_experiment
     from gqa_scaling.files.runs import runs_root
-    from gqa_scaling.study.results import from_csv, from_runs, published
+    from gqa_scaling.study.sources import from_csv, from_runs, published
 
     if args.source == PUBLISHED or args.source.endswith(".csv"):
         require(
@@ -204,7 +205,7 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
 def _serving(args: argparse.Namespace) -> "Serving":
     """How the models are to be served; UserError where that or the objective cannot be."""
     from gqa_scaling.hardware import GIB, changed, hardware
-    from gqa_scaling.study.frontier import Serving, require_costs
+    from gqa_scaling.study.serving import Serving, require_costs
 
     if args.fit_gib is not None:
         between("--fit-gib", args.fit_gib, 1e-6, 1e12, "GiB")
@@ -237,9 +238,9 @@ def _answer(
 
 def _aligned(
     args: argparse.Namespace, results: "Results", question: Question, found: "Estimates"
-) -> "Aligned":
+) -> "EqualTraining":
     """The answers at equal training FLOPs; UserError where the runs have no token law."""
-    from gqa_scaling.study.aligned import aligned
+    from gqa_scaling.study.equal_training import equal_training
 
     require(
         found.tokens is not None,
@@ -257,7 +258,7 @@ def _aligned(
                 f"--baseline-run {args.baseline_run!r} must be N,D such as 1.2e9,24e9"
             ) from None
         run = n, tokens
-    return aligned(
+    return equal_training(
         found.tokens,
         results,
         question,
@@ -280,8 +281,8 @@ def _with_training(
     from gqa_scaling.experiment.load import load_experiment
     from gqa_scaling.experiment.overrides import overrides_to
     from gqa_scaling.files.runs import run_directory, runs_root
-    from gqa_scaling.study.frontier import check_runs
-    from gqa_scaling.study.results import from_runs
+    from gqa_scaling.study.build import check_runs
+    from gqa_scaling.study.sources import from_runs
 
     root = runs_root(args.root)
     experiment = load_experiment(args.source, rest, root)

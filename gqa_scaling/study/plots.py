@@ -17,11 +17,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from gqa_scaling.config import LOSSES
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import OBJECTIVES, Frontier, costs_at, frontier, scale_of
+from gqa_scaling.study.frontier import Frontier, frontier, headline
 from gqa_scaling.study.heads import common_n, head_laws
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.serving import OBJECTIVES, Deployment
+from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sparsity import Sparsity
-from gqa_scaling.study.tables import headline, percent, quantity
+from gqa_scaling.study.tables import percent, quantity
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -188,13 +190,14 @@ def loss_curves(fit: Fit) -> Figure:
 def loss_against_costs(fit: Fit, results: Results, answers: Frontier) -> Figure:
     """Loss against memory, FLOPs and Z at the longest context of the question."""
     q = answers.question
-    context, scale = max(q.contexts), scale_of(results)
+    context = max(q.contexts)
+    deployment = Deployment(family_of(results), q, context)
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(10.4, 3.7, 3, sharey=True)
         for axis, kind in zip(axes, ("memory", "flops", "z"), strict=True):
 
             def to_cost(n: np.ndarray, heads: Heads, kind: str = kind) -> np.ndarray:
-                return getattr(costs_at(n, heads, context, q, scale)[0], kind)
+                return getattr(deployment.costs(n, heads), kind)
 
             _curves(axis, fit, to_cost)
             axis.set_xlabel(COST_LABELS[kind].format(convention=q.convention))

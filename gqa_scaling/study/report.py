@@ -21,10 +21,11 @@ from gqa_scaling.study import tables
 from gqa_scaling.study.board import events_file
 from gqa_scaling.study.compare import Score, compare
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import OBJECTIVES, Answer, Frontier
+from gqa_scaling.study.frontier import Answer, Frontier
 from gqa_scaling.study.outputs import PICTURES, settled, write_files
 from gqa_scaling.study.plots import FIGURES, STYLE, all_figures
 from gqa_scaling.study.results import Heads, Results, pattern_of
+from gqa_scaling.study.serving import OBJECTIVES
 from gqa_scaling.study.sheets import Sheet, html_sheet, sparsity_sheet
 from gqa_scaling.study.sparsity import Sparsity, sparsity
 from gqa_scaling.study.tokens import spans_budgets

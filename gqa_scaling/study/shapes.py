@@ -1,25 +1,36 @@
-"""Real-valued shapes for arrays, which bootstrap draws need by thousands, and what is read there."""
+"""What a number of parameters N means in models: layers, width, and the keys that heads read.
 
+All functions take arrays, for the draws of a bootstrap need shapes by the thousands.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gqa_scaling.config import MOST_LAYERS, ModelConfig, require, round_up
 from gqa_scaling.context_sharding import ContextSharding, keys_by_depth
-from gqa_scaling.costs import n_formula
-from gqa_scaling.study.results import Heads, pattern_of
+from gqa_scaling.costs import Number, n_formula
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
+from gqa_scaling.study.results import Count, Heads, Results, pattern_of
+
+DEFAULT_VOCABULARY = 50304  # tokens, where the data does not say: that of the published runs
 
 
 def shapes(
     n: np.ndarray, heads: Heads, head_dim: int, ladder: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """`ladder.interpolate` for an array of N at once: real-valued (L, d), inf where N is."""
-    sizes = np.array(sorted((n_formula(L, d, *heads[:2], head_dim), d / L) for L, d in ladder))
+    sizes = np.array(
+        sorted((n_formula(L, d, heads[0], heads[1], head_dim), d / L) for L, d in ladder)
+    )
     n = np.asarray(n, float)
     finite = np.where(np.isfinite(n), n, 1.0)
     ratio = np.interp(finite, sizes[:, 0], sizes[:, 1])
-    cubic, square = 8 * ratio**2, 2 * ratio * head_dim * sum(heads[:2])
+    cubic, square = 8 * ratio**2, 2 * ratio * head_dim * (heads[0] + heads[1])
     layers = (finite / cubic) ** (1 / 3)  # above the root: Newton falls onto it monotonically
     for _ in range(60):
         value = cubic * layers**3 + square * layers**2 - finite
@@ -31,26 +42,138 @@ def shapes(
     return layers, ratio * layers
 
 
+# ------------------------------------------------------------------------ the models of a study
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of a study: how it counts N, and which model has how many parameters.
+
+    `ladder` are the study's own sizes (L, d), `template` is the architecture that new models are
+    given, `trained` the least and the largest N of all runs. `ratios` holds, for each head
+    configuration, ln N of its runs and the ratio of `n_formula` to the fit's own count there: 1 for
+    published points, a little less for built models, whose FFN is rounded up. Under None are all
+    runs together, for configurations without runs.
+    """
+
+    ladder: tuple[tuple[int, int], ...]
+    head_dim: int
+    template: ModelConfig
+    ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]]
+    count: Count
+    trained: tuple[float, float]
+
+    def formula(self, n_layers: Number, d_model: Number, heads: Heads) -> Number:
+        """`n_formula` of a model of this shape."""
+        return n_formula(n_layers, d_model, heads[0], heads[1], self.head_dim)
+
+    def to_formula(self, n: np.ndarray | float, heads: Heads | None = None) -> np.ndarray:
+        """`n_formula` of a model that the fit counts as n."""
+        log_n, formula = self.ratios.get(heads, self.ratios[None])
+        return n * np.interp(np.log(np.where(np.isfinite(n), n, 1.0)), log_n, formula)
+
+    def from_formula(self, n: np.ndarray | float, heads: Heads | None = None) -> np.ndarray:
+        """The fit's own count of a model whose `n_formula` is n."""
+        log_n, formula = self.ratios.get(heads, self.ratios[None])
+        return n / np.interp(np.log(n), log_n + np.log(formula), formula)
+
+    def shape(self, n: np.ndarray | float, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
+        """The real-valued (L, d) of models that the fit counts as n, inf where n is."""
+        return shapes(self.to_formula(n, heads), heads, self.head_dim, self.ladder)
+
+    def reach(self, heads: Heads) -> tuple[float, float]:
+        """The least and the largest N of a configuration that this study takes for one to build.
+
+        They are `ladder.REACH` times the least and the largest N trained. The largest has at most
+        MOST_PARAMETERS, and at most MOST_LAYERS layers at the aspect ratio of the largest size.
+        """
+        layers, width = max(self.ladder, key=lambda s: self.formula(s[0], s[1], heads))
+        deepest = self.formula(float(MOST_LAYERS), MOST_LAYERS * width / layers, heads)
+        high = min(REACH[1] * self.trained[1], MOST_PARAMETERS)
+        high = min(high, float(self.from_formula(deepest, heads)))
+        return REACH[0] * self.trained[0], max(high, self.trained[1])
+
+    def within(self, n: np.ndarray, heads: Heads) -> np.ndarray:
+        """N*, infinite where it lies beyond reach; below reach the least size, which does as well."""
+        low, high = self.reach(heads)
+        return np.where(n > high, np.inf, np.maximum(n, low))
+
+    def sizes(self, heads: Heads) -> np.ndarray:
+        """A grid of N over all sizes within reach, the ladder's own among them, ascending.
+
+        Between two of the ladder's sizes costs may fall with N, where models turn wider at once:
+        their least values lie at those sizes.
+        """
+        nodes = np.array([self.formula(L, d, heads) for L, d in self.ladder], float)
+        return np.union1d(np.geomspace(*self.reach(heads), 2000), self.from_formula(nodes, heads))
+
+    def model(self, n_layers: int, d_model: int, heads: Heads) -> ModelConfig:
+        """The model of this shape, built as the runs were; an FFN of their own keeps its ratio."""
+        t = self.template
+        return dataclasses.replace(
+            t,
+            n_layers=n_layers,
+            d_model=d_model,
+            d_ff=t.d_ff and round_up(t.d_ff * d_model / t.d_model, 32),
+            n_heads=heads[0],
+            n_kv_heads=heads[1],
+            pattern=pattern_of(heads),
+        )
+
+    def embeddings(self, d_model: Number) -> Number:
+        """Parameters of the embedding and, where it is not tied, the output matrix."""
+        return (1 if self.template.tie_embeddings else 2) * self.template.vocab_size * d_model
+
+
+def family_of(results: Results) -> Family:
+    """The models that these runs belong to; UserError when they mix head sizes."""
+    r = results
+    head_dims = sorted(set(r.head_dim.tolist()))
+    require(
+        len(head_dims) == 1,
+        f"{r.source}: the runs mix head sizes {', '.join(map(str, head_dims))}; a configuration "
+        "would not say what it costs: fit one head size at a time",
+    )
+    ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]] = {None: (np.zeros(1), np.ones(1))}
+    if (r.n_layers > 0).all():
+        order = np.argsort(r.n_params)
+        n = r.n_params[order]
+        formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order] / n
+        ratios[None] = np.log(n), formula
+        for heads in set(r.heads):
+            own = np.array([h == heads for h in r.heads])[order]
+            ratios[heads] = np.log(n[own]), formula[own]
+    vocabulary = int(r.vocab_size[0]) or DEFAULT_VOCABULARY
+    template = ModelConfig(1, 64, 1, 1, head_dim=head_dims[0], vocab_size=vocabulary)
+    trained = float(r.n_params.min()), float(r.n_params.max())
+    return Family(r.ladder, head_dims[0], r.template or template, ratios, r.count, trained)
+
+
+# ------------------------------------------------------------------------- what their heads read
+
+
 def effective_context(heads: Heads, layers: np.ndarray, context: int) -> Any:
     """T_eff of a configuration in models of real-valued L: the context itself where it is dense.
 
     Keys over all layers, L T_eff, are those of `context_sharding.effective_context` at whole L and
     straight between them, so that costs rise with L as they do for dense models.
     """
-    return context if pattern_of(heads) is None else _per_layer(heads, layers, context, False)
+    return _per_layer(heads, layers, context, training=False)
 
 
 def training_keys(heads: Heads, layers: np.ndarray, context: int) -> Any:
     """Tbar (`costs.training_keys`) in models of real-valued L, between whole L as above."""
-    if pattern_of(heads) is None:
-        return context / 2
-    return _per_layer(heads, layers, context, True) - 1 / 2
+    return _per_layer(heads, layers, context, training=True) - 1 / 2
 
 
-def _per_layer(heads: Heads, layers: np.ndarray, context: int, training: bool) -> np.ndarray:
+def _per_layer(heads: Heads, layers: np.ndarray, context: int, *, training: bool) -> Any:
+    """Keys read, a mean over layers and KV heads, for the last token or one of a training run."""
+    pattern = pattern_of(heads)
+    if pattern is None:
+        return (context + 1) / 2 if training else context
     finite = np.where(np.isfinite(layers), layers, 1.0)
     most = 2 ** int(np.ceil(np.log2(finite.max() + 1)))  # few tables serve all calls
-    table = _keys(pattern_of(heads), heads[1], context, most, training)
+    table = _keys(pattern, heads[1], context, most, training)
     return np.interp(finite, np.arange(most + 1), table) / finite
 
 
@@ -60,7 +183,7 @@ def _keys(
 ) -> np.ndarray:
     """`keys_by_depth` as an array.
 
-    It is as long as the deepest model asked for. Callers bound that by `Scale.reach`, whose models
+    It is as long as the deepest model asked for. Callers bound that by `Family.reach`, whose models
     have at most `config.MOST_LAYERS` layers, so that all tables kept here take at most 32 MiB.
     """
     return np.array(keys_by_depth(pattern, n_kv_heads, context, most, training))

@@ -13,11 +13,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from gqa_scaling.study import context, laws, tokens
-from gqa_scaling.study.aligned import Aligned, Goal, Served, Trained
 from gqa_scaling.study.context import ContextLaw, Flatness
+from gqa_scaling.study.equal_training import EqualTraining, Goal, Served, Trained
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import LEVEL, interval
-from gqa_scaling.study.frontier import OBJECTIVES, Serving
+from gqa_scaling.study.serving import OBJECTIVES, Serving
 from gqa_scaling.study.sparsity import Sparsity
 from gqa_scaling.study.tables import _table, millinats, pair, percent, span
 from gqa_scaling.study.tokens import TokenLaw
@@ -230,7 +230,7 @@ def _mark(value: float, outside: bool) -> str:
     return quantity(value) + ("~" if outside else "")
 
 
-def goal_title(answer: Aligned, goal: Goal) -> str:
+def goal_title(answer: EqualTraining, goal: Goal) -> str:
     """The baseline run that sets the training FLOPs, in words."""
     return (
         f"{goal.flops:.3g} training FLOPs: {pair(answer.baseline)} at N = {quantity(goal.n)} on D = "
@@ -239,7 +239,7 @@ def goal_title(answer: Aligned, goal: Goal) -> str:
     )
 
 
-def trained_sheet(answer: Aligned, goal: Goal) -> Sheet:
+def trained_sheet(answer: EqualTraining, goal: Goal) -> Sheet:
     """The lowest loss of every configuration for the baseline's training FLOPs."""
     header = ("heads, KV", "D at\nthat N", "loss there\n(nats)", "best N", "its D")
     header += ("its loss\n(nats)", f"below the baseline\n(nats, {LEVEL:.0%} interval)", "P(best)")
@@ -264,7 +264,7 @@ def trained_sheet(answer: Aligned, goal: Goal) -> Sheet:
     )
 
 
-def served_sheet(answer: Aligned, goal: Goal, at: int) -> Sheet:
+def served_sheet(answer: EqualTraining, goal: Goal, at: int) -> Sheet:
     """Every configuration at equal training FLOPs and loss, cheapest to serve first."""
     q, objective = answer.question, answer.objective
     third = objective if objective not in ("memory", "flops") else "z"
@@ -297,7 +297,7 @@ def served_sheet(answer: Aligned, goal: Goal, at: int) -> Sheet:
     )
 
 
-def aligned_sentence(answer: Aligned) -> str:
+def aligned_sentence(answer: EqualTraining) -> str:
     """The answer in a few sentences, with its intervals and whatever weakens it."""
     start = "Demonstration, too small to decide by. " if answer.question.demonstration else ""
     goal = answer.goals[len(answer.goals) // 2]
@@ -333,7 +333,7 @@ def aligned_sentence(answer: Aligned) -> str:
     )
 
 
-def aligned_sheets(answer: Aligned) -> list[Sheet]:
+def aligned_sheets(answer: EqualTraining) -> list[Sheet]:
     """Every table at equal training FLOPs, with the conventions below the last."""
     out = []
     for goal in answer.goals:
@@ -352,7 +352,7 @@ def aligned_sheets(answer: Aligned) -> list[Sheet]:
     return [*out, Sheet("Conventions", (), (), notes)]
 
 
-def aligned_tables(answer: Aligned) -> RenderableType:
+def aligned_tables(answer: EqualTraining) -> RenderableType:
     """Everything that is printed at equal training FLOPs."""
     parts: list[RenderableType] = [Text(aligned_sentence(answer), style="bold")]
     for sheet in aligned_sheets(answer):

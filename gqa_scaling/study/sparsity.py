@@ -4,6 +4,7 @@ Losses are compared at one N, costs at one loss: the curves of a fit answer both
 density is told by a joint law, in which each halving of it multiplies the excess over E by exp(r).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from gqa_scaling.config import UserError
 from gqa_scaling.study.fit import Fit, Interval, fit, interval, plain
-from gqa_scaling.study.frontier import Answer, Frontier, costs_at, scale_of
+from gqa_scaling.study.frontier import Answer, Frontier, headline, with_draws
 from gqa_scaling.study.heads import common_n
+from gqa_scaling.study.ranking import known_interval, saved
 from gqa_scaling.study.results import Heads, Results, pattern_of
-from gqa_scaling.study.tables import headline
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class Sparsity:
     rows: tuple[Sparse, ...]
     cheapest: tuple[Cheapest, ...]
     law: str
-    rate: float | None
-    rate_interval: Interval | None
-    excess: float | None
+    rate: float | None = None
+    rate_interval: Interval | None = None
+    excess: float | None = None
     no_rate: str = ""
     left_out: str = ""
 
@@ -85,86 +88,84 @@ class Sparsity:
 
 
 def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None:
-    """The trade-off at the answer that is told in a sentence; None where all runs are dense.
+    """The trade-off at the answer that stands for all; None where all runs are dense.
 
     The rate is that of the fit's own law where it is a joint one, else of the product law fitted
     to the same runs.
     """
     if not answers.sharded:
         return None
-    answer, n, scale = headline(answers), common_n(found), scale_of(results)
+    answer, n = headline(answers), common_n(found)
+    where = (answer.context, answers.objective, answers.serving)
+    deployment = Deployment(family_of(results), answers.question, *where)
+    curves = with_draws(found)
+    n_star, family = curves.n_star(answer.loss), deployment.family
 
-    def costs(k: int) -> np.ndarray:
-        """Of the point estimate, then of every draw."""
-        sizes = np.r_[found.curves.n_star(answer.loss)[k], found.draws.n_star(answer.loss)[:, k]]
-        sizes = scale.within(sizes, found.heads[k])
-        where = (answer.context, answers.question, scale, answers.serving)
-        cost = costs_at(sizes, found.heads[k], *where)[0]
-        return getattr(cost, answers.objective)
-
-    def losses(k: int) -> np.ndarray:
-        return np.r_[found.curves.loss(k, n), found.draws.loss(k, n)]
+    def cost(k: int) -> np.ndarray:
+        """Of configuration k at the answer's loss: of the point estimate, then of every draw."""
+        sizes = family.within(n_star[:, k], found.heads[k])
+        return deployment.objective_of(deployment.costs(sizes, found.heads[k]))
 
     rows = []
     for k, heads in enumerate(found.heads):
         if pattern_of(heads) is None:
             continue
-        higher = saved = np.full(2, np.nan)
+        higher = saving = np.full(2, math.nan)
         if heads[:2] in found.heads:
             dense = found.index(heads[:2])
-            higher = losses(k) - losses(dense)
-            with np.errstate(invalid="ignore"):
-                saved = 1 - costs(k) / costs(dense)
-            saved = np.where(np.isfinite(saved), saved, np.nan)
+            higher = curves.loss(k, n) - curves.loss(dense, n)
+            saving = saved(cost(k), cost(dense))
+            saving = np.where(np.isfinite(saving), saving, math.nan)
         rows.append(
             Sparse(
                 heads=heads,
                 density=float(found.points.density[k]),
                 effective=answer.choice(heads).effective,
                 loss=float(higher[0]),
-                loss_interval=_interval(higher[1:]),
-                saving=float(saved[0]),
-                saving_interval=_interval(saved[1:]),
+                loss_interval=known_interval(higher[1:]),
+                saving=float(saving[0]),
+                saving_interval=known_interval(saving[1:]),
             )
         )
-    law, why = found, ""
-    try:
-        if "r" not in found.names:
-            r = results
-            law = fit(r, context_length=found.context_length, law="product", refits=found.refits)
-    except UserError as error:
-        why = str(error)
-    known = not why and "r" in law.names and law.converged and law.rank == law.n_parameters
-    i = law.names.index("r") if known else 0
+    cheapest = [
+        _cheapest(a, found)
+        for a in sorted(answers.answers, key=lambda a: a.context)
+        if a.loss == answer.loss and a.best.reached
+    ]
     return Sparsity(
         n=n,
         loss=answer.loss,
         context=answer.context,
         train_context=answers.train_context,
         rows=tuple(sorted(rows, key=lambda row: (-row.density, row.heads))),
-        cheapest=tuple(
-            _cheapest(a, found)
-            for a in sorted(answers.answers, key=lambda a: a.context)
-            if a.loss == answer.loss and a.best.reached
-        ),
-        law=law.law,
-        rate=float(law.parameters[i]) if known else None,
-        rate_interval=interval(law.parameter_draws[:, i]) if known else None,
-        excess=_dense_excess(law, n) if known else None,
-        no_rate="" if known else why or "the runs do not tell what density does from what heads do",
-        left_out=law.left_out if known else "",
+        cheapest=tuple(cheapest),
+        **_rate(found, results, n),
     )
 
 
-def _interval(draws: np.ndarray) -> Interval:
-    kept = draws[~np.isnan(draws)]
-    return interval(kept) if len(kept) else (float("nan"), float("nan"))
-
-
-def _dense_excess(law: Fit, n: float) -> float | None:
-    """Loss minus E at N, in nats, a mean over the dense configurations; None without one."""
-    dense = [k for k, heads in enumerate(law.heads) if pattern_of(heads) is None]
-    return float(np.mean([law.curves.loss(k, n) for k in dense])) - law.floor if dense else None
+def _rate(found: Fit, results: Results, n: float) -> dict[str, Any]:
+    """What a joint law says of density, as fields of `Sparsity`."""
+    law = found
+    if "r" not in found.names:
+        context, refits = found.context_length, found.refits
+        try:
+            law = fit(results, context_length=context, law="product", refits=refits)
+        except UserError as error:
+            return {"law": found.law, "no_rate": str(error)}
+    if "r" not in law.names or not law.converged or law.rank < law.n_parameters:
+        return {
+            "law": law.law,
+            "no_rate": "the runs do not tell what density does from what heads do",
+        }
+    i = law.names.index("r")
+    dense = [law.curves.loss(k, n) for k, h in enumerate(law.heads) if pattern_of(h) is None]
+    return {
+        "law": law.law,
+        "rate": float(law.parameters[i]),
+        "rate_interval": interval(law.parameter_draws[:, i]),
+        "excess": float(np.mean(dense)) - law.floor if dense else None,
+        "left_out": law.left_out,
+    }
 
 
 def _cheapest(answer: Answer, found: Fit) -> Cheapest:

@@ -2,8 +2,9 @@
 
 A belief about every configuration's curve, run or not, is held as a Gaussian around the law
 L = E + exp(u_H - b_H x - p log2 n_h - q log2 n_kv), x = ln N_b centred, with u_H and b_H free to
-stray from what all configurations share; where some have patterns, less r log2 density. The value of a run is how much seeing its loss would
-lower the expected cost of the configuration chosen afterwards (the knowledge gradient).
+stray from what all configurations share; where some have patterns, less r log2 density. The value
+of a run is how much seeing its loss would lower the expected cost of the configuration chosen
+afterwards (the knowledge gradient).
 """
 
 from collections.abc import Sequence
@@ -18,23 +19,29 @@ from gqa_scaling.context_sharding import density
 from gqa_scaling.costs import n_formula, training_flops
 from gqa_scaling.experiment.ladder import REACH
 from gqa_scaling.study.fit import densities, plain
-from gqa_scaling.study.frontier import costs_at, scale_of
 from gqa_scaling.study.results import Heads, Results, heads_of, pattern_of
-from gqa_scaling.study.shapes import shapes
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of, shapes
 
 STRAY_U, STRAY_B = 0.02, 0.01  # of one configuration from what all share, prior deviations
 DRAWS = 1000
+Size = tuple[Heads, int, int]  # a configuration, its layers and its width
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs done or to do, as columns: index into heads, ln N_b, and training FLOPs."""
+    """Runs done or to do, as columns: the index of their heads, and ln N_b, N_b = 8 L d^2."""
 
     curve: np.ndarray
     log_backbone: np.ndarray
-    flops: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size], heads: Sequence[Heads]) -> "Runs":
+        """Those of these sizes, the heads of each among `heads`."""
+        backbone = [float(n_formula(layers, width, 0, 0)) for _, layers, width in sizes]
+        return cls(np.array([heads.index(own) for own, *_ in sizes]), np.log(backbone))
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,6 @@ class Belief:
         heads: Sequence[Heads],
         done: Runs,
         loss: np.ndarray,
-        weight: np.ndarray,
         density: np.ndarray | None = None,
     ) -> None:
         """`density` is that of each configuration in training, None where all are dense."""
@@ -81,23 +87,22 @@ class Belief:
         mean = np.r_[0.75 * least, np.log(0.25 * least), 0.2, slopes, np.zeros(2 * k)]
         spread = np.r_[0.25 * least, 0.7, 0.1, np.full(m, 0.05)]
         spread = np.r_[spread, np.full(k, STRAY_U), np.full(k, STRAY_B)]
-        root, self.mode, self.noise = np.sqrt(weight), mean, 0.003 * least
+        self.mode, self.noise = mean, 0.003 * least
         for _ in range(3):  # the noise and the mode settle together
 
             def residuals(t: np.ndarray, noise: float = self.noise) -> np.ndarray:
-                return np.r_[root * (self._loss(t, done)[0] - loss) / noise, (t - mean) / spread]
+                return np.r_[(self.loss(t, done)[0] - loss) / noise, (t - mean) / spread]
 
             def jacobian(t: np.ndarray, noise: float = self.noise) -> np.ndarray:
-                rows = root[:, None] * self._gradient(t, done) / noise
-                return np.vstack([rows, np.diag(1 / spread)])
+                return np.vstack([self.gradient(t, done) / noise, np.diag(1 / spread)])
 
             self.mode = least_squares(residuals, self.mode, jac=jacobian, x_scale="jac").x
             J = jacobian(self.mode)
             self.covariance = np.linalg.inv(J.T @ J)
             used = np.einsum("ij,jk,ik->", J[: len(loss)], self.covariance, J[: len(loss)])
-            left = loss - self._loss(self.mode, done)[0]
+            left = loss - self.loss(self.mode, done)[0]
             # a little prior weight keeps a lucky first few runs from claiming no noise at all
-            squares = (weight * left**2).sum() + 4 * (0.002 * least) ** 2
+            squares = (left**2).sum() + 4 * (0.002 * least) ** 2
             self.noise = float(np.sqrt(squares / (max(len(loss) - used, 0.0) + 4)))
 
     def _parts(self, theta: np.ndarray, curve: np.ndarray) -> tuple:
@@ -108,14 +113,15 @@ class Belief:
         u = u + t[:, first : first + k][:, curve]
         return t[:, :1], u, t[:, 2:3] + t[:, first + k :][:, curve], logs
 
-    def _loss(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
+    def loss(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
+        """Losses in nats (rows, runs) by rows of parameters."""
         floor, u, b, _ = self._parts(theta, runs.curve)
         return floor + np.exp(np.clip(u - b * (runs.log_backbone - self.centre), -40, 10))
 
-    def _gradient(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
+    def gradient(self, theta: np.ndarray, runs: Runs) -> np.ndarray:
         """Derivatives of the losses (runs, parameters)."""
         floor, _, _, logs = self._parts(theta, runs.curve)
-        f = (self._loss(theta, runs) - floor)[0]
+        f = (self.loss(theta, runs) - floor)[0]
         x = runs.log_backbone - self.centre
         own = np.eye(len(self.logs))[runs.curve] * f[:, None]
         shared = np.stack([np.ones_like(f), f, -x * f, *(-logs.T * f)], 1)
@@ -123,7 +129,7 @@ class Belief:
 
     def imagine(self, runs: Runs, i: int) -> None:
         """As if run i had been seen and told nothing surprising: only the covariance shrinks."""
-        g = self._gradient(self.mode, Runs(runs.curve[[i]], runs.log_backbone[[i]], runs.flops))[0]
+        g = self.gradient(self.mode, Runs(runs.curve[[i]], runs.log_backbone[[i]]))[0]
         along = self.covariance @ g
         self.covariance = self.covariance - np.outer(along, along) / (g @ along + self.noise**2)
 
@@ -149,19 +155,17 @@ class Decider:
 
     def __init__(self, results: Results, heads: Sequence[Heads], question: Question) -> None:
         require(bool(question.losses), "suggest needs target losses: name them in the question")
-        self.question, scale = question, scale_of(results)
+        self.question, family = question, family_of(results)
         span = np.log(n_formula(results.n_layers, results.d_model, 0, 0))
         low, high = np.log(REACH)
         self.grid = np.linspace(span.min() + low, span.max() + high, 400)
-        layers, width = shapes(np.exp(self.grid), (0, 0), scale.head_dim, scale.ladder)
+        layers, width = shapes(np.exp(self.grid), (0, 0), family.head_dim, family.ladder)
+        sizes = [family.from_formula(family.formula(layers, width, h), h) for h in heads]
         self.log_z = {}
         for context in question.contexts:
-            rows = []
-            for pair in heads:
-                n = n_formula(layers, width, *pair[:2], scale.head_dim)
-                n = scale.from_formula(n, pair)
-                rows.append(np.log(costs_at(n, pair, context, question, scale)[0].z))
-            self.log_z[context] = np.array(rows)
+            place = Deployment(family, question, context)
+            z = [place.costs(n, h).z for n, h in zip(sizes, heads, strict=True)]
+            self.log_z[context] = np.log(z)
 
     def costs(self, belief: Belief, theta: np.ndarray) -> list[np.ndarray]:
         """ln Z (rows, configurations) for every answer: target losses, then contexts."""
@@ -179,7 +183,7 @@ class Decider:
 
     def gains(self, belief: Belief, theta: np.ndarray, runs: Runs, costs: Sequence) -> np.ndarray:
         """How much seeing each run would lower the regret, mean over the answers."""
-        seen = belief._loss(theta, runs)
+        seen = belief.loss(theta, runs)
         centred = seen - seen.mean(0)
         deviation = np.sqrt(centred.var(0) + belief.noise**2)
         gain = np.zeros(seen.shape[1])
@@ -188,17 +192,6 @@ class Decider:
             after = c.mean(0)[None, :, None] + slope[:, :, None] * _NODES
             gain += c.mean(0).min() - after.min(1) @ _WEIGHTS
         return gain / len(costs)
-
-
-def _density(heads: Sequence[Heads], results: Results, todo: Sequence[tuple]) -> np.ndarray | None:
-    """Training density of each configuration over its runs, done and to do; None if all are dense."""
-    if not any(map(pattern_of, heads)):
-        return None
-    ours = list(zip(results.heads, results.density, strict=True))
-    for run, (own, *_) in todo:
-        ours.append((own, density(run.model.layer_patterns, run.context_length)))
-    curve, each = zip(*((heads.index(own), value) for own, value in ours), strict=True)
-    return densities(np.array(each), np.array(curve))
 
 
 def suggest(
@@ -220,37 +213,28 @@ def suggest(
         bool(results.n_layers.all()), "suggest needs the layers and widths of the finished runs"
     )
     require(len(results) >= 6, f"suggest needs six finished runs to begin with, not {len(results)}")
-    known = set(
+    done = list(
         zip(results.heads, results.n_layers.tolist(), results.d_model.tolist(), strict=True)
     )
-    todo, seen = [], set(known)
+    todo: dict[Size, RunConfig] = {}
     for run in grid:
         m = run.model
-        key = (heads_of(m.n_heads, m.n_kv_heads, m.pattern), m.n_layers, m.d_model)
-        if key not in seen:
-            seen.add(key)
-            todo.append((run, key))
-    heads = sorted({key[0] for _, key in todo} | set(results.heads))
-    flops = np.array([float(training_flops(run)) for run, _ in todo])
+        size = heads_of(m.n_heads, m.n_kv_heads, m.pattern), m.n_layers, m.d_model
+        if size not in done:
+            todo.setdefault(size, run)
+    sizes, flops = list(todo), np.array([float(training_flops(run)) for run in todo.values()])
     require(
-        bool(len(todo)) and bool((flops <= budget_flops).any()),
+        bool((flops <= budget_flops).any()),
         f"the grid holds no new size or configuration within {budget_flops:.3g} training FLOPs",
     )
-    candidates = Runs(
-        np.array([heads.index(key[0]) for _, key in todo]),
-        np.log([float(n_formula(key[1], key[2], 0, 0)) for _, key in todo]),
-        flops,
-    )
-    done = Runs(
-        np.array([heads.index(h) for h in results.heads]),
-        np.log(n_formula(results.n_layers, results.d_model, 0, 0).astype(float)),
-        np.zeros(len(results)),
-    )
-    belief = Belief(
-        heads, done, results.loss, np.ones(len(results)), _density(heads, results, todo)
-    )
-    decider, rng = Decider(results, heads, question), np.random.default_rng(seed)
-    left, free, out = budget_flops, np.ones(len(todo), bool), []
+    heads = sorted({own for own, *_ in (*done, *sizes)})
+    computed = [density(run.model.layer_patterns, run.context_length) for run in todo.values()]
+    share = densities(np.r_[results.density, computed], Runs.of([*done, *sizes], heads).curve)
+    sparse = any(map(pattern_of, heads))
+    belief = Belief(heads, Runs.of(done, heads), results.loss, share if sparse else None)
+    candidates, decider = Runs.of(sizes, heads), Decider(results, heads, question)
+    rng, left, free = np.random.default_rng(seed), budget_flops, np.ones(len(todo), bool)
+    out: list[Suggestion] = []
     while len(out) < most and (free & (flops <= left)).any():
         theta = belief.draw(rng)
         costs = decider.costs(belief, theta)
@@ -259,8 +243,7 @@ def suggest(
         i = int(np.argmax(score))
         before = decider.regret(costs)
         belief.imagine(candidates, i)
-        run, key = todo[i]
         after = max(before - float(gains[i]), 0.0)
-        out.append(Suggestion(run.name, key[0], key[1], key[2], flops[i], before, after))
+        out.append(Suggestion(todo[sizes[i]].name, *sizes[i], flops[i], before, after))
         free[i], left = False, left - flops[i]
     return tuple(out)

@@ -10,19 +10,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Column, Table
 from rich.text import Text
 
+from gqa_scaling.study.build import Model
 from gqa_scaling.study.compare import Score
 from gqa_scaling.study.fit import LEVEL, Fit, interval
-from gqa_scaling.study.frontier import (
-    MISSED,
-    OBJECTIVES,
-    Answer,
-    Choice,
-    Frontier,
-    Model,
-    Serving,
-)
+from gqa_scaling.study.frontier import MISSED, Answer, Choice, Frontier, headline
 from gqa_scaling.study.heads import HeadLaw
 from gqa_scaling.study.results import pair, pairs, pattern_of
+from gqa_scaling.study.serving import OBJECTIVES, Serving
 from gqa_scaling.study.suggest import Suggestion
 from gqa_scaling.units import byte_size, quantity
 
@@ -543,13 +537,6 @@ def _sparse(choice: Choice) -> str:
     return (
         f" with pattern {pattern.label} (T_eff {choice.effective:,.0f} tokens)" if pattern else ""
     )
-
-
-def headline(frontier: Frontier) -> Answer:
-    """The answer told in a sentence: the longest context, the middle target loss."""
-    context = max(frontier.question.contexts)
-    losses = sorted(frontier.losses)
-    return frontier.at(losses[len(losses) // 2], context)
 
 
 def sentence(frontier: Frontier) -> str:

@@ -2,7 +2,7 @@
 
 a and b are each configuration's own, E, B and beta are shared: the additive form of Hoffmann et
 al. 2022 (their approach 3) with the curves of Chen et al. 2025, section 4.1. It needs token budgets
-that vary at a fixed size, and is what aligns configurations by training FLOPs (see `aligned`).
+that vary at a fixed size, and is what compares configurations at equal training FLOPs (see `equal_training`).
 """
 
 from collections.abc import Iterator
@@ -116,7 +116,8 @@ class TokenLaw:
     `best` has one row, `draws` one for each refit. `fit` holds the curves at `at_tokens`, with
     every run brought there by the law. `tokens` are the budgets of the points of `fit`;
     `condition` is the condition number of the scaled Jacobian and `variation` the standard
-    deviation of ln D around what N says of it.
+    deviation of ln D around what N says of it. `flags` is what a reader must know of the law at any
+    budget; those of `fit` also say at which one its curves are shown.
     """
 
     fit: Fit
@@ -126,6 +127,7 @@ class TokenLaw:
     tokens: np.ndarray
     condition: float
     variation: float
+    flags: tuple[str, ...]
 
     @property
     def heads(self) -> tuple[Heads, ...]:
@@ -249,18 +251,18 @@ def token_law(
         seed=seed,
     )
     first, last = found.tokens.min(), found.tokens.max()
-    known = [
-        *flags(r),
+    shown_at = (
         f"the runs span {quantity(first)} to {quantity(last)} training tokens: curves and losses are "
-        f"those at D = {quantity(at)} tokens whatever N is, every run brought there by the law",
-    ]
+        f"those at D = {quantity(at)} tokens whatever N is, every run brought there by the law"
+    )
+    known = [*flags(r), shown_at]
     if not first <= at <= last:
         known.append(f"D = {quantity(at)} tokens lies outside the budgets that were trained")
     if best.parameters[2] <= 0:
         known.append("loss does not fall with training tokens")
-    return TokenLaw(
-        _flagged(fitted, known), one, many, at, found.tokens, condition, float(variation)
-    )
+    fitted = _flagged(fitted, known)
+    own = tuple(flag for flag in fitted.flags if flag is not shown_at)
+    return TokenLaw(fitted, one, many, at, found.tokens, condition, float(variation), own)
 
 
 def _surface(model: OverTokens, rows: np.ndarray) -> Surface:

@@ -13,14 +13,16 @@ from gqa_scaling.config import Question, UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.hardware import hardware
 from gqa_scaling.study import tables
-from gqa_scaling.study.aligned import aligned
+from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import BOOTSTRAPS
-from gqa_scaling.study.frontier import OBJECTIVES, Frontier, Serving, frontier
+from gqa_scaling.study.frontier import Frontier, frontier
 from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.report import write_report
-from gqa_scaling.study.results import Results, _from_text
+from gqa_scaling.study.results import Results
+from gqa_scaling.study.serving import OBJECTIVES, Serving
 from gqa_scaling.study.sheets import aligned_tables, law_sheets, rich_sheet, sparsity_sheet
+from gqa_scaling.study.sources import from_text
 from gqa_scaling.study.sparsity import sparsity
 
 LADDERS = (
@@ -116,7 +118,7 @@ def small_study(seed: int) -> tuple[str, Question, dict, dict]:
 
 
 def read(text: str) -> Results:
-    return _from_text(text, "study.csv")
+    return from_text(text, "study.csv")
 
 
 def answered(
@@ -149,7 +151,7 @@ def _aligned(
     if found.tokens is None:
         return
     try:
-        whole = aligned(found.tokens, results, question, **serving)
+        whole = equal_training(found.tokens, results, question, **serving)
     except UserError:  # a loss that the baseline never reaches; the other answers stand
         return
     console.print(aligned_tables(whole))

@@ -18,7 +18,8 @@ from gqa_scaling.study.additive import cells
 from gqa_scaling.study.context import OverContexts, context_law, flatness
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.results import _table, published
+from gqa_scaling.study.results import table
+from gqa_scaling.study.sources import published
 
 TRUTH = {(1, 1): (1.3e8, 0.20), (4, 1): (9.0e7, 0.215), (8, 8): (7.5e7, 0.227)}
 DELTA = {2048: 0.08, 8192: 0.02, 32768: 0.0, 131072: -0.015}
@@ -45,7 +46,7 @@ def study(
                     row |= {"head_dim": 64, "n_layers": s, "d_model": 64 * s, "n_params": n}
                     row |= {"context_length": t, "tokens": 20 * n, "loss": loss, "seed": i}
                     rows.append(row | {"learning_rate": 1e-3, "epochs": 1.0, "vocab_size": 50304})
-    return _table(rows, source="synthetic", count="n_formula")
+    return table(rows, source="synthetic", count="n_formula")
 
 
 # ------------------------------------------------------------------------------------- the law
@@ -72,7 +73,7 @@ def test_noise_free_truths_are_recovered_from_unequal_designs(floor, b, delta, k
                 row |= {"n_layers": 0, "d_model": 0, "n_params": n, "context_length": t}
                 row |= {"tokens": 20 * n, "loss": loss, "seed": 0, "learning_rate": np.nan}
                 rows.append(row | {"epochs": np.nan, "vocab_size": 0})
-    law = context_law(_table(rows, source="any", count="n_given"), refits=100)
+    law = context_law(table(rows, source="any", count="n_given"), refits=100)
     at = lengths.index(law.reference)
     assert law.delta == pytest.approx(offsets - offsets[at], abs=1e-6)
     assert law.fit.floor == pytest.approx(floor + offsets[at], abs=1e-6)

@@ -19,7 +19,8 @@ from gqa_scaling.study.compare import _error, compare
 from gqa_scaling.study.fit import fit, interval
 from gqa_scaling.study.heads import head_laws, solve_heads
 from gqa_scaling.study.models import LAWS, Separate, floor_limits, solve_point
-from gqa_scaling.study.results import _table, from_csv, published
+from gqa_scaling.study.results import table
+from gqa_scaling.study.sources import from_csv, published
 
 
 def study(truth, noise=0.0, seed=0, sizes=(12, 16, 20, 24, 28, 32), replicates=1, **columns):
@@ -36,7 +37,7 @@ def study(truth, noise=0.0, seed=0, sizes=(12, 16, 20, 24, 28, 32), replicates=1
                 row |= {"context_length": 8192, "tokens": 20 * n, "loss": loss, "seed": s}
                 row |= {"learning_rate": 1e-3, "epochs": 1.0, "vocab_size": 50304}
                 rows.append(row | columns)
-    return _table(rows, source="synthetic", count="n_formula")
+    return table(rows, source="synthetic", count="n_formula")
 
 
 TRUTH = {(1, 1): (1.3e8, 0.20, 2.1), (4, 1): (9.0e7, 0.215, 2.1), (8, 8): (7.5e7, 0.227, 2.1)}

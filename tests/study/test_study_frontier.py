@@ -18,25 +18,16 @@ from gqa_scaling.experiment import ladder
 from gqa_scaling.experiment.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.hardware import hardware
 from gqa_scaling.study import tables
+from gqa_scaling.study.build import check_runs, run_interval
+from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import Fit, fit, interval
-from gqa_scaling.study.frontier import (
-    OBJECTIVES,
-    Serving,
-    _saving,
-    check_runs,
-    costs_at,
-    decide,
-    default_baseline,
-    frontier,
-    largest,
-    run_interval,
-    scale_of,
-    shapes,
-    target_losses,
-    tied,
-)
+from gqa_scaling.study.frontier import default_baseline, frontier, target_losses
+from gqa_scaling.study.ranking import decide, rank, saved, tied
 from gqa_scaling.study.report import frontier_csv
-from gqa_scaling.study.results import _table, from_csv, published
+from gqa_scaling.study.results import table
+from gqa_scaling.study.serving import OBJECTIVES, Deployment, Serving
+from gqa_scaling.study.shapes import family_of, shapes
+from gqa_scaling.study.sources import from_csv, published
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
 
@@ -63,7 +54,7 @@ def noisy(seed=0, noise=0.01, floor=0.9, sizes=((1, 32), (2, 48), (3, 64), (4, 9
             row |= {"tokens": 1e6, "loss": loss * (1 + noise * rng.standard_normal()), "seed": 0}
             row |= {"learning_rate": 2e-3, "epochs": 1.0, "vocab_size": 256}
             rows.append(row | {"evaluation": "e", "tokenizer": "t", "corpus": "c"})
-    return _table(rows, source="smoke", count="n_exact")
+    return table(rows, source="smoke", count="n_exact")
 
 
 def test_table_4_at_128k_is_reproduced(table_4):
@@ -84,9 +75,9 @@ def test_what_per_token_gives_instead(chen):
 def test_published_axes_of_figure_2(heads, layers, memory, flops, z):
     r = published()
     i = next(i for i, h in enumerate(r.heads) if h == heads and r.n_layers[i] == layers)
-    costs, shape_layers, width = costs_at(r.n_params[i], heads, 131072, TABLE_4, scale_of(r))
-    assert float(shape_layers) == pytest.approx(layers, rel=1e-12)
-    assert float(width) == pytest.approx(64 * layers, rel=1e-12)
+    costs = Deployment(family_of(r), TABLE_4, 131072).costs(r.n_params[i], heads)
+    assert float(costs.n_layers) == pytest.approx(layers, rel=1e-12)
+    assert float(costs.d_model) == pytest.approx(64 * layers, rel=1e-12)
     assert float(costs.memory) == pytest.approx(memory, rel=1e-5)
     assert float(costs.flops) == pytest.approx(flops, rel=1e-5)
     assert float(costs.z) == pytest.approx(z, rel=1e-5)
@@ -95,7 +86,7 @@ def test_published_axes_of_figure_2(heads, layers, memory, flops, z):
 def test_costs_of_all_forty_published_points_by_hand():
     """Each point's own L and d, and M, C and Z of Chen et al. 2025, eqs. 3 and 4, as Figure 2 plots."""
     r, context = published(), 131072
-    scale = scale_of(r)
+    deployment = Deployment(family_of(r), TABLE_4, context)
     assert len(r) == 40
     for i, (h, kv) in enumerate(r.heads):
         layers = int(r.n_layers[i])
@@ -103,9 +94,9 @@ def test_costs_of_all_forty_published_points_by_hand():
         assert r.n_params[i] == n
         memory = n + 2 * context * layers * 64 * kv
         flops = context * (n + 2 * context * layers * 64 * h)
-        costs, real_layers, width = costs_at(r.n_params[i], (h, kv), context, TABLE_4, scale)
-        assert float(real_layers) == pytest.approx(layers, rel=1e-12)
-        assert float(width) == pytest.approx(64 * layers, rel=1e-12)
+        costs = deployment.costs(r.n_params[i], (h, kv))
+        assert float(costs.n_layers) == pytest.approx(layers, rel=1e-12)
+        assert float(costs.d_model) == pytest.approx(64 * layers, rel=1e-12)
         assert float(costs.memory) == pytest.approx(memory, rel=1e-12)
         assert float(costs.flops) == pytest.approx(flops, rel=1e-12)
         z = 0.9 * memory ** (1 / 2) + 0.1 * flops ** (1 / 3)
@@ -130,9 +121,9 @@ def test_shapes_are_those_of_the_ladder(log_n, heads, sizes):
 
 def test_a_runs_own_size_gives_its_own_shape_however_n_is_counted():
     r = noisy()
-    scale = scale_of(r)
+    family = family_of(r)
     for i, heads in enumerate(r.heads):
-        layers, width = shapes(scale.to_formula(r.n_params[i], heads), heads, 16, scale.ladder)
+        layers, width = family.shape(r.n_params[i], heads)
         assert float(layers) == pytest.approx(r.n_layers[i], rel=1e-9)
         assert float(width) == pytest.approx(r.d_model[i], rel=1e-9)
 
@@ -255,6 +246,7 @@ def test_loss_at_equal_cost_by_brute_force(chen, objective):
             assert e.extrapolated == (not low <= n <= high)
         own = answer.choice((8, 8)).equal_cost
         assert own.gain == pytest.approx(0, abs=1e-9)
+        assert own.n >= answer.choice((8, 8)).n
         assert own.n == pytest.approx(answer.choice((8, 8)).n, rel=1e-8)
         assert answer.lowest.equal_cost.gain == max(c.equal_cost.gain for c in answer.choices)
 
@@ -279,14 +271,15 @@ def test_the_interval_of_a_gain_is_that_of_the_refits_one_by_one():
 
 def test_the_largest_size_is_found_where_costs_fall_again():
     """The published ladder turns wider at once in places, so that its caches shrink with N."""
-    scale = scale_of(published())
-    scale = dataclasses.replace(scale, ladder=PUBLISHED_LADDER, trained=(1e7, 1e9))
+    family = family_of(published())
+    family = dataclasses.replace(family, ladder=PUBLISHED_LADDER, trained=(1e7, 1e9))
+    deployment = Deployment(family, Question(), 2**20)
 
     def load(n):
-        costs = costs_at(n, (32, 32), 2**20, Question(), scale)[0]
+        costs = deployment.costs(n, (32, 32))
         return costs.memory, costs.bytes / np.inf
 
-    grid = scale.search((32, 32))
+    grid = family.sizes((32, 32))
     assert (grid[0], grid[-1]) == (1e3, 1e15)
     n = np.geomspace(5e7, 5e8, 400001)
     cost = load(n)[0]
@@ -330,11 +323,13 @@ def test_what_must_hold_holds_at_equal_cost_too(chen):
     assert tight.lowest.heads in ((8, 2), (8, 4))
     for heads in ((8, 2), (8, 4)):
         e = tight.choice(heads).equal_cost
-        held = costs_at(e.n, heads, 131072, q, scale_of(published()), s)[0]
+        held = Deployment(family_of(published()), q, 131072, serving=s).costs(e.n, heads)
         base = free.choice((8, 8))
         both = max(float(held.bytes) / limit, float(held.z) / base.z)
         assert both == pytest.approx(1, abs=1e-9)
+        assert e.gain == pytest.approx(2.8 - e.loss, abs=1e-9)  # the baseline itself is free of it
         assert e.n <= free.choice(heads).equal_cost.n * (1 + 1e-9)
+    assert not tight.choice((8, 8)).reached
 
 
 def test_a_loss_the_baseline_never_reaches_gives_no_gain(chen):
@@ -391,13 +386,13 @@ def test_bytes_seconds_and_dollars_by_hand(chen):
     h100 = hardware("h100")
     s = Serving(batch=4, weight_bytes=1, cache_bytes=2, hardware=h100)
     n, heads, context = 5e8, (8, 2), 131072
-    costs, layers, width = costs_at(
-        np.array(n), heads, context, Question(), scale_of(published()), s
-    )
-    held = n + 2 * 4 * 2 * context * layers * 64 * 2
-    flops = 4 * (2 * n + 4 * context * layers * 64 * 8)
+    costs = Deployment(family_of(published()), Question(), context, serving=s).costs(n, heads)
+    held = n + 2 * 4 * 2 * context * costs.n_layers * 64 * 2
+    flops = 4 * (2 * n + 4 * context * costs.n_layers * 64 * 8)
     step = max(held / h100.bandwidth, flops / (h100.peak_flops * h100.mfu))
-    assert float(costs.bytes) == pytest.approx(float(held + 50304 * width))  # embeddings too
+    assert float(costs.bytes) == pytest.approx(
+        float(held + 50304 * costs.d_model)
+    )  # embeddings too
     assert float(costs.seconds) == pytest.approx(float(step / 4))
     assert float(costs.dollars) == pytest.approx(float(step / 4 * h100.price / 3600 * 1e6))
     q = Question(losses=(2.8,), contexts=(131072,))
@@ -449,7 +444,7 @@ def test_bad_questions_are_refused(chen):
     r = published()
     mixed = dataclasses.replace(r, head_dim=np.where(r.n_layers > 20, 64, 128))
     with pytest.raises(UserError, match="head sizes 64, 128"):
-        scale_of(mixed)
+        family_of(mixed)
 
 
 def test_default_targets_lie_on_every_curve(chen):
@@ -491,9 +486,28 @@ def test_refits_that_miss_the_loss_are_said_so(chen):
 
 
 def test_a_baseline_that_never_reaches_the_loss_saves_nothing():
-    saved = _saving(np.array([1.0, 1.0, math.inf]), np.array([math.inf, 2.0, math.inf]))
-    assert np.isnan(saved).tolist() == [True, False, True]
-    assert saved[1] == 0.5
+    share = saved(np.array([1.0, 1.0, math.inf]), np.array([math.inf, 2.0, math.inf]))
+    assert np.isnan(share).tolist() == [True, False, True]
+    assert share[1] == 0.5
+    rounded = saved(np.array([1 + 1e-15]), np.array(1.0))
+    assert np.copysign(1, rounded) == 1  # printed as 0.0%, not as -0.0%
+
+
+def test_refits_that_miss_the_loss_cost_endlessly_or_are_left_out():
+    n = np.full((11, 2), 1e9)
+    n[1:6, 1] = np.inf
+    deployment = Deployment(family_of(published()), Question(), 8192)
+    ranking = rank(deployment, [(8, 8), (8, 1)], n)
+    reference = deployment.costs(1e9, (8, 8))
+    endless, left_out = (ranking.of(1, reference, finite=f) for f in (False, True))
+    assert endless.saving_interval["z"] == (-math.inf, pytest.approx(endless.saving["z"]))
+    assert left_out.saving_interval["z"] == pytest.approx((left_out.saving["z"],) * 2)
+    for found in (endless, left_out):
+        assert found.saving["memory"] > 0.1
+        assert found.unreachable == 0.5
+        assert found.probability == 0.5
+    assert ranking.of(0, reference).saving["z"] == 0
+    assert np.isinf(ranking.regret[1])
 
 
 def test_the_cheapest_is_always_among_the_tied(table_4):
@@ -524,11 +538,11 @@ def test_each_configuration_has_its_own_way_from_n_to_the_formula():
     r = noisy(noise=0.0)
     wide = r.n_heads == 4
     r = dataclasses.replace(r, n_params=np.where(wide, 1.5, 1.0) * r.n_params)
-    scale = scale_of(r)
+    family = family_of(r)
     for i, heads in enumerate(r.heads):
         formula = n_formula(r.n_layers[i], r.d_model[i], *heads, 16)
-        assert float(scale.to_formula(r.n_params[i], heads)) == pytest.approx(formula)
-        assert float(scale.from_formula(formula, heads)) == pytest.approx(r.n_params[i])
+        assert float(family.to_formula(r.n_params[i], heads)) == pytest.approx(formula)
+        assert float(family.from_formula(formula, heads)) == pytest.approx(r.n_params[i])
 
 
 def test_models_are_built_as_the_runs_were_and_far_contexts_are_flagged():

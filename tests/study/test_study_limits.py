@@ -15,11 +15,13 @@ from gqa_scaling.cli import main
 from gqa_scaling.config import MOST_LAYERS, Question, UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
-from gqa_scaling.study.aligned import aligned
+from gqa_scaling.study.equal_cost import largest
+from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.frontier import Serving, frontier, largest, scale_of
-from gqa_scaling.study.results import from_csv, published
-from gqa_scaling.study.shapes import shapes
+from gqa_scaling.study.frontier import frontier
+from gqa_scaling.study.serving import Serving
+from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.sources import from_csv, published
 from gqa_scaling.study.suggest import Belief, Decider, Runs
 from gqa_scaling.study.tables import sentence
 from gqa_scaling.study.tokens import token_law
@@ -38,10 +40,10 @@ def ends_well(seed: int, refits: int, page: Path | None = None) -> None:
     if told:
         assert "\n" not in told
         return
-    scale = scale_of(read(study[0]))
+    family = family_of(read(study[0]))
     for each in answer.answers:
         for choice in each.choices:
-            low, high = scale.reach(choice.heads)
+            low, high = family.reach(choice.heads)
             least, most = choice.n_interval
             assert low <= choice.n <= high or choice.n == math.inf
             assert low <= least <= most
@@ -94,19 +96,19 @@ def test_refits_that_ask_for_endless_models_take_no_memory():
 
 def test_reach_is_that_of_the_study_and_has_ends():
     r = published()
-    scale = scale_of(r)
-    assert scale.reach((8, 8)) == (REACH[0] * r.n_params.min(), MOST_PARAMETERS)
+    family = family_of(r)
+    assert family.reach((8, 8)) == (REACH[0] * r.n_params.min(), MOST_PARAMETERS)
     n = np.array([0.0, 1e3, 1e6, 1e15, 1.01e15, np.inf])
     least = REACH[0] * r.n_params.min()
-    assert scale.within(n, (8, 8)).tolist() == [least, least, 1e6, 1e15, np.inf, np.inf]
+    assert family.within(n, (8, 8)).tolist() == [least, least, 1e6, 1e15, np.inf, np.inf]
     rows = [
         f"{h},1,{layers},8,64,{5 - 0.1 * i}"
         for h in (1, 2)
         for i, layers in enumerate((600, 800, 900))
     ]
-    thin = scale_of(read(LINE + "\n".join(rows)))
+    thin = family_of(read(LINE + "\n".join(rows)))
     high = thin.reach((2, 1))[1]
-    layers, _ = shapes(thin.to_formula(np.array([high]), (2, 1)), (2, 1), 64, thin.ladder)
+    layers, _ = thin.shape(np.array([high]), (2, 1))
     assert layers[0] == pytest.approx(MOST_LAYERS)
     assert high < 1e6 * thin.trained[1]
 
@@ -127,7 +129,7 @@ def test_a_target_that_every_model_reaches_is_said_so():
     r = published()
     found = fit(r, refits=100)
     answer = frontier(found, r, Question(losses=(90.0,), contexts=(8192,)))
-    assert answer.answers[0].best.n == scale_of(r).reach((1, 1))[0]
+    assert answer.answers[0].best.n == family_of(r).reach((1, 1))[0]
     assert any("the smallest size that can be built reaches 90 nats" in f for f in answer.flags)
 
 
@@ -143,12 +145,8 @@ def test_a_joint_law_reaches_as_far_as_separate_curves():
 def test_suggestions_cost_finite_whatever_the_target():
     r = published()
     heads = sorted(set(r.heads))
-    done = Runs(
-        np.array([heads.index(h) for h in r.heads]),
-        np.log(n_formula(r.n_layers, r.d_model, 0, 0).astype(float)),
-        np.zeros(len(r)),
-    )
-    belief = Belief(heads, done, r.loss, np.ones(len(r)))
+    done = Runs.of(list(zip(r.heads, r.n_layers, r.d_model, strict=True)), heads)
+    belief = Belief(heads, done, r.loss)
     decider = Decider(r, heads, Question(losses=(0.01, 2.0, 100.0)))
     least, none, most = decider.costs(belief, belief.mode)[::3]
     assert np.isfinite([least, none, most]).all()
@@ -307,12 +305,12 @@ def test_a_baseline_run_or_a_length_out_of_reach_is_refused():
     header = "n_heads,n_kv_heads,n_layers,d_model,context_length,tokens_per_param,loss\n"
     r = read(header + "\n".join(rows))
     law = token_law(r, refits=100)
-    aligned(law, r, Question(contexts=(8192,)), baseline_run=(1e7, 1e9))
+    equal_training(law, r, Question(contexts=(8192,)), baseline_run=(1e7, 1e9))
     for run in ((1e300, 1e9), (1e7, 1e300), (math.nan, 1e9), (-1e7, 1e9), (1e7, 0.0)):
         with pytest.raises(UserError, match=r"must be N and D: N from .* and D from 1 to 1e\+18"):
-            aligned(law, r, baseline_run=run)
+            equal_training(law, r, baseline_run=run)
     with pytest.raises(UserError, match="train_context=10000"):
-        aligned(law, r, train_context=10**30)
+        equal_training(law, r, train_context=10**30)
 
 
 def test_a_dearest_question_and_a_flattest_one_are_answered():

@@ -13,7 +13,7 @@ from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.outputs import MANIFEST, PICTURES, require_own, write_files
 from gqa_scaling.study.plots import FIGURES, all_figures
 from gqa_scaling.study.report import BESIDE, results_csv, write_report
-from gqa_scaling.study.results import published
+from gqa_scaling.study.sources import published
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.outputs import PICTURES, write_files
 from gqa_scaling.study.plots import _rounded, gains, looks, spread
 from gqa_scaling.study.report import _laws, write_report
-from gqa_scaling.study.results import from_csv, published
+from gqa_scaling.study.sources import from_csv, published
 
 
 @pytest.fixture(scope="module")

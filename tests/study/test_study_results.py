@@ -14,7 +14,8 @@ from gqa_scaling.costs import n_exact, n_formula
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study import results
 from gqa_scaling.study.report import results_csv
-from gqa_scaling.study.results import check, flags, from_csv, from_runs, published
+from gqa_scaling.study.results import check, flags
+from gqa_scaling.study.sources import from_csv, from_runs, from_text, published
 
 HEADER = "n_heads,n_kv_heads,n_layers,d_model,loss"
 
@@ -188,7 +189,7 @@ def test_every_way_to_count_n_is_believed(tmp_path, count, n_of):
 def test_every_model_that_can_be_built_is_believed(layers, d, heads, head_dim, d_ff, qk_norm):
     model = ModelConfig(layers, d, *heads, head_dim=head_dim, d_ff=d_ff, qk_norm=qk_norm)
     text = f"{COUNTED}\n{heads[0]},{heads[1]},{layers},{d},{head_dim},{n_exact(model)},n_exact,2\n"
-    assert results._from_text(text, "runs.csv").n_params[0] == n_exact(model)
+    assert from_text(text, "runs.csv").n_params[0] == n_exact(model)
 
 
 @pytest.mark.parametrize("count", ["", "n_formula", "n_exact"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.optimize import approx_fprime
 
@@ -21,20 +22,22 @@ from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.follow_ups import follow_up
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import tables
-from gqa_scaling.study.aligned import Trainer
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.frontier import costs_at, default_baseline, frontier, scale_of
+from gqa_scaling.study.frontier import default_baseline, frontier
 from gqa_scaling.study.models import Joint, solve_point
 from gqa_scaling.study.plots import all_figures, looks, loss_by_position
 from gqa_scaling.study.report import frontier_csv, results_csv, write_report
-from gqa_scaling.study.results import COLUMNS, _table, from_csv, heads_of, pair, pairs, published
-from gqa_scaling.study.shapes import effective_context, training_keys
+from gqa_scaling.study.results import COLUMNS, heads_of, pair, pairs, table
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import effective_context, family_of, training_keys
 from gqa_scaling.study.sheets import rich_sheet, sparsity_sheet
+from gqa_scaling.study.sources import from_csv, published
 from gqa_scaling.study.sparsity import sparsity
 from gqa_scaling.study.suggest import Belief, Runs, suggest
 from gqa_scaling.study.tokens import token_law
+from gqa_scaling.study.trainer import Trainer
 
 T = 4096
 STRIDED = ContextSharding(64, 4, 8)
@@ -66,7 +69,7 @@ def study(
         row |= {"d_model": 64 * layers, "n_params": n, "context_length": context, "seed": 0}
         row |= {"tokens": ratio * n, "loss": loss * (1 + noise * rng.standard_normal())}
         rows.append(row | {"learning_rate": 1e-3, "epochs": 1.0, "vocab_size": 50304})
-    return _table(rows, source="synthetic", count="n_formula")
+    return table(rows, source="synthetic", count="n_formula")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_the_written_csv_reads_back_with_its_patterns(tmp_path):
         a, b = getattr(again, column), getattr(r, column)
         assert (a == b).all() or np.allclose(a.astype(float), b.astype(float), rtol=0)
     assert again.rows() == r.rows()
-    assert json.loads(json.dumps(r.to_dict()))["runs"][5]["pattern_dense_layers"]
+    assert json.loads(json.dumps(r.rows()))[5]["pattern_dense_layers"]
 
 
 def test_a_dense_csv_says_nothing_of_patterns():
@@ -190,14 +193,15 @@ def test_a_dense_configuration_reads_its_context_to_the_digit():
 @pytest.mark.parametrize("convention", ["per_token", "per_sequence"])
 def test_costs_of_runs_by_hand(exact, convention):
     r, _ = exact
-    scale, context = scale_of(r), 131072
+    context = 131072
+    deployment = Deployment(family_of(r), Question(convention=convention), context)
     for i, heads in enumerate(r.heads):
         L, kv, n = int(r.n_layers[i]), int(r.n_kv_heads[i]), r.n_params[i]
         pattern, keys = r.pattern[i], L * kv * context
         if pattern:
             layers = pattern.layers(L, kv)
             keys = sum(h.keys(context) if h else context for layer in layers for h in layer)
-        found, _, _ = costs_at(n, heads, context, Question(convention=convention), scale)
+        found = deployment.costs(n, heads)
         assert float(found.memory) == pytest.approx(n + 2 * 64 * keys, rel=1e-9)
         read = 64 * 8 * keys / kv
         by_hand = {"per_token": 2 * n + 4 * read, "per_sequence": context * (n + 2 * read)}
@@ -225,12 +229,11 @@ def test_dense_and_sharded_are_ranked_together_by_brute_force(exact):
     q = Question(contexts=(T, 65536), losses=(2.7, 2.9))
     answers = frontier(found, r, q)
     assert answers.baseline == (8, 8)
-    scale = scale_of(r)
     for answer in answers.answers:
-        z = {}
+        z, deployment = {}, Deployment(family_of(r), q, answer.context)
         for k, heads in enumerate(found.heads):
-            n = (found.scale[k] / (answer.loss - found.floor) ** (1 / found.curves.b[k]),)
-            z[heads] = float(costs_at(np.array(n), heads, answer.context, q, scale)[0].z[0])
+            n = found.scale[k] / (answer.loss - found.floor) ** (1 / found.curves.b[k])
+            z[heads] = float(deployment.costs(n, heads).z)
         assert [c.heads for c in answer.choices] == sorted(z, key=z.get)
         assert answer.best.z == pytest.approx(min(z.values()), rel=1e-9)
     long = answers.at(2.9, 65536)
@@ -469,7 +472,8 @@ def test_a_pattern_without_a_dense_twin_has_no_cost_and_no_saving():
     assert "No rate of loss by density" in console.file.getvalue()
 
 
-def test_the_page_of_a_sharded_study(tmp_path):
+def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, out, **_: out.write(bytes(24)))  # seconds
     r = study((None, HYBRID, WINDOW), heads=((8, 2),), noise=0.001)
     found = fit(r, refits=100)
     answers = frontier(found, r, Question(contexts=(T, 65536), losses=(2.8,)))
@@ -513,7 +517,7 @@ def test_the_command_line_takes_sharded_runs(tmp_path, capsys):
 def test_the_wide_laws_take_patterns():
     both = [study((None, STRIDED, WINDOW), noise=0.001, context=t) for t in (2048, T)]
     rows = [{name: getattr(r, name)[i] for name in COLUMNS} for r in both for i in range(len(r))]
-    r = _table(rows, source="two lengths", count="n_formula")
+    r = table(rows, source="two lengths", count="n_formula")
     found = estimate(r, refits=100, flat_from=2048)
     assert found.context is not None
     assert (8, 2, WINDOW) in found.fit.heads
@@ -526,9 +530,9 @@ def test_the_wide_laws_take_patterns():
 def test_equal_training_flops_count_the_keys_that_are_read():
     r = study((None, HYBRID), ratios=(10, 20, 40), heads=((8, 2),))
     law = token_law(r, refits=100)
-    surface, scale = law.best.first(law.draws), scale_of(r)
+    surface, family = law.best.first(law.draws), family_of(r)
     for k, heads in enumerate(law.heads):
-        trainer = Trainer(surface, k, heads, scale, T)
+        trainer = Trainer(law, surface, k, family, T)
         for L in (4, 8, 16):
             n = n_formula(L, 64 * L, 8, 2)
             model = ModelConfig(L, 64 * L, 8, 2, pattern=heads[2] if len(heads) > 2 else None)
@@ -536,16 +540,16 @@ def test_equal_training_flops_count_the_keys_that_are_read():
             assert float(trainer.flops_per_token(n)) == pytest.approx(6 * n + 12 * L * tbar * 512)
 
 
-def test_suggest_believes_in_density():
+def test_suggest_believes_in_density(monkeypatch):
     r = study((None, STRIDED, WINDOW), noise=0.001)
     heads = sorted(set(r.heads))
     curve = np.array([heads.index(h) for h in r.heads])
     share = np.array([r.density[curve == k].mean() for k in range(len(heads))])
-    runs = Runs(curve, np.log(n_formula(r.n_layers, r.d_model, 0, 0).astype(float)), r.loss)
-    belief = Belief(heads, runs, r.loss, np.ones(len(r)), share)
+    runs = Runs.of(list(zip(r.heads, r.n_layers, r.d_model, strict=True)), heads)
+    belief = Belief(heads, runs, r.loss, share)
     assert belief.mode[5] == pytest.approx(R, abs=0.01)
-    numeric = approx_fprime(belief.mode, lambda t: belief._loss(t, runs)[0])
-    assert np.allclose(belief._gradient(belief.mode, runs), numeric, atol=1e-6)
+    numeric = approx_fprime(belief.mode, lambda t: belief.loss(t, runs)[0])
+    assert np.allclose(belief.gradient(belief.mode, runs), numeric, atol=1e-6)
     grid = [
         RunConfig(
             name=f"L{L}-{i}",
@@ -557,7 +561,18 @@ def test_suggest_believes_in_density():
         for L in (4, 8, 16)
         for i, p in enumerate(PATTERNS)
     ]
+    told = []
+
+    class Spied(Belief):
+        def __init__(self, heads, done, loss, density=None):
+            told.append(dict(zip(heads, density, strict=True)))
+            super().__init__(heads, done, loss, density)
+
+    monkeypatch.setattr("gqa_scaling.study.suggest.Belief", Spied)
     found = suggest(r, grid, Question(losses=(2.8,), contexts=(65536,)), most=3)
+    assert told[0][(8, 8)] == 1
+    for pattern in (WINDOW, SPARSER):  # run already, and to do; nearly alike at every depth
+        assert told[0][(8, 2, pattern)] == pytest.approx(density(pattern.layers(4, 2), T), rel=0.05)
     assert {s.heads for s in found} <= {(8, 2, HYBRID), (8, 2, SPARSER)}  # the rest are done
 
 

@@ -8,8 +8,9 @@ from scipy.optimize import approx_fprime
 
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
 from gqa_scaling.costs import n_formula, training_flops
-from gqa_scaling.study.frontier import costs_at, scale_of
-from gqa_scaling.study.results import published
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.sources import published
 from gqa_scaling.study.suggest import Belief, Decider, Runs, suggest
 
 QUESTION = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")
@@ -31,10 +32,7 @@ GRID = [_run(h, layers) for h in HEADS for layers in (12, 16, 20, 24, 28, 32)]
 
 
 def _columns(r):
-    curve = np.array([HEADS.index(h) for h in r.heads])
-    return Runs(
-        curve, np.log(n_formula(r.n_layers, r.d_model, 0, 0).astype(float)), np.ones(len(r))
-    )
+    return Runs.of(list(zip(r.heads, r.n_layers, r.d_model, strict=True)), HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +44,18 @@ def some():
 
 @pytest.fixture(scope="module")
 def belief(some):
-    return Belief(HEADS, _columns(some), some.loss, np.ones(len(some)))
+    return Belief(HEADS, _columns(some), some.loss)
 
 
 def test_the_beliefs_gradient_is_the_derivative(belief):
     runs = _columns(R)
-    numeric = approx_fprime(belief.mode, lambda t: belief._loss(t, runs)[0])
-    assert np.allclose(belief._gradient(belief.mode, runs), numeric, atol=1e-6)
+    numeric = approx_fprime(belief.mode, lambda t: belief.loss(t, runs)[0])
+    assert np.allclose(belief.gradient(belief.mode, runs), numeric, atol=1e-6)
 
 
 def test_the_belief_predicts_what_it_has_not_seen_and_knows_how_well(belief, some):
     unseen = R.select(~np.isin(R.name, some.name))
-    predicted = belief._loss(belief.draw(np.random.default_rng(0)), _columns(unseen))
+    predicted = belief.loss(belief.draw(np.random.default_rng(0)), _columns(unseen))
     error = (predicted.mean(0) - unseen.loss) / np.hypot(predicted.std(0), belief.noise)
     assert np.abs(predicted.mean(0) / unseen.loss - 1).max() < 0.02
     assert np.sqrt(np.mean(error**2)) < 2
@@ -65,12 +63,12 @@ def test_the_belief_predicts_what_it_has_not_seen_and_knows_how_well(belief, som
 
 def test_the_inverse_is_the_laws(belief):
     at = belief.log_backbone_at(belief.mode, 2.8)[0]
-    runs = Runs(np.arange(len(HEADS)), at, np.ones(len(HEADS)))
-    assert belief._loss(belief.mode, runs)[0] == pytest.approx(np.full(len(HEADS), 2.8), abs=1e-9)
+    runs = Runs(np.arange(len(HEADS)), at)
+    assert belief.loss(belief.mode, runs)[0] == pytest.approx(np.full(len(HEADS), 2.8), abs=1e-9)
 
 
 def test_an_imagined_run_is_worth_less_a_second_time(some):
-    belief, runs = Belief(HEADS, _columns(some), some.loss, np.ones(len(some))), _columns(R)
+    belief, runs = Belief(HEADS, _columns(some), some.loss), _columns(R)
     decider, rng = Decider(R, HEADS, QUESTION), np.random.default_rng(0)
     theta = belief.draw(rng)
     costs = decider.costs(belief, theta)
@@ -119,12 +117,13 @@ def test_contenders_are_looked_at_before_the_hopeless(some):
 def test_costs_are_those_of_the_frontier_however_n_is_counted(belief):
     exact = dataclasses.replace(R, n_params=1.04 * R.n_params, count="n_exact")
     for results in (R, exact):
-        decider, scale = Decider(results, HEADS, QUESTION), scale_of(results)
+        decider = Decider(results, HEADS, QUESTION)
+        deployment = Deployment(family_of(results), QUESTION, 131072)
         for i in (0, 9, 39):
             k = HEADS.index(R.heads[i])
             at = np.log(n_formula(R.n_layers[i], R.d_model[i], 0, 0))
             log_z = np.interp(at, decider.grid, decider.log_z[131072][k])
-            z = costs_at(results.n_params[i], R.heads[i], 131072, QUESTION, scale)[0].z
+            z = deployment.costs(results.n_params[i], R.heads[i]).z
             assert np.exp(log_z) == pytest.approx(float(z), rel=2e-3)
 
 

@@ -24,10 +24,11 @@ from gqa_scaling.costs import (
 from gqa_scaling.experiment import ladder
 from gqa_scaling.study import report, sheets
 from gqa_scaling.study.additive import cells
-from gqa_scaling.study.aligned import aligned
+from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import estimate
-from gqa_scaling.study.frontier import Serving
-from gqa_scaling.study.results import _table, published
+from gqa_scaling.study.results import table
+from gqa_scaling.study.serving import Serving
+from gqa_scaling.study.sources import published
 from gqa_scaling.study.tokens import OverTokens, spans_budgets, token_law
 
 TRUTH = {(1, 1): (1.25e8, 0.29), (4, 1): (8.9e7, 0.31), (8, 8): (7.5e7, 0.32)}
@@ -54,7 +55,7 @@ def study(noise=0.0, seed=0, ratios=(10, 20, 40, 80), sizes=LADDER, context=8192
                 row |= {"context_length": context, "tokens": ratio * n, "loss": loss, "seed": 0}
                 row |= {"learning_rate": 1e-3, "epochs": 1.0, "vocab_size": 50304}
                 rows.append(row | columns)
-    return _table(rows, source="synthetic", count="n_formula")
+    return table(rows, source="synthetic", count="n_formula")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_noise_free_truths_are_recovered(floor, b, beta, data, seed):
                 row |= {"n_layers": 0, "d_model": 0, "n_params": n, "context_length": 0}
                 row |= {"tokens": tokens, "loss": loss, "seed": 0, "learning_rate": np.nan}
                 rows.append(row | {"epochs": np.nan, "vocab_size": 0})
-    law = token_law(_table(rows, source="any", count="n_given"), refits=100)
+    law = token_law(table(rows, source="any", count="n_given"), refits=100)
     assert law.floor[0] == pytest.approx(floor, abs=1e-6)
     assert law.beta[0] == pytest.approx(beta, abs=1e-6)
     assert law.best.b[0] == pytest.approx(b, abs=1e-6)
@@ -154,7 +155,7 @@ def test_seeds_are_averaged_and_judge_the_noise():
         for s, part in enumerate(parts)
         for row in part.rows()
     ]
-    law = token_law(_table(rows, source="seeds", count="n_formula"), refits=100)
+    law = token_law(table(rows, source="seeds", count="n_formula"), refits=100)
     assert law.fit.points.noise_dof == 2 * 60
     assert law.fit.points.noise == pytest.approx(0.002, rel=0.2)
     assert law.fit.points.replicates.tolist() == [3] * 60
@@ -198,7 +199,7 @@ def test_only_runs_of_several_budgets_for_a_size_take_the_token_law():
     assert found.fit is found.tokens.fit
     lengths = [study(0.002, context=t) for t in (8192, 32768)]
     rows = [{**row, "vocab_size": 50304} for r in lengths for row in r.rows()]
-    both = _table(rows, source="both", count="n_formula")
+    both = table(rows, source="both", count="n_formula")
     with pytest.raises(UserError, match="name a length with --context to fit a token law"):
         estimate(both, refits=100)
     one = estimate(both, context_length=8192, refits=100)
@@ -230,7 +231,7 @@ QUESTION = Question(contexts=(8192, 131072), baseline=(8, 8))
 
 @pytest.fixture(scope="module")
 def answer(exact):
-    return aligned(exact, study(), QUESTION, train_context=65536, baseline_run=(3e8, 9e9))
+    return equal_training(exact, study(), QUESTION, train_context=65536, baseline_run=(3e8, 9e9))
 
 
 def test_every_allocation_costs_exactly_what_the_baseline_run_does(answer):
@@ -304,14 +305,14 @@ def test_savings_are_against_the_baseline_run_itself(answer):
 
 
 def test_a_baseline_too_large_for_its_tokens_saves_even_with_its_own_heads(exact):
-    (goal,) = aligned(exact, study(), QUESTION, baseline_run=(5e8, 2e9)).goals
+    (goal,) = equal_training(exact, study(), QUESTION, baseline_run=(5e8, 2e9)).goals
     own = next(s for s in goal.served[8192] if s.heads == (8, 8))
     assert own.n < 0.5 * goal.n
     assert own.saving["memory"] > 0.4
 
 
 def test_uncertainty_goes_through_to_the_answers(noisy):
-    found = aligned(noisy, study(0.002, seed=1), QUESTION, train_context=65536)
+    found = equal_training(noisy, study(0.002, seed=1), QUESTION, train_context=65536)
     (goal,) = found.goals
     largest = noisy.fit.points.curve == noisy.fit.index((8, 8))
     assert goal.n == noisy.fit.points.n[largest].max()
@@ -329,6 +330,7 @@ def test_uncertainty_goes_through_to_the_answers(noisy):
     assert goal.trained[0].beyond == "larger"  # best for so many FLOPs, than any that was trained
     assert goal.trained[0].n <= 1.001 * goal.n
     told = " ".join(found.flags)
+    assert "every run brought there" not in told  # that is said of curves at one budget
     assert "~ marks N more than 10% outside" in told
     assert "training FLOPs are those at T = 65,536 tokens, losses were measured at 8,192" in told
     assert "beyond it the answer assumes" in told
@@ -337,19 +339,21 @@ def test_uncertainty_goes_through_to_the_answers(noisy):
 
 def test_target_losses_set_the_baseline_run(exact):
     q = dataclasses.replace(QUESTION, losses=(3.0, 2.9))
-    found = aligned(exact, study(), q)
+    found = equal_training(exact, study(), q)
     assert [g.loss for g in found.goals] == pytest.approx([3.0, 2.9], abs=1e-8)
     for goal in found.goals:
         assert goal.tokens / goal.n == pytest.approx(30)  # the runs' median
-    only = aligned(exact, study(), dataclasses.replace(QUESTION, losses=(3.0, 1.0)))
+    only = equal_training(exact, study(), dataclasses.replace(QUESTION, losses=(3.0, 1.0)))
     assert len(only.goals) == 1
     with pytest.raises(UserError, match=r"never reaches 1\.5 nats at its 30 tokens"):
-        aligned(exact, study(), dataclasses.replace(QUESTION, losses=(1.5,)))
+        equal_training(exact, study(), dataclasses.replace(QUESTION, losses=(1.5,)))
 
 
 def test_a_loss_that_the_flops_do_not_buy_is_never_reached(exact):
     # few heads lose more than their attention saves at a short context
-    (goal,) = aligned(exact, study(), QUESTION, baseline_run=(3.1e8, 5e9), train_context=64).goals
+    (goal,) = equal_training(
+        exact, study(), QUESTION, baseline_run=(3.1e8, 5e9), train_context=64
+    ).goals
     row = next(s for s in goal.served[8192] if s.heads == (1, 1))
     assert math.isinf(row.n)
     assert not row.reached
@@ -360,24 +364,24 @@ def test_a_loss_that_the_flops_do_not_buy_is_never_reached(exact):
 
 
 def test_what_must_hold_when_serving_rules_out(exact):
-    limit = aligned(exact, study(), QUESTION, train_context=65536, baseline_run=(3e8, 9e9),
+    limit = equal_training(exact, study(), QUESTION, train_context=65536, baseline_run=(3e8, 9e9),
                     serving=Serving(limit_bytes=1.5e9)).goals[0]  # fmt: skip
     assert all(s.reached for s in limit.served[8192])
     held = {s.heads for s in limit.served[131072] if s.reached}
     assert held == {(1, 1), (4, 1)}
-    pairs = aligned(exact, study(), QUESTION, serving=Serving(kv_multiple=8)).goals[0]
+    pairs = equal_training(exact, study(), QUESTION, serving=Serving(kv_multiple=8)).goals[0]
     assert [t.heads for t in pairs.trained] == [(8, 8)]
     with pytest.raises(UserError, match="multiple of 3"):
-        aligned(exact, study(), QUESTION, serving=Serving(kv_multiple=3))
+        equal_training(exact, study(), QUESTION, serving=Serving(kv_multiple=3))
     with pytest.raises(UserError, match="needs hardware"):
-        aligned(exact, study(), QUESTION, objective="dollars")
+        equal_training(exact, study(), QUESTION, objective="dollars")
     with pytest.raises(UserError, match="baseline_run=0,1 must be N and D"):
-        aligned(exact, study(), QUESTION, baseline_run=(0, 1.0))
+        equal_training(exact, study(), QUESTION, baseline_run=(0, 1.0))
     with pytest.raises(UserError, match="not in this study"):
-        aligned(exact, study(), Question(baseline=(2, 2)))
+        equal_training(exact, study(), Question(baseline=(2, 2)))
     unknown = token_law(study(context=0), refits=100)
     with pytest.raises(UserError, match="training context length"):
-        aligned(unknown, study(context=0), QUESTION)
+        equal_training(unknown, study(context=0), QUESTION)
 
 
 # ------------------------------------------------------------------------------ on the terminal
@@ -443,7 +447,7 @@ def test_the_report_holds_the_law_and_the_tables(csv, capsys, tmp_path, monkeypa
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_tables_fit_the_terminal(noisy, width):
-    found = aligned(noisy, study(0.002, seed=1), QUESTION, train_context=65536)
+    found = equal_training(noisy, study(0.002, seed=1), QUESTION, train_context=65536)
     out = io.StringIO()
     Console(file=out, width=width).print(
         *(sheets.rich_sheet(s) for s in sheets.law_sheets(estimate(study(0.002), refits=100))),

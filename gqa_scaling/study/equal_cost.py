@@ -1,0 +1,134 @@
+"""What each configuration reaches for what the baseline costs: the largest size of an equal cost.
+
+Costs are not inverted in closed form: between a ladder's sizes they follow real-valued layers and
+widths, and may even fall with N where the ladder turns wider at once.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import elementwise
+
+from gqa_scaling.study import laws
+from gqa_scaling.study.fit import Fit, Interval
+from gqa_scaling.study.models import Curves
+from gqa_scaling.study.ranking import known_interval
+from gqa_scaling.study.serving import Deployment
+
+Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
+_ROUNDING = 1e-12  # costs this much apart, relative, are one cost: rounding leaves about 1e-15
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """What a configuration reaches for what the baseline costs at the target loss.
+
+    `n` is the largest size within reach of the study that costs no more, by the objective, and holds
+    what must hold, `loss` the curve there, in nats. `gain` is the baseline's loss minus `loss`, the
+    baseline too at its largest size of that cost: its N*, except where a ladder that turns wider at
+    once makes a larger model no dearer. In each refit the cost is that of its own N*, as for the
+    savings. NaN where the baseline has none, or where no size is as cheap.
+    """
+
+    n: float
+    n_interval: Interval
+    loss: float
+    gain: float
+    gain_interval: Interval
+    extrapolated: bool
+
+
+NOT_SOUGHT = EqualCost(
+    math.nan, (math.nan, math.nan), math.nan, math.nan, (math.nan, math.nan), True
+)
+
+
+def equal_costs(
+    fit: Fit, curves: Curves, deployment: Deployment, base: int, n: np.ndarray
+) -> list[EqualCost]:
+    """`EqualCost` of every configuration for what the baseline, of index `base`, costs at sizes n.
+
+    `n` is (rows,), as are the curves: the point estimate, then every refit. The baseline's own loss is
+    free of what must hold.
+    """
+    heads = fit.heads
+    budgets = deployment.objective_of(deployment.costs(n, heads[base]))
+    limit, family = deployment.serving.limit_bytes, deployment.family
+
+    def reached(k: int, limit: float, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The largest sizes of configuration k and their losses in nats."""
+
+        def load(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            costs = deployment.costs(n, heads[k])
+            return deployment.objective_of(costs), costs.bytes / limit
+
+        sizes = largest(load, family.sizes(heads[k]), budgets, known)
+        return sizes, _losses(curves, k, sizes)
+
+    _, baseline = reached(base, math.inf, n)
+    nowhere = np.full_like(budgets, math.nan)
+    out = []
+    for k in range(len(heads)):
+        sizes, losses, (low, high) = nowhere, nowhere, fit.points.range_n(k)
+        if deployment.serving.allows(heads[k]):
+            sizes, losses = reached(k, limit, n if k == base else None)
+        gains = baseline - losses
+        out.append(
+            EqualCost(
+                n=float(sizes[0]),
+                n_interval=known_interval(sizes[1:]),
+                loss=float(losses[0]),
+                gain=float(gains[0]),
+                gain_interval=known_interval(gains[1:]),
+                extrapolated=not low <= sizes[0] <= high,
+            )
+        )
+    return out
+
+
+def _losses(curves: Curves, k: int, n: np.ndarray) -> np.ndarray:
+    """Loss in nats of configuration k, each row of the curves at its own N (rows,)."""
+    if curves.backbone:
+        n = curves.backbone.to_backbone(k, n)
+    return laws.centred(n, curves.u[:, k], curves.b[:, k], curves.floor, curves.centre[k])
+
+
+def largest(
+    load: Load, grid: np.ndarray, budgets: np.ndarray, known: np.ndarray | None = None
+) -> np.ndarray:
+    """For each budget the largest N that costs no more and holds what must hold.
+
+    `load` gives, for an array of N, the costs and what is held as a share of what may be. Costs
+    need not rise everywhere, but their least values lie on the ascending `grid`. NaN where no size
+    is as cheap, or the budget is no finite number; the grid's end is the largest size there is.
+
+    Costs that differ by rounding alone are equal (`_ROUNDING`): which of two is smaller by its last
+    bit differs from processor to processor. Where the budgets are the costs of `known` sizes, these
+    cost no more than themselves, so that none comes out smaller than it is.
+    """
+
+    def over(x: np.ndarray, budget: np.ndarray) -> np.ndarray:
+        """At most 0 where a size of ln N = x is within what it may cost and hold."""
+        cost, held = load(np.exp(x))
+        return np.log(np.maximum(cost / budget, held)) - _ROUNDING
+
+    cost, held = load(grid)
+    cheapest_from = np.minimum.accumulate(np.where(held <= 1, cost, math.inf)[::-1])[::-1]
+    last = np.searchsorted(cheapest_from, budgets * (1 + _ROUNDING), side="right") - 1
+    some = (last >= 0) & np.isfinite(budgets)
+    sizes = np.where(some, grid[last], math.nan)
+    between = np.flatnonzero(some & (last < len(grid) - 1))
+    if len(between):
+        ends = np.log(grid[last[between]]), np.log(grid[last[between] + 1])
+        found = elementwise.find_root(
+            over, ends, args=(budgets[between],), tolerances={"fatol": _ROUNDING}
+        )
+        # without a change of sign the lower end is the answer, but for rounding
+        sizes[between] = np.where(found.success, np.exp(found.x), sizes[between])
+    if known is None:
+        return sizes
+    with np.errstate(invalid="ignore"):
+        holds = np.isfinite(known) & (load(known)[1] <= 1)
+    return np.fmax(sizes, np.where(holds, known, math.nan))
