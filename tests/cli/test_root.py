@@ -13,12 +13,10 @@ from gqa_scaling.sweep import display, run, workers
 
 TINY = "experiments.tiny"
 LOOKING_UP = """
-from experiments.tiny import runs as sweep
-from gqa_scaling.experiment.grid import learning_rate_choices, with_learning_rate
+from experiments.tiny import runs
+from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
-def runs():
-    choices = learning_rate_choices("sweep", sweep())
-    return [with_learning_rate(run, choices, "sweep") for run in sweep()]
+LEARNING_RATES = LearningRateSweep("sweep", runs)
 """
 
 

@@ -16,7 +16,7 @@ from masked_attention import visible
 
 from gqa_scaling.context_sharding import ContextSharding, HeadPattern
 from gqa_scaling.devices import kernel_limits
-from gqa_scaling.hardware import topology
+from gqa_scaling.hardware import slice_of
 from gqa_scaling.model.attention import shard, splash
 from gqa_scaling.sweep.pods import compiler_environment
 
@@ -162,7 +162,7 @@ def test_compiles_for_a_tpu(kind):
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("tpu_splash.py"))],
         input=json.dumps(asked),
-        env=compiler_environment(topology(f"{kind}:2x2")),
+        env=compiler_environment(slice_of(f"{kind}:2x2")),
         capture_output=True,
         text=True,
     )
