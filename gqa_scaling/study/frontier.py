@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
@@ -45,21 +45,13 @@ from gqa_scaling.experiment.ladder import (
 )
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.study import laws
+from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.fit import LEVEL, Fit, Interval, interval, plain
 from gqa_scaling.study.models import Curves
 from gqa_scaling.study.results import Heads, Results, heads_of, pair, pattern_of
 from gqa_scaling.study.shapes import effective_context, shapes
 from gqa_scaling.units import quantity
 
-Objective = Literal["z", "memory", "flops", "bytes", "seconds", "dollars"]
-OBJECTIVES: dict[Objective, str] = {
-    "z": "Z",
-    "memory": "memory",
-    "flops": "FLOPs",
-    "bytes": "bytes held",
-    "seconds": "seconds per token",
-    "dollars": "dollars per million tokens",
-}
 MISSED = 0.05  # a larger share of refits that never reach the loss is said so
 Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
 _STEPS = 60  # most of a search for an equal cost, which takes six or so
@@ -303,6 +295,11 @@ class Frontier:
     def sharded(self) -> bool:
         """Whether some configuration has a pattern."""
         return any(pattern_of(c.heads) for c in self.answers[0].choices)
+
+    @property
+    def headline(self) -> Answer:
+        """The answer that is told first: the longest context, the middle target loss."""
+        return self.at(sorted(self.losses)[len(self.losses) // 2], max(self.question.contexts))
 
     @property
     def units(self) -> dict[str, str]:

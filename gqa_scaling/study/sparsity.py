@@ -14,7 +14,6 @@ from gqa_scaling.study.fit import Fit, Interval, fit, interval, plain
 from gqa_scaling.study.frontier import Answer, Frontier, costs_at, scale_of
 from gqa_scaling.study.heads import common_n
 from gqa_scaling.study.results import Heads, Results, pattern_of
-from gqa_scaling.study.tables import headline
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None
     """
     if not answers.sharded:
         return None
-    answer, n, scale = headline(answers), common_n(found), scale_of(results)
+    answer, n, scale = answers.headline, common_n(found), scale_of(results)
 
     def costs(k: int) -> np.ndarray:
         """Of the point estimate, then of every draw."""

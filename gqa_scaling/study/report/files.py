@@ -17,7 +17,7 @@ from gqa_scaling.files import runs
 from gqa_scaling.files.storage import absolute, is_remote, make_folder, write_atomic
 
 MANIFEST = "report-manifest.json"
-PICTURES = "study/events.out.tfevents."  # for TensorBoard; the time follows
+TENSORBOARD = "study/events.out.tfevents."  # for TensorBoard; the time follows
 _ABOUT = "files that gqa-scaling report wrote in this folder; it replaces these and no others"
 _ELSEWHERE = "name a page in another folder with --output"
 
@@ -95,7 +95,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     _write(folder, both)
     for name, data in files.items():
         write_atomic(folder / name, data)
-    gone = [name for name in before if name.startswith(PICTURES) and name not in now]
+    gone = [name for name in before if name.startswith(TENSORBOARD) and name not in now]
     for name in gone:
         path = folder / name
         if _there(path) and _hash(path.read_bytes()) in before[name]:
