@@ -256,9 +256,9 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     scores = compare(results, context_length=args.context) if args.compare else ()
     heads = head_laws(found.fit) if args.heads else ()
     if args.json:
-        more = {"compare": scores, "heads": heads}
-        lists = {k: [x.to_dict() for x in v] for k, v in more.items() if v}
-        print_json({**found.fit.to_dict(), **found.to_dict(), **lists})
+        told = {"compare": [s.to_dict() for s in scores], "heads": [h.to_dict() for h in heads]}
+        more = {name: rows for name, rows in told.items() if rows}
+        print_json(found.fit.to_dict() | found.to_dict() | more)
         return 0
     tables = [*laws.law_tables(found), laws.residual_table(found.fit)]
     tables += [laws.compare_table(scores)] if args.compare else []

@@ -18,10 +18,10 @@ from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
 from gqa_scaling.study.aligned import aligned
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import Serving, frontier, largest, scale_of
+from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.results import from_csv, published
 from gqa_scaling.study.shapes import shapes
 from gqa_scaling.study.suggest import Belief, Decider, Runs
-from gqa_scaling.study.tables import sentence
 from gqa_scaling.study.tokens import token_law
 
 NEAR_FLOOR = Path(__file__).parent / "twelve_runs_near_floor.csv"

@@ -13,7 +13,7 @@ from gqa_scaling.config import DataConfig, EvaluationConfig, ModelConfig, RunCon
 from gqa_scaling.costs import n_exact, n_formula
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study import results
-from gqa_scaling.study.report import results_csv
+from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.results import check, flags, from_csv, from_runs, published
 
 HEADER = "n_heads,n_kv_heads,n_layers,d_model,loss"

@@ -105,7 +105,7 @@ def saved_kinds(frontier: Frontier) -> tuple[Objective, ...]:
 
 def saving_table(frontier: Frontier) -> Table:
     """What the cheapest configuration saves against the baseline at equal loss."""
-    third, columns = shown_saving(frontier.objective), []
+    third = shown_saving(frontier.objective)
 
     def saved(kind: Objective) -> tuple[Column, Column]:
         return (
@@ -121,15 +121,13 @@ def saving_table(frontier: Frontier) -> Table:
             ),
         )
 
-    for kind in saved_kinds(frontier):
-        columns += saved(kind)
     return Table(
         f"Saved against {pair(frontier.baseline)} at equal loss, {LEVEL:.0%} intervals",
         [
             CONTEXT,
             LOSS,
             Column("heads, KV", _best(lambda c: pair(c.heads), "none")),
-            *columns,
+            *(column for kind in saved_kinds(frontier) for column in saved(kind)),
             Column("runner-up", _runner_up, spare=1),
             Column(
                 "dearer by",

@@ -24,6 +24,7 @@ from gqa_scaling.units import quantity
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DARK = ("#0072B2", "#000000", "#D55E00", "#009E73")  # of these, where white letters are read best
 GREY = "#888888"
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}  # of a text around its place
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 STYLE: dict[RcKeyType, Any] = {
@@ -51,7 +52,8 @@ COST_LABELS = {
     "z": "hardware-aware cost Z ({convention})",
 }
 
-_Arguments, _Drawn = ParamSpec("_Arguments"), TypeVar("_Drawn")
+_Arguments = ParamSpec("_Arguments")
+_Drawn = TypeVar("_Drawn")
 
 
 def styled(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
@@ -70,8 +72,8 @@ def styled(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
 
 def frame(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of this size in inches, with one set of axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    figure, (axis,) = frames(width, height, 1)
+    return figure, axis
 
 
 def frames(
@@ -149,22 +151,16 @@ def looks(heads: Sequence[Heads]) -> dict[Heads, dict[str, Any]]:
     else:
         queries, values = (sorted({h[i] for h in ordered}) for i in (0, 1))
         keys = {h: (queries.index(h[0]), values.index(h[1])) for h in ordered}
+    return {h: style(i, j) for h, (i, j) in keys.items()}
+
+
+def style(i: int, j: int) -> dict[str, Any]:
+    """The i-th colour with the j-th marker and line."""
     return {
-        h: {"color": color(i), "marker": marker(j), "linestyle": line(j)}
-        for h, (i, j) in keys.items()
+        "color": OKABE_ITO[i % len(OKABE_ITO)],
+        "marker": MARKERS[j % len(MARKERS)],
+        "linestyle": LINES[j % len(LINES)],
     }
-
-
-def color(i: int) -> str:
-    return OKABE_ITO[i % len(OKABE_ITO)]
-
-
-def marker(i: int) -> str:
-    return MARKERS[i % len(MARKERS)]
-
-
-def line(i: int) -> Any:
-    return LINES[i % len(LINES)]
 
 
 def legend(
@@ -189,9 +185,9 @@ def legend(
 
 def short_names(heads: Sequence[Heads]) -> tuple[dict[Heads, str], str]:
     """Names short enough to write into a picture, and the line that explains them."""
-    patterns = sorted({h[2] for h in heads if pattern_of(h)})
+    patterns = sorted({pattern for h in heads if (pattern := pattern_of(h))})
     letters = {p: chr(ord("a") + i % 26) * (1 + i // 26) for i, p in enumerate(patterns)}
-    short = {h: pair(h[:2]) + (letters[h[2]] if pattern_of(h) else "") for h in heads}
+    short = {h: pair(h[:2]) + (letters[p] if (p := pattern_of(h)) else "") for h in heads}
     return short, "; ".join(f"{letter}: {p.label}" for p, letter in letters.items())
 
 

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def runs_table(results: Results) -> Table:
     """Every run, with what is known of it."""
     r = results
 
-    def known(column: str, form: str) -> Column:
+    def known(column: str, form: str) -> Callable[[int], str]:
         values = getattr(r, column)
         return lambda i: format(v, form) if (v := float(values[i])) == v and v else "-"
 
