@@ -23,8 +23,7 @@ from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.report.decision_pictures import colour_scale, gains, spread
 from gqa_scaling.study.report.drawing import looks
 from gqa_scaling.study.report.files import TENSORBOARD, write_files
-from gqa_scaling.study.report.page import page as page_text
-from gqa_scaling.study.report.page import write_report
+from gqa_scaling.study.report.page import sections, write_report
 from gqa_scaling.study.report.table import Column, Table, shown
 from gqa_scaling.study.report.tensorboard import events_file
 from gqa_scaling.study.results import from_csv, published
@@ -50,7 +49,8 @@ def page(study, tmp_path_factory):
 def test_laws_of_many_configurations_are_compared_only_when_asked(study, monkeypatch):
     monkeypatch.setattr("gqa_scaling.study.report.page.MOST_COMPARED", 6)
     said = "Laws are not compared: with 7 configurations that takes minutes; fit --compare does it"
-    assert said in page_text(study, {}, "")
+    (told,) = [parts for heading, parts in sections(study, {}) if heading == "The loss curves"]
+    assert told[1].notes == [said]
 
 
 class _Balance(HTMLParser):
@@ -149,11 +149,26 @@ def test_tensorboard_shows_every_figure(page):
             assert drawn.tobytes() == picture.tobytes()
 
 
+def test_tensorboard_shows_the_tables(page, study):
+    events = EventAccumulator(str(page.parent / "study"))
+    events.Reload()
+    tag = "study/What they save/text_summary"
+    assert tag in events.Tags()["tensors"]
+    (event,) = events.Tensors(tag)
+    text = event.tensor_proto.string_val[0].decode()
+    assert "**Saved against (8,8) at equal loss, 90% intervals**" in text
+    assert "context (tokens) | loss (nats) | heads, KV" in text
+    assert (
+        f"131,072 | 3 | (4,1) | {100 * study.frontier.answers[0].best.saving['memory']:.1f}%"
+        in text
+    )
+
+
 def test_a_new_report_replaces_the_pictures_of_the_old(tmp_path):
     for size in ((3, 2), (4, 3)):
         out = io.BytesIO()
         Figure(figsize=size).savefig(out, format="png", dpi=10)
-        now, events = events_file({"a": out.getvalue()})
+        now, events = events_file({"a": out.getvalue()}, {})
         write_files(tmp_path, {TENSORBOARD + now: events})
         assert list((tmp_path / "study").iterdir()) == [tmp_path / (TENSORBOARD + now)]
     assert [size for _, size, _ in images(tmp_path / "study").values()] == [(40, 30)]

@@ -204,6 +204,8 @@ def compare_table(scores: Sequence[Score], where: str = "") -> Table:
         ],
         scores,
         [f"{s.law}: L = {s.formula}" for s in scores],
+        "How well each law predicts runs that it was not shown: each configuration in turn, or the "
+        "largest size of each.",
     )
 
 

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ MOST_COMPARED = 40  # configurations: each is left out in turn, of every law, of
 def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     """Write the page to `path` and its data into the same folder; every file appears whole.
 
-    The pictures are also written to study/ as TensorBoard images. `command` is what reproduces the
-    study and is printed on the page. Returns the page's path. Raises UserError, and writes nothing,
+    The pictures and tables are also written to study/ for TensorBoard. `command` is what reproduces
+    the study and is printed on the page. Returns the page's path. Raises UserError, and writes nothing,
     where it would replace a file that no report wrote (`files`).
     """
     path = settled(as_path(path))
@@ -60,14 +60,16 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
         svg, png = rendered(figure, "svg"), rendered(figure, "png")
         written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": png}
         pictures[name], images[name] = _picture(svg, caption), png
-    now, events = events_file(images)
+    told = list(sections(study, pictures))
+    tables = {heading: _markdown(parts) for heading, parts in told}
+    now, events = events_file(images, {name: text for name, text in tables.items() if text})
     written[TENSORBOARD + now] = events
     written["results.csv"] = results_csv(study.results).encode()
     written["frontier.csv"] = frontier_csv(study.frontier).encode()
     data = {"fit": study.fit.to_dict(), "frontier": study.frontier.to_dict()} | study.estimated()
     data |= {"sparsity": study.sparsity.to_dict()} if study.sparsity else {}
     written |= {f"{name}.json": _json(value) for name, value in data.items()}
-    written[path.name] = page(study, pictures, command).encode()
+    written[path.name] = page(study, told, command).encode()
     write_files(path.parent, written)
     return path
 
@@ -87,8 +89,11 @@ def _picture(svg: bytes, caption: str) -> str:
 # ----------------------------------------------------------------------------------- the page
 
 
-def page(study: Study, pictures: Mapping[str, str], command: str) -> str:
-    """The HTML text; `pictures` are whole <figure> elements by name."""
+Section = tuple[str, Sequence[Table | str]]  # a heading, then tables and HTML
+
+
+def page(study: Study, told: Iterable[Section], command: str) -> str:
+    """The HTML text around the sections."""
     frontier, contexts = (
         study.frontier,
         ", ".join(f"{c:,}" for c in study.frontier.question.contexts),
@@ -111,7 +116,7 @@ def page(study: Study, pictures: Mapping[str, str], command: str) -> str:
         flags=f'<div class="flags"><b>Read with care</b><ul>{flags}</ul></div>' if flags else "",
         sections="\n".join(
             f"<h2>{html.escape(heading)}</h2>\n" + "\n".join(map(_html, parts))
-            for heading, parts in sections(study, pictures)
+            for heading, parts in told
             if parts
         ),
         command=html.escape(command or "gqa_scaling.study.report.page.write_report"),
@@ -122,10 +127,15 @@ def _html(part: Table | str) -> str:
     return part.html() if isinstance(part, Table) else part
 
 
-def sections(
-    study: Study, pictures: Mapping[str, str]
-) -> Iterator[tuple[str, Sequence[Table | str]]]:
-    """Every section of the page: its heading, then its tables and HTML; none without these."""
+def _markdown(parts: Iterable[Table | str]) -> str:
+    return "\n\n".join(part.markdown() for part in parts if isinstance(part, Table))
+
+
+def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
+    """Every section of the page; `pictures` are whole <figure> elements by name.
+
+    A table or a picture of its own is one function and a line here.
+    """
     frontier, sparse, aligned = study.frontier, study.sparsity, study.aligned
 
     def shown(*names: str) -> list[str]:
