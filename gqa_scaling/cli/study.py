@@ -25,30 +25,30 @@ d_model (docs/using.md); or {PUBLISHED}, the published points, shipped here"""
 
 
 def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
-    parser.add_argument("source", help=what)
+    add = parser.add_argument
+    add("source", help=what)
     add_json(parser)
-    parser.add_argument(
+    add(
         "--law",
         choices=get_args(Law),
         default="separate",
         help="a curve for each head configuration (default), or a joint law across them",
     )
-    parser.add_argument(
+    add(
         "--bootstrap",
         choices=get_args(Bootstrap),
         default="shared",
         help="how refits are drawn; shared also draws errors common to all models of one size",
     )
-    parser.add_argument("--robust", action="store_true", help="give spoiled runs less weight")
-    parser.add_argument("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
-    parser.add_argument("--context", type=int, help="fit the runs of this training context length")
+    add("--robust", action="store_true", help="give spoiled runs less weight")
+    add("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
+    add("--context", type=int, help="fit the runs of this training context length")
 
 
 def _add_wide(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--flat-from",
         type=int,
-        default=8192,
         help="training context length from which differences between configurations are tested "
         "to be flat, where runs span several (default: 8192)",
     )
@@ -71,44 +71,38 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
     _add_source(parser, "experiment: its finished runs and the rest of its grid")
     parser.add_argument("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
     parser.add_argument("--most", type=int, default=8, help="how many runs at most (default: 8)")
-    parser.set_defaults(flat_from=8192, at_tokens=None)
 
 
 def _add_question(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     _add_wide(parser)
-    parser.add_argument("--losses", type=finite, nargs="+", help="target losses in nats")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", help="inference context lengths in tokens"
-    )
-    parser.add_argument(
-        "--baseline", metavar="n_h,n_kv", help="heads that savings are stated against"
-    )
-    parser.add_argument("--convention", choices=CONVENTIONS, help="of FLOPs")
-    parser.add_argument("--lambda", dest="weight", type=finite, help="weight of memory in Z")
-    parser.add_argument("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
-    parser.add_argument("--beta", dest="compute_power", type=finite, help="power of FLOPs in Z")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--losses", type=finite, nargs="+", help="target losses in nats")
+    add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
+    add("--baseline", metavar="n_h,n_kv", help="heads that savings are stated against")
+    add("--convention", choices=CONVENTIONS, help="of FLOPs")
+    add("--lambda", dest="weight", type=finite, help="weight of memory in Z")
+    add("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
+    add("--beta", dest="compute_power", type=finite, help="power of FLOPs in Z")
+    add(
         "--objective",
         choices=tuple(OBJECTIVES),
         default="z",
         help="what is to be least; seconds and dollars need --hardware",
     )
-    parser.add_argument("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
-    parser.add_argument("--price", type=finite, help="dollars a device-hour there")
-    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
-    parser.add_argument(
-        "--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)"
-    )
-    parser.add_argument("--cache-bytes", type=finite, default=2, help="bytes a cached value")
-    parser.add_argument("--fit-gib", type=finite, help="only models whose weights and cache fit")
-    parser.add_argument("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
-    parser.add_argument(
+    add("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
+    add("--price", type=finite, help="dollars a device-hour there")
+    add("--batch", type=int, default=1, help="sequences decoded at once")
+    add("--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)")
+    add("--cache-bytes", type=finite, default=2, help="bytes a cached value")
+    add("--fit-gib", type=finite, help="only models whose weights and cache fit")
+    add("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
+    add(
         "--train-context",
         type=int,
         help="training context length of the training FLOPs that are aligned (default: the runs')",
     )
-    parser.add_argument(
+    add(
         "--baseline-run",
         metavar="N,D",
         help="parameters and training tokens of the baseline whose training FLOPs all get, such as "
@@ -144,16 +138,10 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
 def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
     from gqa_scaling.study.estimates import estimate
 
-    return estimate(
-        results,
-        context_length=args.context,
-        law=args.law,
-        bootstrap=args.bootstrap,
-        robust=args.robust,
-        refits=args.refits,
-        flat_from=args.flat_from,
-        at_tokens=args.at_tokens,
-    )
+    options = ("law", "bootstrap", "robust", "refits", "flat_from", "at_tokens")
+    known = {name: getattr(args, name, None) for name in options}
+    given = {name: value for name, value in known.items() if value is not None}
+    return estimate(results, context_length=args.context, **given)
 
 
 def _asked(args: argparse.Namespace, question: Question) -> Question:
