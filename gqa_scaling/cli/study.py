@@ -192,8 +192,8 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
 
     serving = _serving(args)
     source = _source(args, rest)
+    question = _asked(args, source.question)  # refused before anything is estimated
     found = _estimates(args, source.results)
-    question = _asked(args, source.question)
     answer = frontier(found.fit, source.results, question, args.objective, serving)
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, runs_root(), options)
