@@ -9,7 +9,7 @@ from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.fit import LEVEL
 from gqa_scaling.study.frontier import Answer, Choice, Frontier, Serving
 from gqa_scaling.study.report.sentences import sentence
-from gqa_scaling.study.report.table import Column, Table, millinats, percent, shown, span
+from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
 from gqa_scaling.study.results import Heads, pair, pairs
 from gqa_scaling.study.suggest import Suggestion
 from gqa_scaling.units import byte_size, quantity
@@ -115,7 +115,7 @@ def saving_table(frontier: Frontier) -> Table:
                 page_only=kind not in ("memory", "flops", third),
             ),
             Column(
-                f"{LEVEL:.0%} interval",
+                INTERVAL,
                 _best(lambda c: span(c.saving_interval[kind], percent)),
                 page_only=kind != third,
             ),
@@ -184,7 +184,7 @@ def gain_table(frontier: Frontier) -> Table:
             ),
             Column("lower by", lowest(lambda c: millinats(c.equal_cost.gain)), "millinats"),
             Column(
-                f"{LEVEL:.0%} interval",
+                INTERVAL,
                 lowest(lambda c: span(c.equal_cost.gain_interval, millinats)),
             ),
             *(

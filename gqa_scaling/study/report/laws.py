@@ -10,7 +10,7 @@ from gqa_scaling.study.context import ContextLaw, Flatness
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import LEVEL, Fit, interval
 from gqa_scaling.study.heads import HeadLaw
-from gqa_scaling.study.report.table import Column, Table, percent, span
+from gqa_scaling.study.report.table import INTERVAL, Column, Table, percent, span
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.units import quantity
@@ -34,7 +34,7 @@ def wide_law_tables(found: Estimates) -> list[Table]:
 def fit_table(fit: Fit) -> Table:
     """The curve of every configuration; E, the noise and the intervals below."""
     constants = [
-        f"{name} = {value:.4f}, {LEVEL:.0%} interval {span(ends, '.4f')}"
+        f"{name} = {value:.4f}, {INTERVAL} {span(ends, '.4f')}"
         for name, (value, ends) in fit.constants.items()
         if name != "E"
     ]
@@ -47,7 +47,7 @@ def fit_table(fit: Fit) -> Table:
         range(len(fit.heads)),
         (
             f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings",
-            f"E = {fit.floor:.4f} nats, {LEVEL:.0%} interval {span(fit.floor_interval)}",
+            f"E = {fit.floor:.4f} nats, {INTERVAL} {span(fit.floor_interval)}",
             *constants,
             _solution(fit),
             _noise(fit, "curves"),
@@ -71,8 +71,8 @@ def token_table(law: TokenLaw) -> Table:
         (
             f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings, D from "
             f"{quantity(low)} to {quantity(high)} training tokens",
-            f"E = {floor:.4f} nats, {LEVEL:.0%} interval {span(floor_ends)}",
-            f"beta = {beta:.4f}, {LEVEL:.0%} interval {span(beta_ends, '.4f')}; B = "
+            f"E = {floor:.4f} nats, {INTERVAL} {span(floor_ends)}",
+            f"beta = {beta:.4f}, {INTERVAL} {span(beta_ends, '.4f')}; B = "
             f"{law.scale:.4g} nats tokens^beta",
             f"B D^-beta, nats with {LEVEL:.0%} intervals: {terms}",
             f"{_solution(fit)}, condition {law.condition:.0f}",
@@ -92,7 +92,7 @@ def _curve_columns(fit: Fit, size: Column) -> list[Column]:
         Column("N", lambda k: " - ".join(map(quantity, fit.points.range_n(k))), "parameters"),
         Column(a, lambda k: quantity(float(fit.scale[k])), "parameters"),
         Column("b", lambda k: f"{fit.curves.b[k]:.4f}"),
-        Column(f"b,\n{LEVEL:.0%} interval", lambda k: span((low[k], high[k]), ".4f")),
+        Column(f"b,\n{INTERVAL}", lambda k: span((low[k], high[k]), ".4f")),
     ]
 
 
@@ -142,19 +142,18 @@ def residual_table(fit: Fit, most: int = 8) -> Table:
 def context_table(law: ContextLaw) -> Table:
     """The offset of every training context length."""
 
-    def unless_reference(cell: Callable[[int], str], instead: str) -> Callable[[int], str]:
-        return lambda i: instead if law.lengths[i] == law.reference else cell(i)
-
-    def ends(i: int) -> str:
-        return span(interval(law.delta_draws[:, i]), "+.4f")
+    def offset(i: int) -> tuple[str, str]:
+        if law.lengths[i] == law.reference:
+            return "0", "reference"
+        return f"{law.delta[i]:+.4f}", span(interval(law.delta_draws[:, i]), "+.4f")
 
     return Table(
         f"Context law: L = {context.FORMULA}",
         [
             Column("T", lambda i: f"{law.lengths[i]:,}", "tokens"),
             Column("points", lambda i: str(law.runs[i])),
-            Column("delta(T)", unless_reference(lambda i: f"{law.delta[i]:+.4f}", "0"), "nats"),
-            Column(f"{LEVEL:.0%} interval", unless_reference(ends, "reference")),
+            Column("delta(T)", lambda i: offset(i)[0], "nats"),
+            Column(INTERVAL, lambda i: offset(i)[1]),
         ],
         range(len(law.lengths)),
         (
@@ -223,7 +222,7 @@ def heads_table(found: Sequence[HeadLaw]) -> Table:
             Column("n_h", lambda law: " ".join(map(str, law.n_heads))),
             Column("a", lambda law: f"{law.a:.3f}", "nats"),
             Column("b", lambda law: f"{law.b:.3f}"),
-            Column(f"b,\n{LEVEL:.0%} interval", lambda law: span(law.b_interval)),
+            Column(f"b,\n{INTERVAL}", lambda law: span(law.b_interval)),
             Column("c", lambda law: f"{law.c:.3f}", "nats"),
             Column("R²", lambda law: f"{law.r2:.5f}"),
         ],

@@ -15,21 +15,13 @@ from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.frontier import Frontier
-from gqa_scaling.study.report.answers import (
-    check_table,
-    frontier_table,
-    gain_table,
-    model_table,
-    saving_table,
-)
+from gqa_scaling.study.report import answers, laws, tradeoffs
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
-from gqa_scaling.study.report.laws import compare_table, fit_table, wide_law_tables
 from gqa_scaling.study.report.pictures import PICTURES, all_figures, rendered
 from gqa_scaling.study.report.sentences import model_text, sentence
 from gqa_scaling.study.report.table import Column, Table
 from gqa_scaling.study.report.tensorboard import events_file
-from gqa_scaling.study.report.tradeoffs import aligned_tables, sparsity_table
 from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
@@ -141,29 +133,32 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
     def shown(*names: str) -> list[str]:
         return [pictures[name] for name in names if name in pictures]
 
-    yield "The cheapest configurations", [frontier_table(frontier)]
-    yield "What they save", [saving_table(frontier)]
-    yield "What they gain at equal cost", [gain_table(frontier)]
+    yield "The cheapest configurations", [answers.frontier_table(frontier)]
+    yield "What they save", [answers.saving_table(frontier)]
+    yield "What they gain at equal cost", [answers.gain_table(frontier)]
     yield (
         "Models to build",
         [
-            model_table(frontier),
+            answers.model_table(frontier),
             _training(frontier),
-            *([check_table(frontier)] if frontier.checks else []),
+            *([answers.check_table(frontier)] if frontier.checks else []),
             *shown("heat_map", "savings", "gains", "probabilities", "loss_against_costs"),
         ],
     )
     if sparse:
-        table = sparsity_table(sparse, frontier.objective)
+        table = tradeoffs.sparsity_table(sparse, frontier.objective)
         yield "Dense and sharded", [table, *shown("loss_against_density", "loss_by_position")]
     yield (
         "Context and training tokens",
-        [*wide_law_tables(study.estimates), *(aligned_tables(aligned) if aligned else [])],
+        [
+            *laws.wide_law_tables(study.estimates),
+            *(tradeoffs.aligned_tables(aligned) if aligned else []),
+        ],
     )
     yield (
         "The loss curves",
         [
-            fit_table(study.fit),
+            laws.fit_table(study.fit),
             *_compared(study),
             *shown("loss_curves", "loss_against_heads", "residuals"),
         ],
@@ -203,7 +198,7 @@ def _compared(study: Study) -> list[Table]:
         scores = compare(results, at)
     except UserError as error:  # the runs of this length alone may be too few
         return [Table("", notes=[f"Laws are not compared: {error}"])]
-    return [compare_table(scores, f", T = {at:,} tokens" if at and several else "")]
+    return [laws.compare_table(scores, f", T = {at:,} tokens" if at and several else "")]
 
 
 def runs_table(results: Results) -> Table:

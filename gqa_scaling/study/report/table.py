@@ -14,6 +14,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from gqa_scaling.study.fit import LEVEL
+
 
 @dataclass(frozen=True)
 class Column:
@@ -134,6 +136,8 @@ def shown(tables: Iterable[Table], flags: Iterable[str] = (), sentence: str = ""
 
 
 # ---------------------------------------------------------------------------- numbers in cells
+
+INTERVAL = f"{LEVEL:.0%} interval"  # the heading of a column of intervals
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -12,7 +12,7 @@ from gqa_scaling.study.fit import LEVEL
 from gqa_scaling.study.frontier import Serving
 from gqa_scaling.study.report.answers import shown_saving
 from gqa_scaling.study.report.sentences import aligned_sentence
-from gqa_scaling.study.report.table import Column, Table, millinats, percent, shown, span
+from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.sparsity import Sparsity
 from gqa_scaling.units import quantity
@@ -42,7 +42,7 @@ def sparsity_table(found: Sparsity, objective: Objective) -> Table:
             Column("density", lambda row: f"{row.density:.3f}"),
             Column("T_eff", lambda row: f"{row.effective:,.0f}", "tokens"),
             Column("loss higher", lambda row: millinats(row.loss), "millinats"),
-            Column(f"{LEVEL:.0%} interval", lambda row: span(row.loss_interval, millinats)),
+            Column(INTERVAL, lambda row: span(row.loss_interval, millinats)),
             Column(f"{OBJECTIVES[objective]} saved", lambda row: percent(row.saving)),
             Column(
                 f"its {LEVEL:.0%}\ninterval",
@@ -122,7 +122,7 @@ def trained_table(goal: Goal) -> Table:
             Column(
                 "below the baseline",
                 lambda t: f"{t.gain:z.4f} ({span(t.gain_interval, 'z.3f')})",
-                f"nats, {LEVEL:.0%} interval",
+                f"nats, {INTERVAL}",
             ),
             Column("P(best)", lambda t: percent(t.probability, 0)),
         ],
