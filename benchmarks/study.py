@@ -30,8 +30,8 @@ from gqa_scaling.costs import n_exact, n_formula, training_flops
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.experiment.ladder import FIGURE_2_LADDER
 from gqa_scaling.experiment.load import load_experiment
-from gqa_scaling.files.runs import run_directory, write_json
-from gqa_scaling.files.storage import make_folder
+from gqa_scaling.files.runs import run_directory
+from gqa_scaling.files.storage import make_folder, write_json
 from gqa_scaling.study import additive
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare
@@ -40,10 +40,10 @@ from gqa_scaling.study.fit import BOOTSTRAPS, Fit, fit, interval
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.models import LAWS, Separate, solve_point
 from gqa_scaling.study.ranking import rank, tied
+from gqa_scaling.study.reading import published
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.sources import published
 from gqa_scaling.study.suggest import Belief, Decider, Runs
 from gqa_scaling.study.suggest import suggest as suggested
 

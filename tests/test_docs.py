@@ -20,6 +20,7 @@ from gqa_scaling import cli, hardware
 from gqa_scaling.cli import study
 from gqa_scaling.config import Question, require
 from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.study import choices
 from launch import cli as launching
 from launch import tpu_vm, work
 
@@ -164,7 +165,7 @@ def try_gqa(words: list[str]) -> None:
         return
     args, rest = cli._parse(words)
     source = getattr(args, "source", None) or args.experiment
-    is_experiment = study._is_experiment(source) and not Path(source).is_dir()
+    is_experiment = choices.is_experiment(source) and not Path(source).is_dir()
     quick = args.verb in ("plan", "status", "learning-rates") or args.verb in study.VERBS
     if args.verb in study.VERBS and is_experiment:
         quick = False  # there are no runs

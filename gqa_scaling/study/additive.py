@@ -13,11 +13,11 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from gqa_scaling.config import between, require
+from gqa_scaling.study.choices import Bootstrap
 from gqa_scaling.study.fit import (
     BOOTSTRAPS,
     MIN_SIZES,
     REFITS,
-    Bootstrap,
     Fit,
     Points,
     _influence,

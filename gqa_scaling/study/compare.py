@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import UserError
+from gqa_scaling.study.choices import Law
 from gqa_scaling.study.fit import Points, make_model, plain, points
-from gqa_scaling.study.models import LAWS, Law, formula, solve_point
+from gqa_scaling.study.models import LAWS, formula, solve_point
 from gqa_scaling.study.results import Results, pattern_of
 
 

@@ -15,10 +15,10 @@ from scipy import stats
 
 from gqa_scaling.config import require
 from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated
+from gqa_scaling.study.choices import Bootstrap
 from gqa_scaling.study.fit import (
     LEVEL,
     SUSPICIOUS,
-    Bootstrap,
     Fit,
     Interval,
     _flagged,

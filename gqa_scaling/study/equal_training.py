@@ -17,18 +17,12 @@ import numpy as np
 from scipy.optimize import brentq
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, between, require
+from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.fit import Interval, interval, plain
 from gqa_scaling.study.frontier import MISSED, beyond_training, default_baseline
 from gqa_scaling.study.ranking import Ranked, decide, rank
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
-from gqa_scaling.study.serving import (
-    OBJECTIVES,
-    Deployment,
-    Objective,
-    Serving,
-    require_costs,
-    units,
-)
+from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.study.trainer import Trainer

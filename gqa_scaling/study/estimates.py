@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, between, require
+from gqa_scaling.study.choices import Bootstrap, Law
 from gqa_scaling.study.context import (
     FLAT_FROM,
     ContextLaw,
@@ -12,8 +13,7 @@ from gqa_scaling.study.context import (
     flatness,
     spans_contexts,
 )
-from gqa_scaling.study.fit import REFITS, Bootstrap, Fit, fit
-from gqa_scaling.study.models import Law
+from gqa_scaling.study.fit import REFITS, Fit, fit
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.tokens import TokenLaw, spans_budgets, token_law
 

@@ -7,7 +7,7 @@ the fit stand a bootstrap, the noise behind it, and whatever must be known befor
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +16,13 @@ from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS
 from gqa_scaling.study import laws
+from gqa_scaling.study.choices import Bootstrap, Law
 from gqa_scaling.study.models import (
     LAWS,
     MIN_SPREAD,
     Backbone,
     Curves,
     Joint,
-    Law,
     Model,
     Separate,
     absorbing,
@@ -34,7 +34,6 @@ from gqa_scaling.study.noise import Noise, estimate
 from gqa_scaling.study.results import Heads, Results, flags, heads_columns, pair, pattern_of
 from gqa_scaling.study.shapes import shapes
 
-Bootstrap = Literal["shared", "residual", "pairs"]
 BOOTSTRAPS: tuple[Bootstrap, ...] = ("shared", "residual", "pairs")
 LEVEL = 0.90  # of every interval that is printed
 REFITS = (100, 10_000)  # fewer give no interval, more narrow none and take memory

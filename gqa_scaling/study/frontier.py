@@ -18,12 +18,13 @@ import numpy as np
 
 from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.study.build import Check, Model, build
+from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
 from gqa_scaling.study.fit import Fit, Interval, interval, plain
 from gqa_scaling.study.models import Curves
 from gqa_scaling.study.ranking import Ranked, rank, tied
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
-from gqa_scaling.study.serving import Deployment, Objective, Serving, require_costs, units
+from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.units import quantity
 
@@ -113,6 +114,11 @@ class Frontier:
         return any(pattern_of(c.heads) for c in self.answers[0].choices)
 
     @property
+    def headline(self) -> Answer:
+        """The answer that is told first: the longest context, the middle target loss."""
+        return self.at(sorted(self.losses)[len(self.losses) // 2], max(self.question.contexts))
+
+    @property
     def units(self) -> dict[str, str]:
         """The unit of every kind of number here."""
         return units(self.question, self.serving, self.sharded)
@@ -130,12 +136,6 @@ class Frontier:
         for row, check in zip(out["checks"], self.checks, strict=True):
             row["difference"] = check.difference
         return plain(out)
-
-
-def headline(frontier: Frontier) -> Answer:
-    """The answer that stands for all: the longest context, the middle target loss."""
-    losses = sorted(frontier.losses)
-    return frontier.at(losses[len(losses) // 2], max(frontier.question.contexts))
 
 
 # ----------------------------------------------------------------------------------- the question

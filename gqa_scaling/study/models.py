@@ -8,14 +8,14 @@ nonlinear parameters are first profiled on a grid.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from gqa_scaling.study import laws
+from gqa_scaling.study.choices import Law
 
-Law = Literal["separate", "product", "sum", "pooled"]
 LAWS: tuple[Law, ...] = ("separate", "product", "sum", "pooled")
 FORMULAS: dict[Law, str] = {
     "separate": "(a/N)^b + E, E shared",

@@ -6,7 +6,7 @@ study gives its sizes, a whole array of them at once.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,18 +19,9 @@ from gqa_scaling.costs import (
     kv_cache_values,
 )
 from gqa_scaling.hardware import Hardware
+from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.shapes import Family, effective_context
-
-Objective = Literal["z", "memory", "flops", "bytes", "seconds", "dollars"]
-OBJECTIVES: dict[Objective, str] = {
-    "z": "Z",
-    "memory": "memory",
-    "flops": "FLOPs",
-    "bytes": "bytes held",
-    "seconds": "seconds per token",
-    "dollars": "dollars per million tokens",
-}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import MOST_LAYERS, ModelConfig, require, round_up
+from gqa_scaling.config import MOST_LAYERS, ModelConfig, require
 from gqa_scaling.context_sharding import ContextSharding, keys_by_depth
 from gqa_scaling.costs import Number, n_formula
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
+from gqa_scaling.fields import round_up
 from gqa_scaling.study.results import Count, Heads, Results, pattern_of
 
 DEFAULT_VOCABULARY = 50304  # tokens, where the data does not say: that of the published runs

@@ -12,7 +12,7 @@ import numpy as np
 
 from gqa_scaling.config import UserError
 from gqa_scaling.study.fit import Fit, Interval, fit, interval, plain
-from gqa_scaling.study.frontier import Answer, Frontier, headline, with_draws
+from gqa_scaling.study.frontier import Answer, Frontier, with_draws
 from gqa_scaling.study.heads import common_n
 from gqa_scaling.study.ranking import known_interval, saved
 from gqa_scaling.study.results import Heads, Results, pattern_of
@@ -95,7 +95,7 @@ def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None
     """
     if not answers.sharded:
         return None
-    answer, n = headline(answers), common_n(found)
+    answer, n = answers.headline, common_n(found)
     where = (answer.context, answers.objective, answers.serving)
     deployment = Deployment(family_of(results), answers.question, *where)
     curves = with_draws(found)

@@ -14,16 +14,8 @@ import numpy as np
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
 from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated
-from gqa_scaling.study.fit import (
-    Bootstrap,
-    Fit,
-    Interval,
-    _flagged,
-    interval,
-    labels,
-    plain,
-    sizes,
-)
+from gqa_scaling.study.choices import Bootstrap
+from gqa_scaling.study.fit import Fit, Interval, _flagged, interval, labels, plain, sizes
 from gqa_scaling.study.results import Heads, Results, flags
 from gqa_scaling.units import quantity
 

@@ -9,6 +9,7 @@ from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig, RunConfig, UserError
 from gqa_scaling.experiment import load
 from gqa_scaling.files.runs import run_directory
+from gqa_scaling.study import source
 from gqa_scaling.sweep import display, run, workers
 
 TINY = "experiments.tiny"
@@ -34,7 +35,8 @@ def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
         told.append(root)
         raise UserError("enough")
 
-    monkeypatch.setattr(load, "load_experiment", load_experiment)
+    for module in (load, source):
+        monkeypatch.setattr(module, "load_experiment", load_experiment)
     more = ["--target-loss", "3"] if verb == "frontier" else []
     assert cli.main([verb, TINY, *more, "--root", "elsewhere"]) == 2
     assert told == [Path("elsewhere")]

@@ -12,18 +12,20 @@ from rich.console import Console
 from gqa_scaling.config import Question, UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.hardware import hardware
-from gqa_scaling.study import tables
+from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import BOOTSTRAPS
 from gqa_scaling.study.frontier import Frontier, frontier
 from gqa_scaling.study.models import LAWS
-from gqa_scaling.study.report import write_report
+from gqa_scaling.study.reading import from_text
+from gqa_scaling.study.report import answers, laws
+from gqa_scaling.study.report.page import write_report
+from gqa_scaling.study.report.sentences import training
+from gqa_scaling.study.report.tradeoffs import aligned_answer, sparsity_table
 from gqa_scaling.study.results import Results
-from gqa_scaling.study.serving import OBJECTIVES, Serving
-from gqa_scaling.study.sheets import aligned_tables, law_sheets, rich_sheet, sparsity_sheet
-from gqa_scaling.study.sources import from_text
-from gqa_scaling.study.sparsity import sparsity
+from gqa_scaling.study.serving import Serving
+from gqa_scaling.study.study import Study
 
 LADDERS = (
     ((1, 16), (1, 32), (2, 32), (2, 64), (3, 96), (4, 128)),
@@ -128,20 +130,19 @@ def answered(
     results = read(text)
     found = estimate(results, refits=refits, **options)
     answer = frontier(found.fit, results, question, **serving)
-    sparse = sparsity(found.fit, results, answer)
+    whole = Study(results, found, answer)
     console = Console(width=100, file=io.StringIO())
-    console.print(tables.fit_table(found.fit), tables.residual_table(found.fit))
-    console.print(tables.frontier_tables(answer), tables.training(answer))
+    console.print(laws.fit_table(found.fit), laws.residual_table(found.fit))
+    console.print(answers.frontier_answer(answer), training(answer))
     for each in answer.answers:
-        console.print(tables.ranking_table(each, answer))
-    if sparse:
-        console.print(rich_sheet(sparsity_sheet(sparse, answer.objective)))
-    for sheet in law_sheets(found):
-        console.print(rich_sheet(sheet))
+        console.print(answers.ranking_table(each, answer))
+    if whole.sparsity:
+        console.print(sparsity_table(whole.sparsity, answer.objective))
+    console.print(*laws.wide_law_tables(found))
     data = [found.fit.to_dict(), found.to_dict(), answer.to_dict()]
     json.dumps([*data, *_aligned(found, results, question, serving, console)], allow_nan=False)
     if page is not None:
-        write_report(page, results, found.fit, answer, sheets=law_sheets(found))
+        write_report(page, whole)
     return answer
 
 
@@ -154,5 +155,5 @@ def _aligned(
         whole = equal_training(found.tokens, results, question, **serving)
     except UserError:  # a loss that the baseline never reaches; the other answers stand
         return
-    console.print(aligned_tables(whole))
+    console.print(aligned_answer(whole))
     yield whole.to_dict()

@@ -13,13 +13,14 @@ from scipy.optimize import approx_fprime, least_squares
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_formula
-from gqa_scaling.study import laws, report
+from gqa_scaling.study import laws
 from gqa_scaling.study.additive import cells
 from gqa_scaling.study.context import OverContexts, context_law, flatness
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
+from gqa_scaling.study.reading import published
+from gqa_scaling.study.report import page
 from gqa_scaling.study.results import table
-from gqa_scaling.study.sources import published
 
 TRUTH = {(1, 1): (1.3e8, 0.20), (4, 1): (9.0e7, 0.215), (8, 8): (7.5e7, 0.227)}
 DELTA = {2048: 0.08, 8192: 0.02, 32768: 0.0, 131072: -0.015}
@@ -318,15 +319,15 @@ def test_one_named_length_is_fitted_alone_and_still_tested(csv, capsys):
 
 
 def test_frontier_and_report_take_runs_of_several_lengths(csv, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "all_figures", lambda *_: {})  # they take seconds
+    monkeypatch.setattr(page, "all_figures", lambda *_: {})  # they take seconds
     ask = ["--refits", "100", "--contexts", "131072"]
     assert cli.main(["frontier", str(csv), *ask]) == 0
     assert "every run brought there by its delta(T)" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["frontier", str(csv), *ask, "--align", "training"]) == 2
     assert "need a token law" in capsys.readouterr().err
-    page = tmp_path / "report.html"
-    assert cli.main(["report", str(csv), *ask, "--output", str(page)]) == 0
-    text = page.read_text()
+    path = tmp_path / "report.html"
+    assert cli.main(["report", str(csv), *ask, "--output", str(path)]) == 0
+    text = path.read_text()
     assert "Context and training tokens" in text
     assert "F-test of configuration x T" in text
     assert json.loads((tmp_path / "flatness.json").read_text())["verdict"] == "flat"

@@ -14,7 +14,7 @@ from gqa_scaling.study.additive import Additive
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit, size_labels, sizes
 from gqa_scaling.study.models import Joint, Separate, floor_limits
-from gqa_scaling.study.sources import from_csv
+from gqa_scaling.study.reading import from_csv
 
 HEADS = ((4, 1), (8, 2), (8, 8))
 LAYERS = (4, 6, 8, 12)

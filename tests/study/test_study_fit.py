@@ -19,8 +19,8 @@ from gqa_scaling.study.compare import _error, compare
 from gqa_scaling.study.fit import fit, interval
 from gqa_scaling.study.heads import head_laws, solve_heads
 from gqa_scaling.study.models import LAWS, Separate, floor_limits, solve_point
+from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.results import table
-from gqa_scaling.study.sources import from_csv, published
 
 
 def study(truth, noise=0.0, seed=0, sizes=(12, 16, 20, 24, 28, 32), replicates=1, **columns):

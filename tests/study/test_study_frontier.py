@@ -17,17 +17,21 @@ from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment import ladder
 from gqa_scaling.experiment.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.hardware import hardware
-from gqa_scaling.study import tables
 from gqa_scaling.study.build import check_runs, run_interval
+from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import Fit, fit, interval
 from gqa_scaling.study.frontier import default_baseline, frontier, target_losses
 from gqa_scaling.study.ranking import decide, rank, saved, tied
-from gqa_scaling.study.report import frontier_csv
+from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report.answers import frontier_answer, ranking_table
+from gqa_scaling.study.report.csv_files import frontier_csv
+from gqa_scaling.study.report.laws import fit_table, residual_table
+from gqa_scaling.study.report.sentences import _gained, sentence
 from gqa_scaling.study.results import table
-from gqa_scaling.study.serving import OBJECTIVES, Deployment, Serving
+from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of, shapes
-from gqa_scaling.study.sources import from_csv, published
+from gqa_scaling.units import quantity
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
 
@@ -169,9 +173,9 @@ def test_unreachable_losses_are_said_so_not_crashed_on(chen):
     assert any("reaches 2 nats at 8,192 tokens" in flag for flag in answers.flags)
     row = next(line for line in _text(answers).splitlines() if "none" in line)
     assert row.split() == ["8,192", "2", "none", *["-"] * 8]
-    assert "No configuration reaches" in tables.sentence(answers)
+    assert "No configuration reaches" in sentence(answers)
     json.dumps(answers.to_dict(), allow_nan=False)
-    Console(width=100, quiet=True).print(tables.frontier_tables(answers))
+    Console(width=100, quiet=True).print(frontier_answer(answers))
 
 
 def test_objectives_rank_by_what_they_name(chen):
@@ -346,14 +350,14 @@ def test_gains_are_told_at_a_glance(chen):
     e = found.answers[0].best.equal_cost
     low, high = e.gain_interval
     said = f"; or {e.gain:.3f} nats less at the same Z ({low:.3f} to {high:.3f})."
-    assert said in tables.sentence(found)
+    assert said in sentence(found)
     row = _text(found).split("Gained over (8,8) at equal Z")[1].splitlines()[3].split()
     assert row[:3] == ["32,768", "2.8", "(8,1)"]
     assert row[5] == "2.8000"
     assert row[6:] == [f"{1e3 * v:.1f}" for v in (e.gain, low)] + ["to", f"{1e3 * high:.1f}"]
     worse = frontier(chen, published(), dataclasses.replace(q, baseline=(8, 1)))
     choice = worse.answers[0].choice((1, 1))
-    assert "nats more at the same Z (0.0" in tables._gained(choice, "Z")
+    assert "nats more at the same Z (0.0" in _gained(choice, "Z")
     line = next(x for x in frontier_csv(found).splitlines()[1:] if ",8,1," in x)
     assert f"{e.gain},{low},{high},0" in line
 
@@ -402,7 +406,7 @@ def test_bytes_seconds_and_dollars_by_hand(chen):
         assert costs == sorted(costs)
         assert found.answers[0].best.saving[objective] > 0
         assert "on h100" in _text(found)
-        assert tables.OBJECTIVES[objective] in tables.sentence(found)
+        assert OBJECTIVES[objective] in sentence(found)
         json.dumps(found.to_dict(), allow_nan=False)
     with pytest.raises(UserError, match="needs hardware"):
         frontier(chen, published(), q, "seconds")
@@ -424,13 +428,13 @@ def test_constraints_rule_configurations_out(chen):
     none = frontier(chen, published(), q, serving=Serving(limit_bytes=1e6))
     assert not none.answers[0].best.reached
     assert none.answers[0].model is None
-    assert "No configuration reaches" in tables.sentence(none)
+    assert "No configuration reaches" in sentence(none)
     assert "none" in _text(none)
 
 
 def _text(found):
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(tables.frontier_tables(found))
+    console.print(frontier_answer(found))
     return console.export_text()
 
 
@@ -481,7 +485,7 @@ def test_refits_that_miss_the_loss_are_said_so(chen):
     missed = f"{best.unreachable:.0%} of the refits never reach {loss:g} nats at 8,192 tokens"
     assert any(missed in flag for flag in found.flags)
     assert any("savings leave them out" in flag for flag in found.flags)
-    assert "of the refits never reach that loss" in tables.sentence(found)
+    assert "of the refits never reach that loss" in sentence(found)
     assert ",unreachable," in frontier_csv(found)
 
 
@@ -592,7 +596,7 @@ def test_noisy_little_studies_answer_with_doubt(seed):
     answers = frontier(found, r, Question(contexts=(1024, 16384), demonstration=True))
     assert np.ptp(found.floor_interval) > 0.2
     json.dumps(answers.to_dict(), allow_nan=False)
-    assert tables.sentence(answers).startswith("Demonstration")
+    assert sentence(answers).startswith("Demonstration")
 
 
 def test_more_noise_means_more_ties():
@@ -610,10 +614,10 @@ def test_more_noise_means_more_ties():
 def test_tables_fit_100_columns_and_name_units(chen, table_4):
     console = Console(width=100, record=True, file=io.StringIO())
     for part in (
-        tables.fit_table(chen),
-        tables.residual_table(chen),
-        tables.frontier_tables(table_4),
-        tables.ranking_table(table_4.answers[0], table_4),
+        fit_table(chen),
+        residual_table(chen),
+        frontier_answer(table_4),
+        ranking_table(table_4.answers[0], table_4),
     ):
         console.print(part)
     text = console.export_text()
@@ -623,14 +627,14 @@ def test_tables_fit_100_columns_and_name_units(chen, table_4):
     for word in ("per_sequence", "(values)", "(nats)", "(tokens)", "(parameters)", "90%", "regret"):
         assert word in text, word
     for a in table_4.answers:
-        assert tables.quantity(a.best.n) in text
+        assert quantity(a.best.n) in text
 
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(tables.frontier_tables(table_4))
-    console.print(tables.ranking_table(table_4.answers[0], table_4))
+    console.print(frontier_answer(table_4))
+    console.print(ranking_table(table_4.answers[0], table_4))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -650,17 +654,17 @@ def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
     ],
 )
 def test_quantities_have_three_digits_and_a_prefix(value, text):
-    assert tables.quantity(value) == text
+    assert quantity(value) == text
 
 
 def test_the_sentence_says_configuration_saving_interval_and_doubt(chen, table_4):
-    text = tables.sentence(table_4)  # middle loss 2.8, where two are tied
+    text = sentence(table_4)  # middle loss 2.8, where two are tied
     assert "8 query heads and 1 KV head " in text
     assert "42.0% less Z than (8,8)" in text
     assert "90% interval" in text
     assert "cannot tell it from (4,1)" in text
     own = frontier(chen, published(), dataclasses.replace(TABLE_4, baseline=(8, 1), losses=(2.7,)))
-    assert "it is the baseline itself" in tables.sentence(own)
+    assert "it is the baseline itself" in sentence(own)
 
 
 def test_a_csv_from_elsewhere_goes_all_the_way(tmp_path, chen):
@@ -690,6 +694,6 @@ def test_a_fit_that_identifies_nothing_gives_no_confident_answer(tmp_path) -> No
     results = from_csv(file)
     answer = frontier(fit(results, refits=100), results)
     assert "E is at its bound" in answer.doubt
-    assert tables.sentence(answer).startswith("NOT TO BE RELIED ON: E is at its bound")
+    assert sentence(answer).startswith("NOT TO BE RELIED ON: E is at its bound")
     sound = frontier(fit(published(), refits=100), published())
     assert sound.doubt == ""

@@ -19,11 +19,11 @@ from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
+from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.sources import from_csv, published
 from gqa_scaling.study.suggest import Belief, Decider, Runs
-from gqa_scaling.study.tables import sentence
 from gqa_scaling.study.tokens import token_law
 
 NEAR_FLOOR = Path(__file__).parent / "twelve_runs_near_floor.csv"

@@ -7,27 +7,32 @@ import pytest
 
 from gqa_scaling import cli
 from gqa_scaling.config import Question, UserError
-from gqa_scaling.study import outputs, report
+from gqa_scaling.files import storage
+from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
-from gqa_scaling.study.outputs import MANIFEST, PICTURES, require_own, write_files
-from gqa_scaling.study.plots import FIGURES, all_figures
-from gqa_scaling.study.report import BESIDE, results_csv, write_report
-from gqa_scaling.study.sources import published
+from gqa_scaling.study.reading import published
+from gqa_scaling.study.report import files, page
+from gqa_scaling.study.report.csv_files import results_csv
+from gqa_scaling.study.report.files import MANIFEST, TENSORBOARD, require_own, write_files
+from gqa_scaling.study.report.page import WRITTEN, write_report
+from gqa_scaling.study.report.pictures import PICTURES, all_figures
+from gqa_scaling.study.study import Study
 
 
 @pytest.fixture(scope="module")
 def study():
     r = published()
     found = fit(r, refits=100)
-    return r, found, frontier(found, r, Question(contexts=(8192,), losses=(2.8,)))
+    asked = Question(contexts=(8192,), losses=(2.8,))
+    return Study(r, Estimates(found), frontier(found, r, asked))
 
 
 @pytest.fixture
 def light(monkeypatch):
     """Reports without their pictures and the comparison of laws, which take the time."""
-    monkeypatch.setattr(report, "all_figures", lambda *_: {})
-    monkeypatch.setattr(report, "_laws", lambda *_: "")
+    monkeypatch.setattr(page, "all_figures", lambda *_: {})
+    monkeypatch.setattr(page, "_compared", lambda *_: [])
 
 
 def contents(folder):
@@ -128,68 +133,68 @@ def test_a_place_that_cannot_take_a_report_is_refused_in_one_line(tmp_path, caps
 
 
 def test_a_report_replaces_its_own_files_and_leaves_all_others(study, tmp_path, light):
-    page = write_report(tmp_path / "report.html", *study)
+    path = write_report(tmp_path / "report.html", study)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "study" / "events.out.tfevents.17.host").write_text("mine")
     first = contents(tmp_path)
-    write_report(page, *study, command="again")
+    write_report(path, study, command="again")
     second = contents(tmp_path)
     mine = {"notes.txt", "study/events.out.tfevents.17.host"}
     assert {name: second[name] for name in mine} == {name: first[name] for name in mine}
     assert b"again" in second["report.html"]
-    assert sum(name.startswith(PICTURES) for name in second) == 2  # mine, and the newest
+    assert sum(name.startswith(TENSORBOARD) for name in second) == 2  # mine, and the newest
     listed = json.loads(second[MANIFEST])["files"]
     assert set(listed) == set(second) - mine - {MANIFEST}
 
 
 def test_a_file_edited_since_is_somebodys(study, tmp_path, light):
-    page = write_report(tmp_path / "report.html", *study)
+    path = write_report(tmp_path / "report.html", study)
     (tmp_path / "results.csv").write_text("# my runs\n" + (tmp_path / "results.csv").read_text())
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"results\.csv would be replaced"):
-        write_report(page, *study)
+        write_report(path, study)
     assert contents(tmp_path) == before
     (tmp_path / "results.csv").unlink()
-    write_report(page, *study)
+    write_report(path, study)
 
 
 def test_two_pages_share_a_folder(study, tmp_path, light):
     for name in ("a.html", "b.html", "a.html"):
-        write_report(tmp_path / name, *study)
+        write_report(tmp_path / name, study)
     assert {"a.html", "b.html"} < set(contents(tmp_path))
 
 
 @pytest.mark.parametrize("survived", range(5))
 def test_a_report_that_was_killed_half_way_is_given_again(tmp_path, monkeypatch, survived):
-    files = dict.fromkeys(("a", "b", PICTURES + "1"), b"1")
-    write_files(tmp_path, files)
-    write, count = outputs.write_atomic, iter(range(9))
+    first = dict.fromkeys(("a", "b", TENSORBOARD + "1"), b"1")
+    write_files(tmp_path, first)
+    write, count = files.write_atomic, iter(range(9))
 
     def killed(path, data):
         if next(count) == survived:
             raise KeyboardInterrupt
         write(path, data)
 
-    again = dict.fromkeys(("a", "b", PICTURES + "2"), b"2")
+    again = dict.fromkeys(("a", "b", TENSORBOARD + "2"), b"2")
     with monkeypatch.context() as patch:
-        for module in (outputs, outputs.runs):
+        for module in (files, storage):
             patch.setattr(module, "write_atomic", killed)
         with pytest.raises(KeyboardInterrupt):
             write_files(tmp_path, again)
     write_files(tmp_path, again)
     assert contents(tmp_path).items() >= again.items()
-    assert PICTURES + "1" not in contents(tmp_path)
+    assert TENSORBOARD + "1" not in contents(tmp_path)
 
 
 def test_a_bucket_is_no_different(study, bucket, light):
-    page = write_report(bucket / "report.html", *study)
-    write_report(page, *study)
+    path = write_report(bucket / "report.html", study)
+    write_report(path, study)
     (bucket / "frontier.csv").write_text("mine")
     with pytest.raises(UserError, match=r"frontier\.csv would be replaced"):
-        write_report(page, *study)
+        write_report(path, study)
     assert (bucket / "frontier.csv").read_text() == "mine"
 
 
 def test_every_name_that_a_report_may_write_is_known_before(study):
-    assert set(all_figures(*study[1:2], study[0], study[2])) <= set(FIGURES)
-    assert {f"figures/{name}.svg" for name in FIGURES} < set(BESIDE)
+    assert set(all_figures(study)) <= set(PICTURES)
+    assert {f"figures/{name}.svg" for name in PICTURES} < set(WRITTEN)

@@ -5,23 +5,29 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gqa_scaling.config import Question
 from gqa_scaling.experiment.grid import head_candidates
-from gqa_scaling.study.board import events_file
+from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
-from gqa_scaling.study.outputs import PICTURES, write_files
-from gqa_scaling.study.plots import _rounded, gains, looks, spread
-from gqa_scaling.study.report import _laws, write_report
-from gqa_scaling.study.sources import from_csv, published
+from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report.decision_pictures import colour_scale, gains, spread
+from gqa_scaling.study.report.drawing import looks
+from gqa_scaling.study.report.files import TENSORBOARD, write_files
+from gqa_scaling.study.report.page import sections, write_report
+from gqa_scaling.study.report.table import Column, Table, shown
+from gqa_scaling.study.report.tensorboard import events_file
+from gqa_scaling.study.study import Study
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +37,20 @@ def study():
     q = Question(
         contexts=(131072,), losses=(3.0, 2.8), convention="per_sequence", demonstration=True
     )
-    return r, f, frontier(f, r, q)
+    return Study(r, Estimates(f), frontier(f, r, q))
 
 
 @pytest.fixture(scope="module")
 def page(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    return write_report(folder / "report.html", *study, command="gqa-scaling report <x>")
+    return write_report(folder / "report.html", study, command="gqa-scaling report <x>")
 
 
 def test_laws_of_many_configurations_are_compared_only_when_asked(study, monkeypatch):
-    results, fitted, _ = study
-    monkeypatch.setattr("gqa_scaling.study.report.MOST_COMPARED", 6)
+    monkeypatch.setattr("gqa_scaling.study.report.page.MOST_COMPARED", 6)
     said = "Laws are not compared: with 7 configurations that takes minutes; fit --compare does it"
-    assert said in _laws(results, fitted)
+    (told,) = [parts for heading, parts in sections(study, {}) if heading == "The loss curves"]
+    assert told[1].notes == [said]
 
 
 class _Balance(HTMLParser):
@@ -83,21 +89,21 @@ def test_the_page_answers_with_units_interval_and_label(page, study):
     assert "For 3 nats at 131,072 tokens, take 4 query heads and 1 KV head at 166M" in text
     assert "200 refits, seed 0" in text
     assert "per_sequence: T (N + 2 T L d_h n_h)" in text
-    assert f"E = {study[1].floor:.4f} nats" in text
+    assert f"E = {study.fit.floor:.4f} nats" in text
     assert "gqa-scaling report &lt;x&gt;" in text
     assert text.count("L12-d768-h8-kv8") == 1
 
 
 def test_no_label_without_a_demonstration(study, tmp_path):
-    r, f, _ = study
-    plain = frontier(f, r, Question(contexts=(8192,), losses=(2.8,)))
-    text = write_report(tmp_path / "new" / "r.html", r, f, plain).read_text()
+    asked = Question(contexts=(8192,), losses=(2.8,))
+    plain = replace(study, frontier=frontier(study.fit, study.results, asked))
+    text = write_report(tmp_path / "new" / "r.html", plain).read_text()
     assert "demonstration" not in text
 
 
 def test_data_lies_beside_the_page(page, study):
     folder = page.parent
-    _, found, answers = study
+    found, answers = study.fit, study.frontier
     with open(folder / "frontier.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 7
@@ -114,7 +120,7 @@ def test_data_lies_beside_the_page(page, study):
 
 
 def test_the_same_study_gives_the_same_page(page, study, tmp_path):
-    again = write_report(tmp_path / "report.html", *study, command="gqa-scaling report <x>")
+    again = write_report(tmp_path / "report.html", study, command="gqa-scaling report <x>")
     assert again.read_bytes() == page.read_bytes()
 
 
@@ -143,22 +149,37 @@ def test_tensorboard_shows_every_figure(page):
             assert drawn.tobytes() == picture.tobytes()
 
 
+def test_tensorboard_shows_the_tables(page, study):
+    events = EventAccumulator(str(page.parent / "study"))
+    events.Reload()
+    tag = "study/What they save/text_summary"
+    assert tag in events.Tags()["tensors"]
+    (event,) = events.Tensors(tag)
+    text = event.tensor_proto.string_val[0].decode()
+    assert "**Saved against (8,8) at equal loss, 90% intervals**" in text
+    assert "context (tokens) | loss (nats) | heads, KV" in text
+    assert (
+        f"131,072 | 3 | (4,1) | {100 * study.frontier.answers[0].best.saving['memory']:.1f}%"
+        in text
+    )
+
+
 def test_a_new_report_replaces_the_pictures_of_the_old(tmp_path):
     for size in ((3, 2), (4, 3)):
         out = io.BytesIO()
         Figure(figsize=size).savefig(out, format="png", dpi=10)
-        now, events = events_file({"a": out.getvalue()})
-        write_files(tmp_path, {PICTURES + now: events})
-        assert list((tmp_path / "study").iterdir()) == [tmp_path / (PICTURES + now)]
+        now, events = events_file({"a": out.getvalue()}, {})
+        write_files(tmp_path, {TENSORBOARD + now: events})
+        assert list((tmp_path / "study").iterdir()) == [tmp_path / (TENSORBOARD + now)]
     assert [size for _, size, _ in images(tmp_path / "study").values()] == [(40, 30)]
 
 
 def test_the_page_says_how_to_build_and_what_is_gained(page, study):
     text = page.read_text()
     assert "these runs come without their corpus" in text
-    best = study[2].answers[1].model
+    best = study.frontier.answers[1].model
     assert f"ModelConfig(n_layers={best.n_layers}, d_model={best.d_model}, n_heads=8" in text
-    e = study[2].answers[1].choice((8, 4)).equal_cost
+    e = study.frontier.answers[1].choice((8, 4)).equal_cost
     low, high = (f"{1e3 * v:.1f}" for v in e.gain_interval)
     assert f"{1e3 * e.gain:.1f} ({low} to {high})" in text
 
@@ -192,14 +213,82 @@ def test_where_nothing_reaches_the_loss_there_is_a_picture_without_a_legend():
 
 
 def test_colours_span_the_data_in_tens():
-    assert _rounded(np.array([12.0, 47.0])) == (10, 50)
-    assert _rounded(np.array([41.0, 42.0])) == (40, 50)
-    assert _rounded(np.array([-13.0, 5.0])) == (-20, 10)
-    assert _rounded(np.array([40.0])) == (40, 50)
-    assert _rounded(np.array([])) == (0, 100)
+    assert colour_scale(np.array([12.0, 47.0])) == (10, 50)
+    assert colour_scale(np.array([41.0, 42.0])) == (40, 50)
+    assert colour_scale(np.array([-13.0, 5.0])) == (-20, 10)
+    assert colour_scale(np.array([40.0])) == (40, 50)
+    assert colour_scale(np.array([])) == (0, 100)
 
 
 def test_every_configuration_looks_different():
     for heads in (published().heads, head_candidates(32)):
         look = looks(heads)
         assert len({(v["color"], v["marker"]) for v in look.values()}) == len(set(heads))
+
+
+# ------------------------------------------------------------------- a table, wherever it is shown
+
+
+ITEMS = [("a|b", 12345.0), ("<c>", 0.5)]
+SAMPLE = Table(
+    "Sizes",
+    [
+        Column("name", lambda item: item[0], fold=True),
+        Column("of the\nrun", lambda item: f"{item[1]:.1f}", "nats"),
+        Column("first to go", lambda item: "1" * 20, spare=1),
+        Column("next to go", lambda item: "2" * 20, "unit", spare=2),
+        Column("on the page", lambda item: "3" * 90, page_only=True),
+    ],
+    ITEMS,
+    ["a note [of brackets]"],
+    about="what it says",
+)
+
+
+def on_terminal(width: int, *parts) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(*parts)
+    return console.file.getvalue()
+
+
+def test_a_terminal_shows_what_fits_and_says_what_it_left_out():
+    wide = on_terminal(100, SAMPLE).splitlines()
+    assert [line.split() for line in wide[:5]] == [
+        ["Sizes"],
+        ["of", "the"],
+        ["run", "next", "to", "go"],
+        ["name", "(nats)", "first", "to", "go", "(unit)"],
+        ["a|b", "12345.0", "1" * 20, "2" * 20],
+    ]
+    assert wide[-2:] == ["", "a note [of brackets]"]
+    assert "333" not in "".join(wide)
+    assert "what it says" not in "".join(wide)
+    narrow = on_terminal(40, SAMPLE)
+    assert "left out for want of width: first to go\n" in narrow
+    assert "2" * 20 in narrow
+    narrower = on_terminal(30, SAMPLE)
+    assert "left out for want of width:" in narrower
+    assert "12345.0" in narrower
+    assert "222" not in narrower
+
+
+def test_the_page_shows_every_column_on_one_line():
+    text = SAMPLE.html()
+    assert "<th>of the run (nats)</th>" in text
+    assert "<td>&lt;c&gt;</td>" in text
+    assert f"<td>{'3' * 90}</td>" in text
+    assert text.index("what it says") < text.index("<table>") < text.index("a note [of brackets]")
+    assert text.count("<td>") == 2 * 5
+
+
+def test_a_table_without_rows_is_its_title_and_its_notes():
+    empty = replace(SAMPLE, items=[])
+    assert on_terminal(80, empty).split("\n") == ["Sizes", "a note [of brackets]", ""]
+    assert "<table>" not in empty.html()
+
+
+def test_sentence_tables_and_flags_are_parted():
+    lines = on_terminal(80, shown([SAMPLE, SAMPLE], ["be careful"], "So it is.")).split("\n")
+    assert lines[:3] == ["So it is.", "", "Sizes"]
+    assert lines.count("Sizes") == 2
+    assert lines[-2] == "! be careful"

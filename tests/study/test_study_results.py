@@ -13,9 +13,9 @@ from gqa_scaling.config import DataConfig, EvaluationConfig, ModelConfig, RunCon
 from gqa_scaling.costs import n_exact, n_formula
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study import results
-from gqa_scaling.study.report import results_csv
+from gqa_scaling.study.reading import from_csv, from_runs, from_text, published
+from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.results import check, flags
-from gqa_scaling.study.sources import from_csv, from_runs, from_text, published
 
 HEADER = "n_heads,n_kv_heads,n_layers,d_model,loss"
 

@@ -21,20 +21,26 @@ from gqa_scaling.context_sharding import ContextSharding, density, kv_cache_valu
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.follow_ups import follow_up
 from gqa_scaling.study import fit as fitting
-from gqa_scaling.study import tables
 from gqa_scaling.study.compare import compare
-from gqa_scaling.study.estimates import estimate
+from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import default_baseline, frontier
 from gqa_scaling.study.models import Joint, solve_point
-from gqa_scaling.study.plots import all_figures, looks, loss_by_position
-from gqa_scaling.study.report import frontier_csv, results_csv, write_report
+from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report.answers import frontier_answer, ranking_table
+from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
+from gqa_scaling.study.report.drawing import looks
+from gqa_scaling.study.report.laws import fit_table
+from gqa_scaling.study.report.loss_pictures import loss_by_position
+from gqa_scaling.study.report.page import write_report
+from gqa_scaling.study.report.pictures import all_figures
+from gqa_scaling.study.report.sentences import model_text
+from gqa_scaling.study.report.tradeoffs import sparsity_table
 from gqa_scaling.study.results import COLUMNS, heads_of, pair, pairs, table
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import effective_context, family_of, training_keys
-from gqa_scaling.study.sheets import rich_sheet, sparsity_sheet
-from gqa_scaling.study.sources import from_csv, published
 from gqa_scaling.study.sparsity import sparsity
+from gqa_scaling.study.study import Study
 from gqa_scaling.study.suggest import Belief, Runs, suggest
 from gqa_scaling.study.tokens import token_law
 from gqa_scaling.study.trainer import Trainer
@@ -263,7 +269,7 @@ def test_the_model_to_build_has_the_pattern_and_what_its_cache_really_holds(nois
     keys = context_sharding.effective_context(layers, 100_000)
     cache = 2 * keys * model.n_layers * 64 * model.n_kv_heads
     assert model.memory == pytest.approx(model.n + cache, rel=1e-12)
-    assert f"pattern=ContextSharding(block=64, local={pattern.local}" in tables.model_text(model)
+    assert f"pattern=ContextSharding(block=64, local={pattern.local}" in model_text(model)
 
 
 def test_a_pattern_too_deep_for_the_size_is_ranked_and_not_built():
@@ -282,10 +288,8 @@ def test_what_is_printed_names_patterns_units_and_what_is_untested(noisy):
     q = Question(contexts=(T, 65536), losses=(2.8,))
     answers = frontier(found, r, q)
     console = Console(width=160, file=io.StringIO())
-    console.print(
-        tables.frontier_tables(answers), tables.ranking_table(answers.answers[0], answers)
-    )
-    console.print(tables.fit_table(found))
+    console.print(frontier_answer(answers), ranking_table(answers.answers[0], answers))
+    console.print(fit_table(found))
     text = " ".join(console.file.getvalue().split())
     best = answers.at(2.8, 65536).best
     assert f"with pattern {best.heads[2].label} (T_eff {best.effective:,.0f} tokens)" in text
@@ -309,7 +313,7 @@ def test_dense_studies_print_nothing_of_patterns():
     assert not answers.sharded
     assert sparsity(found, published(), answers) is None
     console = Console(width=160, file=io.StringIO())
-    console.print(tables.frontier_tables(answers), tables.fit_table(found))
+    console.print(frontier_answer(answers), fit_table(found))
     text = console.file.getvalue()
     assert "T_eff" not in text
     assert "pattern" not in text
@@ -451,7 +455,7 @@ def test_failed_refits_of_the_rate_are_said(monkeypatch, share, told):
     monkeypatch.setattr(Joint, "solve", some)
     traded = sparsity(found, r, answers)
     assert (traded.rate is None) == (share == 1.0)  # no rate, and no interval, from nothing
-    note = sparsity_sheet(traded, "z").notes[1]
+    note = sparsity_table(traded, "z").notes[1]
     assert f"{told} of 100 refits did not converge" in note
 
 
@@ -468,7 +472,7 @@ def test_a_pattern_without_a_dense_twin_has_no_cost_and_no_saving():
     assert traded.rate is None
     assert "do not tell what density does" in traded.no_rate
     console = Console(width=160, file=io.StringIO())
-    console.print(rich_sheet(sparsity_sheet(traded, "z")))
+    console.print(sparsity_table(traded, "z"))
     assert "No rate of loss by density" in console.file.getvalue()
 
 
@@ -477,7 +481,7 @@ def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
     r = study((None, HYBRID, WINDOW), heads=((8, 2),), noise=0.001)
     found = fit(r, refits=100)
     answers = frontier(found, r, Question(contexts=(T, 65536), losses=(2.8,)))
-    text = write_report(tmp_path / "report.html", r, found, answers).read_text()
+    text = write_report(tmp_path / "report.html", Study(r, Estimates(found), answers)).read_text()
     assert "<h2>Dense and sharded</h2>" in text
     assert "(8,2) b64 w4 s8 +dense every 2" in text
     assert "each halving of density multiplies the excess loss over E by exp(r) = 1.0" in text
@@ -487,7 +491,7 @@ def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
     only = study((STRIDED, WINDOW), noise=0.001)
     curves = fit(only, refits=100)
     alone = frontier(curves, only, Question(contexts=(T,), losses=(2.8,)))
-    shown = all_figures(curves, only, alone, sparsity(curves, only, alone))
+    shown = all_figures(Study(only, Estimates(curves), alone))
     assert not {"loss_against_heads", "loss_against_density"} & set(shown)
 
 

@@ -8,9 +8,9 @@ from scipy.optimize import approx_fprime
 
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
 from gqa_scaling.costs import n_formula, training_flops
+from gqa_scaling.study.reading import published
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.sources import published
 from gqa_scaling.study.suggest import Belief, Decider, Runs, suggest
 
 QUESTION = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")

@@ -22,13 +22,15 @@ from gqa_scaling.costs import (
     training_flops_per_token,
 )
 from gqa_scaling.experiment import ladder
-from gqa_scaling.study import report, sheets
 from gqa_scaling.study.additive import cells
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import estimate
+from gqa_scaling.study.reading import published
+from gqa_scaling.study.report import page
+from gqa_scaling.study.report.laws import law_tables
+from gqa_scaling.study.report.tradeoffs import aligned_answer
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Serving
-from gqa_scaling.study.sources import published
 from gqa_scaling.study.tokens import OverTokens, spans_budgets, token_law
 
 TRUTH = {(1, 1): (1.25e8, 0.29), (4, 1): (8.9e7, 0.31), (8, 8): (7.5e7, 0.32)}
@@ -433,12 +435,12 @@ def test_frontier_at_equal_training_flops(csv, capsys):
 
 
 def test_the_report_holds_the_law_and_the_tables(csv, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "all_figures", lambda *_: {})  # they take seconds
-    page = tmp_path / "report.html"
-    ask = ["report", str(csv), "--refits", "100", "--contexts", "131072", "--output", str(page)]
+    monkeypatch.setattr(page, "all_figures", lambda *_: {})  # they take seconds
+    path = tmp_path / "report.html"
+    ask = ["report", str(csv), "--refits", "100", "--contexts", "131072", "--output", str(path)]
     assert cli.main(ask) == 0
     assert "Token law" in capsys.readouterr().out
-    text = page.read_text()
+    text = path.read_text()
     assert "Token law: L = (a/N)^b + E + B D^-beta" in text
     assert "Lowest loss for these training FLOPs" in text
     assert json.loads((tmp_path / "aligned.json").read_text())["baseline"] == [8, 8]
@@ -450,8 +452,7 @@ def test_tables_fit_the_terminal(noisy, width):
     found = equal_training(noisy, study(0.002, seed=1), QUESTION, train_context=65536)
     out = io.StringIO()
     Console(file=out, width=width).print(
-        *(sheets.rich_sheet(s) for s in sheets.law_sheets(estimate(study(0.002), refits=100))),
-        sheets.aligned_tables(found),
+        *law_tables(estimate(study(0.002), refits=100)), aligned_answer(found)
     )
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width

@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.files import runs
-from gqa_scaling.files.storage import absolute, is_remote, make_folder, write_atomic
+from gqa_scaling.files.storage import absolute, is_remote, make_folder, write_atomic, write_json
 
 MANIFEST = "report-manifest.json"
-PICTURES = "study/events.out.tfevents."  # for TensorBoard; the time follows
+TENSORBOARD = "study/events.out.tfevents."  # for TensorBoard; the time follows
 _ABOUT = "files that gqa-scaling report wrote in this folder; it replaces these and no others"
 _ELSEWHERE = "name a page in another folder with --output"
 
@@ -94,8 +93,9 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     both = {name: [*before.get(name, ()), *now.get(name, ())] for name in {**before, **now}}
     _write(folder, both)
     for name, data in files.items():
-        write_atomic(folder / name, data)
-    gone = [name for name in before if name.startswith(PICTURES) and name not in now]
+        (write_atomic,)
+    write_json(folder / name, data)
+    gone = [name for name in before if name.startswith(TENSORBOARD) and name not in now]
     for name in gone:
         path = folder / name
         if _there(path) and _hash(path.read_bytes()) in before[name]:
@@ -120,7 +120,7 @@ def _read(folder: Path) -> dict[str, list[str]]:
 
 
 def _write(folder: Path, files: dict[str, list[str]]) -> None:
-    runs.write_json(folder / MANIFEST, {"about": _ABOUT, "files": files})
+    write_json(folder / MANIFEST, {"about": _ABOUT, "files": files})
 
 
 def _hash(data: bytes) -> str:

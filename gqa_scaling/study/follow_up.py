@@ -1,0 +1,63 @@
+"""From an answer to its training: the command for each model, and what runs trained since say."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
+from gqa_scaling.experiment.overrides import overrides_to
+from gqa_scaling.files.runs import run_directory
+from gqa_scaling.study.build import Check, Model, check_runs
+from gqa_scaling.study.estimates import Estimates
+from gqa_scaling.study.frontier import Frontier
+from gqa_scaling.study.reading import from_runs
+from gqa_scaling.study.source import Source
+
+
+def with_training(
+    answer: Frontier, source: Source, found: Estimates, root: Path, options: Sequence[str] = ()
+) -> Frontier:
+    """The answer with the command that trains each model, and the runs that can check it.
+
+    `options` end the commands. Without an experiment the answer stays as it is: nothing is known of
+    how others' runs were trained.
+    """
+    if source.experiment is None:
+        return answer
+    results, name = source.results, source.experiment.name
+    context = found.fit.context_length or int(results.context_length.max())
+    tokens = round(found.tokens.at_tokens) if found.tokens else None
+    runs = [run for run in source.grid if run.context_length == context]
+    finished = {run.digest: run.name for run in runs if run.name in results.name}
+
+    def with_command(model: Model) -> Model:
+        run = follow_up(runs, model.config, tokens)
+        fields = (*source.overrides, *overrides_to(source.grid, run))
+        command = shell_command(["gqa-scaling", "run", source.name, *fields, *options])
+        return replace(model, command=command, trained=finished.get(run.digest, ""))
+
+    checks: list[Check] = []
+    for run in find_follow_ups(root, name, runs):
+        whole = run_directory(root, name, run).result()
+        judged = whole["result"]["evaluations"] if whole else ()
+        if tokens in (None, run.tokens) and run.evaluation_digest in judged:
+            one = from_runs(root, name, [run])
+            if all(getattr(one, k)[0] == getattr(results, k)[0] for k in ("evaluation", "corpus")):
+                checks += check_runs(found.fit, one)
+    answers = tuple(
+        replace(each, model=each.model and with_command(each.model)) for each in answer.answers
+    )
+    return replace(answer, answers=answers, checks=tuple(checks))
+
+
+def shell_command(words: Sequence[str], width: int = 78) -> str:
+    """The command in lines that a shell takes as one, none broken inside an argument."""
+    first, *parts = " ".join(map(shlex.quote, words)).replace(" --", "\0--").split("\0")
+    lines = [first]
+    for part in parts:
+        if len(lines[-1]) + 1 + len(part) > width:
+            lines.append(f"   {part}")
+        else:
+            lines[-1] += f" {part}"
+    return " \\\n".join(lines)

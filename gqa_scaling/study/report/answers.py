@@ -1,0 +1,293 @@
+"""The tables of the answers: what is cheapest, what it saves and gains, what to build and run next."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from rich.console import Group
+
+from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.fit import LEVEL
+from gqa_scaling.study.frontier import Answer, Choice, Frontier
+from gqa_scaling.study.report.sentences import sentence
+from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
+from gqa_scaling.study.results import Heads, pair, pairs
+from gqa_scaling.study.serving import Serving
+from gqa_scaling.study.suggest import Suggestion
+from gqa_scaling.units import byte_size, quantity
+
+CONTEXT = Column("context", lambda answer: f"{answer.context:,}", "tokens")
+LOSS = Column("loss", lambda answer: f"{answer.loss:g}", "nats")
+TARGET = Column("target", lambda answer: f"{answer.loss:g}", "nats")
+
+
+def frontier_tables(frontier: Frontier) -> list[Table]:
+    """Every table of the answers, in the order they are told."""
+    checks = [check_table(frontier)] if frontier.checks else []
+    whole = (frontier_table, saving_table, gain_table, model_table)
+    return [*(table(frontier) for table in whole), *checks]
+
+
+def frontier_answer(frontier: Frontier, more: Sequence[Table] = ()) -> Group:
+    """The answer for a terminal: in a sentence, in tables, and what must be known of it."""
+    return shown([*frontier_tables(frontier), *more], frontier.flags, sentence(frontier))
+
+
+def _by_context(frontier: Frontier) -> list[Answer]:
+    return sorted(frontier.answers, key=lambda answer: answer.context)
+
+
+def _best(cell: Callable[[Choice], str], none: str = "-") -> Callable[[Answer], str]:
+    """The cell of an answer's cheapest configuration; `none` where none reaches the loss."""
+    return lambda answer: cell(answer.best) if answer.best.reached else none
+
+
+def _marked(choice: Choice) -> str:
+    return pair(choice.heads) + ("~" if choice.extrapolated else "")
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """The cheapest configuration for each target loss and context."""
+    q, u = frontier.question, frontier.units
+    notes = [
+        f"FLOPs: {u['flops']}. Z: {u['z']}."
+        + (f" T_eff in {u['effective']}." if frontier.sharded else "")
+        + (f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else "")
+        + " ~ outside the fitted sizes.",
+        f"Probabilities: {frontier.intervals}; ties hold {LEVEL:.0%}",
+    ]
+    if any(math.isinf(a.best.regret) for a in frontier.answers if a.best.reached):
+        notes.append("Regret -: in some refits only another configuration reaches the loss.")
+    return Table(
+        f"Cheapest configuration by {OBJECTIVES[frontier.objective]}, FLOPs {q.convention}",
+        [
+            CONTEXT,
+            LOSS,
+            Column("heads, KV", _best(_marked, "none")),
+            Column("N*", _best(lambda c: quantity(c.n))),
+            Column(
+                f"N*, {LEVEL:.0%}\ninterval",
+                _best(lambda c: span(c.n_interval, quantity)),
+                page_only=True,
+            ),
+            Column("L x d", _best(lambda c: _shape(c.n_layers, c.d_model)), spare=1),
+            Column("memory", _best(lambda c: quantity(c.memory)), "values", spare=4),
+            Column("FLOPs", _best(lambda c: quantity(c.flops)), spare=2),
+            Column("Z", _best(lambda c: quantity(c.z))),
+            Column("P(best)", _best(lambda c: percent(c.probability, 0))),
+            Column("regret", _best(lambda c: percent(c.regret, 2)), spare=3),
+            Column("tied with", _tied, fold=True),
+        ],
+        _by_context(frontier),
+        notes,
+        f"Loss in {u['loss']}. N*: {u['n']} ({frontier.count}). Memory in {u['memory']}. Regret: the "
+        "expected excess cost over the refits. Tied configurations are the fewest that hold "
+        f"{LEVEL:.0%} of the probability of being the cheapest.",
+    )
+
+
+def _shape(layers: float, width: float) -> str:
+    return f"{layers:.1f} x {width:.0f}" if math.isfinite(layers) else "-"
+
+
+def _tied(answer: Answer) -> str:
+    return pairs([h for h in answer.tied if h != answer.best.heads]) or "-"
+
+
+def shown_saving(objective: Objective) -> Objective:
+    """What savings are told of beside memory and FLOPs, with an interval."""
+    return objective if objective not in ("memory", "flops") else "z"
+
+
+def saved_kinds(frontier: Frontier) -> tuple[Objective, ...]:
+    """What savings there are of: memory, FLOPs, Z, and the objective where it is another."""
+    kinds: tuple[Objective, ...] = ("memory", "flops", "z", frontier.objective)
+    return tuple(dict.fromkeys(kinds))
+
+
+def saving_table(frontier: Frontier) -> Table:
+    """What the cheapest configuration saves against the baseline at equal loss."""
+    third = shown_saving(frontier.objective)
+
+    def saved(kind: Objective) -> tuple[Column, Column]:
+        return (
+            Column(
+                OBJECTIVES[kind],
+                _best(lambda c: percent(c.saving[kind])),
+                page_only=kind not in ("memory", "flops", third),
+            ),
+            Column(
+                INTERVAL,
+                _best(lambda c: span(c.saving_interval[kind], percent)),
+                page_only=kind != third,
+            ),
+        )
+
+    return Table(
+        f"Saved against {pair(frontier.baseline)} at equal loss, {LEVEL:.0%} intervals",
+        [
+            CONTEXT,
+            LOSS,
+            Column("heads, KV", _best(lambda c: pair(c.heads), "none")),
+            *(column for kind in saved_kinds(frontier) for column in saved(kind)),
+            Column("runner-up", _runner_up, spare=1),
+            Column(
+                "dearer by",
+                lambda a: percent(a.margin, 2) if a.best.reached else "-",
+                spare=2,
+            ),
+        ],
+        _by_context(frontier),
+        about=f"Saved: {frontier.units['saving']}, FLOPs {frontier.question.convention}.",
+    )
+
+
+def _runner_up(answer: Answer) -> str:
+    """The second cheapest configuration; a dash where no second one reaches the loss."""
+    rest = answer.choices[1:2]
+    return pair(rest[0].heads) if rest and rest[0].reached else "-"
+
+
+def gain_table(frontier: Frontier) -> Table:
+    """What is gained for the baseline's cost at the target loss: the configuration of least loss.
+
+    The page has all other configurations, too.
+    """
+    base, kind = pair(frontier.baseline), OBJECTIVES[frontier.objective]
+
+    def lowest(cell: Callable[[Choice], str], none: str = "-") -> Callable[[Answer], str]:
+        return lambda answer: cell(answer.lowest) if answer.lowest else none
+
+    def heads_of(choice: Choice) -> str:
+        return pair(choice.heads) + ("~" if choice.equal_cost.extrapolated else "")
+
+    def own(heads: Heads) -> Column:
+        def cell(answer: Answer) -> str:
+            e = answer.choice(heads).equal_cost
+            if not math.isfinite(e.gain):
+                return "-"
+            far = "~" if e.extrapolated else ""
+            return f"{millinats(e.gain)}{far} ({span(e.gain_interval, millinats)})"
+
+        return Column(f"{pair(heads)} lower by", cell, "millinats", page_only=True)
+
+    return Table(
+        f"Gained over {base} at equal {kind}, {LEVEL:.0%} intervals",
+        [
+            CONTEXT,
+            TARGET,
+            Column("heads, KV", lowest(heads_of, "none")),
+            Column("N", lowest(lambda c: quantity(c.equal_cost.n)), spare=1),
+            Column("loss", lowest(lambda c: f"{c.equal_cost.loss:.4f}"), "nats"),
+            Column(
+                f"loss of {base}",
+                lowest(lambda c: f"{c.equal_cost.loss + c.equal_cost.gain:.4f}"),
+                "nats",
+            ),
+            Column("lower by", lowest(lambda c: millinats(c.equal_cost.gain)), "millinats"),
+            Column(
+                INTERVAL,
+                lowest(lambda c: span(c.equal_cost.gain_interval, millinats)),
+            ),
+            *(
+                own(heads)
+                for heads in sorted(c.heads for c in frontier.answers[0].choices)
+                if heads != frontier.baseline
+            ),
+        ],
+        _by_context(frontier),
+        about=f"For the {kind} that the baseline {base} costs at the target loss: the configuration of "
+        "least loss, then every configuration, each and the baseline at the largest size of that "
+        "cost. ~ outside the fitted sizes.",
+    )
+
+
+def model_table(frontier: Frontier) -> Table:
+    """The models one can build, the loss expected of one run, and exact costs."""
+    return Table(
+        f"Models to build (FLOPs {frontier.question.convention}; {frontier.serving.sizes()})",
+        [
+            CONTEXT,
+            Column("target", lambda a: f"{a.loss:g}", "nats", spare=3),
+            Column("heads, KV", lambda a: pair(a.model.heads)),
+            Column("L x d", lambda a: f"{a.model.n_layers} x {a.model.d_model}"),
+            Column("N", lambda a: quantity(a.model.n_exact)),
+            Column("all parameters", lambda a: f"{a.model.parameters:,}", page_only=True),
+            Column(
+                "predicted loss",
+                lambda a: f"{a.model.loss:.4f} ({span(a.model.run_interval)})",
+                f"nats, {LEVEL:.0%} of a run",
+            ),
+            Column(
+                f"{LEVEL:.0%} of the curve",
+                lambda a: span(a.model.loss_interval, ".4f"),
+                "nats",
+                page_only=True,
+            ),
+            Column("FLOPs", lambda a: quantity(a.model.flops), spare=1),
+            Column("weights", lambda a: byte_size(a.model.weight_bytes), spare=2),
+            Column("KV cache", lambda a: byte_size(a.model.cache_bytes)),
+            Column("in this study", lambda a: a.model.trained or "no", page_only=True),
+        ],
+        [answer for answer in _by_context(frontier) if answer.model],
+        about="The nearest whole layers and width to each N*, what the fitted curve predicts for it, "
+        "and its exact costs. N without embeddings.",
+    )
+
+
+def check_table(frontier: Frontier) -> Table:
+    """Runs that the fit has not seen, against what its curves said of them."""
+    return Table(
+        "Trained since and not in the fit: losses in nats",
+        [
+            Column("run", lambda c: c.name, fold=True),
+            Column("heads, KV", lambda c: pair(c.heads), page_only=True),
+            Column("L x d", lambda c: f"{c.n_layers} x {c.d_model}", page_only=True),
+            Column("N", lambda c: quantity(c.n), spare=1),
+            Column("predicted", lambda c: f"{c.predicted:.4f}"),
+            Column(f"{LEVEL:.0%} of a run", lambda c: span(c.run_interval, ".4f")),
+            Column("measured", lambda c: f"{c.measured:.4f}"),
+            Column("minus predicted", lambda c: f"{1e3 * c.difference:+.1f}", "millinats"),
+        ],
+        frontier.checks,
+    )
+
+
+def ranking_table(answer: Answer, frontier: Frontier) -> Table:
+    """Every configuration at one target loss and context, cheapest first."""
+    effective = Column("T_eff", lambda c: f"{c.effective:,.0f}" if c.reached else "-", "tokens")
+    return Table(
+        f"{answer.loss:g} nats at {answer.context:,} tokens, by {OBJECTIVES[frontier.objective]} "
+        f"({frontier.question.convention})",
+        [
+            Column("heads, KV", _marked),
+            Column("N*", lambda c: quantity(c.n)),
+            *([effective] if frontier.sharded else []),
+            Column("memory", lambda c: quantity(c.memory), "values", spare=2),
+            Column("FLOPs", lambda c: quantity(c.flops), spare=1),
+            Column("Z", lambda c: quantity(c.z)),
+            Column("dearer by", lambda c: percent(c.excess, 2)),
+            Column("P(best)", lambda c: percent(c.probability, 0)),
+            Column("regret", lambda c: percent(c.regret, 2)),
+            Column(
+                "loss lower by\nat equal cost", lambda c: millinats(c.equal_cost.gain), "millinats"
+            ),
+        ],
+        answer.choices,
+    )
+
+
+def suggest_table(suggestions: Sequence[Suggestion]) -> Table:
+    """The runs to do next, in order."""
+    return Table(
+        "Runs to do next, most regret lowered per FLOP first",
+        [
+            Column("run", lambda s: s.name, fold=True),
+            Column("heads, KV", lambda s: pair(s.heads)),
+            Column("L x d", lambda s: f"{s.n_layers} x {s.d_model}"),
+            Column("training", lambda s: quantity(s.flops), "FLOPs"),
+            Column("regret\nbefore", lambda s: percent(s.regret_before, 3)),
+            Column("regret\nafter", lambda s: percent(s.regret_after, 3)),
+        ],
+        suggestions,
+        ["Regret: expected excess of Z over the cheapest, mean over the question's answers."],
+    )

@@ -1,0 +1,202 @@
+"""The pictures of what was estimated: losses against size, cost, heads, density and position."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gqa_scaling.study.fit import LEVEL, Fit, interval
+from gqa_scaling.study.frontier import Frontier
+from gqa_scaling.study.heads import common_n, head_laws
+from gqa_scaling.study.report import drawing as draw
+from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.sparsity import Sparsity
+from gqa_scaling.units import quantity
+
+
+@draw.styled
+def loss_curves(fit: Fit) -> Figure:
+    """Loss against N by configuration, with fits and their 90% bands."""
+    figure, axis = draw.frame(7.4, 4.2)
+    _curves(axis, fit, lambda n, heads: n)
+    axis.set(
+        xlabel=f"parameters N without embeddings ({fit.count})",
+        ylabel="evaluation loss (nats per token)",
+        title=f"Loss curves, law {fit.law}, with {LEVEL:.0%} bands of the curves",
+    )
+    draw.legend(figure, fit.heads, draw.looks(fit.heads))
+    return figure
+
+
+@draw.styled
+def loss_against_costs(fit: Fit, results: Results, answers: Frontier) -> Figure:
+    """Loss against memory, FLOPs and Z at the longest context of the question."""
+    q = answers.question
+    context = max(q.contexts)
+    deployment = Deployment(family_of(results), q, context)
+    figure, axes = draw.frames(10.4, 3.7, 3, share_y=True)
+    for axis, kind in zip(axes, draw.COST_LABELS, strict=True):
+
+        def to_cost(n: np.ndarray, heads: Heads, kind: str = kind) -> np.ndarray:
+            return getattr(deployment.costs(n, heads), kind)
+
+        _curves(axis, fit, to_cost)
+        axis.set_xlabel(draw.COST_LABELS[kind].format(convention=q.convention))
+    axes[0].set(ylabel="evaluation loss (nats per token)", title=f"at context {context:,} tokens")
+    draw.legend(figure, fit.heads, draw.looks(fit.heads))
+    return figure
+
+
+def _curves(axis: Axes, fit: Fit, to_x: Callable[[np.ndarray, Heads], np.ndarray]) -> None:
+    """Points, fitted curves and bands of every configuration over a function of N."""
+    look, edges = draw.looks(fit.heads), []
+    for k, heads in enumerate(fit.heads):
+        n, mine = np.geomspace(*fit.points.range_n(k), 60), fit.points.curve == k
+        x, style = to_x(n, heads), look[heads]
+        low, high = interval(fit.draws.loss(k, n))
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+        axis.plot(x, fit.curves.loss(k, n), color=style["color"], linestyle=style["linestyle"])
+        dots = style | {"linestyle": "none", "markeredgecolor": "white", "markeredgewidth": 0.5}
+        axis.plot(to_x(fit.points.n[mine], heads), fit.points.loss[mine], **dots)
+        edges += [float(x.min()), float(x.max())]
+    axis.set_xlim(min(edges) / 1.12, max(edges) * 1.12)
+    draw.decades_axis(axis)
+
+
+@draw.styled
+def loss_against_heads(fit: Fit) -> Figure | None:
+    """Fitted loss against n_heads at one N inside every curve, a line for each n_kv rule.
+
+    None where no configuration is dense.
+    """
+    n = common_n(fit)
+    heads = {k: h[:2] for k, h in enumerate(fit.heads) if pattern_of(h) is None}
+    if not heads:
+        return None
+    powers = {law.n_kv_heads: law for law in head_laws(fit, n)}
+    figure, axis = draw.frame(6.6, 3.9)
+    values = sorted({kv for _, kv in heads.values()})
+    for i, kv in enumerate(values):
+        inside, style = [k for k, h in heads.items() if h[1] == kv], draw.style(i, i)
+        x = np.array([fit.heads[k][0] for k in inside], float)
+        draw.error_bars(
+            axis,
+            x * draw.side_by_side(i, len(values), 1.02),
+            np.array([float(fit.curves.loss(k, n)) for k in inside]),
+            [interval(fit.draws.loss(k, n)) for k in inside],
+            **style | ({"linestyle": "none"} if kv in powers else {}),
+            capsize=3,
+            label=f"{kv}",
+        )
+        if kv in powers:
+            law, fine = powers[kv], np.geomspace(x.min(), x.max(), 80)
+            label = f"{law.a:.3f} n_h^{law.b:.3f} + {law.c:.3f}"
+            axis.plot(fine, law.loss(fine), label=label, **style | {"marker": ""})
+    queries = sorted({h for h, _ in heads.values()})
+    limits = queries[0] / 1.3, queries[-1] * 1.3
+    draw.doublings_axis(axis, queries, [str(h) for h in queries], limits)
+    axis.set(
+        xlabel="query heads",
+        ylabel="fitted loss (nats per token)",
+        title=f"Loss against heads at N = {quantity(n)}, {LEVEL:.0%} intervals",
+    )
+    figure.legend(loc="outside right upper", title="KV heads")
+    return figure
+
+
+@draw.styled
+def residuals(fit: Fit) -> Figure:
+    """Loss minus curve of every point, with the noise of one run as a band."""
+    look = draw.looks(fit.heads)
+    figure, axis = draw.frame(7.4, 3.6)
+    axis.axhspan(-1e3 * fit.sigma, 1e3 * fit.sigma, color="#eeeeee", zorder=0)
+    draw.zero_line(axis)
+    for k, heads in enumerate(fit.heads):
+        mine = fit.points.curve == k
+        dots = look[heads] | {"linestyle": "none"}
+        axis.plot(fit.points.n[mine], 1e3 * fit.residual[mine], **dots)
+    axis.set_xlim(fit.points.n.min() / 1.12, fit.points.n.max() * 1.12)
+    draw.decades_axis(axis)
+    axis.set(
+        xlabel=f"parameters N without embeddings ({fit.count})",
+        ylabel="loss minus curve (millinats)",
+        title="Residuals; grey: one standard deviation of a run",
+    )
+    draw.legend(figure, fit.heads, look)
+    return figure
+
+
+@draw.styled
+def loss_against_density(fit: Fit, found: Sparsity | None) -> Figure | None:
+    """What patterns add to the loss of dense attention with the same heads, against density.
+
+    None where no pattern was run with such heads.
+    """
+    rows = [row for row in found.rows if math.isfinite(row.loss)] if found else []
+    if not found or not rows:
+        return None
+    look, least = draw.looks(fit.heads), min(row.density for row in rows) / 1.1
+    figure, axis = draw.frame(7.4, 3.9)
+    draw.zero_line(axis)
+    for row in rows:
+        style = look[row.heads] | {"linestyle": "none", "label": pair(row.heads), "capsize": 3}
+        ends = 1e3 * np.array([row.loss_interval])
+        draw.error_bars(axis, [row.density], 1e3 * np.array([row.loss]), ends, **style)
+    if found.rate is not None and found.excess is not None:
+        x = np.geomspace(least, 1, 80)
+        y = 1e3 * found.excess * np.expm1(-found.rate * np.log2(x))
+        label = f"law {found.law}: exp(r) = {math.exp(found.rate):.3f} a halving"
+        axis.plot(x, y, color=draw.GREY, linestyle="--", label=label)
+    places = [2.0**-k for k in range(math.ceil(-math.log2(least)) + 1)]
+    labels = ["1", *(f"1/{round(1 / p)}" for p in places[1:])]
+    draw.doublings_axis(axis, places, labels, (1.05, places[-1]))  # 1 is at the left
+    axis.set(
+        xlabel=f"density at the training context of {found.train_context:,} tokens",
+        ylabel="loss higher than dense (millinats)",
+        title=f"What sparsity costs at N = {quantity(found.n)}, same heads, {LEVEL:.0%} intervals",
+    )
+    draw.legend(figure, [row.heads for row in rows])
+    return figure
+
+
+@draw.styled
+def loss_by_position(results: Results) -> Figure | None:
+    """Where in the context patterns gain and lose: loss minus that of dense attention.
+
+    Of the largest size that has one dense run and others with the same heads, context and seed; None
+    where none has, or evaluations have not told positions apart.
+    """
+    sizes: dict[tuple, dict[Heads, int]] = {}
+    for i, heads in enumerate(results.heads):
+        if str(results.name[i]) in results.positions:
+            same = "n_layers", "d_model", "context_length", "tokens", "seed"
+            where = *(getattr(results, column)[i] for column in same), heads[:2]
+            sizes.setdefault(where, {})[heads] = i
+    whole = [runs for where, runs in sizes.items() if where[-1] in runs and len(runs) > 1]
+    if not whole:
+        return None
+    runs = max(whole, key=lambda runs: max(results.n_params[i] for i in runs.values()))
+    dense = runs.pop(next(h for h in runs if not pattern_of(h)))
+    look = draw.looks([*runs, results.heads[dense]])
+    base = np.array(results.positions[str(results.name[dense])])
+    T = int(results.context_length[dense])
+    places = (np.arange(len(base)) + 0.5) * T / len(base)
+    figure, axis = draw.frame(7.4, 3.9)
+    draw.zero_line(axis)
+    for heads in sorted(runs):
+        there = np.array(results.positions[str(results.name[runs[heads]])])
+        style = look[heads] | {"markersize": 3, "linewidth": 1}
+        axis.plot(places, 1e3 * (there - base), label=pair(heads), **style)
+    axis.set_xlim(0, T)
+    size = f"L = {results.n_layers[dense]}, d = {results.d_model[dense]}"
+    axis.set(
+        xlabel=f"position in the context (tokens), in {len(base)} parts",
+        ylabel="loss higher than dense (millinats)",
+        title=f"Loss by position against dense {pair(results.heads[dense])}, {size}",
+    )
+    draw.legend(figure, list(runs))
+    return figure

@@ -1,0 +1,156 @@
+"""A table is defined once and shown everywhere: on a terminal, on the page, in TensorBoard.
+
+Its columns hold the functions that write their cells; its items are the rows.
+"""
+
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import table as rich_table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.text import Text
+
+from gqa_scaling.study.fit import LEVEL
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, what it says of an item, and its unit.
+
+    A line break in the name is one on a terminal only. `page_only` columns are too wide for any
+    terminal; `spare` ones are left out where a terminal is narrow, 1 before 2, and 0 never. Only
+    columns that `fold` may break their cells over lines: lists and names do, numbers never.
+    """
+
+    name: str
+    cell: Callable[[Any], str]
+    unit: str = ""
+    spare: int = 0
+    page_only: bool = False
+    fold: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The name with the unit below it."""
+        return f"{self.name}\n({self.unit})" if self.unit else self.name
+
+    def least_width(self, items: Iterable[Any]) -> int:
+        """Characters without which a cell or the heading would be cut."""
+        texts = (self.heading, *map(self.cell, items))
+        parts = (text.split() if self.fold else text.splitlines() for text in texts)
+        return max(cell_len(part) for text in parts for part in text)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a row for each item below the columns' headings, and notes below the rows.
+
+    The first column names the rows. A table without items is its title and its notes. `about` tells
+    a reader of the page what the table says; a terminal leaves it out.
+    """
+
+    title: str
+    columns: Sequence[Column] = ()
+    items: Sequence[Any] = ()
+    notes: Sequence[str] = ()
+    about: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """On a terminal, with the spare columns left out for which it is too narrow."""
+        yield Text(self.title, style="bold")
+        if self.items:
+            columns, left_out = self._fitting(options.max_width)
+            grid = rich_table.Table(box=None, padding=(0, 1), pad_edge=False)
+            for i, column in enumerate(columns):
+                grid.add_column(
+                    column.heading,
+                    justify="right" if i else "left",
+                    no_wrap=not column.fold,
+                    overflow="fold" if column.fold else "ellipsis",
+                )
+            for item in self.items:
+                grid.add_row(*(column.cell(item) for column in columns))
+            yield grid
+            if left_out:
+                yield Text(f"left out for want of width: {', '.join(left_out)}", style="italic")
+            if self.notes:
+                yield ""
+        yield from map(Text, self.notes)
+
+    def _fitting(self, width: int) -> tuple[list[Column], list[str]]:
+        """The columns to show at this width, and the names of those left out for want of it."""
+        shown = [column for column in self.columns if not column.page_only]
+        widths = {column: column.least_width(self.items) + 2 for column in shown}
+        left_out = []
+        for column in sorted((c for c in shown if c.spare), key=lambda c: c.spare):
+            if sum(widths[c] for c in shown) - 2 <= width:
+                break
+            shown.remove(column)
+            left_out.append(column.name.split("\n")[0])
+        return shown, left_out
+
+    def html(self) -> str:
+        """On the page: every column, units in the headings."""
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+
+        def quiet(text: str) -> str:
+            return f'<p class="quiet">{html.escape(text)}</p>'
+
+        out = f"<p><b>{html.escape(self.title)}</b></p>" if self.title else ""
+        out += quiet(self.about) if self.about else ""
+        if self.items:
+            head, *rows = self._rows()
+            body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+            whole = f"<thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody>"
+            out += f'<div class="scroll"><table>{whole}</table></div>'
+        return out + "".join(map(quiet, self.notes))
+
+    def markdown(self) -> str:
+        """For TensorBoard: every column, as a Markdown table."""
+        parts = [f"**{self.title}**"] if self.title else []
+        parts += [self.about] if self.about else []
+        if self.items:
+            head, *rows = (" | ".join(c.replace("|", "\\|") for c in row) for row in self._rows())
+            line = " | ".join([":--", *["--:"] * (len(self.columns) - 1)])
+            parts.append("\n".join([head, line, *rows]))
+        return "\n\n".join([*parts, *self.notes])
+
+    def _rows(self) -> list[list[str]]:
+        """The headings, each on one line, then the cells of every row."""
+        headings = [column.heading.replace("\n", " ") for column in self.columns]
+        return [headings, *([column.cell(item) for column in self.columns] for item in self.items)]
+
+
+def shown(tables: Iterable[Table], flags: Iterable[str] = (), sentence: str = "") -> Group:
+    """On a terminal: a sentence, tables with an empty line between them, then what must be known."""
+    parts: list[RenderableType] = [Text(sentence, style="bold")] if sentence else []
+    for table in tables:
+        parts += ["", table] if parts else [table]
+    return Group(*parts, *(Text(f"! {flag}", style="yellow") for flag in flags))
+
+
+# ---------------------------------------------------------------------------- numbers in cells
+
+INTERVAL = f"{LEVEL:.0%} interval"  # the heading of a column of intervals
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage; a dash when there is none."""
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "-"
+
+
+def millinats(value: float) -> str:
+    """Nats as millinats with one digit; a dash when there is none."""
+    return f"{1e3 * value:z.1f}" if math.isfinite(value) else "-"
+
+
+def span(ends: Iterable[float], form: str | Callable[[float], str] = ".3f") -> str:
+    """An interval from its two ends, each written by a format or by a function."""
+    write = form if callable(form) else f"{{:{form}}}".format
+    return " to ".join(map(write, ends))

@@ -1,0 +1,36 @@
+"""A study that was answered: its runs, what was estimated from them, and what that recommends."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gqa_scaling.study.equal_training import EqualTraining
+from gqa_scaling.study.estimates import Estimates
+from gqa_scaling.study.fit import Fit
+from gqa_scaling.study.frontier import Frontier
+from gqa_scaling.study.results import Results
+from gqa_scaling.study.sparsity import Sparsity, sparsity
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any."""
+
+    results: Results
+    estimates: Estimates
+    frontier: Frontier
+    aligned: EqualTraining | None = None
+
+    @property
+    def fit(self) -> Fit:
+        return self.estimates.fit
+
+    @cached_property
+    def sparsity(self) -> Sparsity | None:
+        """What patterns cost and save; None where all runs are dense."""
+        return sparsity(self.fit, self.results, self.frontier)
+
+    def estimated(self) -> dict[str, Any]:
+        """What stands beside the fit and the frontier, ready for JSON."""
+        aligned = {"aligned": self.aligned.to_dict()} if self.aligned else {}
+        return self.estimates.to_dict() | aligned
