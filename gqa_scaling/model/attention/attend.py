@@ -119,7 +119,7 @@ class _Plan:
     interpret: bool
 
     def function(self, name: str, kind: HeadPattern) -> Callable:
-        """ "forward" or "backward" (see `shard`) of what computes heads of one kind."""
+        """The function called `name`, forward or backward, for heads of one kind (see `shard`)."""
         if self.implementation == "blockwise":
             return getattr(blockwise if kind == DENSE else sparse, name)
         kernels: ModuleType

@@ -215,8 +215,9 @@ def _forward_kernel(
             s = jnp.where(_below_diagonal(s.shape, 0), s, MASKED)
         return softmax.over(s, lambda p: _dot(p.astype(q.dtype), keys.v[here, :]), jnp.exp2)
 
+    softmax = Softmax.empty(q.shape)
     start, count, distant = _keys_seen(i, numbers, t)
-    softmax = lax.fori_loop(0, count, lambda n, c: step(distant(n), c), Softmax.empty(q.shape))
+    softmax = lax.fori_loop(0, count, lambda n, c: step(distant(n), c), softmax)
     softmax = lax.fori_loop(start, i, step, softmax)
     top, total, o = step(i, softmax, diagonal=True)
     o_ref[...] = (o / total[:, None]).astype(o_ref.dtype)
