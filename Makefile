@@ -1,15 +1,21 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+READY  := $(VENV)/.ready$(if $(LOCKED),-locked)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+TWO    := -n 2 --dist worksteal
+# With LOCKED=1 the versions that were tested, of every library; else the newest that the ranges allow.
+PINNED := $(if $(LOCKED),--constraint requirements.lock)
 TPU    := $(abspath $(VENV))/tpu-compiler
 TOOLS  := $(abspath $(VENV))/launch-tools
 PYTHON_OF_XPK ?= python3.12
+PYTHON_OF_LOCK ?= python3.11
 
 # Linear algebra written for processors with AVX-512 cannot run on others.
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
-.PHONY: smoke test test-slow test-tools test-processors lint bench clean
+.PHONY: smoke test test-slow test-tools test-processors lint types bench lock clean
 .PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, fit and answer the smoke study; the second time only print the answer
@@ -17,11 +23,12 @@ smoke: $(READY)  ## train, fit and answer the smoke study; the second time only 
 	$(BIN)/gqa-scaling run experiments.smoke --workers 2
 	$(BIN)/gqa-scaling report experiments.smoke
 
-test: $(READY)  ## the tests, about ten minutes
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(READY)  ## the tests, about five minutes
+	$(PYTEST) $(TWO)
 
+# XLA_FLAGS, even empty, has the tests compile as users do (tests/conftest.py).
 test-slow: $(READY) $(TPU)/.ready test-processors  ## the tests that take minutes each, with the TPU compiler
-	JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m slow
+	XLA_FLAGS= JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(PYTEST) -m slow
 
 # OpenBLAS, NumPy and XLA choose their code by the processor, and each choice rounds in its own way.
 test-processors: test-haswell $(SKYLAKE) test-zen test-sse test-avx2  ## the numbers, as other processors compute them
@@ -31,33 +38,36 @@ test-skylake: export OPENBLAS_CORETYPE = SkylakeX
 test-zen: export OPENBLAS_CORETYPE = Zen
 test-sse: export NPY_DISABLE_CPU_FEATURES = X86_V3 X86_V4
 test-haswell test-skylake test-zen test-sse: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/study
+	$(PYTEST) $(TWO) tests/study
 
 test-avx2: export XLA_FLAGS = --xla_cpu_max_isa=AVX2
 test-avx2: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/training
+	$(PYTEST) $(TWO) tests/model tests/training
 
 test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of the renderings
-	GQA_SCALING_TOOLS=$(TOOLS) $(BIN)/python -m pytest -m tools
+	GQA_SCALING_TOOLS=$(TOOLS) $(PYTEST) -m tools
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(READY)  ## static types of the package, the launchers and the experiments
+	$(BIN)/mypy
+
 bench: $(READY)  ## timed comparisons; read benchmarks/ for single ones
 	for file in benchmarks/*.py; do $(BIN)/python $$file; done
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "gqa_scaling needs Python 3.11, 3.12 or 3.13, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(PIP) $(PINNED) -r requirements.txt
+	$(PIP) $(PINNED) -e ".[dev]"
 	touch $@
 
 # The libtpu that this jax names, beside the environment: inside it, jax would look for a TPU.
 $(TPU)/.ready: $(READY)
 	rm -rf $(TPU)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TPU) \
+	$(PIP) --no-deps --target $(TPU) \
 		"$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
 	touch $@
 
@@ -70,5 +80,12 @@ $(TOOLS)/.ready: $(READY)
 	$(TOOLS)/xpk/bin/python -m pip install --quiet --disable-pip-version-check 'xpk>=1.16,<1.17'
 	touch $@
 
+# The oldest Python takes the oldest versions, which the newer ones can install as well.
+lock:  ## write requirements.lock anew: the newest versions that the ranges allow; then run the tests
+	rm -rf $(VENV)/lock
+	$(MAKE) VENV=$(VENV)/lock PYTHON=$(PYTHON_OF_LOCK) LOCKED= $(VENV)/lock/.ready
+	(grep '^#' requirements.lock; $(VENV)/lock/bin/python -m pip freeze --exclude-editable) > $(VENV)/lock/new
+	mv $(VENV)/lock/new requirements.lock
+
 clean:  ## remove the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,11 +1,20 @@
 import importlib
 import logging
+import os
 import sys
 import textwrap
 import uuid
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# The tests compile much and run little, so XLA works fast rather than well, in the processes that
+# they start as well: it leaves out most optimisations and its newer code generator. What is compiled
+# means the same; its last digits may differ. Whoever sets XLA_FLAGS, be it to nothing, has the
+# compiler as users have it: make test-slow and make test-avx2 do. This must come before jax is loaded.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # A test may be slow on a busy machine; that alone is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

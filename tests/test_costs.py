@@ -5,30 +5,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published import MODEL
+from published import published_run as run
 
 from gqa_scaling import costs
 from gqa_scaling.config import (
     ModelConfig,
-    RunConfig,
     UserError,
 )
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.experiment.ladder import TRAINED_SIZES
-
-MODEL = ModelConfig(24, 1280, 8, 2)
-
-
-def run(**changes) -> RunConfig:
-    fields = {
-        "name": "a",
-        "model": MODEL,
-        "context_length": 8192,
-        "batch_tokens": 2**19,
-        "tokens_per_param": 20.0,
-    }
-    return RunConfig(**fields | changes)
-
 
 # ---------------------------------------------------------------------------------- parameters
 

@@ -25,10 +25,14 @@ from launch import cli as launching
 from launch import tpu_vm, work
 
 CHECKOUT = Path(__file__).parents[1]
-DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    CHECKOUT / "README.md",
+    CHECKOUT / "CONTRIBUTING.md",
+    *sorted((CHECKOUT / "docs").glob("*.md")),
+]
 EXPERIMENTS = sorted((CHECKOUT / "experiments").glob("*.py"))
 
-OURS = ("gqa-scaling", ".venv/bin/gqa-scaling", "python", "make")
+OURS = ("gqa-scaling", ".venv/bin/gqa-scaling", "python", ".venv/bin/python", "make")
 # Other tools' commands, by how they begin. Look at a new one before it is added: is it spelt as
 # that tool has it, and does the text say what must be there first, and what it costs?
 OTHERS = """
@@ -207,6 +211,9 @@ def try_python(words: list[str]) -> None:
         experiment, runs, overrides = work.parse(words[2:])
         names = {run.name for run in load_experiment(experiment, overrides).runs}
         assert names >= set(runs)
+    elif words[:2] == ["-m", "pytest"]:
+        paths = [word.partition("::")[0] for word in words[2:] if word.startswith("tests/")]
+        assert [path for path in paths if not (CHECKOUT / path).exists()] == []
     else:
         script = (CHECKOUT / words[0]).read_text()
         unknown = [word for word in words[1:] if not word.isdecimal() and word not in script]
@@ -224,8 +231,9 @@ def try_pip(words: list[str]) -> None:
 
 def try_make(words: list[str]) -> None:
     rules = re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert words
-    assert set(words) <= set(rules)
+    targets = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    assert targets
+    assert set(targets) <= set(rules)
 
 
 def attempt(call: list[str]) -> None:

@@ -1,24 +1,13 @@
 import dataclasses
 
 import pytest
+from published import MODEL
+from published import published_run as run
 
 from gqa_scaling import costs
-from gqa_scaling.config import EvaluationConfig, ModelConfig, ParallelConfig, RunConfig
+from gqa_scaling.config import EvaluationConfig, ModelConfig, ParallelConfig
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.sweep import memory
-
-MODEL = ModelConfig(24, 1280, 8, 2)
-
-
-def run(**changes) -> RunConfig:
-    fields = {
-        "name": "a",
-        "model": MODEL,
-        "context_length": 8192,
-        "batch_tokens": 2**19,
-        "tokens_per_param": 20.0,
-    }
-    return RunConfig(**fields | changes)
 
 
 def test_remat_keeps_less():
