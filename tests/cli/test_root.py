@@ -8,7 +8,7 @@ import pytest
 from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig, RunConfig, UserError
 from gqa_scaling.experiment import load
-from gqa_scaling.experiment.grid import learning_rate_choices
+from gqa_scaling.experiment.learning_rates import learning_rate_choices
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study import source
 from gqa_scaling.sweep import display, run, workers

@@ -93,8 +93,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     both = {name: [*before.get(name, ()), *now.get(name, ())] for name in {**before, **now}}
     _write(folder, both)
     for name, data in files.items():
-        (write_atomic,)
-    write_json(folder / name, data)
+        write_atomic(folder / name, data)
     gone = [name for name in before if name.startswith(TENSORBOARD) and name not in now]
     for name in gone:
         path = folder / name
