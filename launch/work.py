@@ -44,8 +44,7 @@ class Work:
             if self.stopped:
                 return PREEMPTED
             self._child = subprocess.Popen(command)
-            if self.stopped:  # while it was started
-                self._child.terminate()
+            self._end_if_stopped()  # while it was started
             self.wait()
             code = meaning(self._child.wait())
             if code not in (DONE, FAILED):
@@ -56,7 +55,10 @@ class Work:
     def stop(self, *_: object) -> None:
         """Have the run save and end, and begin no other."""
         self.stopped = True
-        if self._child is not None:
+        self._end_if_stopped()
+
+    def _end_if_stopped(self) -> None:
+        if self.stopped and self._child is not None:
             self._child.terminate()
 
     def wait(self) -> None:

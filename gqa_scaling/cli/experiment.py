@@ -226,6 +226,8 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             sweep.check(experiment, root)
             code = workers.run_workers(_worker_command(args, rest), args.workers, left)
         else:
+            from gqa_scaling.devices import processes
+
             try:
                 code = sweep.run_sweep(experiment, root).exit_code
             except processes.Preempted as stop:

@@ -84,15 +84,17 @@ def train_step(setup: Setup) -> Any:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         taken, usual_norm = finite, None
+        norms: Norms | None = None
         factor = run.optimizer.spike_factor
         if factor:
             moments, norms = moments
+            assert norms is not None
             usual_norm = norms.mean
             taken &= (norms.count < NORMS_REMEMBERED) | (norm <= factor * norms.mean)
         updates, new_moments = setup.optimizer.update(grads, moments, parameters)
         new = optax.apply_updates(parameters, updates), new_moments
         old = parameters, moments
-        if factor:
+        if norms is not None:
             count = jnp.minimum(norms.count + 1, NORMS_REMEMBERED)
             new_norms = Norms(norms.mean + (norm - norms.mean) / count, count)
             followed = jnp.minimum(norm, SPIKE_GROWTH * norms.mean)
