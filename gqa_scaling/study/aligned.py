@@ -460,7 +460,7 @@ def _flags(
     trained_at: int,
 ) -> tuple[str, ...]:
     """What a reader must know before spending by these answers."""
-    out = [flag for flag in law.fit.flags if "every run brought there" not in flag]
+    out = list(law.flags)
     if trained_at and context != trained_at:
         out.append(
             f"training FLOPs are those at T = {context:,} tokens, losses were measured at "

@@ -4,15 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, between, require
-from gqa_scaling.study.context import (
-    FLAT_FROM,
-    ContextLaw,
-    Flatness,
-    context_law,
-    flatness,
-    spans_contexts,
-)
+from gqa_scaling.study.context import ContextLaw, context_law, spans_contexts
 from gqa_scaling.study.fit import REFITS, Bootstrap, Fit, fit
+from gqa_scaling.study.flatness import FLAT_FROM, Flatness, flatness
 from gqa_scaling.study.models import Law
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.tokens import TokenLaw, spans_budgets, token_law

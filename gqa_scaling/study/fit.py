@@ -292,7 +292,7 @@ def fit_model(
     groups: Sequence[np.ndarray],
     *,
     title: str,
-    remedy: str,
+    remedy: str = "add runs, of more sizes or with several seeds",
     law: Law = "separate",
     context_length: int | None = None,
     bootstrap: Bootstrap = "shared",
@@ -427,7 +427,10 @@ def make_model(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = Non
 
 
 def brought(
-    fitted: Fit, model: Model, offset: np.ndarray, more: tuple[np.ndarray, np.ndarray]
+    fitted: Fit,
+    model: Model,
+    offset: np.ndarray,
+    more: tuple[np.ndarray | float, np.ndarray | float] = (0.0, 0.0),
 ) -> Fit:
     """The fit in one setting: its curves there, and every point brought there.
 

@@ -83,13 +83,16 @@ class Model:
 
     def jacobian(self, rows: np.ndarray) -> np.ndarray:
         """Derivatives of the losses (rows, points, parameters)."""
-        each = (_exp(value)[..., None] * slopes for value, slopes in self.exponents(rows))
-        return self.added + sum(each)
+        out = np.repeat(self.added[None], len(rows), 0)
+        for value, slopes in self.exponents(rows):
+            out += _exp(value)[..., None] * slopes
+        return out
 
     def curves(self, parameters: np.ndarray, more: np.ndarray | float = 0.0) -> Curves:
         """The curves with floor E + `more`, of one row of parameters or of many."""
         u, b = parameters @ self.level.T, parameters @ self.slope.T
-        return Curves(parameters[..., 0] + more, u, b, self.centre, self.backbone)
+        floor = np.asarray(parameters[..., 0] + more)
+        return Curves(floor, u, b, self.centre, self.backbone)
 
     # ---- where a search lies and begins
 

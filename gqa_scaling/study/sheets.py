@@ -14,9 +14,10 @@ from rich.text import Text
 
 from gqa_scaling.study import context, laws, tokens
 from gqa_scaling.study.aligned import Aligned, Goal, Served, Trained
-from gqa_scaling.study.context import ContextLaw, Flatness
+from gqa_scaling.study.context import ContextLaw
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import LEVEL, interval
+from gqa_scaling.study.flatness import Flatness
 from gqa_scaling.study.frontier import OBJECTIVES, Serving
 from gqa_scaling.study.sparsity import Sparsity
 from gqa_scaling.study.tables import _table, millinats, pair, percent, span

@@ -86,11 +86,14 @@ def _step(
     best for it there.
     """
     every = range(rows.shape[1])
+    root = np.sqrt(w)
+    residual = root * (y - model.predict(rows))
     jacobian = model.jacobian(rows)
-    weighted = (jacobian * w[..., None]).transpose(0, 2, 1)
-    normal = weighted @ jacobian
+    jacobian *= root[..., None]
+    across = jacobian.transpose(0, 2, 1)
+    normal = across @ jacobian
     normal[:, every, every] += model.ridge
-    gradient = (weighted @ (y - model.predict(rows))[..., None])[..., 0] - model.ridge * rows
+    gradient = (across @ residual[..., None])[..., 0] - model.ridge * rows
     scale = np.sqrt(np.maximum(normal[:, every, every], 1e-300))
     normal /= scale[:, :, None] * scale[:, None, :]
     normal[:, every, every] += damping[:, None] + 1e-14
