@@ -320,7 +320,7 @@ def fit_model(
     for _ in range(_ROUNDS if robust else 0):
         away = p.loss - model.predict(best.parameters[None])
         trusted = trust(lean * away, w)[0]
-        best = solve_point(model, p.loss, w * trusted)
+        best = solve_point(model, p.loss, w * trusted, best.parameters)
     predicted = model.predict(best.parameters[None])[0]
     residual, spoiled = p.loss - predicted, trusted < _SPOILED
     noise_residual = residual

@@ -19,7 +19,7 @@ Law = Literal["separate", "product", "sum", "pooled"]
 LAWS: tuple[Law, ...] = ("separate", "product", "sum", "pooled")
 MIN_SPREAD = 0.1  # of log2 density over the configurations, for a law to tell what density does
 _SLOPES = np.r_[-0.3, np.linspace(0.04, 0.8, 14)]  # b tried for a start, alike for all curves
-_STARTS = 6  # searches from the best of these
+_STARTS = 2  # the best of these
 
 
 def formula(law: Law, names: Sequence[str]) -> str:

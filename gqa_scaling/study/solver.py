@@ -1,5 +1,6 @@
 """Weighted least squares for every law: many data sets at once, and one of them to the last digit."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,27 +10,44 @@ from gqa_scaling.study.models import Model
 
 ITERATIONS = 5000  # most need ten; a few follow a long bent valley, and may not be left out
 _HOPELESS = 500  # after which half of the rows under way show that the data determines no optimum
+_FLOORS, _ROUGHLY = 25, 30  # values of E tried for a start, and iterations at each
+_STARTS = 3  # searches from the best of them
 _CHUNK = 2**21  # numbers of a Jacobian that are held at once: 16 MiB
 
 
 def refit(
-    model: Model, y: np.ndarray, w: np.ndarray, start: np.ndarray
+    model: Model,
+    y: np.ndarray,
+    w: np.ndarray,
+    start: np.ndarray,
+    limits: tuple[np.ndarray, np.ndarray] | None = None,
+    iterations: int = ITERATIONS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Least squares for every row of losses y, in nats, with weights w: each (rows, points).
 
-    `start` holds a row of parameters for each. Returns the parameters (rows, parameters), what was
-    minimised (rows,), and which rows converged. Rows are taken in chunks, so that memory stays
-    bounded.
+    `start` holds a row of parameters for each, and `limits` the least and the largest E, by default
+    those of the model. Returns the parameters (rows, parameters), what was minimised (rows,), and
+    which rows converged. Rows are taken in chunks, so that memory stays bounded.
     """
     size = max(1, _CHUNK // model.added.size)
     every = [slice(i, i + size) for i in range(0, len(y), size)]
-    parts = [_levenberg_marquardt(model, y[at], w[at], start[at]) for at in every]
+    low, high = model.floor_limits(y, w) if limits is None else limits
+    parts = [
+        _levenberg_marquardt(model, y[at], w[at], start[at], low[at], high[at], iterations)
+        for at in every
+    ]
     rows, cost, converged = (np.concatenate(each) for each in zip(*parts, strict=True))
     return rows, cost, converged
 
 
 def _levenberg_marquardt(
-    model: Model, y: np.ndarray, w: np.ndarray, start: np.ndarray
+    model: Model,
+    y: np.ndarray,
+    w: np.ndarray,
+    start: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    iterations: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`refit` for one chunk of rows, with Marquardt's scaling of the damping.
 
@@ -40,13 +58,12 @@ def _levenberg_marquardt(
     def cost_of(rows: np.ndarray) -> np.ndarray:
         return (w * (y - model.predict(rows)) ** 2).sum(1) + (model.ridge * rows**2).sum(1)
 
-    low, high = model.floor_limits(y, w)
     rows = start.copy()
     rows[:, 0] = np.clip(rows[:, 0], low, high)
     cost, damping = cost_of(rows), np.full(len(y), 1e-6)
     final, final_cost, converged = rows, cost, np.zeros(len(y), bool)
     active = np.arange(len(y))
-    for i in range(ITERATIONS):
+    for i in range(iterations):
         step = _step(model, rows, y, w, damping, low, high)
         new = rows + step
         new[:, 0] = np.clip(new[:, 0], low, high)
@@ -82,8 +99,8 @@ def _step(
 ) -> np.ndarray:
     """The damped Gauss-Newton step of every row.
 
-    Where it would leave the limits of E, E goes to its limit and the other parameters move as is
-    best for it there.
+    E is eliminated last: the others move as is best for any step of E, so that E may go no further
+    than its limits, and its curvature is not drowned by that of the others in a long flat valley.
     """
     every = range(rows.shape[1])
     root = np.sqrt(w)
@@ -96,16 +113,19 @@ def _step(
     gradient = (across @ residual[..., None])[..., 0] - model.ridge * rows
     scale = np.sqrt(np.maximum(normal[:, every, every], 1e-300))
     normal /= scale[:, :, None] * scale[:, None, :]
-    normal[:, every, every] += damping[:, None] + 1e-14
+    normal[:, every, every] += damping[:, None]
     gradient /= scale
-    step = np.linalg.solve(normal, gradient[..., None])[..., 0] / scale
-    wanted = rows[:, 0] + step[:, 0]
-    limited = np.clip(wanted, low, high)
-    held = limited != wanted
-    if held.any():
-        normal[held, 0, 1:], normal[held, 0, 0] = 0.0, 1.0
-        gradient[held, 0] = ((limited - rows[:, 0]) * scale[:, 0])[held]
-        step[held] = np.linalg.solve(normal[held], gradient[held][..., None])[..., 0] / scale[held]
+    others, border = normal[:, 1:, 1:], normal[:, 1:, 0]
+    others[:, every[:-1], every[:-1]] += 1e-14  # some laws have parameters that nothing determines
+    alone, per_floor = np.moveaxis(
+        np.linalg.solve(others, np.stack([gradient[:, 1:], border], -1)), -1, 0
+    )
+    curvature = normal[:, 0, 0] - (border * per_floor).sum(1)
+    floor = gradient[:, 0] - (border * alone).sum(1)
+    floor /= np.maximum(curvature, 1e-300) * scale[:, 0]
+    floor = np.clip(rows[:, 0] + floor, low, high) - rows[:, 0]
+    others_step = (alone - per_floor * (floor * scale[:, 0])[:, None]) / scale[:, 1:]
+    step = np.hstack([floor[:, None], others_step])
     return np.clip(step, -model.longest_step, model.longest_step)
 
 
@@ -142,14 +162,14 @@ def solve_point(
 ) -> Solution:
     """The least-squares parameters for losses y with weights w, each (points,).
 
-    The best of the law's own starts, or `begin`, is improved by `refit` and then by SciPy's
-    least squares.
+    The law's own starts, each at many values of E, or `begin`, are improved by `refit`, and the
+    best of them by SciPy's least squares.
     """
-    starts = model.starts(y, w) if begin is None else begin[None]
-    rows, cost, _ = refit(model, *(np.tile(v, (len(starts), 1)) for v in (y, w)), starts)
-    root, ridge = np.sqrt(w), np.diag(np.sqrt(model.ridge))[model.ridge > 0]
-    low, high = np.full(rows.shape[1], -np.inf), np.full(rows.shape[1], np.inf)
+    low, high = np.full((2, len(model.names)), np.inf) * [[-1], [1]]
     (low[0],), (high[0],) = model.floor_limits(y[None], w[None])
+    starts = _profiled(model, y, w, low[0], high[0]) if begin is None else begin[None]
+    rows, cost, _ = refit(model, *_alike(len(starts), y, w), starts)
+    root, ridge = np.sqrt(w), np.diag(np.sqrt(model.ridge))[model.ridge > 0]
     found = least_squares(
         lambda p: np.r_[root * (model.predict(p[None])[0] - y), ridge @ p],
         rows[np.argmin(cost)],
@@ -163,3 +183,19 @@ def solve_point(
     floor, near = found.x[0], 1e-6 * (high[0] - low[0])
     at_bound = "lower" if floor < low[0] + near else "upper" if floor > high[0] - near else ""
     return Solution(found.x, model.jacobian(found.x[None])[0], bool(found.success), at_bound)
+
+
+def _profiled(model: Model, y: np.ndarray, w: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The best of the law's starts over a grid of E, the others fitted roughly to each E.
+
+    A start with E free may creep along a flat valley and never reach the limit that is best.
+    """
+    starts = model.starts(y, w)
+    floors = high - (high - low) * np.linspace(0, 1, _FLOORS) ** 2
+    rows, floors = np.repeat(starts, _FLOORS, 0), np.tile(floors, len(starts))
+    rows, cost, _ = refit(model, *_alike(len(rows), y, w), rows, (floors, floors), _ROUGHLY)
+    return rows[np.argsort(cost, kind="stable")[:_STARTS]]
+
+
+def _alike(rows: int, *values: np.ndarray) -> Iterator[np.ndarray]:
+    return (np.tile(v, (rows, 1)) for v in values)
