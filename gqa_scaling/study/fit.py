@@ -411,16 +411,15 @@ def make_model(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = Non
     """
     if law == "separate":
         return SeparateCurves(p)
-    model = joint(law, p, head_dim)
+    model = joint(law, p, head_dim, _STRENGTHS[0])
     if law != "pooled":
         return model
     w = p.replicates * (np.ones(len(p.n)) if seen is None else seen)
-    begin, errors = None, []
+    begin, errors = solve_point(model, p.loss, w).parameters, []
     for strength in _STRENGTHS:
         trial = joint(law, p, head_dim, strength)
         found = solve_point(trial, p.loss, w, begin)
-        begin = found.parameters
-        residual = p.loss - trial.predict(begin[None])[0]
+        residual = p.loss - trial.predict(found.parameters[None])[0]
         leverage, _ = influence(found.absorbing, w, residual, trial.ridge)
         errors.append(float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum()))
     return joint(law, p, head_dim, _STRENGTHS[int(np.argmin(errors))])
@@ -491,16 +490,17 @@ def flagged(fitted: Fit, known: Sequence[str]) -> Fit:
             out.append("all runs have one density: what sparsity costs in loss is not fitted")
         elif told_apart < 3:
             out.append("two densities: that the loss follows a power of density is not tested")
-    if fitted.shared.p_value is None and len(p.heads) > 1:
+    shared, p_value = fitted.shared.shared, fitted.shared.p_value
+    if p_value is None and len(p.heads) > 1:
         out.append(
             "errors shared by a size cannot be told from others, intervals assume none: give "
             "columns n_layers and d_model, and run the same sizes for every configuration"
         )
-    if fitted.shared.p_value is not None and fitted.shared.p_value < SUSPICIOUS:
+    if shared is not None and p_value is not None and p_value < SUSPICIOUS:
         remedy = "" if fitted.bootstrap == "shared" else '; use bootstrap "shared"'
         out.append(
-            f"runs of one size err together by {1e3 * fitted.shared.shared:.1f} millinats "
-            f"(p = {fitted.shared.p_value:.3f}), as one learning rate per size makes them{remedy}"
+            f"runs of one size err together by {1e3 * shared:.1f} millinats "
+            f"(p = {p_value:.3f}), as one learning rate per size makes them{remedy}"
         )
     if p.noise is None:
         out.append("no replicate seeds: the noise is judged from the residuals alone")

@@ -204,7 +204,7 @@ class Joint(Model):
     """
 
     own: tuple[str, ...] = ()  # parameters after b that u is not linear in
-    linear = ("p", "q", "r")  # those that u may be linear in
+    linear: tuple[str, ...] = ("p", "q", "r")  # those that u may be linear in
 
     def __init__(self, p: Points, head_dim: int, strength: float | None = None) -> None:
         """`strength` is that of the ridge of "pooled"; without one there are no offsets."""
@@ -295,7 +295,7 @@ class Sum(Joint):
                 yield new
 
 
-def joint(law: Law, p: Points, head_dim: int, strength: float = 0.0) -> Joint:
+def joint(law: Law, p: Points, head_dim: int, strength: float) -> Joint:
     """The joint law of this name over these points; `strength` is that of the ridge of "pooled".
 
     Raises UserError when shapes are unknown or configurations too few.

@@ -1,6 +1,5 @@
 """Weighted least squares for every law: many data sets at once, and one of them to the last digit."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,39 +162,59 @@ def solve_point(
     """The least-squares parameters for losses y with weights w, each (points,).
 
     The law's own starts, each at many values of E, or `begin`, are improved by `refit`, and the
-    best of them by SciPy's least squares.
+    best of them by SciPy's least squares. Parameters that no point with a weight moves stay at
+    their start.
     """
-    low, high = np.full((2, len(model.names)), np.inf) * [[-1], [1]]
-    (low[0],), (high[0],) = model.floor_limits(y[None], w[None])
-    starts = _profiled(model, y, w, low[0], high[0]) if begin is None else begin[None]
-    rows, cost, _ = refit(model, *_alike(len(starts), y, w), starts)
-    root, ridge = np.sqrt(w), np.diag(np.sqrt(model.ridge))[model.ridge > 0]
+    limits = model.floor_limits(y[None], w[None])
+    starts = _profiled(model, y, w, limits) if begin is None else begin[None]
+    rows, cost, _ = refit(model, *_repeated(y, w, len(starts)), starts)
+    best = rows[np.argmin(cost)]
+    root, pull = np.sqrt(w), np.diag(np.sqrt(model.ridge))[model.ridge > 0]
+    moved = np.vstack([root[:, None] * model.jacobian(best[None])[0], pull]).any(0)
+
+    def whole(p: np.ndarray) -> np.ndarray:
+        row = best.copy()
+        row[moved] = p
+        return row
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        row = whole(p)
+        return np.r_[root * (model.predict(row[None])[0] - y), pull @ row]
+
+    def jacobian(p: np.ndarray) -> np.ndarray:
+        each = root[:, None] * model.jacobian(whole(p)[None])[0]
+        return np.vstack([each, pull])[:, moved]
+
+    low, high = np.full(moved.sum(), -np.inf), np.full(moved.sum(), np.inf)
+    (low[0],), (high[0],) = limits
     found = least_squares(
-        lambda p: np.r_[root * (model.predict(p[None])[0] - y), ridge @ p],
-        rows[np.argmin(cost)],
-        jac=lambda p: np.vstack([root[:, None] * model.jacobian(p[None])[0], ridge]),
+        residuals,
+        best[moved],
+        jac=jacobian,
         bounds=(low, high),
         x_scale="jac",
         ftol=1e-14,
         xtol=1e-14,
         gtol=1e-14,
     )
-    floor, near = found.x[0], 1e-6 * (high[0] - low[0])
-    at_bound = "lower" if floor < low[0] + near else "upper" if floor > high[0] - near else ""
-    return Solution(found.x, model.jacobian(found.x[None])[0], bool(found.success), at_bound)
+    row, near = whole(found.x), 1e-6 * (high[0] - low[0])
+    at_bound = "lower" if row[0] < low[0] + near else "upper" if row[0] > high[0] - near else ""
+    return Solution(row, model.jacobian(row[None])[0], bool(found.success), at_bound)
 
 
-def _profiled(model: Model, y: np.ndarray, w: np.ndarray, low: float, high: float) -> np.ndarray:
+def _profiled(
+    model: Model, y: np.ndarray, w: np.ndarray, limits: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
     """The best of the law's starts over a grid of E, the others fitted roughly to each E.
 
     A start with E free may creep along a flat valley and never reach the limit that is best.
     """
-    starts = model.starts(y, w)
-    floors = high - (high - low) * np.linspace(0, 1, _FLOORS) ** 2
-    rows, floors = np.repeat(starts, _FLOORS, 0), np.tile(floors, len(starts))
-    rows, cost, _ = refit(model, *_alike(len(rows), y, w), rows, (floors, floors), _ROUGHLY)
+    starts, (low, high) = model.starts(y, w), limits
+    floors = np.tile(high - (high - low) * np.linspace(0, 1, _FLOORS) ** 2, len(starts))
+    rows = np.repeat(starts, _FLOORS, 0)
+    rows, cost, _ = refit(model, *_repeated(y, w, len(rows)), rows, (floors, floors), _ROUGHLY)
     return rows[np.argsort(cost, kind="stable")[:_STARTS]]
 
 
-def _alike(rows: int, *values: np.ndarray) -> Iterator[np.ndarray]:
-    return (np.tile(v, (rows, 1)) for v in values)
+def _repeated(y: np.ndarray, w: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.tile(y, (rows, 1)), np.tile(w, (rows, 1))

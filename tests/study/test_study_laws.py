@@ -1,5 +1,5 @@
-"""What every engine of estimation does alike: one curve for each configuration, joint laws, the
-context law and the token law."""
+"""What every law does alike: one curve for each configuration, joint laws, the context law and the
+token law."""
 
 import dataclasses
 
@@ -10,28 +10,29 @@ from hypothesis import strategies as st
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
-from gqa_scaling.study.additive import Additive
+from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.estimates import estimate
-from gqa_scaling.study.fit import fit, size_labels, sizes
-from gqa_scaling.study.models import Joint, Separate, floor_limits
+from gqa_scaling.study.fit import fit
+from gqa_scaling.study.models import Model
+from gqa_scaling.study.points import size_labels
 from gqa_scaling.study.results import from_csv
 
 HEADS = ((4, 1), (8, 2), (8, 8))
 LAYERS = (4, 6, 8, 12)
-ENGINES = {  # solver, law, training contexts, token budgets
-    "separate": (Separate, "separate", (1024,), (1e8,)),
-    "product": (Joint, "product", (1024,), (1e8,)),
-    "sum": (Joint, "sum", (1024,), (1e8,)),
-    "pooled": (Joint, "pooled", (1024,), (1e8,)),
-    "context law": (Additive, "separate", (1024, 4096), (1e8,)),
-    "token law": (Additive, "separate", (1024,), (1e8, 4e8, 16e8)),
+FITTED = {  # law asked for, training contexts, token budgets
+    "separate": ("separate", (1024,), (1e8,)),
+    "product": ("product", (1024,), (1e8,)),
+    "sum": ("sum", (1024,), (1e8,)),
+    "pooled": ("pooled", (1024,), (1e8,)),
+    "context law": ("separate", (1024, 4096), (1e8,)),
+    "token law": ("separate", (1024,), (1e8, 4e8, 16e8)),
 }
 
 
-def study(path, engine, loss, shapes=True):
-    """Runs for an engine; `loss` takes KV heads, L, T and D."""
+def study(path, fitted, loss, shapes=True):
+    """Runs for a law; `loss` takes KV heads, L, T and D."""
     rows = ["n_heads,n_kv_heads,n_layers,d_model,context_length,tokens,loss"]
-    _, _, contexts, budgets = ENGINES[engine]
+    _, contexts, budgets = FITTED[fitted]
     for h, kv in HEADS:
         for layers in LAYERS:
             for t in contexts:
@@ -52,33 +53,30 @@ def plain(seed=0, noise=0.003, floor=1.8):
     return loss
 
 
-def estimated(r, engine, refits=100):
-    return estimate(r, law=ENGINES[engine][1], refits=refits)
+def estimated(r, fitted, refits=100):
+    return estimate(r, law=FITTED[fitted][0], refits=refits)
 
 
-def answer_or_line(r, engine):
+def answer_or_line(r, fitted):
     """The fit, or None where the runs are refused as not determining it."""
     try:
-        return estimated(r, engine).fit
+        return estimated(r, fitted).fit
     except UserError:
         return None
 
 
-def failing(monkeypatch, engine, share):
+def failing(monkeypatch, share):
     """Have this share of the refits not converge."""
-    solver = ENGINES[engine][0]
-    solve = solver.solve
+    refit = fitting.refit
 
-    def some(self, y, *rest, **options):
-        rows, cost, done = solve(self, y, *rest, **options)
-        if len(y) >= 100:
-            done = np.arange(len(y)) >= share * len(y)
-        return rows, cost, done
+    def some(model, y, *rest):
+        rows, cost, _ = refit(model, y, *rest)
+        return rows, cost, np.arange(len(y)) >= share * len(y)
 
-    monkeypatch.setattr(solver, "solve", some)
+    monkeypatch.setattr(fitting, "refit", some)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fitted", FITTED)
 @pytest.mark.parametrize(
     ("share", "words"),
     [
@@ -86,29 +84,29 @@ def failing(monkeypatch, engine, share):
         (0.2, "20 of 100 refits did not converge, left out: the intervals are too short"),
     ],
 )
-def test_some_failed_refits_are_said(tmp_path, monkeypatch, engine, share, words):
-    r = study(tmp_path / "runs.csv", engine, plain())
-    failing(monkeypatch, engine, share)
-    found = estimated(r, engine).fit
+def test_some_failed_refits_are_said(tmp_path, monkeypatch, fitted, share, words):
+    r = study(tmp_path / "runs.csv", fitted, plain())
+    failing(monkeypatch, share)
+    found = estimated(r, fitted).fit
     assert words in found.flags
     assert len(found.draws.floor) == 100 * (1 - share)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fitted", FITTED)
 @pytest.mark.parametrize("share", [0.5, 0.99, 1.0])
-def test_most_failed_refits_are_refused(tmp_path, monkeypatch, engine, share):
-    r = study(tmp_path / "runs.csv", engine, plain())
-    failing(monkeypatch, engine, share)
+def test_most_failed_refits_are_refused(tmp_path, monkeypatch, fitted, share):
+    r = study(tmp_path / "runs.csv", fitted, plain())
+    failing(monkeypatch, share)
     failed = f"{share * 100:.0f} of 100 refits did not converge"
-    law = f"the {engine}" if "law" in engine else f"law {engine!r}"
+    law = f"the {fitted}" if "law" in fitted else f"law {fitted!r}"
     with pytest.raises(UserError, match=rf"runs\.csv: {law}: {failed}"):
-        estimated(r, engine)
+        estimated(r, fitted)
 
 
 @pytest.mark.parametrize("verb", [("fit",), ("frontier", "--align", "training"), ("report",)])
 def test_no_interval_comes_from_no_refit(tmp_path, monkeypatch, capsys, verb):
     study(tmp_path / "runs.csv", "token law", plain())
-    failing(monkeypatch, "token law", 1.0)
+    failing(monkeypatch, 1.0)
     assert cli.main([verb[0], str(tmp_path / "runs.csv"), "--refits", "100", *verb[1:]]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
@@ -116,8 +114,8 @@ def test_no_interval_comes_from_no_refit(tmp_path, monkeypatch, capsys, verb):
     assert said.out == ""
 
 
-@pytest.mark.parametrize("engine", [e for e in ENGINES if e not in ("sum", "pooled")])
-def test_an_e_at_its_bound_takes_no_degree_of_freedom(tmp_path, engine):
+@pytest.mark.parametrize("fitted", [e for e in FITTED if e not in ("sum", "pooled")])
+def test_an_e_at_its_bound_takes_no_degree_of_freedom(tmp_path, fitted):
     def bent(
         kv, layers, t, d
     ):  # loss falls faster and faster with size: least squares holds E at 0
@@ -126,12 +124,12 @@ def test_an_e_at_its_bound_takes_no_degree_of_freedom(tmp_path, engine):
         )
 
     rng, noise = np.random.default_rng(0), {}
-    _, _, contexts, budgets = ENGINES[engine]
+    _, contexts, budgets = FITTED[fitted]
     for key in (
         (a, kv, t, d) for _, kv in HEADS for a in LAYERS for t in contexts for d in budgets
     ):
         noise[key] = float(0.002 * rng.normal())
-    found = estimated(study(tmp_path / "runs.csv", engine, bent), engine).fit
+    found = estimated(study(tmp_path / "runs.csv", fitted, bent), fitted).fit
     assert found.at_bound == "lower"
     free = len(found.points.n) - (found.n_parameters - 1)
     assert found.sigma == pytest.approx(np.sqrt((found.residual**2).sum() / free), rel=1e-6)
@@ -141,26 +139,30 @@ def test_an_e_at_its_bound_takes_no_degree_of_freedom(tmp_path, engine):
 
 @given(st.lists(st.floats(1e-300, 100), min_size=2, max_size=6))
 def test_e_can_lie_between_0_and_the_least_loss_whatever_the_losses(losses):
-    (low,), (high,) = floor_limits(np.array([losses]))
+    k = len(losses)
+    model = Model(
+        ("E",), np.ones((k, 1)), *np.zeros((2, 1, 1)), np.zeros(k, int), *np.zeros((2, k))
+    )
+    (low,), (high,) = model.floor_limits(np.array([losses]), np.ones((1, k)))
     assert low == 0 < high < min(losses)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fitted", FITTED)
 @pytest.mark.parametrize("least", [1e-9, 0.004])
-def test_a_loss_near_0_is_fitted_and_draws_stay_above_it(tmp_path, engine, least):
+def test_a_loss_near_0_is_fitted_and_draws_stay_above_it(tmp_path, fitted, least):
     def falling(kv, layers, t, d):
         return least if layers == 12 else 5.0 / layers + 0.01 * kv + 1e6 / d * (t / 1024)
 
-    r = study(tmp_path / "runs.csv", engine, lambda *run: 1 + falling(*run))
+    r = study(tmp_path / "runs.csv", fitted, lambda *run: 1 + falling(*run))
     r = dataclasses.replace(r, loss=r.loss - 1)  # a file of such losses may be refused
-    found = answer_or_line(r, engine)
+    found = answer_or_line(r, fitted)
     assert found is None or 0 <= found.floor < r.loss.min()
     assert found is None or found.draws.floor.min() >= 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_equal_losses_end_in_an_answer_or_a_line(tmp_path, engine):
-    found = answer_or_line(study(tmp_path / "runs.csv", engine, lambda *_: 2.5), engine)
+@pytest.mark.parametrize("fitted", FITTED)
+def test_equal_losses_end_in_an_answer_or_a_line(tmp_path, fitted):
+    found = answer_or_line(study(tmp_path / "runs.csv", fitted, lambda *_: 2.5), fitted)
     assert found is None or 2.4 < found.floor < 2.5
 
 
@@ -193,9 +195,9 @@ def test_sizes_without_shapes_are_ranks_where_all_curves_have_equally_many(tmp_p
 def test_sizes_without_shapes_stand_alone_where_curves_have_unlike_many(tmp_path):
     r = unshaped(tmp_path / "runs.csv", drop={(0, 0)})  # ranks would join the second with the first
     one = fit(r, context_length=8192, refits=100)
-    assert len(set(sizes(one.points))) == 11
+    assert len(set(one.points.size)) == 11
     wide = estimate(r, refits=100)
-    assert len(set(sizes(wide.fit.points))) == 11  # of 22 points, each size at two contexts
+    assert len(set(wide.fit.points.size)) == 11  # of 22 points, each size at two contexts
     assert wide.fit.shared.loading.sum(1).max() <= 2
     assert wide.flatness.verdict == "untested"
     assert "columns n_layers and d_model say which sizes are one" in wide.flatness.untested
