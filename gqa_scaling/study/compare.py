@@ -49,7 +49,8 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
         largest[mine[-1]] = len(mine) > 3  # a curve must keep three sizes
     patterns = [pattern_of(heads) for heads in p.heads]
     sparse = [
-        [k for k, own in enumerate(patterns) if own == each] for each in set(patterns) - {None}
+        [k for k, own in enumerate(patterns) if own == each]
+        for each in sorted(pattern for pattern in set(patterns) if pattern)
     ]
     out = []
     for law in LAWS:

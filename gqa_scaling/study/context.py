@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import require
-from gqa_scaling.study.fit import (
-    Bootstrap,
-    Fit,
-    brought,
-    fit_model,
-    flagged,
-    interval,
-    plain,
-    require_no_pairs,
-)
+from gqa_scaling.study.fit import brought, fit_model, require_no_pairs
+from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Points, cells, labels
 from gqa_scaling.study.results import Results, flags
+from gqa_scaling.study.uncertainty import Bootstrap, interval
 
 FORMULA = "(a/N)^b + E + delta(T), E and delta shared"
 

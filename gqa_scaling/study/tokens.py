@@ -13,19 +13,12 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
-from gqa_scaling.study.fit import (
-    Bootstrap,
-    Fit,
-    brought,
-    fit_model,
-    flagged,
-    interval,
-    plain,
-    require_no_pairs,
-)
+from gqa_scaling.study.fit import brought, fit_model, require_no_pairs
+from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Interval, Points, cells, labels, ranks
 from gqa_scaling.study.results import Heads, Results, flags
+from gqa_scaling.study.uncertainty import Bootstrap, interval
 from gqa_scaling.units import quantity
 
 FORMULA = "(a/N)^b + E + B D^-beta; E, B and beta shared"

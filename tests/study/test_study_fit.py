@@ -382,7 +382,7 @@ def test_sizes_are_labelled_by_shape_else_by_rank_else_not_at_all():
     assert fit(bare, refits=100).floor_interval == fit(r, refits=100).floor_interval
     uneven = bare.select(np.arange(len(bare)) != 0)  # ranks would join unlike sizes
     found = fit(uneven, refits=100)
-    assert len(set(fitting.sizes(found.points))) == len(uneven)
+    assert len(set(found.points.size)) == len(uneven)
     assert found.shared.p_value is None
     assert any("shared by a size cannot be told" in flag for flag in found.flags)
 

@@ -16,6 +16,8 @@ from gqa_scaling.study.fit import fit
 from gqa_scaling.study.models import Model
 from gqa_scaling.study.points import size_labels
 from gqa_scaling.study.results import from_csv
+from gqa_scaling.study.solver import solve_point
+from gqa_scaling.study.uncertainty import rank
 
 HEADS = ((4, 1), (8, 2), (8, 8))
 LAYERS = (4, 6, 8, 12)
@@ -201,3 +203,53 @@ def test_sizes_without_shapes_stand_alone_where_curves_have_unlike_many(tmp_path
     assert wide.fit.shared.loading.sum(1).max() <= 2
     assert wide.flatness.verdict == "untested"
     assert "columns n_layers and d_model say which sizes are one" in wide.flatness.untested
+
+
+# ------------------------------------------------------------------- where least squares may stray
+
+
+def test_the_best_limit_of_e_is_found_at_the_end_of_a_flat_valley(tmp_path):
+    # one curve that rises: every E fits nearly as well, and 0 best
+    n = (81920, 229376, 720896, 2490368, 9175040)
+    losses = (4.978093, 4.987667, 4.993490, 4.996740, 4.998425)
+    rows = [f"2,1,{n},{loss}" for n, loss in zip(n, losses, strict=True)]
+    (tmp_path / "runs.csv").write_text("\n".join(["n_heads,n_kv_heads,n_params,loss", *rows]))
+    found = fit(from_csv(tmp_path / "runs.csv"), bootstrap="pairs", refits=100)
+    assert found.at_bound == "lower"
+    assert found.refits_failed == 0
+
+
+@pytest.mark.parametrize("law", ["product", "pooled"])
+def test_what_no_run_moves_stays_where_the_search_began(tmp_path, law):
+    # without (8,2) and (8,8) all KV heads are alike, and their exponent q is anything
+    p = fitting.points(study(tmp_path / "runs.csv", "product", plain()))
+    seen = np.isin(p.curve, [0])
+    model = fitting.make_model(law, p, 64, seen)
+    found = solve_point(model, p.loss, seen.astype(float))
+    moved = model.jacobian(found.parameters[None])[0][seen].any(0)
+    assert not moved.all()
+    assert not found.parameters[~moved].any()
+
+
+def test_parameters_count_as_determined_alike_for_every_law(tmp_path):
+    # two sizes are all but one: b is not told from u, nor either from E
+    jacobian = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1e-9], [1.0, 2.0, 1.0], [1.0, 2.0, 1.0]])
+    assert rank(jacobian[:2], np.ones(2), np.zeros(3)) == 2
+    assert rank(jacobian, np.ones(4), np.zeros(3)) == 2
+    assert rank(jacobian[[0, 2]], np.ones(2), np.ones(3)) == 3  # a ridge determines the rest
+
+
+def test_a_size_is_an_n_for_every_law(tmp_path):
+    # three shapes of (4,1), two of them with one N
+    rows = ["n_heads,n_kv_heads,n_layers,d_model,n_params,n_count,context_length,loss"]
+    for h, kv in HEADS:
+        for i, layers in enumerate(LAYERS[:3]):
+            same = 2 if i == 1 and h == 4 else i
+            for t in (1024, 4096):
+                y = 2.0 + (same + 1) ** -0.5 + 0.001 * i + 0.01 * kv
+                rows.append(f"{h},{kv},{layers},{64 * layers},{1e6 * (same + 1)},n_given,{t},{y}")
+    (tmp_path / "runs.csv").write_text("\n".join(rows))
+    r = from_csv(tmp_path / "runs.csv")
+    for options in ({}, {"context_length": 1024}):
+        with pytest.raises(UserError, match=r"needs 3 sizes, but \(4,1\) has 2"):
+            estimate(r, refits=100, **options)
