@@ -95,7 +95,7 @@ def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
 
 
 def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.data import prepare
+    from gqa_scaling.data.build import prepare
 
     require(args.workers is None or args.workers > 0, f"--workers {args.workers} must be above 0")
     experiment = _experiment(args, rest)
@@ -142,7 +142,7 @@ def _hardware(args: argparse.Namespace) -> tuple["Hardware", int]:
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.data import open_store
+    from gqa_scaling.data.store import open_store
     from gqa_scaling.hardware import changed, hardware, slice_of
     from gqa_scaling.sweep import pods, views
     from gqa_scaling.sweep.plan import make_plan

@@ -11,9 +11,11 @@ from gqa_scaling import context_sharding
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, parameters
 from gqa_scaling.experiment.ladder import nearest_buildable
-from gqa_scaling.study.fit import Fit, Interval, interval
+from gqa_scaling.study.fitted import Fit
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads, Results, heads_of
 from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.uncertainty import interval
 
 _ARCHITECTURE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
 

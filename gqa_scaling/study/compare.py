@@ -7,9 +7,12 @@ import numpy as np
 
 from gqa_scaling.config import UserError
 from gqa_scaling.study.choices import Law
-from gqa_scaling.study.fit import Points, make_model, plain, points
-from gqa_scaling.study.models import LAWS, formula, solve_point
+from gqa_scaling.study.fit import make_model
+from gqa_scaling.study.fitted import plain
+from gqa_scaling.study.models import LAWS, formula
+from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, pattern_of
+from gqa_scaling.study.solver import solve_point
 
 
 @dataclass(frozen=True)
@@ -41,36 +44,41 @@ class Score:
 
 def compare(results: Results, context_length: int | None = None) -> tuple[Score, ...]:
     """Score every law that these runs can be fitted with."""
-    p = points(results, context_length)
-    patterns = [None, *sorted({h[2] for h in p.heads if pattern_of(h)})]
+    p, head_dim = points(results, context_length), int(results.head_dim[0])
+    largest = np.zeros(len(p.n), bool)
+    for k in range(len(p.heads)):
+        mine = np.flatnonzero(p.curve == k)
+        largest[mine[-1]] = len(mine) > 3  # a curve must keep three sizes
+    patterns = [pattern_of(heads) for heads in p.heads]
+    sparse = [
+        [k for k, own in enumerate(patterns) if own == each]
+        for each in sorted(pattern for pattern in set(patterns) if pattern)
+    ]
     out = []
     for law in LAWS:
-        head_dim, everything = int(results.head_dim[0]), np.ones(len(p.n), bool)
         try:
-            model, _ = make_model(law, p, head_dim)
+            model = make_model(law, p, head_dim)
         except UserError:  # too few configurations for this law, or shapes unknown
             continue
-        largest = np.zeros(len(p.n), bool)
-        for k in range(len(p.heads)):
-            mine = np.flatnonzero(p.curve == k)
-            largest[mine[-1]] = len(mine) > 3  # a curve must keep three sizes
-        heads = [p.curve != k for k in range(len(p.heads))] if law != "separate" else []
-        unseen = np.concatenate([_error(p, law, head_dim, keep) for keep in heads] or [[]])
-        whose = np.array([patterns.index(pattern_of(p.heads[k])) for k in p.curve])
-        others = [whose != i for i in range(1, len(patterns))] if law != "separate" else []
-        sparse = np.concatenate([_error(p, law, head_dim, keep) for keep in others] or [[]])
-        last = (
-            _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else np.array([])
-        )
+
+        def unseen(left_out: list[list[int]], law: Law = law) -> float | None:
+            """The error of configurations left out together, each group of them in turn."""
+            if law == "separate":
+                return None
+            masks = [~np.isin(p.curve, group) for group in left_out]
+            return _rms(np.concatenate([_error(p, law, head_dim, keep) for keep in masks]))
+
+        each = [[k] for k in range(len(p.heads))]
+        last = _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else None
         out.append(
             Score(
                 law=law,
                 parameters=len(model.names),
-                residual=_rms(_error(p, law, head_dim, everything, inside=True)),
-                unseen_heads=_rms(unseen) if len(unseen) and len(p.heads) > 3 else None,
-                largest_size=_rms(last) if len(last) else None,
+                residual=_rms(_error(p, law, head_dim, np.ones(len(p.n), bool), inside=True)),
+                unseen_heads=unseen(each) if len(p.heads) > 3 else None,
+                largest_size=_rms(last) if last is not None else None,
                 formula=formula(law, model.names),
-                unseen_patterns=_rms(sparse) if len(others) > 1 else None,
+                unseen_patterns=unseen(sparse) if len(sparse) > 1 else None,
             )
         )
     return tuple(out)
@@ -80,9 +88,8 @@ def _error(
     p: Points, law: Law, head_dim: int, keep: np.ndarray, inside: bool = False
 ) -> np.ndarray:
     """Prediction minus loss for the points left out (or kept), everything chosen on those kept."""
-    model, ridge = make_model(law, p, head_dim, keep)
-    y = np.where(keep, p.loss, p.loss[keep].max())  # what is left out may not bound E
-    found = solve_point(model, y, p.replicates * keep, ridge)
+    model = make_model(law, p, head_dim, keep)
+    found = solve_point(model, p.loss, p.replicates * keep)
     error = model.predict(found.parameters[None])[0] - p.loss
     return error[keep if inside else ~keep]
 

@@ -12,8 +12,9 @@ import numpy as np
 from scipy.optimize import elementwise
 
 from gqa_scaling.study import laws
-from gqa_scaling.study.fit import Fit, Interval
-from gqa_scaling.study.models import Curves
+from gqa_scaling.study.fitted import Fit
+from gqa_scaling.study.laws import Curves
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import known_interval
 from gqa_scaling.study.serving import Deployment
 

@@ -18,14 +18,16 @@ from scipy.optimize import brentq
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, between, require
 from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.fit import Interval, interval, plain
+from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.frontier import MISSED, beyond_training, default_baseline
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, decide, rank
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.study.trainer import Trainer
+from gqa_scaling.study.uncertainty import interval
 from gqa_scaling.units import quantity
 
 TRAINING = "6 N D + 6 T L d_h n_h D (causal, Tbar = T/2, without the output matrix)"

@@ -5,17 +5,13 @@ from typing import Any
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, between, require
 from gqa_scaling.study.choices import Bootstrap, Law
-from gqa_scaling.study.context import (
-    FLAT_FROM,
-    ContextLaw,
-    Flatness,
-    context_law,
-    flatness,
-    spans_contexts,
-)
-from gqa_scaling.study.fit import REFITS, Fit, fit
+from gqa_scaling.study.context import ContextLaw, context_law, spans_contexts
+from gqa_scaling.study.fit import fit
+from gqa_scaling.study.fitted import Fit
+from gqa_scaling.study.flatness import FLAT_FROM, Flatness, flatness
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.tokens import TokenLaw, spans_budgets, token_law
+from gqa_scaling.study.uncertainty import REFITS
 
 
 @dataclass(frozen=True)

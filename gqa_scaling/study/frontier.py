@@ -20,12 +20,14 @@ from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.study.build import Check, Model, build
 from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
-from gqa_scaling.study.fit import Fit, Interval, interval, plain
-from gqa_scaling.study.models import Curves
+from gqa_scaling.study.fitted import Fit, plain
+from gqa_scaling.study.laws import Curves
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, rank, tied
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.uncertainty import interval
 from gqa_scaling.units import quantity
 
 MISSED = 0.05  # a larger share of refits that never reach the loss is said so

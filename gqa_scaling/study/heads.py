@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.study import laws
-from gqa_scaling.study.fit import Fit, Interval, interval, plain
+from gqa_scaling.study.fitted import Fit, plain
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import pattern_of
+from gqa_scaling.study.uncertainty import interval
 
 MIN_HEADS = 4  # one more than the parameters
 _POWERS = np.r_[-np.geomspace(4.0, 0.01, 400), np.geomspace(0.01, 4.0, 100)]
@@ -34,7 +35,8 @@ class HeadLaw:
     r2: float
 
     def loss(self, n_heads: np.ndarray | float) -> np.ndarray:
-        return laws.heads(n_heads, self.a, self.b, self.c)
+        """The law in nats at these numbers of query heads."""
+        return self.a * np.asarray(n_heads, float) ** self.b + self.c
 
     def to_dict(self) -> dict[str, Any]:
         return plain(asdict(self))

@@ -1,31 +1,26 @@
-"""The loss laws as plain functions with their inverses; numbers or NumPy arrays alike.
+"""The loss curves L(N) that a fit ends in, and the N at which they reach a loss.
 
-Losses are mean next-token cross-entropies in nats. `n` counts parameters without embeddings.
+Losses are mean next-token cross-entropies in nats. N counts parameters without embeddings.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gqa_scaling.costs import n_formula
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS
+from gqa_scaling.study.points import Points
+from gqa_scaling.study.shapes import shapes
+
 Number = Any  # a Python number or a NumPy array of them
 
 
-def power(n: Number, a: Number, b: Number, floor: Number) -> Number:
-    """L(N) = (a/N)^b + E, the curve of one head configuration (Chen et al. 2025, section 4.1)."""
-    return (a / n) ** b + floor
-
-
-def power_inverse(loss: Number, a: Number, b: Number, floor: Number) -> Number:
-    """N*(L) = a / (L - E)^(1/b); infinite where the loss is not above the floor or b <= 0."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        n = a / np.maximum(np.subtract(loss, floor), 0.0) ** (1 / np.asarray(b, float))
-    return np.where((np.subtract(loss, floor) > 0) & (np.asarray(b) > 0), n, np.inf)
-
-
 def centred(n: Number, u: Number, b: Number, floor: Number, centre: Number) -> Number:
-    """The same curve as E + exp(u - b (ln N - centre)): u is the log excess loss mid-data.
+    """The curve (a/N)^b + E of Chen et al. 2025, section 4.1, as E + exp(u - b (ln N - centre)).
 
-    u and b are nearly uncorrelated when `centre` is the mean of ln N, so this form is fitted.
+    u is the logarithm of the excess loss in the middle of the data. u and b are nearly uncorrelated
+    when `centre` is the mean of ln N, so this form is fitted; `scale` gives a.
     """
     with np.errstate(over="ignore"):
         return floor + np.exp(u - b * (np.log(n) - centre))
@@ -45,6 +40,75 @@ def scale(u: Number, b: Number, centre: Number) -> Number:
         return np.exp(centre + np.divide(u, b))
 
 
-def heads(n_heads: Number, a: Number, b: Number, c: Number) -> Number:
-    """L(n_h) = a n_h^b + c at fixed N, b < 0 (Chen et al. 2025, section 5.4)."""
-    return a * np.asarray(n_heads, float) ** b + c
+@dataclass(frozen=True)
+class Backbone:
+    """N of each configuration against its head-independent part N_b, both as logarithms."""
+
+    log_backbone: np.ndarray  # (grid,)
+    log_n: np.ndarray  # (heads, grid)
+
+    def to_backbone(self, k: int, n: np.ndarray) -> np.ndarray:
+        """N_b of models of configuration k with N parameters."""
+        return np.exp(np.interp(np.log(n), self.log_n[k], self.log_backbone))
+
+    def to_n(self, k: int, backbone: np.ndarray) -> np.ndarray:
+        """N of models of configuration k with this N_b; inf beyond the largest of the grid."""
+        finite = np.isfinite(backbone)
+        at = np.log(np.where(finite, np.maximum(backbone, 1e-300), 1.0))
+        at = np.clip(at, self.log_backbone[0], None)
+        n = np.exp(np.interp(at, self.log_backbone, self.log_n[k]))
+        return np.where(finite & (at < self.log_backbone[-1]), n, np.inf)
+
+
+def backbone_of(p: Points, head_dim: int) -> Backbone:
+    """N against N_b = 8 L d^2 along the study's own ladder of sizes, for each configuration.
+
+    The grid reaches as far as any size that a study may answer with.
+    """
+    ladder = sorted(set(zip(p.n_layers.tolist(), p.d_model.tolist(), strict=True)))
+    at = np.log(n_formula(p.n_layers, p.d_model, 0, 0))
+    grid = np.linspace(at.min() - 12, at.max() + 12, 600)
+    small = at.min() - np.linspace(16, 12, 40)
+    large = np.linspace(grid[-1], np.log(MOST_PARAMETERS), 40)
+    grid = np.unique(np.r_[small, grid, large[large > grid[-1]], at])
+    layers, width = shapes(np.exp(grid), (0, 0), head_dim, ladder)
+    log_n = []
+    for k, (n_heads, n_kv_heads, *_) in enumerate(p.heads):
+        mine = p.curve == k
+        formula = n_formula(p.n_layers[mine], p.d_model[mine], n_heads, n_kv_heads, head_dim)
+        order = np.argsort(formula)
+        counted = np.log(p.n[mine] / formula)[order]  # 0 unless N is counted exactly
+        whole = np.log(n_formula(layers, width, n_heads, n_kv_heads, head_dim))
+        log_n.append(whole + np.interp(whole, np.log(formula[order]), counted))
+    return Backbone(grid, np.array(log_n))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The parameters of every curve, with any leading axes (none, or bootstrap draws first).
+
+    Loss is floor + exp(u - b (ln N - centre)). `floor`, E, has the leading shape alone; `u` and
+    `b` end in the axis of heads. With a `backbone` the law is one of N_b instead of N.
+    """
+
+    floor: np.ndarray
+    u: np.ndarray
+    b: np.ndarray
+    centre: np.ndarray
+    backbone: Backbone | None = None
+
+    def loss(self, k: int, n: np.ndarray | float) -> np.ndarray:
+        """Loss in nats of configuration k at N, leading axes first."""
+        n = np.asarray(n, float)
+        if self.backbone:
+            n = self.backbone.to_backbone(k, n)
+        lead = (..., *(None,) * n.ndim)
+        u, b, floor = self.u[..., k][lead], self.b[..., k][lead], self.floor[lead]
+        return centred(n, u, b, floor, self.centre[k])
+
+    def n_star(self, loss: float) -> np.ndarray:
+        """N*(H) for a target loss, leading axes first, heads last; inf where never reached."""
+        n = centred_inverse(loss, self.u, self.b, self.floor[..., None], self.centre)
+        if self.backbone is None:
+            return n
+        return np.stack([self.backbone.to_n(k, n[..., k]) for k in range(n.shape[-1])], -1)

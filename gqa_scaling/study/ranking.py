@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.study.fit import LEVEL, Interval, interval
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.serving import Costs, Deployment
+from gqa_scaling.study.uncertainty import LEVEL, interval
 
 
 @dataclass(frozen=True)

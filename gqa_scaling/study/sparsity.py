@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import UserError
-from gqa_scaling.study.fit import Fit, Interval, fit, interval, plain
+from gqa_scaling.study.fit import fit
+from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.frontier import Answer, Frontier, with_draws
 from gqa_scaling.study.heads import common_n
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import known_interval, saved
 from gqa_scaling.study.results import Heads, Results, pattern_of
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.uncertainty import interval
 
 
 @dataclass(frozen=True)

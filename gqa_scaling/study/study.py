@@ -6,7 +6,7 @@ from typing import Any
 
 from gqa_scaling.study.equal_training import EqualTraining
 from gqa_scaling.study.estimates import Estimates
-from gqa_scaling.study.fit import Fit
+from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.sparsity import Sparsity, sparsity

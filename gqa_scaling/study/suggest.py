@@ -18,7 +18,8 @@ from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.context_sharding import density
 from gqa_scaling.costs import n_formula, training_flops
 from gqa_scaling.experiment.ladder import REACH
-from gqa_scaling.study.fit import densities, plain
+from gqa_scaling.study.fitted import plain
+from gqa_scaling.study.points import densities
 from gqa_scaling.study.results import Heads, Results, heads_of, pattern_of
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of, shapes

@@ -2,7 +2,7 @@
 
 a and b are each configuration's own, E, B and beta are shared: the additive form of Hoffmann et
 al. 2022 (their approach 3) with the curves of Chen et al. 2025, section 4.1. It needs token budgets
-that vary at a fixed size, and is what compares configurations at equal training FLOPs (see `equal_training`).
+that vary at a fixed size, and is what aligns configurations by training FLOPs (see `aligned`).
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,20 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
-from gqa_scaling.study.additive import Additive, Cells, as_fit, cells, estimated
 from gqa_scaling.study.choices import Bootstrap
-from gqa_scaling.study.fit import Fit, Interval, _flagged, interval, labels, plain, sizes
+from gqa_scaling.study.fit import brought, fit_model, require_no_pairs
+from gqa_scaling.study.fitted import Fit, flagged, plain
+from gqa_scaling.study.models import SeparateCurves
+from gqa_scaling.study.points import Interval, Points, cells, labels, ranks
 from gqa_scaling.study.results import Heads, Results, flags
+from gqa_scaling.study.uncertainty import interval
 from gqa_scaling.units import quantity
 
 FORMULA = "(a/N)^b + E + B D^-beta; E, B and beta shared"
-MIN_BUDGETS = 3
-MIN_VARIATION = 0.1  # standard deviation of ln D around what N says of it
-MAX_CONDITION = 1e5
-_BETAS = np.r_[0.02, 0.06, np.linspace(0.1, 1.0, 10)]
+_MIN_BUDGETS = 3
+_MIN_VARIATION = 0.1  # standard deviation of ln D around what N says of it
+_MAX_CONDITION = 1e5
+_BETAS = np.r_[0.02, 0.06, np.linspace(0.1, 1.0, 10)]  # tried for the start of a search
 
 
 def spans_budgets(results: Results) -> bool:
@@ -37,29 +40,35 @@ def spans_budgets(results: Results) -> bool:
     return False
 
 
-class OverTokens(Additive):
-    """Shared: E, v and beta of exp(v - beta (ln D - mean ln D))."""
+class OverTokens(SeparateCurves):
+    """Curves that share E and a data term exp(v - beta (ln D - mean ln D))."""
 
-    shared = ("E", "v", "beta")
-    steps = np.array([np.inf, 2.0, 1.0])
+    def __init__(self, p: Points) -> None:
+        super().__init__(p, others=("v", "beta"))
+        self.token_centre = float(np.log(p.tokens).mean())
+        self.z = np.log(p.tokens) - self.token_centre
+        self.data_design = np.zeros_like(self.design)
+        self.data_design[:, 1], self.data_design[:, 2] = 1.0, -self.z
 
-    def __init__(self, cells: Cells) -> None:
-        super().__init__(cells.points)
-        self.token_centre = float(np.log(cells.tokens).mean())
-        self.z = np.log(cells.tokens) - self.token_centre
+    def exponents(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield from super().exponents(rows)
+        yield rows @ self.data_design.T, self.data_design[None]
 
-    def terms(self, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        floor, v, beta = (shared[:, i : i + 1] for i in range(3))
-        data = np.exp(np.clip(v - beta * self.z, -40, 10))
-        return floor + data, np.stack([np.ones_like(data), data, -self.z * data], -1)
-
-    def linear(self) -> Iterator[tuple[np.ndarray, Any]]:
+    def shared_terms(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for beta in _BETAS:
-            basis = np.stack([np.ones_like(self.z), np.exp(-beta * self.z)], 1)
-            yield (
-                basis,
-                lambda found, beta=beta: (found[0], np.log(max(found[1], 1e-4)), beta),
-            )
+            row = np.zeros(len(self.names))
+            row[2] = beta
+            yield np.stack([np.ones_like(self.z), np.exp(-beta * self.z)], 1), row
+
+    def place(self, row: np.ndarray, terms: np.ndarray) -> None:
+        row[0], row[1] = terms[0], np.log(max(terms[1], 1e-4))
+
+    def surface(self, rows: np.ndarray) -> "Surface":
+        """L(N, D; H) for these rows of parameters."""
+        found = self.curves(rows)
+        return Surface(
+            found.floor, rows[:, 1], rows[:, 2], found.u, found.b, self.centre, self.token_centre
+        )
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,8 @@ class TokenLaw:
     `best` has one row, `draws` one for each refit. `fit` holds the curves at `at_tokens`, with
     every run brought there by the law. `tokens` are the budgets of the points of `fit`;
     `condition` is the condition number of the scaled Jacobian and `variation` the standard
-    deviation of ln D around what N says of it. `flags` is what a reader must know of the law at any
-    budget; those of `fit` also say at which one its curves are shown.
+    deviation of ln D around what N says of it. `flags` are those of the law itself: the flags of
+    `fit` but for the budget that its curves are shown at.
     """
 
     fit: Fit
@@ -200,80 +209,74 @@ def token_law(
         f"{r.source}: {unknown[0] if len(unknown) else ''} does not say its training tokens; fill in "
         "column tokens or tokens_per_param",
     )
-    found = cells(r, len(OverTokens.shared))
-    budgets = np.unique(np.round(np.log(found.tokens), 2))
+    p = cells(r, 3, over=("tokens",))
+    budgets = np.unique(np.round(np.log(p.tokens), 2))
     require(
-        len(budgets) >= MIN_BUDGETS,
+        len(budgets) >= _MIN_BUDGETS,
         f"{r.source}: {len(budgets)} token budgets cannot tell the shape of a power of D; a token "
-        f"law needs {MIN_BUDGETS}",
+        f"law needs {_MIN_BUDGETS}",
     )
-    variation = _variation(found)
+    variation = _variation(p)
     require(
-        variation >= MIN_VARIATION,
+        variation >= _MIN_VARIATION,
         f"{r.source}: training tokens follow from the size (ln D varies by {variation:.2g} around "
-        f"what N says of it, a token law needs {MIN_VARIATION:g}); train some sizes on two or more "
+        f"what N says of it, a token law needs {_MIN_VARIATION:g}); train some sizes on two or more "
         "token budgets",
     )
-    p, model = found.points, OverTokens(found)
-    groups = (sizes(p), labels(sizes(p), _budget(found)))
-    best = estimated(model, p, groups, f"{r.source}: the token law", bootstrap, refits, seed)
-    jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(best.parameters)
-    condition = float(np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)))
-    require(
-        condition <= MAX_CONDITION,
-        f"{r.source}: these runs do not tell what size does from what data does (condition number "
-        f"{condition:.2g} of the scaled Jacobian, above {MAX_CONDITION:g}); train some sizes on "
-        "budgets further apart",
-    )
-    at = float(np.exp(model.token_centre)) if at_tokens is None else float(at_tokens)
-    require(np.isfinite(at) and at > 0, f"at_tokens={at} must be greater than 0")
-    one, many = (_surface(model, rows) for rows in (best.parameters[None], best.draws))
-    more = one.data(at), many.data(at)
-    offset = one.data(found.tokens[None])[0] - float(more[0][0])
-    fitted = as_fit(
+    require_no_pairs(bootstrap)
+    model = OverTokens(p)
+    budget = ranks(p.tokens, labels(p.curve, p.n))  # of a size, as budgets may follow N
+    fitted = fit_model(
         r,
         p,
         model,
-        best,
+        (p.size, labels(p.size, budget)),
+        title="the token law",
         context_length=lengths[0] or None,
-        offset=offset,
-        more=more,
         bootstrap=bootstrap,
         refits=refits,
         seed=seed,
     )
-    first, last = found.tokens.min(), found.tokens.max()
-    shown_at = (
+    jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(fitted.parameters[None])[0]
+    condition = float(np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)))
+    require(
+        condition <= _MAX_CONDITION,
+        f"{r.source}: these runs do not tell what size does from what data does (condition number "
+        f"{condition:.2g} of the scaled Jacobian, above {_MAX_CONDITION:g}); train some sizes on "
+        "budgets further apart",
+    )
+    at = float(np.exp(model.token_centre)) if at_tokens is None else float(at_tokens)
+    require(np.isfinite(at) and at > 0, f"at_tokens={at} must be greater than 0")
+    best, draws = (model.surface(v) for v in (fitted.parameters[None], fitted.parameter_draws))
+    more = float(best.data(at)[0])
+    fitted = brought(fitted, model, best.data(p.tokens[None])[0] - more, (more, draws.data(at)))
+    first, last = p.tokens.min(), p.tokens.max()
+    shown = (
         f"the runs span {quantity(first)} to {quantity(last)} training tokens: curves and losses are "
         f"those at D = {quantity(at)} tokens whatever N is, every run brought there by the law"
     )
-    known = [*flags(r), shown_at]
+    known = [*flags(r), shown]
     if not first <= at <= last:
         known.append(f"D = {quantity(at)} tokens lies outside the budgets that were trained")
-    if best.parameters[2] <= 0:
+    if best.beta[0] <= 0:
         known.append("loss does not fall with training tokens")
-    fitted = _flagged(fitted, known)
-    own = tuple(flag for flag in fitted.flags if flag is not shown_at)
-    return TokenLaw(fitted, one, many, at, found.tokens, condition, float(variation), own)
+    fitted = flagged(fitted, known)
+    return TokenLaw(
+        fit=fitted,
+        best=best,
+        draws=draws,
+        at_tokens=at,
+        tokens=p.tokens,
+        condition=condition,
+        variation=variation,
+        flags=tuple(flag for flag in fitted.flags if flag != shown),
+    )
 
 
-def _surface(model: OverTokens, rows: np.ndarray) -> Surface:
-    shared, u, b = model._split(rows)
-    return Surface(*shared.T, u, b, model.centre, model.token_centre)
-
-
-def _budget(found: Cells) -> np.ndarray:
-    """The rank of each point's tokens among those of its size: budgets may follow N."""
-    size, rank = labels(found.points.curve, found.points.n), np.zeros(len(found.tokens), int)
-    for k in range(size.max() + 1):
-        rank[size == k] = np.unique(found.tokens[size == k], return_inverse=True)[1]
-    return rank
-
-
-def _variation(found: Cells) -> float:
+def _variation(p: Points) -> float:
     """Standard deviation of ln D around a line in ln N, each configuration with a line of its own."""
-    z, p = np.log(found.tokens), found.points
-    x, group = np.log(p.n) - p.centre[p.curve], np.eye(len(p.heads))[p.curve]
+    z, group = np.log(p.tokens), np.eye(len(p.heads))[p.curve]
+    x = np.log(p.n) - p.centre[p.curve]
     columns = np.hstack([group, group * x[:, None]])
     fitted, *_ = np.linalg.lstsq(columns, z)
     return float(np.std(z - columns @ fitted))

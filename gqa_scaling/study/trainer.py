@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gqa_scaling.costs import training_flops_formula
-from gqa_scaling.study.fit import Interval
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.shapes import Family, training_keys
 from gqa_scaling.study.tokens import Surface, TokenLaw

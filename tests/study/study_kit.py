@@ -15,7 +15,6 @@ from gqa_scaling.hardware import hardware
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import Estimates, estimate
-from gqa_scaling.study.fit import BOOTSTRAPS
 from gqa_scaling.study.frontier import Frontier, frontier
 from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.reading import from_text
@@ -26,6 +25,7 @@ from gqa_scaling.study.report.tradeoffs import aligned_answer, sparsity_table
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.study import Study
+from gqa_scaling.study.uncertainty import BOOTSTRAPS
 
 LADDERS = (
     ((1, 16), (1, 32), (2, 32), (2, 64), (3, 96), (4, 128)),

@@ -13,18 +13,24 @@ from scipy.optimize import approx_fprime, least_squares
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_formula
-from gqa_scaling.study import laws
-from gqa_scaling.study.additive import cells
-from gqa_scaling.study.context import OverContexts, context_law, flatness
+from gqa_scaling.study.context import context_law
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
+from gqa_scaling.study.flatness import flatness
+from gqa_scaling.study.models import SeparateCurves
+from gqa_scaling.study.points import cells
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report import page
 from gqa_scaling.study.results import table
+from gqa_scaling.study.solver import refit, solve_point
 
 TRUTH = {(1, 1): (1.3e8, 0.20), (4, 1): (9.0e7, 0.215), (8, 8): (7.5e7, 0.227)}
 DELTA = {2048: 0.08, 8192: 0.02, 32768: 0.0, 131072: -0.015}
 FLOOR = 2.1
+
+
+def power(n, a, b, floor):
+    return (a / n) ** b + floor
 
 
 def study(
@@ -39,7 +45,7 @@ def study(
             n = n_formula(s, 64 * s, h, kv)
             for t, offset in (delta or DELTA).items():
                 for i in range(replicates):
-                    loss = laws.power(n, a, b, FLOOR) + offset + common[s, t]
+                    loss = power(n, a, b, FLOOR) + offset + common[s, t]
                     loss += noise * rng.standard_normal()
                     loss *= 1 + (move if (h, kv) == (4, 1) and t > 8192 else 0.0)
                     row = dict.fromkeys(("evaluation", "tokenizer", "corpus"), "")
@@ -83,15 +89,15 @@ def test_noise_free_truths_are_recovered_from_unequal_designs(floor, b, delta, k
 
 
 def test_the_jacobian_is_the_derivative_and_bulk_refits_are_scipys():
-    found, rng = cells(study(0.003), 4), np.random.default_rng(2)
-    model = OverContexts(found, tuple(DELTA), 32768)
-    w = found.points.replicates * rng.uniform(0.5, 2, len(found.context))
-    best, _ = model.best(found.points.loss, w)
+    p, rng = cells(study(0.003), 4, over=("context_length",)), np.random.default_rng(2)
+    model = SeparateCurves(p, {str(t): p.context == t for t in DELTA if t != 32768})
+    w = p.replicates * rng.uniform(0.5, 2, len(p.context))
+    best = solve_point(model, p.loss, w).parameters
     at = best + 0.01 * rng.standard_normal(len(best))
     numeric = approx_fprime(at, lambda q: model.predict(q[None])[0])
-    assert np.allclose(model.jacobian(at), numeric, atol=2e-6)
+    assert np.allclose(model.jacobian(at[None])[0], numeric, atol=2e-6)
     y = model.predict(best[None]) + 0.003 * rng.standard_normal((4, len(w)))
-    rows, cost, done = model.solve(y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
+    rows, cost, done = refit(model, y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
     assert done.all()
     for i in range(4):
         other = least_squares(
@@ -117,7 +123,7 @@ def test_every_run_is_brought_to_the_reference_and_uses_follow():
     found = law.fit
     assert found.context_length == 131072
     at = zip(found.points.curve, found.points.n, strict=True)
-    expected = [laws.power(n, *TRUTH[found.heads[k]], FLOOR + DELTA[131072]) for k, n in at]
+    expected = [power(n, *TRUTH[found.heads[k]], FLOOR + DELTA[131072]) for k, n in at]
     assert found.points.loss == pytest.approx(expected, abs=1e-8)
     assert len(set(found.points.name)) == len(found.points.n)  # names say their T
     assert any("131,072 tokens, every run brought there" in flag for flag in found.flags)
@@ -230,7 +236,7 @@ def test_the_largest_movement_and_its_interval():
     n = {h: np.array([n_formula(s, 64 * s, *h) for s in (12, 16, 20, 24)]) for h in TRUTH}
 
     def relative(t):
-        loss = {h: laws.power(n[h], *TRUTH[h], FLOOR) + DELTA[t] for h in ((4, 1), (8, 8))}
+        loss = {h: power(n[h], *TRUTH[h], FLOOR) + DELTA[t] for h in ((4, 1), (8, 8))}
         loss[4, 1] = loss[4, 1] * (1.02 if t > 8192 else 1)
         return loss[4, 1] / loss[8, 8] - 1
 

@@ -20,7 +20,8 @@ from gqa_scaling.hardware import hardware
 from gqa_scaling.study.build import check_runs, run_interval
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_cost import largest
-from gqa_scaling.study.fit import Fit, fit, interval
+from gqa_scaling.study.fit import fit
+from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import default_baseline, frontier, target_losses
 from gqa_scaling.study.ranking import decide, rank, saved, tied
 from gqa_scaling.study.reading import from_csv, published
@@ -31,6 +32,7 @@ from gqa_scaling.study.report.sentences import _gained, sentence
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of, shapes
+from gqa_scaling.study.uncertainty import interval
 from gqa_scaling.units import quantity
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")

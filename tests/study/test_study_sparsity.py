@@ -25,7 +25,6 @@ from gqa_scaling.study.compare import compare
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import default_baseline, frontier
-from gqa_scaling.study.models import Joint, solve_point
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
@@ -39,6 +38,7 @@ from gqa_scaling.study.report.tradeoffs import sparsity_table
 from gqa_scaling.study.results import COLUMNS, heads_of, pair, pairs, table
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import effective_context, family_of, training_keys
+from gqa_scaling.study.solver import solve_point
 from gqa_scaling.study.sparsity import sparsity
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.suggest import Belief, Runs, suggest
@@ -355,9 +355,9 @@ def test_the_rate_is_recovered(law):
 @pytest.mark.parametrize("law", ["product", "sum", "pooled"])
 def test_the_jacobian_with_density_is_the_derivative(law):
     p = fitting.points(study(heads=HEADS, noise=0.001))
-    model, ridge = fitting.make_model(law, p, 64)
+    model = fitting.make_model(law, p, 64)
     assert "r" in model.names
-    found = solve_point(model, p.loss, np.ones(len(p.n)), ridge)
+    found = solve_point(model, p.loss, np.ones(len(p.n)))
     numeric = approx_fprime(found.parameters, lambda q: model.predict(q[None])[0])
     assert np.allclose(found.jacobian, numeric, atol=2e-6)
 
@@ -407,10 +407,10 @@ def test_patterns_left_out_are_predicted():
         assert scores[law].unseen_heads < 0.003
     # what the rate is worth: patterns said to be as good as dense ones are missed by far
     p = dataclasses.replace(fitting.points(r), density=np.ones(10))
-    model, ridge = fitting.make_model("product", p, 64)
+    model = fitting.make_model("product", p, 64)
     seen = np.array([len(p.heads[k]) < 3 for k in p.curve])
     y = np.where(seen, p.loss, p.loss[seen].max())
-    found = solve_point(model, y, seen.astype(float), ridge)
+    found = solve_point(model, y, seen.astype(float))
     error = (model.predict(found.parameters[None])[0] - p.loss)[~seen]
     assert np.sqrt(np.mean(error**2)) > 0.03
     told = scores["product"].to_dict()
@@ -446,13 +446,13 @@ def test_the_trade_off_is_the_truths(exact):
 def test_failed_refits_of_the_rate_are_said(monkeypatch, share, told):
     r = study((None, HYBRID, WINDOW), noise=0.001)
     found = fit(r, refits=100)
-    answers, solve = frontier(found, r, Question(contexts=(T,), losses=(2.8,))), Joint.solve
+    answers, refit = frontier(found, r, Question(contexts=(T,), losses=(2.8,))), fitting.refit
 
-    def some(self, y, *rest, **options):
-        rows, cost, done = solve(self, y, *rest, **options)
-        return rows, cost, done if len(y) < 100 else np.arange(len(y)) >= share * len(y)
+    def some(model, y, *rest):
+        rows, cost, _ = refit(model, y, *rest)
+        return rows, cost, np.arange(len(y)) >= share * len(y)
 
-    monkeypatch.setattr(Joint, "solve", some)
+    monkeypatch.setattr(fitting, "refit", some)
     traded = sparsity(found, r, answers)
     assert (traded.rate is None) == (share == 1.0)  # no rate, and no interval, from nothing
     note = sparsity_table(traded, "z").notes[1]

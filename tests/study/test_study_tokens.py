@@ -22,15 +22,16 @@ from gqa_scaling.costs import (
     training_flops_per_token,
 )
 from gqa_scaling.experiment import ladder
-from gqa_scaling.study.additive import cells
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import estimate
+from gqa_scaling.study.points import cells
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report import page
 from gqa_scaling.study.report.laws import law_tables
 from gqa_scaling.study.report.tradeoffs import aligned_answer
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Serving
+from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.tokens import OverTokens, spans_budgets, token_law
 
 TRUTH = {(1, 1): (1.25e8, 0.29), (4, 1): (8.9e7, 0.31), (8, 8): (7.5e7, 0.32)}
@@ -102,15 +103,15 @@ def test_noise_free_truths_are_recovered(floor, b, beta, data, seed):
 
 
 def test_the_jacobian_is_the_derivative_and_bulk_refits_are_scipys():
-    found, rng = cells(study(0.003), 3), np.random.default_rng(2)
-    model = OverTokens(found)
-    w = rng.uniform(0.5, 2, len(found.tokens))
-    best, _ = model.best(found.points.loss, w)
+    p, rng = cells(study(0.003), 3, over=("tokens",)), np.random.default_rng(2)
+    model = OverTokens(p)
+    w = rng.uniform(0.5, 2, len(p.tokens))
+    best = solve_point(model, p.loss, w).parameters
     at = best + 0.01 * rng.standard_normal(len(best))
     numeric = approx_fprime(at, lambda q: model.predict(q[None])[0])
-    assert np.allclose(model.jacobian(at), numeric, atol=2e-6)
+    assert np.allclose(model.jacobian(at[None])[0], numeric, atol=2e-6)
     y = model.predict(best[None]) + 0.003 * rng.standard_normal((4, len(w)))
-    rows, cost, done = model.solve(y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
+    rows, cost, done = refit(model, y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
     assert done.all()
     for i in range(4):
         other = least_squares(

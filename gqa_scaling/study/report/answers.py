@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from rich.console import Group
 
 from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.fit import LEVEL
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
 from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
 from gqa_scaling.study.results import Heads, pair, pairs
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.suggest import Suggestion
+from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import byte_size, quantity
 
 CONTEXT = Column("context", lambda answer: f"{answer.context:,}", "tokens")

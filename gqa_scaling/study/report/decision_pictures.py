@@ -11,11 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 from gqa_scaling.config import LOSSES
 from gqa_scaling.study.choices import OBJECTIVES
-from gqa_scaling.study.fit import LEVEL, Fit
+from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Answer, Choice, Frontier, frontier
 from gqa_scaling.study.report import drawing as draw
 from gqa_scaling.study.report.table import percent
 from gqa_scaling.study.results import Results, pair
+from gqa_scaling.study.uncertainty import LEVEL
 
 
 @draw.styled

@@ -6,13 +6,15 @@ import numpy as np
 
 from gqa_scaling.study import context, tokens
 from gqa_scaling.study.compare import Score
-from gqa_scaling.study.context import ContextLaw, Flatness
+from gqa_scaling.study.context import ContextLaw
 from gqa_scaling.study.estimates import Estimates
-from gqa_scaling.study.fit import LEVEL, Fit, interval
+from gqa_scaling.study.fitted import Fit
+from gqa_scaling.study.flatness import Flatness
 from gqa_scaling.study.heads import HeadLaw
 from gqa_scaling.study.report.table import INTERVAL, Column, Table, percent, span
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.tokens import TokenLaw
+from gqa_scaling.study.uncertainty import LEVEL, interval
 from gqa_scaling.units import quantity
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gqa_scaling.study.fit import LEVEL, Fit, interval
+from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.heads import common_n, head_laws
 from gqa_scaling.study.report import drawing as draw
@@ -15,6 +15,7 @@ from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sparsity import Sparsity
+from gqa_scaling.study.uncertainty import LEVEL, interval
 from gqa_scaling.units import quantity
 
 

@@ -6,10 +6,10 @@ import math
 from gqa_scaling.study.build import Model
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
-from gqa_scaling.study.fit import LEVEL
 from gqa_scaling.study.frontier import MISSED, Answer, Choice, Frontier
 from gqa_scaling.study.report.table import percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
+from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import quantity
 
 DEMONSTRATION = "Demonstration, too small to decide by. "

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from gqa_scaling.study.fit import LEVEL
+from gqa_scaling.study.uncertainty import LEVEL
 
 
 @dataclass(frozen=True)

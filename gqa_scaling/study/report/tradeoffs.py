@@ -8,13 +8,13 @@ from rich.console import Group
 
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.equal_training import EqualTraining, Goal, Served
-from gqa_scaling.study.fit import LEVEL
 from gqa_scaling.study.report.answers import shown_saving
 from gqa_scaling.study.report.sentences import aligned_sentence
 from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.sparsity import Sparsity
+from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import quantity
 
 
