@@ -2,7 +2,8 @@
 
 This is step 2 of Chen et al. 2025, section 4.1: (a/N)^b + E for each configuration, or one law for
 all of them. `models` holds the laws, `solver` the least squares, `uncertainty` and `noise` what the
-intervals rest on.
+intervals rest on. What others need of a fit (`Fit`, `interval`, `plain`, `LEVEL`, ...) is imported
+from here.
 """
 
 import dataclasses

@@ -120,11 +120,11 @@ class Model:
         count = int(self.added.any(0).sum())
         yield self.added[:, :count], np.zeros(len(self.names))
 
-    def place(self, row: np.ndarray, terms: np.ndarray) -> None:
+    def set_shared_terms(self, row: np.ndarray, terms: np.ndarray) -> None:
         """Write the coefficients of the shared terms into a row of parameters."""
         row[: len(terms)] = terms
 
-    def levels(
+    def rows_with_scales(
         self, row: np.ndarray, scale: np.ndarray, weight: np.ndarray
     ) -> Iterator[np.ndarray]:
         """The row with u such that exp(u) is about the scale of each configuration's curve."""
@@ -150,10 +150,10 @@ class Model:
                 columns = np.hstack([terms, group * np.exp(-b * self.x)[:, None]])
                 found, *_ = np.linalg.lstsq(columns * root[:, None], root * y)
                 row = begin + b * self.slope.any(0)
-                self.place(row, found[: terms.shape[1]])
+                self.set_shared_terms(row, found[: terms.shape[1]])
                 row[0] = np.clip(row[0], low, high)
                 scale = np.maximum(found[terms.shape[1] :], least)
-                rows += list(self.levels(row, scale, weight))
+                rows += list(self.rows_with_scales(row, scale, weight))
         cost = (w * (self.predict(np.array(rows)) - y) ** 2).sum(1)
         return np.array(rows)[np.argsort(cost, kind="stable")[:_STARTS]]
 
@@ -278,7 +278,7 @@ class Sum(Joint):
         u = found.u + np.log(self._factor(parameters)[0])
         return Curves(found.floor, u, found.b, found.centre, found.backbone)
 
-    def levels(
+    def rows_with_scales(
         self, row: np.ndarray, scale: np.ndarray, weight: np.ndarray
     ) -> Iterator[np.ndarray]:
         root = np.sqrt(weight)

@@ -60,7 +60,7 @@ class OverTokens(SeparateCurves):
             row[2] = beta
             yield np.stack([np.ones_like(self.z), np.exp(-beta * self.z)], 1), row
 
-    def place(self, row: np.ndarray, terms: np.ndarray) -> None:
+    def set_shared_terms(self, row: np.ndarray, terms: np.ndarray) -> None:
         row[0], row[1] = terms[0], np.log(max(terms[1], 1e-4))
 
     def surface(self, rows: np.ndarray) -> "Surface":

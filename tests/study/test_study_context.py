@@ -118,6 +118,14 @@ def test_the_reference_has_the_most_runs_then_the_longest_context():
     assert not law.delta_draws[:, 1].any()
 
 
+def test_losses_at_other_lengths_do_not_bound_e():
+    r = study(delta={2048: -1.2, 8192: 0.0})
+    assert r.loss.min() < FLOOR
+    law = context_law(r, refits=100)
+    assert law.fit.floor == pytest.approx(FLOOR, abs=1e-6)
+    assert law.delta == pytest.approx([-1.2, 0.0], abs=1e-6)
+
+
 def test_every_run_is_brought_to_the_reference_and_uses_follow():
     law = context_law(study(), refits=100)
     found = law.fit
