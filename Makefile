@@ -15,7 +15,7 @@ PYTHON_OF_LOCK ?= python3.11
 # Linear algebra written for processors with AVX-512 cannot run on others.
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
-.PHONY: smoke test test-slow test-tools test-processors lint types bench lock clean
+.PHONY: smoke test test-compiler test-slow test-tools test-processors lint types bench lock clean
 .PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, fit and answer the smoke study; the second time only print the answer
@@ -27,6 +27,9 @@ test: $(READY)  ## the tests, about five minutes
 	$(PYTEST) $(TWO)
 
 # XLA_FLAGS, even empty, has the tests compile as users do (tests/conftest.py).
+test-compiler: $(READY)  ## the golden steps and a run that is killed, as users compile them
+	XLA_FLAGS= $(PYTEST) $(addprefix tests/training/test_training_,golden.py kill.py)
+
 test-slow: $(READY) $(TPU)/.ready test-processors  ## the tests that take minutes each, with the TPU compiler
 	XLA_FLAGS= JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(PYTEST) -m slow
 

@@ -8,10 +8,10 @@ import uuid
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The tests compile much and run little, so XLA works fast rather than well, in the processes that
-# they start as well: it leaves out most optimisations and its newer code generator. What is compiled
-# means the same; its last digits may differ. Whoever sets XLA_FLAGS, be it to nothing, has the
-# compiler as users have it: make test-slow and make test-avx2 do. This must come before jax is loaded.
+# The tests compile much and run little, so XLA is to be quick here and in the processes that are
+# started: without most optimisations and without its newer code generator. Programs mean the same;
+# last digits may differ. Whoever sets XLA_FLAGS, be it to nothing, has the compiler that users have,
+# as make test-slow, test-avx2 and test-compiler do. jax reads both when it is loaded.
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -1,29 +1,13 @@
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from eight_devices import on_eight_devices
 
 
 def over_meshes(*arguments):
-    """mesh_attention.py's answer, in a process that has 8 devices."""
-    script = Path(__file__).with_name("mesh_attention.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), *arguments],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "8",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """mesh_attention.py's answer."""
+    return on_eight_devices(Path(__file__).with_name("mesh_attention.py"), *arguments)[0]
 
 
 def test_a_mesh_changes_neither_output_nor_gradients():

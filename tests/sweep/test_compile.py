@@ -1,13 +1,12 @@
 """The step that `run` takes, compiled for 8 devices of this machine."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from eight_devices import on_eight_devices
 
 from gqa_scaling.sweep.hlo import Array, Collective
 from gqa_scaling.sweep.pods import INVOLUNTARY
@@ -15,23 +14,8 @@ from gqa_scaling.sweep.pods import INVOLUNTARY
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What is found of the step on each mesh, and all that the compiler said.
-
-    Machine code is made without optimizing it: what is read is the program before that.
-    """
-    own = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(__file__).with_name("compiled_steps.py"))],
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout), done.stderr
+    """What is found of the step on each mesh, and all that the compiler said."""
+    return on_eight_devices(Path(__file__).with_name("compiled_steps.py"))
 
 
 def test_the_partitioner_replicates_nothing_against_its_will(compiled):

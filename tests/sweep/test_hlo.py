@@ -1,27 +1,16 @@
 """The parser against hand arithmetic: programs of this machine, and the forms TPU programs take."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from eight_devices import on_eight_devices
 
 from gqa_scaling.sweep.hlo import Array, Program
 
 
 @pytest.fixture(scope="module")
 def modules():
-    script = Path(__file__).with_name("hlo_modules.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return on_eight_devices(Path(__file__).with_name("hlo_modules.py"))[0]
 
 
 def test_a_scan_counts_each_of_its_layers(modules):

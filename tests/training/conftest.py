@@ -9,20 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # training_kit.py, also run as a process of its own
 
-# The compiler leaves most optimizations out, which takes less than half the time. What is trained so
-# is compared with what is trained so; only the golden steps need the program of real runs.
-QUICK = "jax_disable_most_optimizations"
-
 
 @contextlib.contextmanager
-def compiling(folder: Path, quick: bool = True) -> Iterator[None]:
-    """Compiled programs are kept in a folder, also those of processes started here: the tests train
-    the same few models again and again."""
-    flags = {
-        QUICK: quick,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
+def setting(**flags: object) -> Iterator[None]:
+    """Flags of jax, for this process and for those that it starts."""
     before = {name: jax.config.values[name] for name in flags}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in flags.items():
@@ -31,6 +21,13 @@ def compiling(folder: Path, quick: bool = True) -> Iterator[None]:
         yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def keeping_programs(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Compiled programs are kept in a folder: the tests train the same few models again and again."""
+    return setting(
+        jax_compilation_cache_dir=str(folder), jax_persistent_cache_min_compile_time_secs=0.0
+    )
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +40,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(compiled: Path) -> Iterator[None]:
-    with compiling(compiled):
+def kept_programs(compiled: Path) -> Iterator[None]:
+    with keeping_programs(compiled):
         yield
 
 
 @pytest.fixture
-def full_optimization(compiled: Path) -> Iterator[None]:
-    """Programs are compiled as in real runs."""
-    with compiling(compiled, quick=False):
+def full_optimization() -> Iterator[None]:
+    """Programs are optimized as in real runs, which takes more than twice as long. What is trained
+    without is compared with what is trained without; only the golden steps need it."""
+    with setting(jax_disable_most_optimizations=False):
         yield
 
 
@@ -66,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("trained")
     make_workplace(folder)
-    with pytest.MonkeyPatch.context() as patch, compiling(compiled):
+    with pytest.MonkeyPatch.context() as patch, keeping_programs(compiled):
         patch.chdir(folder)
         tiny = Experiment("tiny", (tiny_run(),), Question(), "")
         assert run_sweep(tiny, Path("runs")).exit_code == 0
