@@ -186,7 +186,7 @@ def _serving(args: argparse.Namespace) -> "Serving":
 def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.files.runs import runs_root
-    from gqa_scaling.study.follow_up import with_training
+    from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
     from gqa_scaling.study.study import Study
 
@@ -236,7 +236,7 @@ def _aligned(
 def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.compare import compare
     from gqa_scaling.study.heads import head_laws
-    from gqa_scaling.study.report import laws
+    from gqa_scaling.study.report import estimates
     from gqa_scaling.study.report.table import shown
 
     results = _source(args, rest).results
@@ -248,9 +248,9 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
         more = {name: rows for name, rows in told.items() if rows}
         print_json(found.fit.to_dict() | found.to_dict() | more)
         return 0
-    tables = [*laws.law_tables(found), laws.residual_table(found.fit)]
-    tables += [laws.compare_table(scores)] if args.compare else []
-    tables += [laws.heads_table(heads)] if args.heads else []
+    tables = [*estimates.law_tables(found), estimates.residual_table(found.fit)]
+    tables += [estimates.compare_table(scores)] if args.compare else []
+    tables += [estimates.heads_table(heads)] if args.heads else []
     print_table(shown(tables, found.fit.flags))
     return 0
 
@@ -326,8 +326,8 @@ def _frontier_aligned(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.report.answers import frontier_answer
+    from gqa_scaling.study.report.estimates import wide_law_tables
     from gqa_scaling.study.report.files import require_own, require_page, settled
-    from gqa_scaling.study.report.laws import wide_law_tables
     from gqa_scaling.study.report.page import WRITTEN, write_report
     from gqa_scaling.study.report.sentences import training
     from gqa_scaling.study.report.tradeoffs import aligned_answer

@@ -120,7 +120,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     is saved.
     """
     from gqa_scaling.devices import processes
-    from gqa_scaling.devices.compiled import keep_compiled
+    from gqa_scaling.devices.compilation_cache import keep_compiled
 
     stores = check(experiment, root)
     keep_compiled(cache_folder() / "compiled" if is_remote(root) else root / ".compiled")

@@ -18,7 +18,7 @@ from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.frontier import Frontier, frontier
 from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.reading import from_text
-from gqa_scaling.study.report import answers, laws
+from gqa_scaling.study.report import answers, estimates
 from gqa_scaling.study.report.page import write_report
 from gqa_scaling.study.report.sentences import training
 from gqa_scaling.study.report.tradeoffs import aligned_answer, sparsity_table
@@ -132,13 +132,13 @@ def answered(
     answer = frontier(found.fit, results, question, **serving)
     whole = Study(results, found, answer)
     console = Console(width=100, file=io.StringIO())
-    console.print(laws.fit_table(found.fit), laws.residual_table(found.fit))
+    console.print(estimates.fit_table(found.fit), estimates.residual_table(found.fit))
     console.print(answers.frontier_answer(answer), training(answer))
     for each in answer.answers:
         console.print(answers.ranking_table(each, answer))
     if whole.sparsity:
         console.print(sparsity_table(whole.sparsity, answer.objective))
-    console.print(*laws.wide_law_tables(found))
+    console.print(*estimates.wide_law_tables(found))
     data = [found.fit.to_dict(), found.to_dict(), answer.to_dict()]
     json.dumps([*data, *_aligned(found, results, question, serving, console)], allow_nan=False)
     if page is not None:

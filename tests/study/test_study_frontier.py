@@ -27,7 +27,7 @@ from gqa_scaling.study.ranking import decide, rank, saved, tied
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv
-from gqa_scaling.study.report.laws import fit_table, residual_table
+from gqa_scaling.study.report.estimates import fit_table, residual_table
 from gqa_scaling.study.report.sentences import _gained, sentence
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Deployment, Serving

@@ -29,7 +29,7 @@ from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.drawing import looks
-from gqa_scaling.study.report.laws import fit_table
+from gqa_scaling.study.report.estimates import fit_table
 from gqa_scaling.study.report.loss_pictures import loss_by_position
 from gqa_scaling.study.report.page import write_report
 from gqa_scaling.study.report.pictures import all_figures

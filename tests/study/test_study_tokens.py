@@ -27,7 +27,7 @@ from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.points import cells
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report import page
-from gqa_scaling.study.report.laws import law_tables
+from gqa_scaling.study.report.estimates import law_tables
 from gqa_scaling.study.report.tradeoffs import aligned_answer
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Serving

@@ -24,7 +24,7 @@ from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunCo
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.data.loader import TrainingData, heldout_chunks
 from gqa_scaling.devices import processes
-from gqa_scaling.devices.compiled import keep_compiled
+from gqa_scaling.devices.compilation_cache import keep_compiled
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory, write_json

@@ -15,7 +15,7 @@ from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.frontier import Frontier
-from gqa_scaling.study.report import answers, laws, tradeoffs
+from gqa_scaling.study.report import answers, estimates, tradeoffs
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
 from gqa_scaling.study.report.pictures import PICTURES, all_figures, rendered
@@ -151,14 +151,14 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
     yield (
         "Context and training tokens",
         [
-            *laws.wide_law_tables(study.estimates),
+            *estimates.wide_law_tables(study.estimates),
             *(tradeoffs.aligned_tables(aligned) if aligned else []),
         ],
     )
     yield (
         "The loss curves",
         [
-            laws.fit_table(study.fit),
+            estimates.fit_table(study.fit),
             *_compared(study),
             *shown("loss_curves", "loss_against_heads", "residuals"),
         ],
@@ -198,7 +198,7 @@ def _compared(study: Study) -> list[Table]:
         scores = compare(results, at)
     except UserError as error:  # the runs of this length alone may be too few
         return [Table("", notes=[f"Laws are not compared: {error}"])]
-    return [laws.compare_table(scores, f", T = {at:,} tokens" if at and several else "")]
+    return [estimates.compare_table(scores, f", T = {at:,} tokens" if at and several else "")]
 
 
 def runs_table(results: Results) -> Table:
