@@ -1,4 +1,4 @@
-"""The Pythons that the project promises are the same wherever it names them."""
+"""The Pythons that the project promises are the same wherever it names them; the lock is for all."""
 
 import re
 import sys
@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
@@ -30,3 +32,18 @@ def test_make_takes_just_them(monkeypatch, version):
         "try make PYTHON=python3.12"
     )
     assert ended.value.code == (0 if version in PROMISED else refused)
+
+
+def test_the_lock_has_a_version_within_every_range():
+    lines = (CHECKOUT / "requirements.lock").read_text().splitlines()
+    locked = [Requirement(line) for line in lines if not line.startswith("#")]
+    versions = {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in locked}
+    ranges = (CHECKOUT / "requirements.txt").read_text().splitlines()
+    for line in [*ranges, *PROJECT["optional-dependencies"]["dev"]]:
+        asked = Requirement(line)
+        version = versions.get(canonicalize_name(asked.name), "none")
+        assert version in asked.specifier, f"{line}: locked is {version}; run make lock"
+
+
+def test_the_lock_is_made_with_the_oldest_python():
+    assert "PYTHON_OF_LOCK ?= python3.11\n" in (CHECKOUT / "Makefile").read_text()

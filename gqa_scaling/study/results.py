@@ -1,4 +1,4 @@
-"""Finished runs as one table of plain columns, wherever they come from (`sources`).
+"""Finished runs as one table of plain columns, wherever they come from (`reading`).
 
 What cannot be compared is refused here, so that a fit never mixes two evaluations, corpora,
 vocabularies or ways to count parameters.
