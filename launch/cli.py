@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gqa_scaling import __version__
 from gqa_scaling.cli.shared import print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.data import open_store
@@ -68,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="python -m launch", description="Run an experiment on a target.")
+    parser.add_argument("--version", action="version", version=f"gqa_scaling {__version__}")
     targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True)
     local.add(targets.add_parser("local", help=local.ABOUT, description=local.ABOUT))
     for name, engine in ENGINES.items():
