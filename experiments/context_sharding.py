@@ -6,17 +6,11 @@
 
 The same sizes and heads dense, with a sliding window, with stripes shared out among heads and
 layers (heterogeneous context sharding, arXiv 2407.17678), and with every second layer dense.
+Data and evaluation are those of laptop.
 """
 
-from gqa_scaling.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Question,
-    RunConfig,
-)
+from experiments.laptop import DATA, EVALUATION
+from gqa_scaling.config import CheckpointConfig, ModelConfig, OptimizerConfig, Question, RunConfig
 from gqa_scaling.context_sharding import ContextSharding
 
 QUESTION = Question(contexts=(1024, 8192, 32768), baseline=(4, 2), demonstration=True)
@@ -49,13 +43,13 @@ def runs() -> list[RunConfig]:
                 dtype="float32",
                 pattern=PATTERNS[name],
             ),
-            data=DataConfig(corpus="stdlib", tokenizer="bpe-1024"),
+            data=DATA,
             context_length=1024,
             batch_tokens=2048,
             tokens=1600 * 2048,
             seed=seed,
             optimizer=OptimizerConfig(learning_rate=learning_rate),
-            evaluation=EvaluationConfig(tokens=2**17),
+            evaluation=EVALUATION,
             checkpoint=CheckpointConfig(every_steps=400),
         )
         for (L, d, learning_rate), name, seed in cells

@@ -44,17 +44,16 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_view(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--hardware",
         help="cpu, v5e, v5p, v6e, a100, h100, h200, or a slice: v5e-64, v5e:8x8, 8xH100, ... "
         "(default: detected)",
     )
-    parser.add_argument(
-        "--devices", type=int, help="how many of them (default: those detected, or 1)"
-    )
-    parser.add_argument("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
-    parser.add_argument("--price", type=finite, help="dollars a device-hour")
-    parser.add_argument(
+    add("--devices", type=int, help="how many of them (default: those detected, or 1)")
+    add("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
+    add("--price", type=finite, help="dollars a device-hour")
+    add(
         "--compile",
         metavar="SLICE",
         help="compile each train step for v5e:16x16 (or v5e-256), v5p:4x4x8, 2xv6e:16x16, ... on "

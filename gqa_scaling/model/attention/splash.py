@@ -85,26 +85,29 @@ def backward(
     def head(queries: Any, k: Any, v: Any, residue: Any) -> tuple[jax.Array, ...]:
         q, do, lse, delta = queries
         k_laid, v_laid = _laid(k, walk, residue), _laid(v, walk, residue)
+        both: dict[str, Any] = {  # of the gradients of queries and of keys
+            "segment_ids": None,
+            "sinks": None,
+            "logsumexp": lse,
+            "do": do,
+            "di": delta,
+            "bq": walk.block,
+            "bkv": walk.block,
+            "is_mqa": False,
+            "mask_value": kernels.DEFAULT_MASK_VALUE,
+            "attn_logits_soft_cap": None,
+            "q_layout": kernels.QKVLayout.HEAD_DIM_MINOR,
+            "k_layout": kernels.QKVLayout.HEAD_DIM_MINOR,
+            "v_layout": kernels.QKVLayout.HEAD_DIM_MINOR,
+            "interpret": interpret,
+        }
         dq = kernels._splash_attention_bwd_dq(
             q,
             k_laid,
             v_laid,
-            segment_ids=None,
-            sinks=None,
-            logsumexp=lse,
-            do=do,
-            di=delta,
-            bq=walk.block,
-            bkv=walk.block,
-            is_mqa=False,
             mask_info=_rows(walk, x.starts, residue),
-            mask_value=kernels.DEFAULT_MASK_VALUE,
-            attn_logits_soft_cap=None,
-            q_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-            k_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-            v_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
             mask_function=_mask(walk),
-            interpret=interpret,
+            **both,
         )
 
         def of_keys(start: int, end: int, table: MaskInfo) -> list[jax.Array]:
@@ -112,24 +115,11 @@ def backward(
                 q,
                 k_laid[:, start:end],
                 v_laid[:, start:end],
-                segment_ids=None,
-                sinks=None,
-                logsumexp=lse,
-                do=do,
-                di=delta,
-                bq=walk.block,
-                bkv=walk.block,
                 bkv_compute=_part(walk.block),
-                is_mqa=False,
                 mask_info=table,
-                mask_value=kernels.DEFAULT_MASK_VALUE,
-                attn_logits_soft_cap=None,
                 use_fused_bwd_kernel=False,
-                q_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-                k_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-                v_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
                 mask_function=_mask(walk, start),
-                interpret=interpret,
+                **both,
             )
             return [x.astype(jnp.float32) for x in dkv]
 
