@@ -23,8 +23,6 @@ from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8), demonstration=True)
 SIZES = ((2, 32, 1e-2), (3, 56, 7e-3), (4, 88, 4e-3), (5, 128, 3e-3))  # L, d, learning rate
-DATA = DataConfig(corpus="stdlib", tokenizer="bpe-1024")
-EVALUATION = EvaluationConfig(tokens=2**17)
 HEADS = ((8, 8), (8, 2), (8, 1), (4, 4), (4, 1), (2, 1))  # <- what the study varies
 
 
@@ -36,13 +34,13 @@ def run(
     return RunConfig(
         name=f"L{L}-d{d}-h{n_h}-kv{n_kv}" + (f"-seed{seed}" if seed else "") + name,
         model=ModelConfig(L, d, n_h, n_kv, head_dim=16, vocab_size=1024, dtype="float32"),
-        data=DATA,
+        data=DataConfig(corpus="stdlib", tokenizer="bpe-1024"),
         context_length=256,
         batch_tokens=2048,
         tokens=1000 * 2048,
         seed=seed,
         optimizer=OptimizerConfig(learning_rate=learning_rate),
-        evaluation=EVALUATION,
+        evaluation=EvaluationConfig(tokens=2**17),
         checkpoint=CheckpointConfig(every_steps=500),
     )
 

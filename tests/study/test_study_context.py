@@ -113,7 +113,7 @@ def test_the_reference_has_the_most_runs_then_the_longest_context():
     fewer = r.select((r.context_length <= 8192) | (r.n_layers < 24))
     law = context_law(fewer, refits=100)
     assert law.reference == 8192
-    assert law.runs == (12, 12, 9, 9)
+    assert list(law.runs.values()) == [12, 12, 9, 9]
     assert law.delta[1] == 0
     assert not law.delta_draws[:, 1].any()
 
@@ -289,16 +289,6 @@ def test_the_baseline_is_one_that_was_run_at_two_lengths():
 
 
 # ------------------------------------------------------------------------------ on the terminal
-
-
-@pytest.fixture(scope="module")
-def csv(tmp_path_factory):
-    path = tmp_path_factory.mktemp("context") / "runs.csv"
-    r = study(0.002, seed=5)
-    columns = ("n_heads", "n_kv_heads", "n_layers", "d_model", "context_length", "tokens", "loss")
-    lines = [",".join(str(getattr(r, c)[i]) for c in columns) for i in range(len(r))]
-    path.write_text("\n".join([",".join(columns), *lines]))
-    return path
 
 
 def test_fit_prints_the_law_and_the_test(csv, capsys):

@@ -390,16 +390,6 @@ def test_what_must_hold_when_serving_rules_out(exact):
 # ------------------------------------------------------------------------------ on the terminal
 
 
-@pytest.fixture(scope="module")
-def csv(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "runs.csv"
-    r = study(0.002, seed=5)
-    columns = ("n_heads", "n_kv_heads", "n_layers", "d_model", "context_length", "tokens", "loss")
-    lines = [",".join(str(getattr(r, c)[i]) for c in columns) for i in range(len(r))]
-    path.write_text("\n".join([",".join(columns), *lines]))
-    return path
-
-
 def test_fit_prints_the_token_law(csv, capsys):
     assert cli.main(["fit", str(csv), "--refits", "100"]) == 0
     out = capsys.readouterr().out

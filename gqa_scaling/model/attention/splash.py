@@ -33,14 +33,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.devices import kernel_limits
 from gqa_scaling.devices.kernel_limits import DENSE, LANES, NEVER, Walk, position_bits
-from gqa_scaling.model.attention.shard import (
-    Operands,
-    Upstream,
-    distant_of,
-    padded,
-    positions,
-    stripe_residue,
-)
+from gqa_scaling.model.attention.shard import Operands, Upstream, distant_of, padded, positions
 
 
 def forward(
@@ -269,7 +262,7 @@ def _each_head(head: Callable, walk: Walk, x: Operands, queries_BTKG: list[jax.A
     keys, values = (each.transpose(2, 0, 1, 3) for each in (x.k_BSKH, x.v_BSKH))
     arrays = [_queries(each, walk) for each in queries_BTKG], keys, values
     if walk.stripe:
-        residue_K = stripe_residue(walk.kind, x.offset_K)
+        residue_K = x.residue_K(walk.kind)
         return lax.map(lambda xs: head(*xs), (*arrays, residue_K))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
     return [x.reshape(len(keys), -1, *x.shape[1:]) for x in head(*flat, jnp.int32(0))]
