@@ -6,17 +6,13 @@
 
 The same sizes and heads dense, with a sliding window, with stripes shared out among heads and
 layers (heterogeneous context sharding, arXiv 2407.17678), and with every second layer dense.
+What is not said here is as in laptop.
 """
 
-from gqa_scaling.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Question,
-    RunConfig,
-)
+from dataclasses import replace
+
+from experiments import laptop
+from gqa_scaling.config import CheckpointConfig, Question, RunConfig
 from gqa_scaling.context_sharding import ContextSharding
 
 QUESTION = Question(contexts=(1024, 8192, 32768), baseline=(4, 2), demonstration=True)
@@ -32,31 +28,22 @@ PATTERNS = {  # <- what the study varies; windows of 4 blocks are 64 tokens
 }
 
 
+def cell(size: tuple[int, int, float], pattern: str, seed: int) -> RunConfig:
+    """A model of laptop with 4 query heads and 2 KV heads, at a longer context."""
+    L, d, _ = size
+    run = laptop.run(size, (4, 2), seed)
+    return replace(
+        run,
+        name=f"L{L}-d{d}-{pattern}" + (f"-seed{seed}" if seed else ""),
+        model=replace(run.model, pattern=PATTERNS[pattern]),
+        context_length=1024,
+        tokens=1600 * 2048,
+        checkpoint=CheckpointConfig(every_steps=400),
+    )
+
+
 def runs() -> list[RunConfig]:
     """Sizes x patterns, the largest first, and two more seeds of one cell."""
     cells = [(size, name, 0) for size in reversed(SIZES) for name in PATTERNS]
     cells += [(SIZES[1], "dense", seed) for seed in (1, 2)]
-    return [
-        RunConfig(
-            name=f"L{L}-d{d}-{name}" + (f"-seed{seed}" if seed else ""),
-            model=ModelConfig(
-                n_layers=L,
-                d_model=d,
-                n_heads=4,
-                n_kv_heads=2,
-                head_dim=16,
-                vocab_size=1024,
-                dtype="float32",
-                pattern=PATTERNS[name],
-            ),
-            data=DataConfig(corpus="stdlib", tokenizer="bpe-1024"),
-            context_length=1024,
-            batch_tokens=2048,
-            tokens=1600 * 2048,
-            seed=seed,
-            optimizer=OptimizerConfig(learning_rate=learning_rate),
-            evaluation=EvaluationConfig(tokens=2**17),
-            checkpoint=CheckpointConfig(every_steps=400),
-        )
-        for (L, d, learning_rate), name, seed in cells
-    ]
+    return [cell(size, name, seed) for size, name, seed in cells]

@@ -24,6 +24,8 @@ from gqa_scaling.experiment.ladder import TRAINED_SIZES, Size
 from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
 QUESTION = Question(contexts=(8192, 32768, 131072), baseline=(8, 8))
+DATA = DataConfig(corpus="data/slimpajama", tokenizer="data/gpt2/tokenizer.json")
+EVALUATION = EvaluationConfig(tokens=2**22, longest_context=2**17)
 
 
 def run(size: Size, heads: tuple[int, int], learning_rate: float, name: str = "") -> RunConfig:
@@ -37,12 +39,12 @@ def run(size: Size, heads: tuple[int, int], learning_rate: float, name: str = ""
             n_heads=n_heads,  # <- what the study varies
             n_kv_heads=n_kv_heads,
         ),
-        data=DataConfig(corpus="data/slimpajama", tokenizer="data/gpt2/tokenizer.json"),
+        data=DATA,
         context_length=8192,
         batch_tokens=64 * 8192,
         tokens_per_param=20.0,
         optimizer=OptimizerConfig(learning_rate=learning_rate),
-        evaluation=EvaluationConfig(tokens=2**22, longest_context=2**17),
+        evaluation=EVALUATION,
         parallel=ParallelConfig(fsdp=8, remat="dots"),
         checkpoint=CheckpointConfig(every_steps=1000),
     )

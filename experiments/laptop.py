@@ -23,7 +23,7 @@ from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8), demonstration=True)
 SIZES = ((2, 32, 1e-2), (3, 56, 7e-3), (4, 88, 4e-3), (5, 128, 3e-3))  # L, d, learning rate
-HEADS = ((8, 8), (8, 2), (8, 1), (4, 4), (4, 1), (2, 1))
+HEADS = ((8, 8), (8, 2), (8, 1), (4, 4), (4, 1), (2, 1))  # <- what the study varies
 
 
 def run(
@@ -33,15 +33,7 @@ def run(
     (L, d, learning_rate), (n_h, n_kv) = size, heads
     return RunConfig(
         name=f"L{L}-d{d}-h{n_h}-kv{n_kv}" + (f"-seed{seed}" if seed else "") + name,
-        model=ModelConfig(
-            n_layers=L,
-            d_model=d,
-            n_heads=n_h,  # <- what the study varies
-            n_kv_heads=n_kv,
-            head_dim=16,
-            vocab_size=1024,
-            dtype="float32",
-        ),
+        model=ModelConfig(L, d, n_h, n_kv, head_dim=16, vocab_size=1024, dtype="float32"),
         data=DataConfig(corpus="stdlib", tokenizer="bpe-1024"),
         context_length=256,
         batch_tokens=2048,

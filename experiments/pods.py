@@ -4,19 +4,12 @@
     gqa-scaling plan experiments.pods --compile v6e:16x16
     gqa-scaling plan experiments.pods --compile v5p:4x8x8
 
-For 256 chips, batches of 512K tokens. docs/pods.md shows what the compilers said. The corpus is
-yours, as in head_ladder.
+For 256 chips, batches of 512K tokens, data and evaluation as in head_ladder. docs/pods.md shows
+what the compilers said.
 """
 
-from gqa_scaling.config import (
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Question,
-    RunConfig,
-)
+from experiments.head_ladder import DATA, EVALUATION
+from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, Question, RunConfig
 
 QUESTION = Question(contexts=(8192, 32768, 131072))
 BATCH = 2**19
@@ -29,12 +22,12 @@ def run(name: str, model: ModelConfig, context: int) -> RunConfig:
     return RunConfig(
         name=name,
         model=model,
-        data=DataConfig(corpus="data/slimpajama", tokenizer="data/gpt2/tokenizer.json"),
+        data=DATA,
         context_length=context,
         batch_tokens=BATCH,
         tokens_per_param=20.0,
         optimizer=OptimizerConfig(learning_rate=2e-4),
-        evaluation=EvaluationConfig(tokens=2**22, longest_context=2**17),
+        evaluation=EVALUATION,
         parallel=ParallelConfig(fsdp=sequences, context=CHIPS // sequences),
     )
 

@@ -20,7 +20,7 @@ from gqa_scaling.config import (
 
 QUESTION = Question(contexts=(512, 2048, 8192), baseline=(4, 4), demonstration=True)
 SIZES = ((2, 24, 1e-2), (2, 48, 1e-2), (3, 64, 7e-3), (4, 96, 4e-3))  # L, d, learning rate
-HEADS = ((4, 4), (8, 1), (4, 1), (1, 1))
+HEADS = ((4, 4), (8, 1), (4, 1), (1, 1))  # <- what the study varies
 
 
 def runs() -> list[RunConfig]:
@@ -30,15 +30,7 @@ def runs() -> list[RunConfig]:
     return [
         RunConfig(
             name=f"L{L}-d{d}-h{n_h}-kv{n_kv}" + (f"-seed{seed}" if seed else ""),
-            model=ModelConfig(
-                n_layers=L,
-                d_model=d,
-                n_heads=n_h,  # <- what the study varies
-                n_kv_heads=n_kv,
-                head_dim=8,
-                vocab_size=264,
-                dtype="float32",
-            ),
+            model=ModelConfig(L, d, n_h, n_kv, head_dim=8, vocab_size=264, dtype="float32"),
             data=DataConfig(corpus="stdlib", tokenizer="bytes"),
             context_length=128,
             batch_tokens=1024,

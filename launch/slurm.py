@@ -226,6 +226,16 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
     return steps
 
 
+def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
+    """What to type next."""
+    return [
+        f"queue:    squeue --me --name {label(study.name)}",
+        f"log:      tail -f {study.folder}/slurm-*/*_log.out",
+        "cancel:   scancel JOBID, or JOBID_TASK",
+        f"clean up: rm -r {study.folder}",
+    ]
+
+
 def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
     """One array for each size of slice."""
     from submitit import SlurmExecutor
@@ -238,16 +248,6 @@ def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
             submitted = [executor.submit(task) for task in array_tasks(members, study)]
         job = submitted[0].job_id.partition("_")[0]
         print(f"{place.vendor_name}: SLURM job {job}, {len(members)} tasks")
-
-
-def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
-    """What to type next."""
-    return [
-        f"queue:    squeue --me --name {label(study.name)}",
-        f"log:      tail -f {study.folder}/slurm-*/*_log.out",
-        "cancel:   scancel JOBID, or JOBID_TASK",
-        f"clean up: rm -r {study.folder}",
-    ]
 
 
 ENGINE = Engine(

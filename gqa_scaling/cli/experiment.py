@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gqa_scaling.experiment.load import Experiment
     from gqa_scaling.hardware import Hardware
 
+COMPILED = """compile each train step for v5e:16x16 (or v5e-256), v5p:4x4x8, 2xv6e:16x16, ... on this
+machine (docs/pods.md)"""
+
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -43,33 +46,32 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_view(parser)
-    parser.add_argument(
+    add(
         "--hardware",
         help="cpu, v5e, v5p, v6e, a100, h100, h200, or a slice: v5e-64, v5e:8x8, 8xH100, ... "
         "(default: detected)",
     )
-    parser.add_argument(
-        "--devices", type=int, help="how many of them (default: those detected, or 1)"
-    )
-    parser.add_argument("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
-    parser.add_argument("--price", type=finite, help="dollars a device-hour")
-    parser.add_argument(
+    add("--devices", type=int, help="how many of them (default: those detected, or 1)")
+    add("--mfu", type=finite, help="share of the peak FLOP/s that is reached")
+    add("--price", type=finite, help="dollars a device-hour")
+    add(
         "--compile",
         metavar="SLICE",
-        help="compile each train step for v5e:16x16 (or v5e-256), v5p:4x4x8, 2xv6e:16x16, ... on "
-        "this machine (docs/pods.md)",
+        help=COMPILED,
     )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     _add_selection(parser)
-    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the grid")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add("--retry-failed", action="store_true", help="try failed runs again")
+    add("--workers", type=int, default=1, help="processes that share the grid")
+    add("--quiet", action="store_true", help="show no progress")
     # Said by --workers to its processes: their cores and the pid of their parent.
-    parser.add_argument("--cores", help=argparse.SUPPRESS)
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    add("--cores", help=argparse.SUPPRESS)
+    add("--parent", type=int, help=argparse.SUPPRESS)
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:

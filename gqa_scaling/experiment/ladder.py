@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from gqa_scaling.config import require
 from gqa_scaling.costs import n_formula
 
+Ladder = Sequence[tuple[int, int]]  # (L, d) of each size
 MOST_PARAMETERS = 1e15  # without embeddings
 REACH = (1e-4, 1e6)  # of a study: times the least and the largest N that it has trained
 
@@ -56,11 +57,7 @@ class Shape:
 
 
 def interpolate(
-    n: float,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int = 64,
-    ladder: Sequence[tuple[int, int]] = PUBLISHED_LADDER,
+    n: float, n_heads: int, n_kv_heads: int, head_dim: int = 64, ladder: Ladder = PUBLISHED_LADDER
 ) -> Shape:
     """The real-valued (L, d) on the ladder whose `n_formula` equals `n`.
 
@@ -90,7 +87,7 @@ def nearest_buildable(
     n_heads: int,
     n_kv_heads: int,
     head_dim: int = 64,
-    ladder: Sequence[tuple[int, int]] = PUBLISHED_LADDER,
+    ladder: Ladder = PUBLISHED_LADDER,
     multiple: int = 64,
 ) -> Shape:
     """The whole (L, d), d a multiple of `multiple`, whose N is nearest to `n`.

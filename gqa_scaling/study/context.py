@@ -10,7 +10,7 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.study.choices import Bootstrap
-from gqa_scaling.study.fit import brought, fit_model, require_no_pairs
+from gqa_scaling.study.fit import Refitting, brought, fit_model, require_no_pairs
 from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Points, cells, labels
@@ -29,17 +29,21 @@ def spans_contexts(results: Results) -> bool:
 class ContextLaw:
     """Curves at the reference length and an offset delta for each length, in nats.
 
-    The reference is the length with the most points, the longest of those that tie. `delta` and
-    the columns of `delta_draws` follow `lengths`; both are 0 at the reference. `fit` holds the
-    curves at the reference, with every run brought there by its delta.
+    `runs` says how many points each length has, the shortest first. The reference is the length with
+    the most, the longest of those that tie. `delta` and the columns of `delta_draws` follow
+    `lengths`; both are 0 at the reference. `fit` holds the curves at the reference, with every run
+    brought there by its delta.
     """
 
     fit: Fit
     reference: int
-    lengths: tuple[int, ...]
-    runs: tuple[int, ...]
+    runs: dict[int, int]
     delta: np.ndarray
     delta_draws: np.ndarray
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.runs)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; offsets in nats, lengths in tokens."""
@@ -51,11 +55,11 @@ class ContextLaw:
                 "lengths": [
                     {
                         "context_tokens": t,
-                        "runs": self.runs[i],
+                        "runs": count,
                         "delta_nats": self.delta[i],
                         "delta_interval_nats": interval(self.delta_draws[:, i]),
                     }
-                    for i, t in enumerate(self.lengths)
+                    for i, (t, count) in enumerate(self.runs.items())
                 ],
             }
         )
@@ -88,10 +92,8 @@ def context_law(
         model,
         (p.size, labels(p.size, p.context)),
         title="the context law",
+        how=Refitting(bootstrap, refits=refits, seed=seed),
         context_length=reference,
-        bootstrap=bootstrap,
-        refits=refits,
-        seed=seed,
     )
     at = lengths.index(reference)  # E is followed by the offsets of the other lengths
     others = slice(1, len(lengths))
@@ -107,8 +109,7 @@ def context_law(
     return ContextLaw(
         fit=flagged(brought(fitted, model, offset), known),
         reference=reference,
-        lengths=lengths,
-        runs=tuple(counts.values()),
+        runs=counts,
         delta=delta,
         delta_draws=draws,
     )

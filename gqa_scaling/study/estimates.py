@@ -77,24 +77,15 @@ def estimate(
     )
     tested = flatness(r, flat_from, seed=seed) if spans_contexts(r) else None
     contexts = tokens = None
+    refitting: dict[str, Any] = {"bootstrap": bootstrap, "refits": refits, "seed": seed}
     if over_tokens:
-        tokens = token_law(
-            chosen, at_tokens=at_tokens, bootstrap=bootstrap, refits=refits, seed=seed
-        )
+        tokens = token_law(chosen, at_tokens=at_tokens, **refitting)
         found = tokens.fit
     elif wide:
-        contexts = context_law(r, bootstrap=bootstrap, refits=refits, seed=seed)
+        contexts = context_law(r, **refitting)
         found = contexts.fit
     else:
-        found = fit(
-            r,
-            context_length=context_length,
-            law=law,
-            bootstrap=bootstrap,
-            robust=robust,
-            refits=refits,
-            seed=seed,
-        )
+        found = fit(r, context_length=context_length, law=law, robust=robust, **refitting)
     if tested and tested.verdict not in ("flat", "untested"):
         found = replace(found, flags=(*found.flags, tested.sentence()))
     return Estimates(found, contexts, tokens, tested)

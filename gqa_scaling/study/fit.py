@@ -8,6 +8,7 @@ from here.
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,6 +41,27 @@ _ROUNDS = 8  # of a robust fit, each with the weights that the one before gave
 _STRENGTHS = tuple(np.geomspace(1e-3, 1e5, 25))  # of the ridge of law "pooled"
 
 
+@dataclass(frozen=True)
+class Refitting:
+    """How a law is fitted again and again; UserError for what cannot be.
+
+    `bootstrap` "shared" draws independent errors and errors common to a group, each as large as the
+    runs allow; "residual" redraws the residuals, scaled for the freedom the fit took; "pairs"
+    redraws the points of each curve. `robust` weighs runs far off their curve down (Tukey's
+    biweight, scaled by the median absolute residual).
+    """
+
+    bootstrap: Bootstrap = "shared"
+    robust: bool = False
+    refits: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = self.bootstrap in BOOTSTRAPS
+        require(known, f"bootstrap={self.bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}")
+        between("refits", self.refits, *REFITS)
+
+
 def fit(
     results: Results,
     *,
@@ -55,10 +77,10 @@ def fit(
     `law` is "separate" (u and b of each configuration free) or one law for all configurations:
     "product", "sum", or "pooled" (see `models.formula`); joint laws also fit what sparsity costs
     where configurations differ in density. `context_length` names the training length when the runs
-    span several. For `bootstrap` and `robust` see `fit_model`. Raises UserError when the runs are
+    span several. For `bootstrap` and `robust` see `Refitting`. Raises UserError when the runs are
     too few or cannot be compared, or when most refits fail.
     """
-    _require_options(bootstrap, refits)
+    how = Refitting(bootstrap, robust, refits, seed)
     require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
     p = points(results, context_length)
     fitted = fit_model(
@@ -68,12 +90,9 @@ def fit(
         (p.size,),
         law=law,
         title=f"law {law!r}",
+        how=how,
         remedy="add sizes, or fit a law with fewer parameters",
         context_length=context_length,
-        bootstrap=bootstrap,
-        robust=robust,
-        refits=refits,
-        seed=seed,
     )
     return flagged(fitted, (*flags(results), *_budget_flag(results)))
 
@@ -85,61 +104,53 @@ def fit_model(
     groups: Sequence[np.ndarray],
     *,
     title: str,
+    how: Refitting,
     remedy: str = "add runs, of more sizes or with several seeds",
     law: Law = "separate",
     context_length: int | None = None,
-    bootstrap: Bootstrap = "shared",
-    robust: bool = False,
-    refits: int = 1000,
-    seed: int = 0,
 ) -> Fit:
     """Fit the model to the points and bootstrap it; the flags of the `Fit` are yet to be set.
 
     `groups` are ways to label the points whose errors may be common (a size whatever else, or a
     size in one setting); the one that the residuals speak for most is used. `title` names what is
-    fitted, and `remedy` says what to do where it cannot be.
-
-    bootstrap "shared" draws independent errors and errors common to a group, each as large as the
-    runs allow; "residual" redraws the residuals, scaled for the freedom the fit took; "pairs"
-    redraws the points of each curve. `robust` weighs runs far off their curve down (Tukey's
-    biweight, scaled by the median absolute residual). Raises UserError when half of the refits or
-    more fail: the others are then a selection, and no interval comes from none.
+    fitted, and `remedy` says what to do where it cannot be. Raises UserError when half of the refits
+    or more fail: the others are then a selection, and no interval comes from none.
     """
-    _require_options(bootstrap, refits)
+    refits = how.refits
     w, ridge = p.replicates.astype(float), model.ridge
     best, trusted = solve_point(model, p.loss, w), np.ones(len(p.n))
     leverage, _ = influence(best.absorbing, w, p.loss, ridge)
     lean = 1 / np.sqrt(np.maximum(1 - leverage, 0.05))  # a curve follows a run it rests on
-    for _ in range(_ROUNDS if robust else 0):
+    for _ in range(_ROUNDS if how.robust else 0):
         away = p.loss - model.predict(best.parameters[None])
         trusted = trust(lean * away, w)[0]
         best = solve_point(model, p.loss, w * trusted, best.parameters)
     predicted = model.predict(best.parameters[None])[0]
     residual, spoiled = p.loss - predicted, trusted < _SPOILED
     noise_residual = residual
-    if robust:
+    if how.robust:
         noise_residual = np.where(spoiled, 0, clipped(residual, w, len(model.names)))
     leverage, change = influence(best.absorbing, w * trusted, residual, ridge)
     seeds = p.noise_dof * (p.noise or 0.0) ** 2
     dof = max(len(p.n) - spoiled.sum() - leverage.sum(), 1.0) + p.noise_dof
     sigma = float(np.sqrt(((w * noise_residual**2).sum() + seeds) / dof))
     ways = [
-        estimate(noise_residual, best.absorbing, w, group, seeds, p.noise_dof, seed)
+        estimate(noise_residual, best.absorbing, w, group, seeds, p.noise_dof, how.seed)
         for group in groups
     ]
     common = min(ways, key=lambda noise: 1.0 if noise.p_value is None else noise.p_value)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(how.seed)
     y, weights = np.tile(p.loss, (refits, 1)), np.tile(w, (refits, 1))
-    if bootstrap == "pairs":
+    if how.bootstrap == "pairs":
         weights = w * pair_counts(p.curve, refits, rng)
     else:
-        if bootstrap == "shared":
+        if how.bootstrap == "shared":
             noise = common.draw(refits, rng)
         else:
             noise = residual_noise(noise_residual, w, leverage, sigma, dof, refits, rng)
         y = np.maximum(predicted + noise, 1e-3 * p.loss)  # losses are above 0
     rows, _, done = refit(model, y, weights, np.tile(best.parameters, (refits, 1)))
-    for _ in range(_ROUNDS if robust else 0):
+    for _ in range(_ROUNDS if how.robust else 0):
         again = weights * trust(lean * (y - model.predict(rows)), weights)
         rows, _, done = refit(model, y, again, rows)
     failed = int((~done).sum())
@@ -169,19 +180,9 @@ def fit_model(
         converged=best.converged,
         at_bound=best.at_bound,
         shared=common,
-        robust=robust,
-        bootstrap=bootstrap,
-        refits=refits,
         refits_failed=failed,
-        seed=seed,
+        **vars(how),
     )
-
-
-def _require_options(bootstrap: Bootstrap, refits: int) -> None:
-    require(
-        bootstrap in BOOTSTRAPS, f"bootstrap={bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}"
-    )
-    between("refits", refits, *REFITS)
 
 
 def require_no_pairs(bootstrap: Bootstrap) -> None:

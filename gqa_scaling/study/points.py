@@ -61,8 +61,8 @@ def points(results: Results, context_length: int | None = None) -> Points:
     Raises UserError when the runs span several context lengths and none is named, and as `cells`.
     """
     r = results
-    lengths = sorted(set(r.context_length.tolist()))
     if context_length is not None:
+        lengths = sorted(set(r.context_length.tolist()))
         require(
             context_length in lengths,
             f"{r.source}: no runs at context length {context_length}; there are "
@@ -70,10 +70,9 @@ def points(results: Results, context_length: int | None = None) -> Points:
         )
         r = r.select(r.context_length == context_length)
     else:
-        require(
-            len(lengths) == 1,
-            f"{r.source}: runs at context lengths {', '.join(map(str, lengths))} cannot share a "
-            "curve; name one of them",
+        r.only(
+            "context_length",
+            "runs at context lengths {} cannot share a curve; name one of them",
         )
     return cells(r, 1)
 

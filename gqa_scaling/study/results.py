@@ -124,6 +124,13 @@ class Results:
         """The rows where `keep` is true."""
         return dataclasses.replace(self, **{k: getattr(self, k)[keep] for k in COLUMNS})
 
+    def only(self, column: str, mixed: str) -> int:
+        """The value that a column has in all runs; UserError with `mixed`, where {} stands for the
+        values, when they differ."""
+        values = sorted(set(getattr(self, column).tolist()))
+        require(len(values) == 1, f"{self.source}: {mixed.format(', '.join(map(str, values)))}")
+        return values[0]
+
     def rows(self) -> list[dict[str, Any]]:
         """Every run as a dictionary of plain values, NaN as None.
 

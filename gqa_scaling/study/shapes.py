@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import MOST_LAYERS, ModelConfig, require
+from gqa_scaling.config import MOST_LAYERS, ModelConfig
 from gqa_scaling.context_sharding import ContextSharding, keys_by_depth
 from gqa_scaling.costs import Number, n_formula
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
@@ -129,11 +129,10 @@ class Family:
 def family_of(results: Results) -> Family:
     """The models that these runs belong to; UserError when they mix head sizes."""
     r = results
-    head_dims = sorted(set(r.head_dim.tolist()))
-    require(
-        len(head_dims) == 1,
-        f"{r.source}: the runs mix head sizes {', '.join(map(str, head_dims))}; a configuration "
-        "would not say what it costs: fit one head size at a time",
+    head_dim = r.only(
+        "head_dim",
+        "the runs mix head sizes {}; a configuration would not say what it costs: fit one head size "
+        "at a time",
     )
     ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]] = {None: (np.zeros(1), np.ones(1))}
     if (r.n_layers > 0).all():
@@ -145,9 +144,9 @@ def family_of(results: Results) -> Family:
             own = np.array([h == heads for h in r.heads])[order]
             ratios[heads] = np.log(n[own]), formula[own]
     vocabulary = int(r.vocab_size[0]) or DEFAULT_VOCABULARY
-    template = ModelConfig(1, 64, 1, 1, head_dim=head_dims[0], vocab_size=vocabulary)
+    template = ModelConfig(1, 64, 1, 1, head_dim=head_dim, vocab_size=vocabulary)
     trained = float(r.n_params.min()), float(r.n_params.max())
-    return Family(r.ladder, head_dims[0], r.template or template, ratios, r.count, trained)
+    return Family(r.ladder, head_dim, r.template or template, ratios, r.count, trained)
 
 
 # ------------------------------------------------------------------------- what their heads read

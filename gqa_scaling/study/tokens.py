@@ -14,7 +14,7 @@ import numpy as np
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
 from gqa_scaling.study.choices import Bootstrap
-from gqa_scaling.study.fit import brought, fit_model, require_no_pairs
+from gqa_scaling.study.fit import Refitting, brought, fit_model, require_no_pairs
 from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Interval, Points, cells, labels, ranks
@@ -197,11 +197,9 @@ def token_law(
     when the runs do not determine every parameter.
     """
     r = results
-    lengths = sorted(set(r.context_length.tolist()))
-    require(
-        len(lengths) == 1,
-        f"{r.source}: runs at context lengths {', '.join(map(str, lengths))} cannot share a token "
-        "law; name one with --context",
+    length = r.only(
+        "context_length",
+        "runs at context lengths {} cannot share a token law; name one with --context",
     )
     unknown = r.name[~np.isfinite(r.tokens)]
     require(
@@ -232,10 +230,8 @@ def token_law(
         model,
         (p.size, labels(p.size, budget)),
         title="the token law",
-        context_length=lengths[0] or None,
-        bootstrap=bootstrap,
-        refits=refits,
-        seed=seed,
+        how=Refitting(bootstrap, refits=refits, seed=seed),
+        context_length=length or None,
     )
     jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(fitted.parameters[None])[0]
     condition = float(np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)))
@@ -261,16 +257,8 @@ def token_law(
     if best.beta[0] <= 0:
         known.append("loss does not fall with training tokens")
     fitted = flagged(fitted, known)
-    return TokenLaw(
-        fit=fitted,
-        best=best,
-        draws=draws,
-        at_tokens=at,
-        tokens=p.tokens,
-        condition=condition,
-        variation=variation,
-        flags=tuple(flag for flag in fitted.flags if flag != shown),
-    )
+    own = tuple(flag for flag in fitted.flags if flag != shown)
+    return TokenLaw(fitted, best, draws, at, p.tokens, condition, variation, own)
 
 
 def _variation(p: Points) -> float:

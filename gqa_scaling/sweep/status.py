@@ -24,7 +24,7 @@ LOOK_SECONDS, REMOTE_LOOK_SECONDS = 2.0, 10.0  # a look asks a bucket several ti
 Line = dict[str, Any]  # of metrics.jsonl or attempts.jsonl
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStatus:
     """How far one run is, its last losses in nats, how well its time is used, and why it failed.
 
@@ -49,7 +49,7 @@ class RunStatus:
     saving: float | None = None
     seconds_left: float | None = None
     failure: str = ""
-    path: str = ""
+    path: str
 
     @property
     def restarts(self) -> int:
@@ -69,8 +69,14 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
         try:
             return _status(run, directory)
         except UserError as error:
-            steps, path = costs.training_steps(run), str(directory.path)
-            return RunStatus(run.name, "damaged", 0, steps, failure=str(error), path=path)
+            return RunStatus(
+                name=run.name,
+                state="damaged",
+                step=0,
+                steps=costs.training_steps(run),
+                failure=str(error),
+                path=str(directory.path),
+            )
 
     if not is_remote(root):
         return [status(run) for run in experiment.runs]

@@ -7,20 +7,32 @@ import pytest
 from gqa_scaling import cli
 
 ONE = "from experiments.tiny import runs as tiny\nfrom gqa_scaling.config import *\n"
+BODIES = {  # of runs()
+    "none": ("pass", "it returned None"),
+    "generator": ("yield from tiny()", "it returned of type generator"),
+    "dict": ("return {'a': tiny()}", "of type dict"),
+    "tuple": ("return tuple(tiny())", "of type tuple"),
+    "one-run": ("return tiny()[0]", "of type RunConfig"),
+    "text": ("return 'L1'", "of type str"),
+    "empty": ("return []", "not empty"),
+    "not-runs": ("return [tiny()[0], 3]", "one is of type int"),
+    "a-none": ("return [tiny()[0], None]", "one is None"),
+    "twice": ("return tiny() + tiny()", "share one name"),
+    "raises": ("raise ValueError('two\\nlines')", "ValueError: two\\nlines"),
+    "deep": ("return runs()", "RecursionError"),
+    "file": ("return open('absent.csv')", "absent.csv"),
+    "bad-run": ("return [RunConfig(3)]", "missing 3 required"),
+    "bad-field": ("return [ModelConfig(True, 32, 1, 1)]", "n_layers=True"),
+    "huge": ("return [ModelConfig(10**5000, 32, 1, 1)]", "n_layers=an int"),
+    "huge-real": ("OptimizerConfig(10**400)", "learning_rate=10000"),
+    "nan": ("OptimizerConfig(float('nan'))", "learning_rate=nan"),
+    "table": ("RunConfig('a', {1: 2}, 1, 1)", "unknown field model.1"),
+    "list": ("RunConfig('a', [1], 1, 1)", "not [1]"),
+}
 BROKEN = {
     "exit": ("import sys\nsys.exit(0)\n", "ends the program (exit code 0)"),
     "exit-1": ("raise SystemExit('enough')\n", "ends the program (exit code enough)"),
     "exit-in-runs": ("def runs():\n    import sys\n    sys.exit(0)\n", "own.py line 3"),
-    "none": ("def runs():\n    pass\n", "it returned None"),
-    "generator": (ONE + "def runs():\n    yield from tiny()\n", "it returned of type generator"),
-    "dict": (ONE + "def runs():\n    return {'a': tiny()}\n", "of type dict"),
-    "tuple": (ONE + "def runs():\n    return tuple(tiny())\n", "of type tuple"),
-    "one-run": (ONE + "def runs():\n    return tiny()[0]\n", "of type RunConfig"),
-    "text": ("def runs():\n    return 'L1'\n", "of type str"),
-    "empty": ("def runs():\n    return []\n", "not empty"),
-    "not-runs": (ONE + "def runs():\n    return [tiny()[0], 3]\n", "one is of type int"),
-    "a-none": (ONE + "def runs():\n    return [tiny()[0], None]\n", "one is None"),
-    "twice": (ONE + "def runs():\n    return tiny() + tiny()\n", "share one name"),
     "syntax": ("def runs(:\n", "SyntaxError"),
     "indent": ("def runs():\nreturn 3\n", "IndentationError"),
     "nul": ("x = 1\0\n", "source code string cannot contain null bytes"),
@@ -33,26 +45,14 @@ BROKEN = {
     "no-runs": ("x = 1\n", "it defines no runs()"),
     "runs-list": (ONE + "runs = tiny()\n", "it defines no runs()"),
     "class": ("class runs:\n    pass\n", "it returned of type runs"),
-    "raises": ("def runs():\n    raise ValueError('two\\nlines')\n", "ValueError: two\\nlines"),
     "empty-error": ("def runs():\n    assert False\n", "own.py line 2)"),
-    "deep": ("def runs():\n    return runs()\n", "RecursionError"),
-    "file": ("def runs():\n    return open('absent.csv')\n", "absent.csv"),
-    "bad-run": (ONE + "def runs():\n    return [RunConfig(3)]\n", "missing 3 required"),
-    "bad-field": (ONE + "def runs():\n    return [ModelConfig(True, 32, 1, 1)]\n", "n_layers=True"),
-    "huge": (
-        ONE + "def runs():\n    return [ModelConfig(10**5000, 32, 1, 1)]\n",
-        "n_layers=an int",
-    ),
-    "huge-real": (ONE + "def runs():\n    OptimizerConfig(10**400)\n", "learning_rate=10000"),
-    "nan": (ONE + "def runs():\n    OptimizerConfig(float('nan'))\n", "learning_rate=nan"),
-    "table": (ONE + "def runs():\n    RunConfig('a', {1: 2}, 1, 1)\n", "unknown field model.1"),
-    "list": (ONE + "def runs():\n    RunConfig('a', [1], 1, 1)\n", "not [1]"),
     "numpy": (
         ONE + "import numpy\ndef runs():\n    ModelConfig(numpy.int64(4), 32, 1, 1)\n",
         "must be of type int",
     ),
     "question": (ONE + "runs = tiny\nQUESTION = {'contexts': 4}\n", "QUESTION must be a Question"),
 }
+BROKEN |= {kind: (f"{ONE}def runs():\n    {body}\n", said) for kind, (body, said) in BODIES.items()}
 
 
 @pytest.mark.parametrize("kind", BROKEN)

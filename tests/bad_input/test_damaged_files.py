@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from bad_input_kit import ANY, TINY, files, finished, shape
@@ -29,6 +30,15 @@ def judged(value: object) -> Callable[[bytes], bytes]:
         return inner(evaluations=dict.fromkeys(evaluations, value))(content)
 
     return change
+
+
+def damage(file: Path, kind: str, changes: dict[str, Callable[[bytes], bytes]]) -> None:
+    """Damage a file in one of `ANY` ways or these, or have a folder in its place."""
+    if kind == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes((ANY | changes)[kind](file.read_bytes()))
 
 
 RESULTS = ANY | {
@@ -97,12 +107,10 @@ def test_damaged_failures(refused, workplace, kind):
         "traceback-list": shape(traceback=[]),
         "time-text": shape(time="now"),
     }
+    damage(file, kind, changes)
     if kind == "folder":
-        file.unlink()
-        file.mkdir()
         refused(f"{file} cannot be read: Is a directory", "status", TINY, code=1)
         return
-    file.write_bytes((ANY | changes)[kind](file.read_bytes()))
     err = refused(f"{file} is damaged (", "status", TINY, code=1)
     assert "remove it, and the run is tried again" in err
 
@@ -163,11 +171,7 @@ def test_damaged_configs(workplace, kind):
         "data-list": shape(data=[]),
         "schema-text": shape(schema="1"),
     }
-    if kind == "folder":
-        file.unlink()
-        file.mkdir()
-    else:
-        file.write_bytes((ANY | changes)[kind](file.read_bytes()))
+    damage(file, kind, changes)
     before = files(workplace)
     with pytest.raises(UserError) as caught:
         place.begin(run, {"store_hash": "s"})

@@ -70,20 +70,24 @@ def test_a_process_that_always_dies_is_not_started_for_ever(executor, tmp_path):
     assert task(body).lost_restarts == 3
 
 
-def test_before_the_time_limit_it_saves_and_is_requeued(executor, tmp_path):
-    saved = tmp_path / "saved"
-    body = textwrap.dedent(
+def saving(folder):
+    """The body of a task that waits for SIGTERM, saves then and wants to be started again."""
+    return textwrap.dedent(
         f"""
-        if os.path.exists({str(saved)!r}): sys.exit(0)
         def save(*_):
-            open({str(saved)!r}, "w").close()
+            open({str(folder / "saved")!r}, "w").close()
             sys.exit(75)
         signal.signal(signal.SIGTERM, save)
-        open({str(tmp_path / "ready")!r}, "w").close()
+        open({str(folder / "ready")!r}, "w").close()
         time.sleep(600)
         """
     )
-    job = executor.submit(task(body))
+
+
+def test_before_the_time_limit_it_saves_and_is_requeued(executor, tmp_path):
+    saved = tmp_path / "saved"
+    done = f"if os.path.exists({str(saved)!r}): sys.exit(0)\n"
+    job = executor.submit(task(done + saving(tmp_path)))
     until((tmp_path / "ready").exists)
     os.kill(the_child(int(job.job_id)), signal.SIGUSR2)
     job.result()
@@ -92,17 +96,7 @@ def test_before_the_time_limit_it_saves_and_is_requeued(executor, tmp_path):
 
 def test_after_sigterm_it_saves_and_leaves_the_rest_to_slurm(executor, tmp_path):
     """scancel sends the same signal as a preemption: only SLURM knows whether to start again."""
-    body = textwrap.dedent(
-        f"""
-        def save(*_):
-            open({str(tmp_path / "saved")!r}, "w").close()
-            sys.exit(75)
-        signal.signal(signal.SIGTERM, save)
-        open({str(tmp_path / "ready")!r}, "w").close()
-        time.sleep(600)
-        """
-    )
-    job = executor.submit(task(body))
+    job = executor.submit(task(saving(tmp_path)))
     until((tmp_path / "ready").exists)
     process = the_child(int(job.job_id))
     os.kill(process, signal.SIGTERM)

@@ -5,9 +5,12 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from rich.console import Console
+from scipy.optimize import approx_fprime, least_squares
 
 from gqa_scaling.config import Question, UserError
 from gqa_scaling.costs import n_formula
@@ -16,7 +19,8 @@ from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.frontier import Frontier, frontier
-from gqa_scaling.study.models import LAWS
+from gqa_scaling.study.models import LAWS, Model
+from gqa_scaling.study.points import Points
 from gqa_scaling.study.reading import from_text
 from gqa_scaling.study.report import answers, estimates
 from gqa_scaling.study.report.page import write_report
@@ -24,6 +28,7 @@ from gqa_scaling.study.report.sentences import training
 from gqa_scaling.study.report.tradeoffs import aligned_answer, sparsity_table
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.serving import Serving
+from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.uncertainty import BOOTSTRAPS
 
@@ -117,6 +122,28 @@ def small_study(seed: int) -> tuple[str, Question, dict, dict]:
         ),
     }
     return text.getvalue(), question, options, serving
+
+
+def refits_beside_scipys(
+    model: Model, p: Points, w: np.ndarray, rng: np.random.Generator, **options: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The parameters of four refits, each beside those of `least_squares` with these options.
+
+    On the way the Jacobian is compared with differences, and the costs with each other.
+    """
+    best = solve_point(model, p.loss, w).parameters
+    at = best + 0.01 * rng.standard_normal(len(best))
+    numeric = approx_fprime(at, lambda q: model.predict(q[None])[0])
+    assert np.allclose(model.jacobian(at[None])[0], numeric, atol=2e-6)
+    y = model.predict(best[None]) + 0.003 * rng.standard_normal((4, len(w)))
+    rows, costs, done = refit(model, y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
+    assert done.all()
+    for row, cost, loss in zip(rows, costs, y, strict=True):
+        other = least_squares(
+            lambda q, loss=loss: np.sqrt(w) * (model.predict(q[None])[0] - loss), best, **options
+        )
+        assert 2 * other.cost == pytest.approx(cost, rel=1e-7)
+        yield row, other.x
 
 
 def read(text: str) -> Results:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.optimize import approx_fprime, least_squares
+from study_kit import refits_beside_scipys
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
@@ -22,7 +22,6 @@ from gqa_scaling.study.points import cells
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report import page
 from gqa_scaling.study.results import table
-from gqa_scaling.study.solver import refit, solve_point
 
 TRUTH = {(1, 1): (1.3e8, 0.20), (4, 1): (9.0e7, 0.215), (8, 8): (7.5e7, 0.227)}
 DELTA = {2048: 0.08, 8192: 0.02, 32768: 0.0, 131072: -0.015}
@@ -92,19 +91,8 @@ def test_the_jacobian_is_the_derivative_and_bulk_refits_are_scipys():
     p, rng = cells(study(0.003), 4, over=("context_length",)), np.random.default_rng(2)
     model = SeparateCurves(p, {str(t): p.context == t for t in DELTA if t != 32768})
     w = p.replicates * rng.uniform(0.5, 2, len(p.context))
-    best = solve_point(model, p.loss, w).parameters
-    at = best + 0.01 * rng.standard_normal(len(best))
-    numeric = approx_fprime(at, lambda q: model.predict(q[None])[0])
-    assert np.allclose(model.jacobian(at[None])[0], numeric, atol=2e-6)
-    y = model.predict(best[None]) + 0.003 * rng.standard_normal((4, len(w)))
-    rows, cost, done = refit(model, y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
-    assert done.all()
-    for i in range(4):
-        other = least_squares(
-            lambda q, i=i: np.sqrt(w) * (model.predict(q[None])[0] - y[i]), best, xtol=1e-14
-        )
-        assert 2 * other.cost == pytest.approx(cost[i], rel=1e-7)
-        assert rows[i, :4] == pytest.approx(other.x[:4], abs=1e-5)
+    for row, scipys in refits_beside_scipys(model, p, w, rng, xtol=1e-14):
+        assert row[:4] == pytest.approx(scipys[:4], abs=1e-5)
 
 
 def test_the_reference_has_the_most_runs_then_the_longest_context():
@@ -113,7 +101,7 @@ def test_the_reference_has_the_most_runs_then_the_longest_context():
     fewer = r.select((r.context_length <= 8192) | (r.n_layers < 24))
     law = context_law(fewer, refits=100)
     assert law.reference == 8192
-    assert law.runs == (12, 12, 9, 9)
+    assert list(law.runs.values()) == [12, 12, 9, 9]
     assert law.delta[1] == 0
     assert not law.delta_draws[:, 1].any()
 
@@ -297,16 +285,6 @@ def test_the_baseline_is_one_that_was_run_at_two_lengths():
 
 
 # ------------------------------------------------------------------------------ on the terminal
-
-
-@pytest.fixture(scope="module")
-def csv(tmp_path_factory):
-    path = tmp_path_factory.mktemp("context") / "runs.csv"
-    r = study(0.002, seed=5)
-    columns = ("n_heads", "n_kv_heads", "n_layers", "d_model", "context_length", "tokens", "loss")
-    lines = [",".join(str(getattr(r, c)[i]) for c in columns) for i in range(len(r))]
-    path.write_text("\n".join([",".join(columns), *lines]))
-    return path
 
 
 def test_fit_prints_the_law_and_the_test(csv, capsys):

@@ -74,12 +74,12 @@ def test_a_and_b_are_the_papers_form(chen):
     assert np.allclose(direct, chen.predicted[chen.points.curve == 3], rtol=0, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("sizes", range(4, 9))
+@settings(max_examples=12, deadline=None)
 @given(
     floor=st.floats(0.3, 2.5),
     b=st.lists(st.floats(0.08, 0.4), min_size=2, max_size=6),
     excess=st.floats(0.3, 1.5),
-    sizes=st.integers(4, 8),
 )
 def test_noise_free_truths_are_recovered(floor, b, excess, sizes):
     k = len(b)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from scipy.optimize import approx_fprime, least_squares
+from study_kit import refits_beside_scipys
 
 from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig, Question, UserError
@@ -31,7 +31,6 @@ from gqa_scaling.study.report.estimates import law_tables
 from gqa_scaling.study.report.tradeoffs import aligned_answer
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Serving
-from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.tokens import OverTokens, spans_budgets, token_law
 
 TRUTH = {(1, 1): (1.25e8, 0.29), (4, 1): (8.9e7, 0.31), (8, 8): (7.5e7, 0.32)}
@@ -106,23 +105,9 @@ def test_the_jacobian_is_the_derivative_and_bulk_refits_are_scipys():
     p, rng = cells(study(0.003), 3, over=("tokens",)), np.random.default_rng(2)
     model = OverTokens(p)
     w = rng.uniform(0.5, 2, len(p.tokens))
-    best = solve_point(model, p.loss, w).parameters
-    at = best + 0.01 * rng.standard_normal(len(best))
-    numeric = approx_fprime(at, lambda q: model.predict(q[None])[0])
-    assert np.allclose(model.jacobian(at[None])[0], numeric, atol=2e-6)
-    y = model.predict(best[None]) + 0.003 * rng.standard_normal((4, len(w)))
-    rows, cost, done = refit(model, y, np.tile(w, (4, 1)), np.tile(best, (4, 1)))
-    assert done.all()
-    for i in range(4):
-        other = least_squares(
-            lambda q, i=i: np.sqrt(w) * (model.predict(q[None])[0] - y[i]),
-            best,
-            xtol=1e-15,
-            ftol=1e-15,
-            x_scale="jac",
-        )
-        assert 2 * other.cost == pytest.approx(cost[i], rel=1e-7)
-        assert rows[i, :3] == pytest.approx(other.x[:3], abs=1e-4)
+    closely = {"xtol": 1e-15, "ftol": 1e-15, "x_scale": "jac"}
+    for row, scipys in refits_beside_scipys(model, p, w, rng, **closely):
+        assert row[:3] == pytest.approx(scipys[:3], abs=1e-4)
 
 
 def test_the_curves_at_a_budget_are_the_law_there():
@@ -390,23 +375,16 @@ def test_what_must_hold_when_serving_rules_out(exact):
 # ------------------------------------------------------------------------------ on the terminal
 
 
-@pytest.fixture(scope="module")
-def csv(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "runs.csv"
-    r = study(0.002, seed=5)
-    columns = ("n_heads", "n_kv_heads", "n_layers", "d_model", "context_length", "tokens", "loss")
-    lines = [",".join(str(getattr(r, c)[i]) for c in columns) for i in range(len(r))]
-    path.write_text("\n".join([",".join(columns), *lines]))
-    return path
-
-
 def test_fit_prints_the_token_law(csv, capsys):
     assert cli.main(["fit", str(csv), "--refits", "100"]) == 0
     out = capsys.readouterr().out
-    assert "Token law: L = (a/N)^b + E + B D^-beta; E, B and beta shared" in out
-    assert "B D^-beta, nats with 90% intervals" in out
-    assert "nats tokens^beta" in out
-    assert "D=" in out  # names that tell budgets apart
+    for told in (
+        "Token law: L = (a/N)^b + E + B D^-beta; E, B and beta shared",
+        "B D^-beta, nats with 90% intervals",
+        "nats tokens^beta",
+        "D=",  # names that tell budgets apart
+    ):
+        assert told in out
     assert cli.main(["fit", str(csv), "--refits", "100", "--at-tokens", "1e10", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["token_law"]["curves_at_tokens"] == 1e10

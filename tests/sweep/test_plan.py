@@ -77,15 +77,18 @@ def test_a_layout_that_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "said"),
+    ("name", "attention", "needed", "there", "remedy"),
     [
-        ("v5e", "triton", "a: attention=triton needs a GPU, and this is a TPU: take auto"),
-        ("v5p", "cudnn", "a: attention=cudnn needs a GPU, and this is a TPU: take auto"),
-        ("h100", "splash", "a: attention=splash needs a TPU, and this is a GPU: take auto"),
-        ("cpu", "splash", "this is a CPU: .* plan for other devices with --hardware NAME"),
+        ("v5e", "triton", "GPU", "TPU", "take auto"),
+        ("v5p", "cudnn", "GPU", "TPU", "take auto"),
+        ("h100", "splash", "TPU", "GPU", "take auto"),
+        ("cpu", "splash", "TPU", "CPU", ".* plan for other devices with --hardware NAME"),
     ],
 )
-def test_an_attention_that_the_hardware_does_not_have_is_refused(name, attention, said):
+def test_an_attention_that_the_hardware_does_not_have_is_refused(
+    name, attention, needed, there, remedy
+):
+    said = f"a: attention={attention} needs a {needed}, and this is a {there}: {remedy}"
     asked = run(parallel=ParallelConfig(attention=attention))
     with pytest.raises(Refused, match=said):
         make_plan(experiment(run("fine"), asked), hardware(name))

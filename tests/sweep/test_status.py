@@ -159,7 +159,7 @@ def printed(rows: list[RunStatus], width: int = 100, height: int = 40) -> str:
 
 
 FULL = RunStatus(
-    "L12-d1024-h16-kv4",
+    name="L12-d1024-h16-kv4",
     state="running",
     step=480,
     steps=1000,

@@ -40,6 +40,10 @@ class Operands(NamedTuple):
     offset_K: jax.Array  # where each head's stripes begin, in blocks, int32
     starts: jax.Array  # where each run of queries begins, ascending multiples of its length, int32
 
+    def residue_K(self, kind: HeadPattern) -> jax.Array:
+        """How many blocks after the sinks a head's first stripe lies; 0 for a pattern without any."""
+        return -(self.offset_K + kind.sinks) % kind.stride if kind.stride else 0 * self.offset_K
+
 
 class Upstream(NamedTuple):
     """What the backward pass is given beside the operands."""
@@ -63,11 +67,6 @@ def sees(kind: HeadPattern, offset: Any, t: Any, s: Any) -> Any:
     """Whether the query at position t sees the key at position s <= t; arrays broadcast."""
     i, j = t // kind.block, s // kind.block
     return (i - j < kind.local) | is_distant(j, kind.stride, offset, kind.sinks)
-
-
-def stripe_residue(kind: HeadPattern, offset: Any) -> Any:
-    """How many blocks after the sinks the first stripe lies; 0 for a pattern without stripes."""
-    return -(offset + kind.sinks) % kind.stride if kind.stride else 0 * offset
 
 
 def padded(x: jax.Array, axis: int, before: int = 0, after: int = 0) -> jax.Array:

@@ -24,7 +24,6 @@ from gqa_scaling.model.attention.shard import (
     distant_of,
     padded,
     positions,
-    stripe_residue,
 )
 from gqa_scaling.model.attention.tiles import Softmax, natural, rows_of
 from gqa_scaling.model.einsum import einsum_f32
@@ -73,10 +72,10 @@ def _tiling(x: Operands, kind: HeadPattern) -> _Tiling:
     return _Tiling(window, row, near, far, side)
 
 
-def _laid(x_BSKH: jax.Array, offset_K: jax.Array, kind: HeadPattern, t: _Tiling) -> _Keys:
+def _laid(x_BSKH: jax.Array, residue_K: jax.Array, kind: HeadPattern, t: _Tiling) -> _Keys:
     """Keys or values by their use; 0 where there is none: before the first position, as far as a
     window reaches, and at the end."""
-    x, residue_K = x_BSKH.transpose(0, 2, 1, 3), stripe_residue(kind, offset_K)
+    x = x_BSKH.transpose(0, 2, 1, 3)
     near = padded(x, 2, before=t.near - t.window, after=-x.shape[2] % t.row)
     heads = [distant_of(x[:, h], kind, residue_K[h]) for h in range(x.shape[1])]
     far = jnp.stack(heads, axis=1)
@@ -138,7 +137,7 @@ def forward(kind: HeadPattern, x: Operands) -> tuple[jax.Array, jax.Array]:
     """See `shard`. Softmax over the window, then over one tile of distant keys after the other."""
     T, _, G, H = x.q_BTKGH.shape[1:]
     t, dtype, offset_K = _tiling(x, kind), x.q_BTKGH.dtype, x.offset_K
-    k, v = (_laid(keys, offset_K, kind, t) for keys in (x.k_BSKH, x.v_BSKH))
+    k, v = (_laid(keys, x.residue_K(kind), kind, t) for keys in (x.k_BSKH, x.v_BSKH))
     since_KS = _since(offset_K, kind, t)
     q_rows = rows_of(x.q_BTKGH * H**-0.5, t.row, t.window)
 
@@ -174,7 +173,7 @@ def backward(kind: HeadPattern, x: Operands, y: Upstream) -> tuple[jax.Array, ja
     t, offset_K = _tiling(x, kind), x.offset_K
 
     def laid(x_BSKH: jax.Array) -> _Keys:
-        return _laid(x_BSKH, offset_K, kind, t)
+        return _laid(x_BSKH, x.residue_K(kind), kind, t)
 
     k, v, since_KS = laid(x.k_BSKH), laid(x.v_BSKH), _since(offset_K, kind, t)
     delta_BTKG = einsum_f32("BTKGH,BTKGH->BTKG", y.do_BTKGH, y.o_BTKGH)

@@ -33,14 +33,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.devices import kernel_limits
 from gqa_scaling.devices.kernel_limits import DENSE, LANES, NEVER, Walk, position_bits
-from gqa_scaling.model.attention.shard import (
-    Operands,
-    Upstream,
-    distant_of,
-    padded,
-    positions,
-    stripe_residue,
-)
+from gqa_scaling.model.attention.shard import Operands, Upstream, distant_of, padded, positions
 
 
 def forward(
@@ -85,26 +78,29 @@ def backward(
     def head(queries: Any, k: Any, v: Any, residue: Any) -> tuple[jax.Array, ...]:
         q, do, lse, delta = queries
         k_laid, v_laid = _laid(k, walk, residue), _laid(v, walk, residue)
+        both: dict[str, Any] = {  # of the gradients of queries and of keys
+            "segment_ids": None,
+            "sinks": None,
+            "logsumexp": lse,
+            "do": do,
+            "di": delta,
+            "bq": walk.block,
+            "bkv": walk.block,
+            "is_mqa": False,
+            "mask_value": kernels.DEFAULT_MASK_VALUE,
+            "attn_logits_soft_cap": None,
+            "q_layout": kernels.QKVLayout.HEAD_DIM_MINOR,
+            "k_layout": kernels.QKVLayout.HEAD_DIM_MINOR,
+            "v_layout": kernels.QKVLayout.HEAD_DIM_MINOR,
+            "interpret": interpret,
+        }
         dq = kernels._splash_attention_bwd_dq(
             q,
             k_laid,
             v_laid,
-            segment_ids=None,
-            sinks=None,
-            logsumexp=lse,
-            do=do,
-            di=delta,
-            bq=walk.block,
-            bkv=walk.block,
-            is_mqa=False,
             mask_info=_rows(walk, x.starts, residue),
-            mask_value=kernels.DEFAULT_MASK_VALUE,
-            attn_logits_soft_cap=None,
-            q_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-            k_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-            v_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
             mask_function=_mask(walk),
-            interpret=interpret,
+            **both,
         )
 
         def of_keys(start: int, end: int, table: MaskInfo) -> list[jax.Array]:
@@ -112,24 +108,11 @@ def backward(
                 q,
                 k_laid[:, start:end],
                 v_laid[:, start:end],
-                segment_ids=None,
-                sinks=None,
-                logsumexp=lse,
-                do=do,
-                di=delta,
-                bq=walk.block,
-                bkv=walk.block,
                 bkv_compute=_part(walk.block),
-                is_mqa=False,
                 mask_info=table,
-                mask_value=kernels.DEFAULT_MASK_VALUE,
-                attn_logits_soft_cap=None,
                 use_fused_bwd_kernel=False,
-                q_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-                k_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
-                v_layout=kernels.QKVLayout.HEAD_DIM_MINOR,
                 mask_function=_mask(walk, start),
-                interpret=interpret,
+                **both,
             )
             return [x.astype(jnp.float32) for x in dkv]
 
@@ -279,7 +262,7 @@ def _each_head(head: Callable, walk: Walk, x: Operands, queries_BTKG: list[jax.A
     keys, values = (each.transpose(2, 0, 1, 3) for each in (x.k_BSKH, x.v_BSKH))
     arrays = [_queries(each, walk) for each in queries_BTKG], keys, values
     if walk.stripe:
-        residue_K = stripe_residue(walk.kind, x.offset_K)
+        residue_K = x.residue_K(walk.kind)
         return lax.map(lambda xs: head(*xs), (*arrays, residue_K))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
     return [x.reshape(len(keys), -1, *x.shape[1:]) for x in head(*flat, jnp.int32(0))]

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gqa_scaling.context_sharding import HeadPattern
-from gqa_scaling.model.attention.shard import MASKED, Operands, Upstream, padded, stripe_residue
+from gqa_scaling.model.attention.shard import MASKED, Operands, Upstream, padded
 from gqa_scaling.model.attention.tiles import Softmax
 
 _NEVER = 2**29  # blocks: more than any sequence has
@@ -138,7 +138,7 @@ def _numbers(x: Operands, kind: HeadPattern, t: _Tiling) -> jax.Array:
     tiles where the runs of queries begin, and one number more, unused."""
     stripe_K = jnp.full(len(x.offset_K), _NEVER)
     if kind.stride is not None:
-        stripe_K = kind.sinks + stripe_residue(kind, x.offset_K)
+        stripe_K = kind.sinks + x.residue_K(kind)
     first, second = jnp.append(x.starts // t.tile, 2 * _NEVER)[:2]
     columns = stripe_K, jnp.full_like(stripe_K, first), jnp.full_like(stripe_K, second)
     return jnp.stack([*columns, jnp.zeros_like(stripe_K)], axis=1).astype(jnp.int32)

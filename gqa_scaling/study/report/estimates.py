@@ -153,7 +153,7 @@ def context_table(law: ContextLaw) -> Table:
         f"Context law: L = {context.FORMULA}",
         [
             Column("T", lambda i: f"{law.lengths[i]:,}", "tokens"),
-            Column("points", lambda i: str(law.runs[i])),
+            Column("points", lambda i: str(law.runs[law.lengths[i]])),
             Column("delta(T)", lambda i: offset(i)[0], "nats"),
             Column(INTERVAL, lambda i: offset(i)[1]),
         ],
