@@ -341,6 +341,26 @@ def test_a_batch_that_is_not_finite_leaves_every_bit_as_it_was(
         assert bool(metrics.taken) == (number != 2)
 
 
+@pytest.mark.parametrize(
+    "spoiled",
+    [lambda loss: loss + jax.lax.stop_gradient(jnp.nan), lambda loss: loss + jnp.sqrt(0 * loss)],
+    ids=["loss", "gradient"],
+)
+def test_a_step_is_skipped_where_one_of_loss_and_gradient_is_finite(
+    monkeypatch: pytest.MonkeyPatch, spoiled: Callable
+) -> None:
+    real = step.next_token_loss
+    monkeypatch.setattr(step, "next_token_loss", lambda *args, **more: spoiled(real(*args, **more)))
+    setup = set_up(tiny_run())
+    state, tokens = initial_state(setup), loop.check_data(setup.run, store()).batch(0)
+    before = [np.asarray(x).copy() for x in jax.tree.leaves(state[0])]
+    state, metrics = step.train_step(setup)(state, tokens[:, :-1], tokens[:, 1:])
+    assert jnp.isfinite(metrics.loss) != jnp.isfinite(metrics.gradient_norm)
+    assert not metrics.taken
+    for x, y in zip(jax.tree.leaves(state[0]), before, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_as_many_in_a_row_as_allowed_stop_the_run_also_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
