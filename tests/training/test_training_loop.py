@@ -22,7 +22,7 @@ from training_kit import tiny_run, traced_steps
 from gqa_scaling import costs
 from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunConfig, UserError
 from gqa_scaling.data import TokenStore, open_store
-from gqa_scaling.data.loader import TrainingData, heldout_chunks
+from gqa_scaling.data.loader import TrainingData, evaluation_hash, heldout_chunks
 from gqa_scaling.devices import processes
 from gqa_scaling.devices.compilation_cache import keep_compiled
 from gqa_scaling.experiment.load import Experiment
@@ -31,6 +31,7 @@ from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import make_folder
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop, step
+from gqa_scaling.training.evaluation import evaluator
 from gqa_scaling.training.setup import Setup, set_up
 
 
@@ -154,6 +155,18 @@ def test_a_new_evaluation_on_other_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="trained on other data"):
         loop.reevaluate(run, finished(), changed)
     assert finished().result_file.read_bytes() == before
+
+
+def test_runs_of_all_context_lengths_are_judged_by_the_same_targets() -> None:
+    values = []
+    for context in (32, 64):
+        whole = EvaluationConfig(tokens=1000, longest_context=256)
+        run = tiny_run(context_length=context, evaluation=whole)
+        setup = set_up(run)
+        with jax.set_mesh(setup.mesh):
+            values.append(evaluator(setup, store())(initial_state(setup)[0]))
+    assert [value.targets for value in values] == [768, 768]
+    assert values[0].hash == values[1].hash == evaluation_hash(store(), 1000, 256)
 
 
 def test_a_torn_compiled_program_is_removed(tmp_path: Path) -> None:
@@ -326,6 +339,26 @@ def test_a_batch_that_is_not_finite_leaves_every_bit_as_it_was(
         ]
         assert all(same) == (number == 2)
         assert bool(metrics.taken) == (number != 2)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [lambda loss: loss + jax.lax.stop_gradient(jnp.nan), lambda loss: loss + jnp.sqrt(0 * loss)],
+    ids=["loss", "gradient"],
+)
+def test_a_step_is_skipped_where_one_of_loss_and_gradient_is_finite(
+    monkeypatch: pytest.MonkeyPatch, spoiled: Callable
+) -> None:
+    real = step.next_token_loss
+    monkeypatch.setattr(step, "next_token_loss", lambda *args, **more: spoiled(real(*args, **more)))
+    setup = set_up(tiny_run())
+    state, tokens = initial_state(setup), loop.check_data(setup.run, store()).batch(0)
+    before = [np.asarray(x).copy() for x in jax.tree.leaves(state[0])]
+    state, metrics = step.train_step(setup)(state, tokens[:, :-1], tokens[:, 1:])
+    assert jnp.isfinite(metrics.loss) != jnp.isfinite(metrics.gradient_norm)
+    assert not metrics.taken
+    for x, y in zip(jax.tree.leaves(state[0]), before, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_as_many_in_a_row_as_allowed_stop_the_run_also_after_a_resume(
