@@ -11,7 +11,7 @@ from gqa_scaling.study.results import Heads, Results, pattern_of
 
 
 def results_csv(results: Results) -> str:
-    """The runs as a CSV that `results.from_csv` reads; unknown values are left empty."""
+    """The runs as a CSV that `reading.from_csv` reads; unknown values are left empty."""
     rows = [
         {
             k: "" if v is None or (v == 0 and k not in ("seed", "epochs")) else v
