@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gqa_scaling.context_sharding import ContextSharding, density
-from gqa_scaling.devices.mesh import keep_host_memory
+from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
 from gqa_scaling.model.attention import attend
 
 QUADRATIC_UP_TO = 2048
@@ -66,7 +66,7 @@ def compiled(attention, operands):
 
 def measure(T, n_kv, group, args):
     """One dictionary for each implementation."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = jnp.float32 if computes_on_cpu() else jnp.bfloat16
     shapes = [(args.batch, T, n_kv, group, args.head_dim)] + [
         (args.batch, T, n_kv, args.head_dim)
     ] * 2

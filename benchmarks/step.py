@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from gqa_scaling.config import ModelConfig
-from gqa_scaling.devices.mesh import keep_host_memory
+from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
 from gqa_scaling.model import loss, transformer
 
 CONFIGS = {  # name: (model, batch, context)
@@ -79,7 +79,7 @@ def measure(config, batch, time_steps, attention, remat):
 
 def main(variant):
     attention, autodiff, keep, remat = VARIANTS[variant]
-    if keep and jax.default_backend() == "cpu":
+    if keep and computes_on_cpu():
         keep_host_memory()
     if autodiff:
         mock.patch.object(transformer, "swiglu", plain_swiglu).start()

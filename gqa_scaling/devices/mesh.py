@@ -6,7 +6,6 @@ with no mesh set it runs on one device, unchanged. What must not be left to the 
 (attention, embedding, loss) runs `on_shards`, with its collectives written out.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa_scaling.config import RunConfig, require
+from gqa_scaling.devices.host_memory import keep_host_memory
 from gqa_scaling.devices.layout import AXES, axis_sizes, zigzag
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -46,7 +46,7 @@ def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Me
     if devices is None:
         devices = jax.devices()
         if jax.default_backend() == "cpu":
-            keep_host_memory()
+            keep_host_memory()  # also where nothing said so before jax started
     sizes = axis_sizes(run, len(devices))
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
     if slices == 1:
@@ -235,17 +235,3 @@ class BatchLayout:
             return jax.make_array_from_callback(shape, sharding, tokens_of)
 
         return of(slice(None, -1)), of(slice(1, None))
-
-
-def keep_host_memory() -> None:
-    """Have glibc keep freed memory for the next step; other C libraries are left alone.
-
-    By default each large buffer goes back to the system when freed and is faulted in anew, page
-    by page, at the next step: that made elementwise work on a CPU five times slower.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # <malloc.h>
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)
