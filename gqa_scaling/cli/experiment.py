@@ -92,7 +92,9 @@ def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
     from gqa_scaling.experiment.load import load_experiment
     from gqa_scaling.files.runs import runs_root
 
-    experiment = load_experiment(args.experiment, rest, runs_root(args.root))
+    # without --root the folder is looked for only where learning rates come from a sweep in it
+    root = None if args.root is None else runs_root(args.root)
+    experiment = load_experiment(args.experiment, rest, root)
     return experiment.select(getattr(args, "only", None), getattr(args, "shard", None))
 
 

@@ -129,10 +129,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
-    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.source import read_source
 
-    return read_source(args.source, rest, runs_root(args.root))
+    return read_source(args.source, rest, args.root)
 
 
 def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
@@ -185,7 +184,6 @@ def _serving(args: argparse.Namespace) -> "Serving":
 
 def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
-    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
     from gqa_scaling.study.study import Study
@@ -196,7 +194,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     found = _estimates(args, source.results)
     answer = frontier(found.fit, source.results, question, args.objective, serving)
     options = [] if args.root is None else ["--root", args.root]
-    answer = with_training(answer, source, found, runs_root(args.root), options)
+    answer = with_training(answer, source, found, options)
     return Study(source.results, found, answer)
 
 
@@ -324,7 +322,6 @@ def _frontier_aligned(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.files.runs import runs_root
     from gqa_scaling.study.report.answers import frontier_answer
     from gqa_scaling.study.report.estimates import wide_law_tables
     from gqa_scaling.study.report.files import require_own, require_page, settled
@@ -332,11 +329,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.sentences import training
     from gqa_scaling.study.report.tradeoffs import aligned_answer
 
-    path = (
-        _default_page(args.source, runs_root(args.root))
-        if args.output is None
-        else as_path(args.output)
-    )
+    path = _default_page(args) if args.output is None else as_path(args.output)
     if args.output is not None:
         require_page(args.output, path, WRITTEN)
     path = settled(path)
@@ -359,13 +352,15 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _default_page(source: str, root: Path) -> Path:
+def _default_page(args: argparse.Namespace) -> Path:
     """Where the page goes that no --output names: with the runs, or in a folder of the CSV file's."""
-    path = as_path(source)
+    from gqa_scaling.files.runs import runs_root
+
+    path = as_path(args.source)
     if path.suffix == ".csv":
         return path.with_name(f"{path.stem}-report") / "report.html"
-    name = path.stem if path.suffix == ".py" else source.split(".")[-1]
-    return root / name / "report.html"
+    name = path.stem if path.suffix == ".py" else args.source.split(".")[-1]
+    return runs_root(args.root) / name / "report.html"
 
 
 VERBS: dict[str, Verb] = {

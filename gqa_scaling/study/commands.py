@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
 from gqa_scaling.experiment.overrides import overrides_to
@@ -16,16 +15,16 @@ from gqa_scaling.study.source import Source
 
 
 def with_training(
-    answer: Frontier, source: Source, found: Estimates, root: Path, options: Sequence[str] = ()
+    answer: Frontier, source: Source, found: Estimates, options: Sequence[str] = ()
 ) -> Frontier:
     """The answer with the command that trains each model, and the runs that can check it.
 
     `options` end the commands. Without an experiment the answer stays as it is: nothing is known of
     how others' runs were trained.
     """
-    if source.experiment is None:
+    if source.experiment is None or source.root is None:
         return answer
-    results, name = source.results, source.experiment.name
+    results, name, root = source.results, source.experiment.name, source.root
     context = found.fit.context_length or int(results.context_length.max())
     tokens = round(found.tokens.at_tokens) if found.tokens else None
     runs = [run for run in source.grid if run.context_length == context]

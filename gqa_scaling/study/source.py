@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.experiment.load import Experiment, load_experiment
+from gqa_scaling.files.runs import runs_root
 from gqa_scaling.study.choices import PUBLISHED, is_experiment
 from gqa_scaling.study.reading import from_csv, from_runs, published
 from gqa_scaling.study.results import Results
@@ -22,7 +23,8 @@ PUBLISHED_QUESTION = Question(
 class Source:
     """The finished runs that a name stands for, and the question that they come with.
 
-    `name` and `overrides` are as they were given; `experiment` is None for runs of others.
+    `name` and `overrides` are as they were given. `experiment`, and `root`, the folder of all runs,
+    are None for runs of others.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Source:
     results: Results
     question: Question
     experiment: Experiment | None = None
+    root: Path | None = None
 
     @property
     def grid(self) -> tuple[RunConfig, ...]:
@@ -37,16 +40,18 @@ class Source:
         return self.experiment.runs if self.experiment else ()
 
 
-def read_source(name: str, overrides: Sequence[str], root: Path) -> Source:
-    """Read the runs of an experiment below `root`, of a CSV file, or the published ones.
+def read_source(name: str, overrides: Sequence[str], named: str | None) -> Source:
+    """Read the runs of an experiment, of a CSV file, or the published ones.
 
-    `overrides` change an experiment's fields. Raises UserError as `load_experiment`, `from_runs` and
+    `overrides` change an experiment's fields. `named` is the folder of the runs that was given, as in
+    `runs_root`: others' data needs none, and is read where there can be none. Raises UserError as `load_experiment`, `from_runs` and
     `from_csv` do, and for overrides of anything but an experiment.
     """
     if is_experiment(name):
+        root = runs_root(named)
         experiment = load_experiment(name, overrides, root)
         results = from_runs(root, experiment.name, experiment.runs)
-        return Source(name, tuple(overrides), results, experiment.question, experiment)
+        return Source(name, tuple(overrides), results, experiment.question, experiment, root)
     require(
         not overrides,
         f"unexpected argument {overrides[0] if overrides else ''!r}: {name} has no fields",

@@ -74,3 +74,11 @@ def test_the_finished_runs_are_those_there(workplace, capsys):
     finish(one, "tiny")
     assert cli.main(["run", TINY, "--only", "L1-h1", "--root", "elsewhere"]) == 0
     assert "all 1 runs are finished in elsewhere/tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", ["fit chen2025 --refits 100", "frontier chen2025 --refits 100", f"plan {TINY}"]
+)
+def test_what_needs_no_runs_needs_no_folder_for_them(workplace, capsys, command):
+    Path("runs").touch()  # none can be made here
+    assert cli.main(command.split()) == 0, capsys.readouterr().err
