@@ -104,8 +104,8 @@ class ModelConfig(Json):
 class DataConfig(Json):
     """Which text, and how it is cut into tokens.
 
-    `corpus` is "stdlib" (the source text of the running Python's standard library), a folder of
-    text files, or a .jsonl/.jsonl.gz/.jsonl.zst/.parquet file or folder of such files with a
+    `corpus` is "stdlib" (the source text of the running Python's standard library), "linux-6.1"
+    (the source of the Linux kernel, which `gqa-scaling fetch` brings), a folder of text files, or a .jsonl/.jsonl.gz/.jsonl.zst/.parquet file or folder of such files with a
     `text_field`. `tokenizer` is "bytes", "bpe-N" (a byte-level BPE of N tokens trained on the
     corpus), or the path of a tokenizer.json. `store` is where the tokens lie: not part of the run's
     identity, as its content hash is checked whenever a run is resumed. `allow_repeats` lets a run

@@ -56,7 +56,7 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         )
         if name != asked:
             continue
-        if name not in (*study.VERBS, "checkpoints"):
+        if name not in (*study.VERBS, "checkpoints", "fetch"):
             verb.add_argument("experiment", help="module or file, such as experiments.smoke")
         add(verb)
         verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")

@@ -45,6 +45,11 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rebuild", action="store_true", help="replace a store that is there")
 
 
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", help="linux-6.1: source of the Linux kernel, 139 MB, GPL-2.0")
+    parser.add_argument("--from", dest="file", help="the package, where it lies here already")
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_view(parser)
@@ -117,6 +122,15 @@ def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
             f"{store.path}: {store.train_tokens:,} training and {store.heldout_tokens:,} held-out "
             f"tokens, vocabulary {store.vocab_size:,}, hash {store.hash[:12]}"
         )
+    return 0
+
+
+def _fetch(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.data.fetch import ARCHIVES, fetch
+
+    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    kept = fetch(args.corpus, as_path(args.file) if args.file is not None else None)
+    print(f"{kept}: {kept.stat().st_size / 1e6:,.0f} MB, licence {ARCHIVES[args.corpus].licence}")
     return 0
 
 
@@ -335,6 +349,7 @@ def _show(args: argparse.Namespace, for_programs: Any, for_people: "Table") -> N
 
 
 VERBS: dict[str, Verb] = {
+    "fetch": (_fetch, "bring a corpus that anybody can have", _add_fetch),
     "prepare": (_prepare, "turn the experiment's corpus into tokens", _add_prepare),
     "plan": (_plan, "say what the experiment will cost, before any spend", _add_plan),
     "run": (_run, "train what is not finished yet", _add_run),

@@ -21,6 +21,8 @@ import zstandard
 from gqa_scaling.config import DataConfig, UserError, require
 from gqa_scaling.files.storage import expanded, is_remote
 
+# Corpora that `gqa-scaling fetch` brings, and where their records then lie.
+FETCHED = {"linux-6.1": "data/linux-6.1.jsonl.zst"}
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 # Packages are not the library; tests are left out because some Linux packages leave them out.
@@ -89,7 +91,11 @@ def open_corpus(data: DataConfig) -> Corpus:
         f"corpus={data.corpus!r} must lie on this machine: copy it here; the tokens that are made of "
         "it may be remote (data.store)",
     )
-    root, left_out = expanded(data.corpus), 0
+    root, left_out = expanded(FETCHED.get(data.corpus, data.corpus)), 0
+    require(
+        data.corpus not in FETCHED or root.exists(),
+        f"corpus={data.corpus!r} is not here as {root} yet: gqa-scaling fetch {data.corpus}",
+    )
     if data.corpus == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, _NOT_LIBRARY) if path.suffix == ".py"]
@@ -100,7 +106,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     else:
         require(
             root.exists(),
-            f"corpus={data.corpus!r} does not exist: give stdlib, a folder of text files, or a "
+            f"corpus={data.corpus!r} does not exist: give stdlib, {', '.join(FETCHED)}, a folder of text files, or a "
             f"{', '.join(RECORDS)} file",
         )
         require(

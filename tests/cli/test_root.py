@@ -28,7 +28,7 @@ def finish(run: RunConfig, experiment: str) -> None:
     directory.finish({"evaluations": {run.evaluation_digest: {"loss": 2.0}}}, {})
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"fetch"}))
 def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
     told = []
 
