@@ -82,11 +82,17 @@ def fit(
     """
     how = Refitting(bootstrap, robust, refits, seed)
     require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
-    p = points(results, context_length)
+    p = points(results, context_length, joint=law != "separate")
+    model = make_model(law, p, results.head_dim[0])
+    require(
+        len(p.n) > np.count_nonzero(model.ridge == 0),
+        f"{results.source}: too few runs to fit: {len(p.n)} points leave nothing to judge the noise "
+        f"of law {law!r} by",
+    )
     fitted = fit_model(
         results,
         p,
-        make_model(law, p, results.head_dim[0]),
+        model,
         (p.size,),
         law=law,
         title=f"law {law!r}",
