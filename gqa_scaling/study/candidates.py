@@ -17,8 +17,8 @@ from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study.choices import Law
 from gqa_scaling.study.context import spans_contexts
 from gqa_scaling.study.estimates import Estimates, estimate
-from gqa_scaling.study.fit import make_model
-from gqa_scaling.study.fitted import Fit
+from gqa_scaling.study.fit import known_of, make_model
+from gqa_scaling.study.fitted import Fit, flagged
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.points import MIN_SIZES, Interval, Points
@@ -160,6 +160,7 @@ def _on_one_scale(
         f"these runs do not determine law {fit.law!r}: vary query heads and KV heads apart",
     )
     scale = scale_of(fit, head_dim)
+    scale = dataclasses.replace(scale, fit=flagged(scale.fit, known_of(results)))
     whole, found = scale.fit_of((*heads, *also)), dataclasses.replace(found, fit=scale.fit_of(()))
     others = tuple(_other_laws(found.fit.points, whole, head_dim))
     return Candidates(found, whole, heads, scale, others)
@@ -190,3 +191,8 @@ def sizes_of(fit: Fit, k: int) -> Interval:
     ends = backbone_size(p.n_layers, p.d_model)
     low, high = backbone.to_n(k, np.array([ends.min(), ends.max()], float))
     return float(low), float(high)
+
+
+def trained_curves(fit: Fit) -> list[int]:
+    """The indices of the configurations that have runs."""
+    return sorted(set(fit.points.curve.tolist()))

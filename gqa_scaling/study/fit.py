@@ -100,7 +100,7 @@ def fit(
         remedy="add sizes, or fit a law with fewer parameters",
         context_length=context_length,
     )
-    return flagged(fitted, (*flags(results), *_budget_flag(results)))
+    return flagged(fitted, known_of(results))
 
 
 def fit_model(
@@ -243,6 +243,11 @@ def brought(
         curves=model.curves(fitted.parameters, more[0]),
         draws=model.curves(fitted.parameter_draws, more[1]),
     )
+
+
+def known_of(results: Results) -> tuple[str, ...]:
+    """What must be known of the runs before any fit."""
+    return *flags(results), *_budget_flag(results)
 
 
 def _budget_flag(results: Results) -> list[str]:

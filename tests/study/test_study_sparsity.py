@@ -24,7 +24,8 @@ from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.frontier import default_baseline, frontier
+from gqa_scaling.study.baseline import default_baseline
+from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
