@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from gqa_scaling.fields import require
 
-LLAMA3 = "llama3"  # n_h = d / d_h query heads and 8 KV heads at every size (Chen et al. 2025, section 5)
+LLAMA3 = (
+    "llama3"  # n_h = d / d_h query heads and 8 KV heads at every size (Chen et al. 2025, section 5)
+)
 _MODEL = re.compile(r"(\d{1,5}),(\d{1,5})@L(\d{1,5})d(\d{1,7})")
 
 

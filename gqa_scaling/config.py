@@ -423,9 +423,8 @@ class Question(Json):
     `losses` are targets in nats (None: chosen inside the range every configuration covers),
     `contexts` the inference context lengths in tokens. Savings are stated against `baseline`: heads,
     (n_heads, n_kv_heads) and pattern if any, or a text that `baselines.named` reads (None: the most
-    query heads trained, of those the most KV heads). `convention` names how inference FLOPs are
-    counted, `weight`, `memory_power` and `compute_power` are lambda, alpha and beta of Chen et al.
-    2025, section 4.2. A `demonstration` says so on every page it prints.
+    heads trained). `convention` names how inference FLOPs are counted; `weight`, `memory_power` and
+    `compute_power` are lambda, alpha, beta of Chen et al. 2025, section 4.2. A `demonstration` says so.
     """
 
     contexts: tuple[int, ...] = (8192, 32768, 131072)

@@ -161,9 +161,7 @@ def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
     return estimate(results, law=args.law or "separate", **_options(args))
 
 
-def _candidates(
-    args: argparse.Namespace, results: "Results", question: Question
-) -> "Candidates":
+def _candidates(args: argparse.Namespace, results: "Results", question: Question) -> "Candidates":
     """What is to be ranked, and the curves for it and for the baseline."""
     from gqa_scaling.study.baseline import curves_for, named_baseline
     from gqa_scaling.study.candidates import WHICH, candidates

@@ -66,9 +66,7 @@ def in_words(baseline: Baseline) -> str:
             "the published Llama-3 family: 8 KV heads and as many query heads as fill the width, "
             "d / d_h, at every size"
         )
-    return (
-        f"{baseline[0]} query and {baseline[1]} KV heads at every size, of the size that reaches the loss"
-    )
+    return f"{baseline[0]} query and {baseline[1]} KV heads at every size, of the size that reaches the loss"
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,9 @@ def reference(
     A whole model is itself whatever the target. Raises UserError for the family without a `scale`.
     """
     if isinstance(baseline, WholeModel):
-        n, loss = whole_model(baseline, fit, curves, deployment.family)
-        return Reference(np.full_like(loss, n), loss, _fixed(baseline, n, deployment, len(loss)))
+        size, loss = whole_model(baseline, fit, curves, deployment.family)
+        n = np.full_like(loss, size)
+        return Reference(n, loss, _fixed(baseline, n, deployment))
     if isinstance(baseline, str):
         return _llama3(fit, scale, deployment, targets)
     k = fit.index(baseline)
@@ -111,17 +110,23 @@ def whole_model(
     model: WholeModel, fit: Fit, curves: Curves, family: Family
 ) -> tuple[float, np.ndarray]:
     """N of the model as the fit counts it, and its losses in nats, one for each row of the curves."""
-    n = float(family.from_formula(float(family.formula(*model[2:], model.heads)), model.heads))
+    n = float(
+        family.from_formula(
+            float(family.formula(model.n_layers, model.d_model, model.heads)), model.heads
+        )
+    )
     return n, curves.loss(fit.index(model.heads), n)
 
 
-def _fixed(model: WholeModel, n: float, deployment: Deployment, rows: int) -> Costs:
-    layers, width = (np.full(rows, float(v)) for v in model[2:])
+def _fixed(model: WholeModel, n: np.ndarray, deployment: Deployment) -> Costs:
+    layers, width = (np.full_like(n, v) for v in (model.n_layers, model.d_model))
     keys = effective_context(model.heads, layers, deployment.context)
-    return deployment.costs_of_shape(np.full(rows, n), model.heads, layers, width, keys)
+    return deployment.costs_of_shape(n, model.heads, layers, width, keys)
 
 
-def _llama3(fit: Fit, scale: Scale | None, deployment: Deployment, targets: np.ndarray) -> Reference:
+def _llama3(
+    fit: Fit, scale: Scale | None, deployment: Deployment, targets: np.ndarray
+) -> Reference:
     """The family's sizes that reach the targets, between the sizes of the study's own ladder.
 
     Chen et al. 2025, section 5: n_h = d / d_h, real-valued between sizes, and 8 KV heads.

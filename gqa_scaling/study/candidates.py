@@ -59,9 +59,11 @@ def heads_to_rank(
     if which == "measured":
         return tuple(trained)
     if isinstance(which, str | None):
-        most = [MOST, MOST] if which else [max(h[i] for h in trained) for i in (0, 1)]
-        powers = head_candidates(2 ** (max(most).bit_length() - 1))
-        which = [*trained, *(h for h in powers if h[0] <= most[0] and h[1] <= most[1])]
+        queries, values = (
+            (MOST, MOST) if which else map(max, zip(*(h[:2] for h in trained), strict=True))
+        )
+        powers = head_candidates(2 ** (queries.bit_length() - 1))
+        which = [*trained, *(h for h in powers if h[1] <= values)]
     return tuple(dict.fromkeys(which))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_scaling.config import Question
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.points import Interval
-from gqa_scaling.study.results import Heads, pattern_of
+from gqa_scaling.study.results import Heads, pairs, pattern_of
 from gqa_scaling.units import quantity
 
 if TYPE_CHECKING:
@@ -99,7 +99,13 @@ def caveats(answers: "Sequence[Answer]", reach: dict[Heads, Interval], baseline:
         f"the baseline {baseline} never reaches the loss, so that savings leave them out, in "
         f"{'; '.join(unsaved)}",
     )
-    unbuilt = [a for a in reached if a.model is None]
+    uneven = sorted({a.best.heads for a in reached if a.best.heads[0] % a.best.heads[1]})
+    tell(
+        uneven,
+        f"{pairs(uneven)}: query heads that are no multiple of the KV heads have costs and a loss, but "
+        "no model of them can be built here",
+    )
+    unbuilt = [a for a in reached if a.model is None and a.best.heads not in uneven]
     tell(unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}")
     ties = sum(len(a.tied) > 1 for a in answers)
     tell(

@@ -18,10 +18,10 @@ from scipy.optimize import brentq
 
 from gqa_scaling.baselines import WholeModel
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, UserError, between, require
-from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.baseline import baseline_of
 from gqa_scaling.study.caveats import MISSED, beyond_training
+from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, decide, rank
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of

@@ -85,7 +85,7 @@ def fit(
     p = points(results, context_length, joint=law != "separate")
     model = make_model(law, p, results.head_dim[0])
     require(
-        len(p.n) > np.count_nonzero(model.ridge == 0),
+        len(p.n) > int((model.ridge == 0).sum()),
         f"{results.source}: too few runs to fit: {len(p.n)} points leave nothing to judge the noise "
         f"of law {law!r} by",
     )

@@ -50,7 +50,6 @@ from gqa_scaling.study.results import Heads, Results, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import interval
-from gqa_scaling.units import quantity
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,12 @@ class Answer:
         known = [c for c in self.choices if math.isfinite(c.equal_cost.gain)]
         return max(known, key=lambda c: c.equal_cost.gain, default=None)
 
+    @property
+    def safest(self) -> Choice | None:
+        """The cheapest configuration that was trained; None where none reaches the loss."""
+        known = (c for c in self.choices if c.known == "measured" and c.reached)
+        return next(known, None)
+
     def choice(self, heads: Heads) -> Choice:
         return next(c for c in self.choices if c.heads == heads)
 
@@ -187,6 +192,7 @@ class Frontier:
         out["baseline_in_words"] = in_words(self.baseline)
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
+            answer["best_measured"] = whole.safest and whole.safest.heads
             answer["lowest"] = whole.lowest and whole.lowest.heads
             for row in answer["choices"]:
                 row["known"] = KNOWN[row["known"]]
@@ -326,7 +332,9 @@ def _answer(
         tied=tied(choices),
         margin=choices[1].excess if len(choices) > 1 else math.inf,
         baseline=_based(base, deployment),
-        under={other.law: _under(other, heads, deployment, choices[0], loss) for other in among.others},
+        under={
+            other.law: _under(other, heads, deployment, choices[0], loss) for other in among.others
+        },
         model=_model(fit, deployment, choices[0]),
     )
 

@@ -112,7 +112,9 @@ class Curves:
 
         Infinite where the loss is never reached.
         """
-        n = centred_inverse(np.asarray(loss)[..., None], self.u, self.b, self.floor[..., None], self.centre)
+        n = centred_inverse(
+            np.asarray(loss)[..., None], self.u, self.b, self.floor[..., None], self.centre
+        )
         if self.backbone is None:
             return n
         return np.stack([self.backbone.to_n(k, n[..., k]) for k in range(n.shape[-1])], -1)

@@ -55,9 +55,7 @@ class Points:
         return float(n.min()), float(n.max())
 
 
-def points(
-    results: Results, context_length: int | None = None, *, joint: bool = False
-) -> Points:
+def points(results: Results, context_length: int | None = None, *, joint: bool = False) -> Points:
     """The points of the runs at one context length, each size trained on one number of tokens.
 
     Raises UserError when the runs span several context lengths and none is named, and as `cells`.

@@ -51,6 +51,7 @@ def _marked(choice: Choice) -> str:
 def frontier_table(frontier: Frontier) -> Table:
     """The cheapest configuration for each target loss and context."""
     q, u, laws = frontier.question, frontier.units, list(frontier.answers[0].under)
+    predicted = any(c.known != "measured" for c in frontier.answers[0].choices)
     notes = [
         f"FLOPs: {u['flops']}. Z: {u['z']}."
         + (f" T_eff in {u['effective']}." if frontier.sharded else "")
@@ -79,11 +80,12 @@ def frontier_table(frontier: Frontier) -> Table:
             Column("Z", _best(lambda c: quantity(c.z)), spare=5 if laws else 0),
             Column("P(best)", _best(lambda c: percent(c.probability, 0))),
             Column("regret", _best(lambda c: percent(c.regret, 2)), spare=3),
+            *(_safest_columns() if predicted else []),
             *map(_under, laws),
             Column("tied with", _tied, fold=True),
         ],
         _by_context(frontier),
-        [*notes, *_known_notes(frontier, laws)],
+        [*notes, *(_predicted_notes(frontier.law) if predicted else []), *_law_notes(laws)],
         f"Loss in {u['loss']}. N*: {u['n']} ({frontier.count}). Memory in {u['memory']}. Regret: the "
         "expected excess cost over the refits. Tied configurations are the fewest that hold "
         f"{LEVEL:.0%} of the probability of being the cheapest.",
@@ -100,6 +102,18 @@ def _known_columns(frontier: Frontier, wrap: Callable[..., Callable[[Any], str]]
     ]
 
 
+def _safest_columns() -> list[Column]:
+    """The cheapest configuration that was trained, and what it costs more than the cheapest."""
+
+    def cell(write: Callable[[Choice], str]) -> Callable[[Answer], str]:
+        return lambda answer: write(answer.safest) if answer.safest else "-"
+
+    return [
+        Column("best\nmeasured", cell(lambda c: pair(c.heads))),
+        Column("dearer by", cell(lambda c: percent(c.excess))),
+    ]
+
+
 def _under(law: Law) -> Column:
     """What an answer would cost more by another law, than that law's own best."""
 
@@ -107,26 +121,26 @@ def _under(law: Law) -> Column:
         if not answer.best.reached:
             return "-"
         excess = answer.under[law]
-        return "never" if excess == math.inf else percent(excess, 1)
+        return "never" if excess == math.inf else percent(excess)
 
-    return Column(f"dearer by\n{law}", cell, spare=2)
+    return Column(f"dearer by\n{law}", cell, spare=6)
 
 
-def _known_notes(frontier: Frontier, laws: Sequence[Law]) -> list[str]:
-    """What the columns of `_known_columns` and `_under` say."""
-    notes = []
-    if any(c.known != "measured" for c in frontier.answers[0].choices):
-        notes.append(
-            f"Curves: law {frontier.law!r} for all heads, each configuration straying from it by as much "
-            "as the trained ones do. measured: these heads were trained; predicted: within the head "
-            "counts that were; beyond: predicted beyond the trained heads."
-        )
-    if laws:
-        notes.append(
-            "Dearer by another law: what this answer costs more, by that law's curves, than that law's "
-            "own best; separate curves rank trained heads alone (-: not this answer's)."
-        )
-    return notes
+def _predicted_notes(law: Law) -> list[str]:
+    return [
+        f"Curves: law {law!r} for all heads, each configuration straying from it by as much as the trained "
+        "ones do. measured: these heads were trained; predicted: within the head counts that were; "
+        "beyond: predicted beyond the trained heads."
+    ]
+
+
+def _law_notes(laws: Sequence[Law]) -> list[str]:
+    if not laws:
+        return []
+    return [
+        f"Dearer by {' or '.join(laws)}: what this answer costs more, by the curves of that law, than that "
+        "law's own best. Separate curves rank trained heads alone (-: not this answer's)."
+    ]
 
 
 def _shape(layers: float, width: float) -> str:
@@ -162,7 +176,8 @@ def saving_table(frontier: Frontier) -> Table:
             Column(
                 INTERVAL,
                 _best(lambda c: span(c.saving_interval[kind], percent)),
-                page_only=kind != third,
+                spare=0 if kind == third else 3,
+                page_only=kind not in ("memory", "flops", third),
             ),
         )
 
@@ -247,11 +262,7 @@ def gain_table(frontier: Frontier) -> Table:
                 INTERVAL,
                 lowest(lambda c: span(c.equal_cost.gain_interval, millinats)),
             ),
-            *(
-                own(heads)
-                for heads in frontier.told
-                if heads != frontier.baseline
-            ),
+            *(own(heads) for heads in frontier.told if heads != frontier.baseline),
         ],
         _by_context(frontier),
         about=f"For the {kind} that the baseline {base} costs at the target loss: the configuration of "

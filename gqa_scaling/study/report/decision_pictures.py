@@ -31,8 +31,8 @@ def heat_map(among: Candidates, results: Results, answers: Frontier) -> Figure:
     losses = np.linspace(covered.min(), covered.max(), 7).tolist()
     contexts = spread(min(answers.question.contexts), max(answers.question.contexts))
     asked = replace(answers.question, losses=tuple(losses), contexts=tuple(contexts))
-    options = {"among": among, "gains": False}
-    whole = frontier(fit, results, asked, answers.objective, answers.serving, **options)
+    by = answers.objective
+    whole = frontier(fit, results, asked, by, answers.serving, among=among, gains=False)
     cells = [[whole.at(loss, context) for context in contexts] for loss in losses]
     saved = 100 * np.array([[a.best.saving[answers.objective] for a in row] for row in cells])
     short, codes = draw.short_names(among.heads)

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 
-from gqa_scaling.study.build import Model
-from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
 from gqa_scaling.study.baseline import is_whole, label
+from gqa_scaling.study.build import Model
 from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.caveats import MISSED
+from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
 from gqa_scaling.study.report.table import percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
@@ -47,8 +47,13 @@ def sentence(frontier: Frontier) -> str:
         )
     if best.known != "measured":
         said.append(
-            f"Its heads were never trained: they are {KNOWN[best.known]}, and the run below checks it."
+            f"Its heads were never trained: they are {KNOWN[best.known]}, and the run below checks them."
         )
+        if answer.safest:
+            said.append(
+                f"The cheapest that was trained is {pair(answer.safest.heads)}, "
+                f"{percent(answer.safest.excess)} dearer."
+            )
     if best.extrapolated:
         said.append("Its size lies outside the fitted ones.")
     if pattern and answer.context > frontier.train_context:
