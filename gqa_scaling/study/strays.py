@@ -26,6 +26,7 @@ from gqa_scaling.study.results import Heads
 from gqa_scaling.study.solver import refit
 
 SPREADS = (0.02, 0.01)  # of s_H and t_H: the scales of what is believed before any run
+_ITERATIONS = 300  # most refits need ten; those still on their way along a flat valley are kept
 _GRID = np.r_[0.0, np.geomspace(0.05, 20, 24)]  # of a spread, in those scales
 
 
@@ -191,7 +192,8 @@ def scale_of(fit: Fit, head_dim: int) -> Scale:
     y = p.loss + strays.noise.draw(refits, rng) - strays.added(moved)
     y = np.maximum(y, 1e-3 * p.loss)  # losses are above 0
     start = np.tile(fit.parameters, (refits, 1))
-    rows, _, done = refit(model, y, np.tile(weight, (refits, 1)), start)
+    again = refit(model, y, np.tile(weight, (refits, 1)), start, iterations=_ITERATIONS)
+    rows, done = again[0], np.isfinite(again[1])
     drawn = moved + strays.most_likely(y - model.predict(rows), spreads)
     law = model.predict(fit.parameters[None])[0]
     each = strays.most_likely(p.loss - law, strays.spreads)

@@ -117,9 +117,9 @@ def test_excess_under_another_law_is_that_laws_own_ranking(all_21, table_4):
 def test_intervals_hold_configurations_that_were_left_out():
     """Each published configuration predicted from the others: 90% of the intervals of a run."""
     r, rng, inside = published(), np.random.default_rng(0), []
-    for out in ((1, 1), (8, 1), (8, 2), (8, 8)):
+    for out in ((2, 1), (8, 2), (8, 8)):
         mine = np.array([h == out for h in r.heads])
-        fit = candidates(r.select(~mine), [out], refits=300).fit
+        fit = candidates(r.select(~mine), [out], refits=200).fit
         for i in np.flatnonzero(mine):
             draws = fit.draws.loss(fit.index(out), r.n_params[i])
             low, high = interval(draws + fit.sigma * rng.standard_normal(len(draws)))
