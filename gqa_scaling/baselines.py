@@ -32,7 +32,7 @@ def named(text: str) -> WholeModel | str:
     sizes = tuple(map(int, found.groups())) if found else ()
     require(
         bool(sizes) and min(sizes) > 0,
-        f"baseline={text!r} must be heads such as 8,8, one model such as 24,8@L36d1536 (24 query heads, "
-        f"8 KV heads, 36 layers, width 1536), or {LLAMA3}, the published family",
+        f"baseline={text!r} must be a pair of heads such as (8, 8), or the text 24,8@L36d1536 for one model "
+        f"(24 query heads, 8 KV heads, 36 layers, width 1536) or {LLAMA3} for the published family",
     )
     return WholeModel(*sizes)

@@ -245,7 +245,7 @@ def test_a_whole_model_is_a_baseline_and_its_loss_the_target(all_21):
 
 def test_baselines_are_checked_when_they_are_written():
     for text in ("llama4", "8,8@L0d64", "8;8", "8,8@36"):
-        with pytest.raises(UserError, match="such as 24,8@L36d1536"):
+        with pytest.raises(UserError, match="the text 24,8@L36d1536 for one model"):
             Question(baseline=text)
     q = Question(baseline="llama3")
     assert Question.from_dict(q.to_dict()) == q
