@@ -145,9 +145,16 @@ def test_a_trained_configuration_keeps_what_its_runs_say(tmp_path):
             here, law = truth(layers, width, heads, stray), truth(layers, width, heads)
             found = float(among.fit.curves.loss(k, n))
             assert abs(found - here) < 0.3 * abs(law - here)
+            low, high = interval(among.fit.draws.loss(k, n))
+            assert low < found < high
     unseen, seen = (np.std(among.fit.draws.u[:, among.fit.index(h)]) for h in ((4, 2), (4, 1)))
     assert unseen > 1.5 * seen
     spread = among.scale.spreads.mean(0)[0]
+    away = (
+        among.fit.draws.u[:, among.fit.index((4, 2))]
+        - among.scale.model([(4, 2)]).curves(among.scale.rows[1:]).u[:, -1]
+    )
+    assert 0.6 * spread < np.std(away) < 2 * spread  # as far from the law as trained ones are
     assert 0.01 < spread < 0.08
     calm = candidates(study(tmp_path / "b.csv", noise=0.001), refits=200).scale.spreads.mean(0)[0]
     assert calm < 0.5 * spread
