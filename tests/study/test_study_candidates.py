@@ -145,8 +145,9 @@ def test_a_trained_configuration_keeps_what_its_runs_say(tmp_path):
             here, law = truth(layers, width, heads, stray), truth(layers, width, heads)
             found = float(among.fit.curves.loss(k, n))
             assert abs(found - here) < 0.3 * abs(law - here)
-            low, high = interval(among.fit.draws.loss(k, n))
-            assert low < found < high
+            assert (
+                np.std(among.fit.draws.loss(k, n)) < 0.003
+            )  # as sure as its noise of 0.001 makes it
     unseen, seen = (np.std(among.fit.draws.u[:, among.fit.index(h)]) for h in ((4, 2), (4, 1)))
     assert unseen > 1.5 * seen
     spread = among.scale.spreads.mean(0)[0]
