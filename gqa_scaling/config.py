@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from gqa_scaling import baselines
 from gqa_scaling.context_sharding import ContextSharding, LayerPattern
 from gqa_scaling.fields import (
     INT32_MAX,
@@ -420,16 +421,15 @@ class Question(Json):
     """What a study asks of its runs: the cheapest configuration for each loss and context.
 
     `losses` are targets in nats (None: chosen inside the range every configuration covers),
-    `contexts` the inference context lengths in tokens, `baseline` the (n_heads, n_kv_heads), and
-    pattern if it has one, that savings are stated against (None: the most query heads, and of those
-    the most KV heads). `convention` names how inference FLOPs are counted, `weight`, `memory_power` and
-    `compute_power` are lambda, alpha and beta of Chen et al. 2025, section 4.2.
-    A `demonstration` says so on every page it prints.
+    `contexts` the inference context lengths in tokens. Savings are stated against `baseline`: heads,
+    (n_heads, n_kv_heads) and pattern if any, or a text that `baselines.named` reads (None: the most
+    heads trained). `convention` names how inference FLOPs are counted; `weight`, `memory_power` and
+    `compute_power` are lambda, alpha, beta of Chen et al. 2025, section 4.2. A `demonstration` says so.
     """
 
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     losses: tuple[float, ...] | None = None
-    baseline: tuple[int, int] | tuple[int, int, ContextSharding] | None = None
+    baseline: tuple[int, int] | tuple[int, int, ContextSharding] | str | None = None
     convention: Convention = "per_token"
     weight: float = 0.9
     memory_power: float = 1 / 2
@@ -443,6 +443,8 @@ class Question(Json):
             between("context", context, 1, MOST_CONTEXT, "tokens")
         for loss in self.losses or ():
             between("target loss", loss, *LOSSES, "nats per token")
+        if isinstance(self.baseline, str):
+            baselines.named(self.baseline)
         between("lambda", self.weight, 0, 1)
         between("alpha", self.memory_power, *POWERS)
         between("beta", self.compute_power, *POWERS)

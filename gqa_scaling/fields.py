@@ -132,8 +132,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return None
         hints = [h for h in typing.get_args(hint) if h is not type(None)]
         size = len(value) if isinstance(value, tuple | list) else None
-        # Of a union of tuples the one of the value's length counts.
-        hint = next((h for h in hints if len(typing.get_args(h)) == size), hints[0])
+        # The value's own type counts or, of a union of tuples, the one of its length.
+        fitting = (h for h in hints if h is type(value) or len(typing.get_args(h)) == size)
+        hint = next(fitting, hints[0])
     if typing.get_origin(hint) is tuple:
         return _values(typing.get_args(hint), value, where)
     if typing.get_origin(hint) is Literal:

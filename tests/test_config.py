@@ -450,7 +450,7 @@ def test_question_refuses_nonsense():
         ({"contexts": (True,)}, "contexts[0]=True must be of type int"),
         ({"losses": 2.5}, "losses=2.5 must be a tuple of floats"),
         ({"losses": ("low",)}, "losses[0]='low' must be of type float"),
-        ({"baseline": "8,8"}, "baseline='8,8' must be a tuple of 2 ints"),
+        ({"baseline": "8,8"}, "baseline='8,8' must be a pair of heads such as (8, 8)"),
         ({"baseline": (8,)}, "baseline=(8,) must be a tuple of 2 ints"),
         (
             {"baseline": (8, 8, 8)},

@@ -22,9 +22,11 @@ FLOORS = (
     ("costs", "hardware"),
     ("config",),
     ("context_sharding",),
+    ("baselines",),
     ("fields", "units"),
 )
 STUDY = {
+    "baselines",
     "files",
     "experiment",
     "costs",

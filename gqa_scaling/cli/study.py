@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from gqa_scaling.baselines import LLAMA3
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
@@ -13,6 +14,7 @@ from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law, is_experiment
 
 if TYPE_CHECKING:
+    from gqa_scaling.study.candidates import Candidates
     from gqa_scaling.study.equal_training import EqualTraining
     from gqa_scaling.study.estimates import Estimates
     from gqa_scaling.study.results import Results
@@ -31,8 +33,8 @@ def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
     add(
         "--law",
         choices=get_args(Law),
-        default="separate",
-        help="a curve for each head configuration (default), or a joint law across them",
+        help="a curve for each head configuration, or a joint law across them (default: separate; where "
+        "heads that were not trained are ranked, the joint law that predicts them best)",
     )
     add(
         "--bootstrap",
@@ -79,7 +81,18 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--losses", type=finite, nargs="+", help="target losses in nats")
     add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
-    add("--baseline", metavar="n_h,n_kv", help="heads that savings are stated against")
+    add(
+        "--candidates",
+        nargs="+",
+        metavar="n_h,n_kv",
+        help="configurations to rank: all (the published 21), measured (those trained), or heads such "
+        "as 4,1 8,2 (default: powers of two up to the most that were trained)",
+    )
+    add(
+        "--baseline",
+        help="what savings are stated against: heads at every size, 8,8; the published family, llama3; "
+        "one model, 24,8@L36d1536, whose predicted loss is then the target unless --losses are named",
+    )
     add("--convention", choices=CONVENTIONS, help="of FLOPs")
     add("--lambda", dest="weight", type=finite, help="weight of memory in Z")
     add("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
@@ -134,23 +147,47 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
     return read_source(args.source, rest, args.root)
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """How the runs are to be estimated, as `estimate` has it."""
+    names = ("bootstrap", "robust", "refits", "flat_from", "at_tokens")
+    known = {name: getattr(args, name, None) for name in names}
+    given = {name: value for name, value in known.items() if value is not None}
+    return given | {"context_length": args.context}
+
+
 def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
     from gqa_scaling.study.estimates import estimate
 
-    options = ("law", "bootstrap", "robust", "refits", "flat_from", "at_tokens")
-    known = {name: getattr(args, name, None) for name in options}
-    given = {name: value for name, value in known.items() if value is not None}
-    return estimate(results, context_length=args.context, **given)
+    return estimate(results, law=args.law or "separate", **_options(args))
+
+
+def _candidates(args: argparse.Namespace, results: "Results", question: Question) -> "Candidates":
+    """What is to be ranked, and the curves for it and for the baseline."""
+    from gqa_scaling.study.baseline import curves_for, named_baseline
+    from gqa_scaling.study.candidates import WHICH, candidates
+
+    words = args.candidates or []
+    which = words[0] if len(words) == 1 and words[0] in WHICH else None
+    heads = [_heads("--candidates", word) for word in words] if words and not which else None
+    baseline = named_baseline(question)
+    also = curves_for(baseline) if baseline else ()
+    return candidates(results, which or heads, args.law, also, **_options(args))
+
+
+def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
+    """n_heads,n_kv_heads as it is typed."""
+    heads = text.split(",")
+    valid = len(heads) == 2 and all(h.strip().isdecimal() and len(h) < 6 for h in heads)
+    valid = valid and min(map(int, heads)) > 0
+    require(valid, f"{flag} {text!r} must be n_heads,n_kv_heads such as 8,8{more}")
+    return int(heads[0]), int(heads[1])
 
 
 def _asked(args: argparse.Namespace, question: Question) -> Question:
     """The question with what the command line changes."""
-    baseline = None
-    if args.baseline is not None:
-        heads = args.baseline.split(",")
-        valid = len(heads) == 2 and all(h.strip().isdecimal() and len(h) < 10 for h in heads)
-        require(valid, f"--baseline {args.baseline!r} must be n_heads,n_kv_heads such as 8,8")
-        baseline = (int(heads[0]), int(heads[1]))
+    baseline: Any = args.baseline
+    if baseline is not None and baseline != LLAMA3 and "@" not in baseline:
+        baseline = _heads("--baseline", baseline, f", {LLAMA3}, or one model such as 24,8@L36d1536")
     changes = {
         "losses": tuple(args.losses) if args.losses else None,
         "contexts": tuple(args.contexts) if args.contexts else None,
@@ -160,6 +197,8 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
         "memory_power": args.memory_power,
         "compute_power": args.compute_power,
     }
+    if isinstance(baseline, str) and "@" in baseline and not args.losses:
+        question = replace(question, losses=None)  # the model's own loss is the target
     return replace(question, **{k: v for k, v in changes.items() if v is not None})
 
 
@@ -191,11 +230,12 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     serving = _serving(args)
     source = _source(args, rest)
     question = _asked(args, source.question)  # refused before anything is estimated
-    found = _estimates(args, source.results)
-    answer = frontier(found.fit, source.results, question, args.objective, serving)
+    among = _candidates(args, source.results, question)
+    found = among.estimates
+    answer = frontier(among.fit, source.results, question, args.objective, serving, among=among)
     options = [] if args.root is None else ["--root", args.root]
-    answer = with_training(answer, source, found, options)
-    return Study(source.results, found, answer)
+    answer = with_training(answer, source, found, options, fit=among.fit)
+    return Study(source.results, found, answer, candidates=among)
 
 
 def _aligned(

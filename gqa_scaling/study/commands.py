@@ -9,17 +9,18 @@ from gqa_scaling.experiment.overrides import overrides_to
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study.build import Check, Model, check_runs
 from gqa_scaling.study.estimates import Estimates
+from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.reading import from_runs
 from gqa_scaling.study.source import Source
 
 
 def with_training(
-    answer: Frontier, source: Source, found: Estimates, options: Sequence[str] = ()
+    answer: Frontier, source: Source, found: Estimates, options: Sequence[str] = (), *, fit: Fit
 ) -> Frontier:
     """The answer with the command that trains each model, and the runs that can check it.
 
-    `options` end the commands. Without an experiment the answer stays as it is: nothing is known of
+    `options` end the commands; `fit` has the curves of all that is ranked. Without an experiment the answer stays as it is: nothing is known of
     how others' runs were trained.
     """
     if source.experiment is None or source.root is None:
@@ -43,7 +44,7 @@ def with_training(
         if tokens in (None, run.tokens) and run.evaluation_digest in judged:
             one = from_runs(root, name, [run])
             if all(getattr(one, k)[0] == getattr(results, k)[0] for k in ("evaluation", "corpus")):
-                checks += check_runs(found.fit, one)
+                checks += check_runs(fit, one)
     answers = tuple(
         replace(each, model=each.model and with_command(each.model)) for each in answer.answers
     )

@@ -5,17 +5,20 @@ widths, and may even fall with N where the ladder turns wider at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import elementwise
 
 from gqa_scaling.study import laws
+from gqa_scaling.study.baseline import Reference
+from gqa_scaling.study.candidates import sizes_of
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import known_interval
+from gqa_scaling.study.results import Heads
 from gqa_scaling.study.serving import Deployment
 
 Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
@@ -47,34 +50,33 @@ NOT_SOUGHT = EqualCost(
 
 
 def equal_costs(
-    fit: Fit, curves: Curves, deployment: Deployment, base: int, n: np.ndarray
+    fit: Fit, curves: Curves, deployment: Deployment, heads: Sequence[Heads], base: Reference
 ) -> list[EqualCost]:
-    """`EqualCost` of every configuration for what the baseline, of index `base`, costs at sizes n.
+    """`EqualCost` of these configurations for what the baseline costs at the target loss.
 
-    `n` is (rows,), as are the curves: the point estimate, then every refit. The baseline's own loss is
-    free of what must hold.
+    Rows are the point estimate, then every refit. The baseline's own loss is free of what must hold.
     """
-    heads = fit.heads
-    budgets = deployment.objective_of(deployment.costs(n, heads[base]))
+    budgets = deployment.objective_of(base.costs)
     limit, family = deployment.serving.limit_bytes, deployment.family
 
     def reached(k: int, limit: float, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The largest sizes of configuration k and their losses in nats."""
 
         def load(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            costs = deployment.costs(n, heads[k])
+            costs = deployment.costs(n, fit.heads[k])
             return deployment.objective_of(costs), costs.bytes / limit
 
-        sizes = largest(load, family.sizes(heads[k]), budgets, known)
+        sizes = largest(load, family.sizes(fit.heads[k]), budgets, known)
         return sizes, _losses(curves, k, sizes)
 
-    _, baseline = reached(base, math.inf, n)
+    baseline = base.loss if base.k is None else reached(base.k, math.inf, base.n)[1]
     nowhere = np.full_like(budgets, math.nan)
     out = []
-    for k in range(len(heads)):
-        sizes, losses, (low, high) = nowhere, nowhere, fit.points.range_n(k)
-        if deployment.serving.allows(heads[k]):
-            sizes, losses = reached(k, limit, n if k == base else None)
+    for own in heads:
+        k = fit.index(own)
+        sizes, losses, (low, high) = nowhere, nowhere, sizes_of(fit, k)
+        if deployment.serving.allows(own):
+            sizes, losses = reached(k, limit, base.n if k == base.k else None)
         gains = baseline - losses
         out.append(
             EqualCost(

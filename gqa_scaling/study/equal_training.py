@@ -16,10 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq
 
-from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, between, require
+from gqa_scaling.baselines import WholeModel
+from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, UserError, between, require
+from gqa_scaling.study.baseline import baseline_of
+from gqa_scaling.study.caveats import MISSED, beyond_training
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.fitted import plain
-from gqa_scaling.study.frontier import MISSED, beyond_training, default_baseline
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, decide, rank
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
@@ -154,7 +156,12 @@ def equal_training(
         "context_length, or name one with --train-context",
     )
     between("train_context", context, 1, MOST_CONTEXT, "tokens")
-    baseline: Heads = q.baseline or default_baseline(law.heads)
+    baseline = baseline_of(q, law.heads)
+    if isinstance(baseline, str | WholeModel):
+        raise UserError(
+            f"baseline={q.baseline!r}: at equal training FLOPs a baseline is heads that were trained, "
+            "such as 8,8"
+        )
     base, family = law.fit.index(baseline), family_of(results)
     surface = law.best.first(law.draws)
     trainers = [Trainer(law, surface, k, family, context) for k in range(len(law.heads))]

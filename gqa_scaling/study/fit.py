@@ -82,11 +82,17 @@ def fit(
     """
     how = Refitting(bootstrap, robust, refits, seed)
     require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
-    p = points(results, context_length)
+    p = points(results, context_length, joint=law != "separate")
+    model = make_model(law, p, results.head_dim[0])
+    require(
+        len(p.n) > int((model.ridge == 0).sum()),
+        f"{results.source}: too few runs to fit: {len(p.n)} points leave nothing to judge the noise "
+        f"of law {law!r} by",
+    )
     fitted = fit_model(
         results,
         p,
-        make_model(law, p, results.head_dim[0]),
+        model,
         (p.size,),
         law=law,
         title=f"law {law!r}",
@@ -94,7 +100,7 @@ def fit(
         remedy="add sizes, or fit a law with fewer parameters",
         context_length=context_length,
     )
-    return flagged(fitted, (*flags(results), *_budget_flag(results)))
+    return flagged(fitted, known_of(results))
 
 
 def fit_model(
@@ -237,6 +243,11 @@ def brought(
         curves=model.curves(fitted.parameters, more[0]),
         draws=model.curves(fitted.parameter_draws, more[1]),
     )
+
+
+def known_of(results: Results) -> tuple[str, ...]:
+    """What must be known of the runs before any fit."""
+    return *flags(results), *_budget_flag(results)
 
 
 def _budget_flag(results: Results) -> list[str]:

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import stats
 
 from gqa_scaling.config import require
+from gqa_scaling.study.baseline import default_baseline
 from gqa_scaling.study.fitted import SUSPICIOUS, plain
-from gqa_scaling.study.frontier import default_baseline
 from gqa_scaling.study.points import Interval, labels, ranks, size_labels
 from gqa_scaling.study.results import Heads, Results, pair
 from gqa_scaling.study.uncertainty import LEVEL

@@ -17,20 +17,39 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import Question, UserError, require
+from gqa_scaling.study.baseline import (
+    Baseline,
+    Reference,
+    baseline_of,
+    curves_for,
+    in_words,
+    is_whole,
+    label,
+    reference,
+    whole_model,
+)
 from gqa_scaling.study.build import Check, Model, build
-from gqa_scaling.study.choices import Objective
+from gqa_scaling.study.candidates import (
+    KNOWN,
+    Candidates,
+    Known,
+    OtherLaw,
+    known_as,
+    sizes_of,
+    trained_curves,
+)
+from gqa_scaling.study.caveats import beyond_training, caveats, doubt
+from gqa_scaling.study.choices import Law, Objective
 from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
+from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, rank, tied
-from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.results import Heads, Results, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import interval
-from gqa_scaling.units import quantity
-
-MISSED = 0.05  # a larger share of refits that never reach the loss is said so
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,29 @@ class Choice(Ranked):
     effective: float
     excess: float
     regret: float
+    known: Known
     extrapolated: bool
     bytes: float
     equal_cost: EqualCost
+
+
+@dataclass(frozen=True)
+class Based:
+    """The baseline at one target loss and context: its N, loss (nats) and costs.
+
+    `unreachable` is the share of the refits in which it never reaches the loss; costs are infinite
+    where it does not.
+    """
+
+    n: float
+    n_layers: float
+    d_model: float
+    loss: float
+    memory: float
+    flops: float
+    z: float
+    cost: float
+    unreachable: float
 
 
 @dataclass(frozen=True)
@@ -61,8 +100,9 @@ class Answer:
     """All configurations for one target loss (nats) and context (tokens), cheapest first.
 
     `tied` are the best and those needed to hold 90% of the probability of being cheapest;
-    `margin` is how much dearer the runner-up is, `baseline_unreachable` the share of draws in
-    which the baseline never reaches the loss. `model` is None where none can be built that fits.
+    `margin` is how much dearer the runner-up is. `under` says, for each other law, how much dearer
+    by its curves the best is than the best of that law; NaN where it does not know the best, infinite
+    where by it the best never reaches the loss. `model` is None where none can be built that fits.
     """
 
     loss: float
@@ -70,7 +110,8 @@ class Answer:
     choices: tuple[Choice, ...]
     tied: tuple[Heads, ...]
     margin: float
-    baseline_unreachable: float
+    baseline: Based
+    under: dict[Law, float]
     model: Model | None
 
     @property
@@ -83,6 +124,12 @@ class Answer:
         known = [c for c in self.choices if math.isfinite(c.equal_cost.gain)]
         return max(known, key=lambda c: c.equal_cost.gain, default=None)
 
+    @property
+    def safest(self) -> Choice | None:
+        """The cheapest configuration that was trained; None where none reaches the loss."""
+        known = (c for c in self.choices if c.known == "measured" and c.reached)
+        return next(known, None)
+
     def choice(self, heads: Heads) -> Choice:
         return next(c for c in self.choices if c.heads == heads)
 
@@ -93,7 +140,8 @@ class Frontier:
 
     `doubt` says in a few words why the fit behind them cannot carry an answer; "" when it can.
     `checks` are runs trained as the study's own but left out of its fit. Losses are those at the
-    training context `train_context`, in tokens; 0 where it is unknown.
+    training context `train_context`, in tokens; 0 where it is unknown. `trained` are the heads that
+    were; `law` is the one that the curves follow.
     """
 
     source: str
@@ -102,18 +150,27 @@ class Frontier:
     question: Question
     objective: Objective
     serving: Serving
-    baseline: Heads
+    baseline: Baseline
     losses: tuple[float, ...]
     answers: tuple[Answer, ...]
     intervals: str
     flags: tuple[str, ...]
     doubt: str
+    law: Law = "separate"
+    trained: tuple[Heads, ...] = ()
     checks: tuple[Check, ...] = ()
 
     @property
     def sharded(self) -> bool:
         """Whether some configuration has a pattern."""
         return any(pattern_of(c.heads) for c in self.answers[0].choices)
+
+    @property
+    def told(self) -> tuple[Heads, ...]:
+        """The configurations shown one by one: those that were trained, and every best and lowest."""
+        ranked = {c.heads for c in self.answers[0].choices}
+        named = {c.heads for a in self.answers for c in (a.best, a.lowest) if c}
+        return tuple(sorted(named | ranked.intersection(self.trained)))
 
     @property
     def headline(self) -> Answer:
@@ -132,9 +189,13 @@ class Frontier:
         """Ready for JSON."""
         out = dataclasses.asdict(self)
         out["units"] = self.units
+        out["baseline_in_words"] = in_words(self.baseline)
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
+            answer["best_measured"] = whole.safest and whole.safest.heads
             answer["lowest"] = whole.lowest and whole.lowest.heads
+            for row in answer["choices"]:
+                row["known"] = KNOWN[row["known"]]
         for row, check in zip(out["checks"], self.checks, strict=True):
             row["difference"] = check.difference
         return plain(out)
@@ -148,7 +209,7 @@ def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
 
     Raises UserError when there is none: the curves of these configurations do not overlap.
     """
-    ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in range(len(fit.heads))]
+    ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in trained_curves(fit)]
     high, low = min(e.max() for e in ends), max(e.min() for e in ends)
     require(
         low < high,
@@ -164,11 +225,6 @@ def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
     raise AssertionError
 
 
-def default_baseline(heads: Sequence[Heads]) -> Heads:
-    """The most query heads and, among those, the most KV heads; a dense one where there is any."""
-    return max([h for h in heads if pattern_of(h) is None] or heads)
-
-
 # ------------------------------------------------------------------------------------ the answers
 
 
@@ -179,31 +235,40 @@ def frontier(
     objective: Objective = "z",
     serving: Serving | None = None,
     *,
+    among: Candidates | None = None,
     gains: bool = True,
 ) -> Frontier:
-    """Rank every configuration for each target loss and context of the question.
+    """Rank the configurations for each target loss and context of the question.
 
-    `results` are the runs behind the fit: their ladder, head size and vocabulary make shapes of
+    They are the fit's or, with curves of untrained ones too, those of `among`, which goes before the
+    fit. `results` are the runs behind it: their ladder, head size and vocabulary make shapes of
     N*. `serving` says how costs in bytes, seconds and dollars come about and what must hold.
     Without `gains` nothing is sought at equal cost, which takes most of the time: for maps.
     Raises UserError for a baseline or an objective that is not there.
     """
     q, s = question or Question(), serving or Serving()
     require_costs(objective, s)
-    family = family_of(results)
-    losses = q.losses or target_losses(fit)
-    baseline: Heads = q.baseline or default_baseline(fit.heads)
-    fit.index(baseline)
-    answers = tuple(
-        _answer(fit, Deployment(family, q, context, objective, s), loss, baseline, gains)
-        for loss in losses
-        for context in q.contexts
-    )
+    among = among or Candidates(Estimates(fit), fit, fit.heads)
+    fit, trained, family = among.fit, among.estimates.fit.heads, family_of(results)
+    baseline = baseline_of(q, trained)
+    for heads in curves_for(baseline):
+        fit.index(heads)
+    curves = with_draws(fit)
+    own = whole_model(baseline, fit, curves, family)[1] if is_whole(baseline) else None
+    losses = q.losses or (target_losses(fit) if own is None else (float(own[0]),))
+    answers = []
+    for loss in losses:
+        targets = np.full(len(curves.floor), loss) if own is None or q.losses else own
+        for context in q.contexts:
+            deployment = Deployment(family, q, context, objective, s)
+            base = reference(baseline, fit, curves, among.scale, deployment, targets)
+            answers.append(_answer(among, curves, deployment, targets, base, gains))
     train_context = int(fit.context_length or results.context_length.max())
     flags = [
         *fit.flags,
-        *beyond_training(fit.heads, train_context, q),
-        *_flags(answers, {heads: family.reach(heads) for heads in fit.heads}, baseline),
+        *([among.note] if among.note else []),
+        *beyond_training(among.heads, train_context, q),
+        *caveats(answers, {h: family.reach(h) for h in among.heads}, label(baseline)),
     ]
     if not results.n_layers.all():
         flags.append("the data has no layer counts: shapes follow the published ladder")
@@ -216,49 +281,88 @@ def frontier(
         serving=s,
         baseline=baseline,
         losses=tuple(losses),
-        answers=answers,
+        answers=tuple(answers),
         intervals=fit.how,
         flags=tuple(flags),
-        doubt=_doubt(fit),
+        doubt=doubt(fit),
+        law=fit.law,
+        trained=trained,
     )
 
 
-def _answer(fit: Fit, deployment: Deployment, loss: float, baseline: Heads, gains: bool) -> Answer:
-    curves, family, base = with_draws(fit), deployment.family, fit.index(baseline)
-    n_star = curves.n_star(loss)
-    n = np.stack([family.within(n_star[:, k], h) for k, h in enumerate(fit.heads)], 1)
-    ranking = rank(deployment, fit.heads, n)
-    gained = [NOT_SOUGHT] * len(fit.heads)
-    if gains:
-        gained = equal_costs(fit, curves, deployment, base, n[:, base])
+def _answer(
+    among: Candidates,
+    curves: Curves,
+    deployment: Deployment,
+    targets: np.ndarray,
+    base: Reference,
+    gains: bool,
+) -> Answer:
+    """The answer to one target loss, (rows,) as the curves: the point estimate, then the refits."""
+    fit, heads, trained = among.fit, among.heads, among.estimates.fit.heads
+    family, index, loss = deployment.family, [fit.index(h) for h in heads], float(targets[0])
+    n_star = curves.n_star(targets)
+    n = np.stack([family.within(n_star[:, k], fit.heads[k]) for k in index], 1)
+    ranking = rank(deployment, heads, n)
+    gained = equal_costs(fit, curves, deployment, heads, base) if gains else None
     least = ranking.cost[0].min()
     choices = []
-    for k, costs in enumerate(ranking.costs):
-        cost, (low, high) = float(ranking.cost[0, k]), fit.points.range_n(k)
+    for i, costs in enumerate(ranking.costs):
+        cost, (low, high) = float(ranking.cost[0, i]), sizes_of(fit, index[i])
         choices.append(
             Choice(
-                **vars(ranking.of(k, ranking.costs[base])),
-                n_interval=interval(n[1:, k]),
+                **vars(ranking.of(i, base.costs)),
+                n_interval=interval(n[1:, i]),
                 memory_fixed=float(costs.memory_fixed[0]),
                 flops_fixed=float(costs.flops_fixed[0]),
                 effective=float(np.broadcast_to(costs.effective, len(n))[0]),
                 excess=cost / least - 1 if math.isfinite(cost) else math.inf,
-                regret=float(ranking.regret[k]),
-                extrapolated=not low <= n[0, k] <= high,
+                regret=float(ranking.regret[i]),
+                known=known_as(heads[i], trained),
+                extrapolated=not low <= n[0, i] <= high,
                 bytes=float(costs.bytes[0]),
-                equal_cost=gained[k],
+                equal_cost=gained[i] if gained else NOT_SOUGHT,
             )
         )
     choices.sort(key=lambda choice: choice.order)
     return Answer(
-        loss=float(loss),
+        loss=loss,
         context=deployment.context,
         choices=tuple(choices),
         tied=tied(choices),
         margin=choices[1].excess if len(choices) > 1 else math.inf,
-        baseline_unreachable=float(np.isinf(n[1:, base]).mean()),
+        baseline=_based(base, deployment),
+        under={
+            other.law: _under(other, heads, deployment, choices[0], loss) for other in among.others
+        },
         model=_model(fit, deployment, choices[0]),
     )
+
+
+def _based(base: Reference, deployment: Deployment) -> Based:
+    cost = deployment.objective_of(base.costs)
+    kinds = ("n_layers", "d_model", "memory", "flops", "z")
+    return Based(
+        n=float(base.n[0]),
+        loss=float(base.loss[0]),
+        cost=float(cost[0]),
+        unreachable=float(np.isinf(base.n[1:]).mean()),
+        **{kind: float(getattr(base.costs, kind)[0]) for kind in kinds},
+    )
+
+
+def _under(
+    other: OtherLaw, heads: Sequence[Heads], deployment: Deployment, best: Choice, loss: float
+) -> float:
+    """How much dearer than the best of another law this choice is by that law's curves."""
+    if not best.reached or best.heads not in other.heads:
+        return math.nan
+    mine = [h for h in other.heads if h in heads]
+    n_star = other.curves.n_star(loss)
+    n = [deployment.family.within(n_star[other.heads.index(h)], h) for h in mine]
+    cost = rank(deployment, mine, np.array([n, n])).cost[0]
+    here = float(cost[mine.index(best.heads)])
+    return here / float(cost.min()) - 1 if math.isfinite(here) else math.inf
 
 
 def with_draws(fit: Fit) -> Curves:
@@ -281,101 +385,3 @@ def _model(fit: Fit, deployment: Deployment, best: Choice) -> Model | None:
         if model.weight_bytes + model.cache_bytes <= deployment.serving.limit_bytes:
             return model
     return None
-
-
-# --------------------------------------------------------------------------------------- in words
-
-
-def _doubt(fit: Fit) -> str:
-    """Why no answer should be read off this fit, whatever its intervals say; "" if it may."""
-    reasons = [
-        (not fit.converged, "the fit did not converge"),
-        (bool(fit.at_bound), "E is at its bound, not identified by these runs"),
-        (fit.rank < fit.n_parameters, "the runs do not determine every parameter"),
-        (fit.refits_failed > fit.refits / 10, "many refits did not converge"),
-        (not fit.r2 > 0.9, f"the curves explain the runs badly (R² = {fit.r2:.2f})"),
-    ]
-    return "; ".join(words for holds, words in reasons if holds)
-
-
-def beyond_training(heads: Sequence[Heads], trained: int, q: Question) -> list[str]:
-    """What answers assume at contexts longer than `trained` tokens, where losses were measured."""
-    if not trained or max(q.contexts) <= trained:
-        return []
-    out = [
-        f"losses were measured at T = {trained:,} tokens: beyond it the answer assumes that "
-        "differences between configurations stay as they are"
-    ]
-    if any(map(pattern_of, heads)):
-        out.append(
-            f"losses of sharded configurations, too, are those at T = {trained:,} tokens: only their "
-            "costs follow the context. That heads which then read a smaller share of it lose no more "
-            "is untested, for windows alone above all; train some at a longer T, and judge loss by "
-            "position and retrieval beside the mean loss"
-        )
-    return out
-
-
-def _flags(answers: Sequence[Answer], reach: dict[Heads, Interval], baseline: Heads) -> list[str]:
-    """What a reader must know before deciding by these answers; `reach` as `Family.reach`."""
-
-    def goals(some: Sequence[Answer]) -> str:
-        return "; ".join(f"{a.loss:g} nats at {a.context:,} tokens" for a in some)
-
-    many, most = len(answers), quantity(max(high for _, high in reach.values()))
-    reached = [a for a in answers if a.best.reached]
-    out: list[str] = []
-
-    def tell(some: Sequence[Any], words: str) -> None:
-        if some:
-            out.append(words)
-
-    far = [f"{a.loss:g} at {a.context:,}" for a in reached if a.best.extrapolated]
-    tell(
-        far,
-        f"the best configuration's N* lies outside its fitted sizes for {len(far)} of {many} answers "
-        f"(marked ~): {'; '.join(far[:3])}{' ...' if len(far) > 3 else ''}",
-    )
-    lost = [a for a in answers if not a.best.reached]
-    tell(
-        lost,
-        f"no configuration reaches {goals(lost)} with what must hold, at any size that can be built, "
-        f"up to {most} parameters",
-    )
-    easy = [a for a in reached if a.best.n <= reach[a.best.heads][0]]
-    tell(easy, f"the smallest size that can be built reaches {goals(easy)}: ask for less")
-    missed = [
-        f"{a.best.unreachable:.0%} of the refits never reach {goals([a])}"
-        for a in reached
-        if a.best.unreachable > MISSED
-    ]
-    tell(
-        missed,
-        f"with the best configuration and what must hold, {'; '.join(missed)}, at any size that can "
-        f"be built, up to {most} parameters",
-    )
-    capped = [a for a in answers if a.lowest and a.lowest.equal_cost.n >= reach[a.lowest.heads][1]]
-    tell(
-        capped,
-        f"what is gained at equal cost ends at the largest size that can be built, {most} parameters, "
-        f"for {goals(capped)}",
-    )
-    unsaved = [
-        f"{a.baseline_unreachable:.0%} of the refits for {goals([a])}"
-        for a in reached
-        if a.baseline_unreachable > MISSED
-    ]
-    tell(
-        unsaved,
-        f"the baseline {pair(baseline)} never reaches the loss, so that savings leave them out, in "
-        f"{'; '.join(unsaved)}",
-    )
-    unbuilt = [a for a in reached if a.model is None]
-    tell(unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}")
-    ties = sum(len(a.tied) > 1 for a in answers)
-    tell(
-        range(ties),
-        f"the noise cannot separate the best configuration in {ties} of {many} answers: they are "
-        "printed as tied",
-    )
-    return out

@@ -75,6 +75,7 @@ def backbone_of(p: Points, head_dim: int) -> Backbone:
     log_n = []
     for k, (n_heads, n_kv_heads, *_) in enumerate(p.heads):
         mine = p.curve == k
+        mine = mine if mine.any() else np.ones(len(p.n), bool)  # without runs: as all others
         formula = n_formula(p.n_layers[mine], p.d_model[mine], n_heads, n_kv_heads, head_dim)
         order = np.argsort(formula)
         counted = np.log(p.n[mine] / formula)[order]  # 0 unless N is counted exactly
@@ -106,9 +107,14 @@ class Curves:
         u, b, floor = self.u[..., k][lead], self.b[..., k][lead], self.floor[lead]
         return centred(n, u, b, floor, self.centre[k])
 
-    def n_star(self, loss: float) -> np.ndarray:
-        """N*(H) for a target loss, leading axes first, heads last; inf where never reached."""
-        n = centred_inverse(loss, self.u, self.b, self.floor[..., None], self.centre)
+    def n_star(self, loss: float | np.ndarray) -> np.ndarray:
+        """N*(H) for a target loss, or one for each of the leading axes, which come first, heads last.
+
+        Infinite where the loss is never reached.
+        """
+        n = centred_inverse(
+            np.asarray(loss)[..., None], self.u, self.b, self.floor[..., None], self.centre
+        )
         if self.backbone is None:
             return n
         return np.stack([self.backbone.to_n(k, n[..., k]) for k in range(n.shape[-1])], -1)

@@ -55,7 +55,7 @@ class Points:
         return float(n.min()), float(n.max())
 
 
-def points(results: Results, context_length: int | None = None) -> Points:
+def points(results: Results, context_length: int | None = None, *, joint: bool = False) -> Points:
     """The points of the runs at one context length, each size trained on one number of tokens.
 
     Raises UserError when the runs span several context lengths and none is named, and as `cells`.
@@ -74,12 +74,15 @@ def points(results: Results, context_length: int | None = None) -> Points:
             "context_length",
             "runs at context lengths {} cannot share a curve; name one of them",
         )
-    return cells(r, 1)
+    return cells(r, 1, joint=joint)
 
 
-def cells(results: Results, shared: int, over: tuple[str, ...] = ()) -> Points:
+def cells(
+    results: Results, shared: int, over: tuple[str, ...] = (), *, joint: bool = False
+) -> Points:
     """The points of these runs for a law with `shared` parameters besides two for each curve.
 
+    A `joint` law has no curve for each: it takes a configuration with a single size.
     `over` names what sets cells apart besides the configuration and its size: "context_length" or
     "tokens". Raises UserError when head sizes are mixed, one size was trained on several numbers of
     tokens that the law does not speak of, a configuration has fewer than three sizes, or nothing
@@ -101,17 +104,17 @@ def cells(results: Results, shared: int, over: tuple[str, ...] = ()) -> Points:
     tokens = np.array([_tokens(r, cell, over) for cell in members])
     heads: tuple[Heads, ...] = tuple(dict.fromkeys(key[0] for key in found))
     curve = np.array([heads.index(key[0]) for key in found])
+    missing = f"; not finished: {', '.join(r.missing)}" if r.missing else ""
     sizes = [len(np.unique(r.n_params[first][curve == k])) for k in range(len(heads))]
     short = [f"{pair(h)} has {n}" for h, n in zip(heads, sizes, strict=True) if n < MIN_SIZES]
-    missing = f"; not finished: {', '.join(r.missing)}" if r.missing else ""
     require(
-        not short,
+        joint or not short,
         f"{r.source}: too few runs to fit: each configuration needs {MIN_SIZES} sizes, but "
         f"{', '.join(short)}{missing}",
     )
     free = 2 * len(heads) + shared
     require(
-        len(members) > free,
+        joint or len(members) > free,
         f"{r.source}: too few runs to fit: {len(members)} points leave nothing to judge the noise "
         f"of {free} parameters; add {'runs' if over else 'a size or a configuration'}{missing}",
     )

@@ -286,8 +286,8 @@ def _row(header: list[str], values: list[str], needed: set[str], where: str) -> 
         require(name in given or name not in needed, f"{where}: column {name} is empty")
         row[name] = _read(name, given[name], column, where) if name in given else column.default
     require(
-        row["n_heads"] % row["n_kv_heads"] == 0,
-        f"{where}: column n_kv_heads={row['n_kv_heads']} must divide n_heads={row['n_heads']}",
+        row["n_kv_heads"] <= row["n_heads"],
+        f"{where}: column n_kv_heads={row['n_kv_heads']} must be at most n_heads={row['n_heads']}",
     )
     require(
         row["n_count"] in ("", *COUNTS),

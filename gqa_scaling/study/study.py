@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from gqa_scaling.study.candidates import Candidates
 from gqa_scaling.study.equal_training import EqualTraining
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
@@ -14,16 +15,25 @@ from gqa_scaling.study.sparsity import Sparsity, sparsity
 
 @dataclass(frozen=True)
 class Study:
-    """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any."""
+    """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any.
+
+    `candidates` have the curves of what is ranked, where these are more than were estimated.
+    """
 
     results: Results
     estimates: Estimates
     frontier: Frontier
     aligned: EqualTraining | None = None
+    candidates: Candidates | None = None
 
     @property
     def fit(self) -> Fit:
         return self.estimates.fit
+
+    @property
+    def ranked(self) -> Candidates:
+        """What is ranked: the configurations that were trained where nothing else is said."""
+        return self.candidates or Candidates(self.estimates, self.fit, self.fit.heads)
 
     @cached_property
     def sparsity(self) -> Sparsity | None:

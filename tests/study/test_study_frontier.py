@@ -17,12 +17,13 @@ from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment import ladder
 from gqa_scaling.experiment.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.hardware import hardware
+from gqa_scaling.study.baseline import default_baseline
 from gqa_scaling.study.build import check_runs, run_interval
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.fitted import Fit
-from gqa_scaling.study.frontier import default_baseline, frontier, target_losses
+from gqa_scaling.study.frontier import frontier, target_losses
 from gqa_scaling.study.ranking import decide, rank, saved, tied
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table

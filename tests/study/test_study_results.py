@@ -92,7 +92,7 @@ def test_own_parameter_counts_are_kept_and_named(tmp_path):
         (f"# c\n\n{HEADER}\n4,1,2,128,nan\n", ("line 4", "loss", "'nan'")),
         (f"{HEADER}\n4,1,2,128,-2\n", ("line 2", "loss", "'-2'")),
         (f"{HEADER}\n4,1,2.5,128,2\n", ("line 2", "n_layers", "whole")),
-        (f"{HEADER}\n4,3,2,128,2\n", ("line 2", "n_kv_heads=3", "n_heads=4")),
+        (f"{HEADER}\n3,4,2,128,2\n", ("line 2", "n_kv_heads=4", "at most n_heads=3")),
         (f"{HEADER}\n4,1,2,128\n", ("line 2", "4 values for 5 columns")),
         (f"{HEADER}\n4,1,2,,2\n", ("line 2", "d_model is empty")),
         ("n_heads,loss,n_params\n4,2,1\n", ("column n_kv_heads is missing",)),

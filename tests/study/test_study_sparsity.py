@@ -21,10 +21,11 @@ from gqa_scaling.context_sharding import ContextSharding, density, kv_cache_valu
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.follow_ups import follow_up
 from gqa_scaling.study import fit as fitting
+from gqa_scaling.study.baseline import default_baseline
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.frontier import default_baseline, frontier
+from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv

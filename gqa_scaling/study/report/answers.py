@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Group
 
-from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.baseline import in_words, is_whole, label
+from gqa_scaling.study.candidates import KNOWN
+from gqa_scaling.study.choices import OBJECTIVES, Law, Objective
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
 from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
@@ -47,7 +50,8 @@ def _marked(choice: Choice) -> str:
 
 def frontier_table(frontier: Frontier) -> Table:
     """The cheapest configuration for each target loss and context."""
-    q, u = frontier.question, frontier.units
+    q, u, laws = frontier.question, frontier.units, list(frontier.answers[0].under)
+    predicted = any(c.known != "measured" for c in frontier.answers[0].choices)
     notes = [
         f"FLOPs: {u['flops']}. Z: {u['z']}."
         + (f" T_eff in {u['effective']}." if frontier.sharded else "")
@@ -63,6 +67,7 @@ def frontier_table(frontier: Frontier) -> Table:
             CONTEXT,
             LOSS,
             Column("heads, KV", _best(_marked, "none")),
+            *_known_columns(frontier, _best),
             Column("N*", _best(lambda c: quantity(c.n))),
             Column(
                 f"N*, {LEVEL:.0%}\ninterval",
@@ -72,17 +77,70 @@ def frontier_table(frontier: Frontier) -> Table:
             Column("L x d", _best(lambda c: _shape(c.n_layers, c.d_model)), spare=1),
             Column("memory", _best(lambda c: quantity(c.memory)), "values", spare=4),
             Column("FLOPs", _best(lambda c: quantity(c.flops)), spare=2),
-            Column("Z", _best(lambda c: quantity(c.z))),
+            Column("Z", _best(lambda c: quantity(c.z)), spare=5 if laws else 0),
             Column("P(best)", _best(lambda c: percent(c.probability, 0))),
             Column("regret", _best(lambda c: percent(c.regret, 2)), spare=3),
+            *(_safest_columns() if predicted else []),
+            *map(_under, laws),
             Column("tied with", _tied, fold=True),
         ],
         _by_context(frontier),
-        notes,
+        [*notes, *(_predicted_notes(frontier.law) if predicted else []), *_law_notes(laws)],
         f"Loss in {u['loss']}. N*: {u['n']} ({frontier.count}). Memory in {u['memory']}. Regret: the "
         "expected excess cost over the refits. Tied configurations are the fewest that hold "
         f"{LEVEL:.0%} of the probability of being the cheapest.",
     )
+
+
+def _known_columns(frontier: Frontier, wrap: Callable[..., Callable[[Any], str]]) -> list[Column]:
+    """Whether a row's heads were trained: a word on a terminal, all of it on the page."""
+    if all(c.known == "measured" for c in frontier.answers[0].choices):
+        return []
+    return [
+        Column("known", wrap(lambda c: c.known), terminal_only=True),
+        Column("known", wrap(lambda c: KNOWN[c.known]), page_only=True),
+    ]
+
+
+def _safest_columns() -> list[Column]:
+    """The cheapest configuration that was trained, and what it costs more than the cheapest."""
+
+    def cell(write: Callable[[Choice], str]) -> Callable[[Answer], str]:
+        return lambda answer: write(answer.safest) if answer.safest else "-"
+
+    return [
+        Column("best\nmeasured", cell(lambda c: pair(c.heads))),
+        Column("dearer by", cell(lambda c: percent(c.excess))),
+    ]
+
+
+def _under(law: Law) -> Column:
+    """What an answer would cost more by another law, than that law's own best."""
+
+    def cell(answer: Answer) -> str:
+        if not answer.best.reached:
+            return "-"
+        excess = answer.under[law]
+        return "never" if excess == math.inf else percent(excess)
+
+    return Column(f"dearer by\n{law}", cell, spare=6)
+
+
+def _predicted_notes(law: Law) -> list[str]:
+    return [
+        f"Curves: law {law!r} for all heads, each configuration straying from it by as much as the trained "
+        "ones do. measured: these heads were trained; predicted: within the head counts that were; "
+        "beyond: predicted beyond the trained heads."
+    ]
+
+
+def _law_notes(laws: Sequence[Law]) -> list[str]:
+    if not laws:
+        return []
+    return [
+        f"Dearer by {' or '.join(laws)}: what this answer costs more, by the curves of that law, than that "
+        "law's own best. Separate curves rank trained heads alone (-: not this answer's)."
+    ]
 
 
 def _shape(layers: float, width: float) -> str:
@@ -118,12 +176,13 @@ def saving_table(frontier: Frontier) -> Table:
             Column(
                 INTERVAL,
                 _best(lambda c: span(c.saving_interval[kind], percent)),
-                page_only=kind != third,
+                spare=0 if kind == third else 3,
+                page_only=kind not in ("memory", "flops", third),
             ),
         )
 
     return Table(
-        f"Saved against {pair(frontier.baseline)} at equal loss, {LEVEL:.0%} intervals",
+        f"Saved against {label(frontier.baseline)}{_at_equal_loss(frontier)}, {LEVEL:.0%} intervals",
         [
             CONTEXT,
             LOSS,
@@ -137,8 +196,23 @@ def saving_table(frontier: Frontier) -> Table:
             ),
         ],
         _by_context(frontier),
+        notes=[f"Baseline: {in_words(frontier.baseline)}.", *_whole_note(frontier)],
         about=f"Saved: {frontier.units['saving']}, FLOPs {frontier.question.convention}.",
     )
+
+
+def _at_equal_loss(frontier: Frontier) -> str:
+    """Whether the baseline has the target loss: one model has its own, whatever is asked for."""
+    whole = is_whole(frontier.baseline) and frontier.question.losses
+    return "" if whole else " at equal loss"
+
+
+def _whole_note(frontier: Frontier) -> list[str]:
+    """The loss of a baseline that is one model."""
+    if not is_whole(frontier.baseline):
+        return []
+    base = frontier.answers[0].baseline
+    return [f"Its predicted loss is {base.loss:.4f} nats, its N {quantity(base.n)}."]
 
 
 def _runner_up(answer: Answer) -> str:
@@ -152,7 +226,7 @@ def gain_table(frontier: Frontier) -> Table:
 
     The page has all other configurations, too.
     """
-    base, kind = pair(frontier.baseline), OBJECTIVES[frontier.objective]
+    base, kind = label(frontier.baseline), OBJECTIVES[frontier.objective]
 
     def lowest(cell: Callable[[Choice], str], none: str = "-") -> Callable[[Answer], str]:
         return lambda answer: cell(answer.lowest) if answer.lowest else none
@@ -188,11 +262,7 @@ def gain_table(frontier: Frontier) -> Table:
                 INTERVAL,
                 lowest(lambda c: span(c.equal_cost.gain_interval, millinats)),
             ),
-            *(
-                own(heads)
-                for heads in sorted(c.heads for c in frontier.answers[0].choices)
-                if heads != frontier.baseline
-            ),
+            *(own(heads) for heads in frontier.told if heads != frontier.baseline),
         ],
         _by_context(frontier),
         about=f"For the {kind} that the baseline {base} costs at the target loss: the configuration of "
@@ -260,6 +330,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
         f"({frontier.question.convention})",
         [
             Column("heads, KV", _marked),
+            *_known_columns(frontier, lambda cell: cell),
             Column("N*", lambda c: quantity(c.n)),
             *([effective] if frontier.sharded else []),
             Column("memory", lambda c: quantity(c.memory), "values", spare=2),

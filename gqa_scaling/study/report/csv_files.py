@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.report.answers import saved_kinds
 from gqa_scaling.study.results import Heads, Results, pattern_of
@@ -34,6 +35,7 @@ def frontier_csv(frontier: Frontier) -> str:
                 "n_heads": c.heads[0],
                 "n_kv_heads": c.heads[1],
                 **({"pattern": _label(c.heads), "t_eff": c.effective} if frontier.sharded else {}),
+                "known": KNOWN[c.known],
                 "tied": int(c.heads in answer.tied),
                 "n_parameters": c.n,
                 "n_low": c.n_interval[0],
@@ -51,6 +53,8 @@ def frontier_csv(frontier: Frontier) -> str:
                 "unreachable": c.unreachable,
                 "extrapolated": int(c.extrapolated),
             }
+            if rank == 1:
+                row |= {f"excess_by_{law}": excess for law, excess in answer.under.items()}
             for kind in saved_kinds(frontier):
                 row[f"{kind}_saving"] = c.saving[kind]
                 row[f"{kind}_saving_low"], row[f"{kind}_saving_high"] = c.saving_interval[kind]
@@ -59,7 +63,7 @@ def frontier_csv(frontier: Frontier) -> str:
             row["gain_low"], row["gain_high"] = e.gain_interval
             row["equal_cost_extrapolated"] = int(e.extrapolated)
             rows.append(row)
-    return _csv(list(rows[0]), rows)
+    return _csv(list(rows[0]), rows)  # the first row is of an answer's best, which has every column
 
 
 def _label(heads: Heads) -> str:

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gqa_scaling.config import LOSSES
+from gqa_scaling.study.baseline import label
+from gqa_scaling.study.candidates import Candidates, trained_curves
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Answer, Choice, Frontier, frontier
@@ -20,20 +22,20 @@ from gqa_scaling.study.uncertainty import LEVEL
 
 
 @draw.styled
-def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
+def heat_map(among: Candidates, results: Results, answers: Frontier) -> Figure:
     """The cheapest configuration over loss and context, written into the map of its saving."""
     name = OBJECTIVES[answers.objective]
-    ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in range(len(fit.heads))]
+    fit = among.fit
+    ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in trained_curves(fit)]
     covered = np.clip([*np.ravel(ends), *answers.losses], *LOSSES)
     losses = np.linspace(covered.min(), covered.max(), 7).tolist()
     contexts = spread(min(answers.question.contexts), max(answers.question.contexts))
-    asked = replace(
-        answers.question, losses=tuple(losses), contexts=tuple(contexts), baseline=answers.baseline
-    )
-    whole = frontier(fit, results, asked, answers.objective, answers.serving, gains=False)
+    asked = replace(answers.question, losses=tuple(losses), contexts=tuple(contexts))
+    by = answers.objective
+    whole = frontier(fit, results, asked, by, answers.serving, among=among, gains=False)
     cells = [[whole.at(loss, context) for context in contexts] for loss in losses]
     saved = 100 * np.array([[a.best.saving[answers.objective] for a in row] for row in cells])
-    short, codes = draw.short_names(fit.heads)
+    short, codes = draw.short_names(among.heads)
     figure, axis = draw.frame(8.6, 4.4)
     shown = np.ma.masked_invalid(saved)
     bottom, top = colour_scale(shown.compressed())
@@ -58,7 +60,7 @@ def heat_map(fit: Fit, results: Results, answers: Frontier) -> Figure:
         "~ its size lies outside the fitted ones",
     )
     bar = figure.colorbar(image, ax=axis, pad=0.01)
-    bar.set_label(f"{name} saved against {pair(answers.baseline)} (%)")
+    bar.set_label(f"{name} saved against {label(answers.baseline)} (%)")
     bar.outline.set_visible(False)
     return figure
 
@@ -87,8 +89,8 @@ def colour_scale(percentages: np.ndarray) -> tuple[float, float]:
 @draw.styled
 def gains(answers: Frontier) -> Figure:
     """What each configuration gains in loss at the baseline's cost, against the context."""
-    look = draw.looks([c.heads for c in answers.answers[0].choices])
-    middle, base = answers.headline.loss, pair(answers.baseline)
+    look = draw.looks(answers.told)
+    middle, base = answers.headline.loss, label(answers.baseline)
     shown = sorted((a for a in answers.answers if a.loss == middle), key=lambda a: a.context)
     figure, axis = draw.frame(7.4, 3.9)
     draw.zero_line(axis)
@@ -120,15 +122,16 @@ def gains(answers: Frontier) -> Figure:
 def savings(answers: Frontier) -> Figure:
     """Memory and FLOPs of each configuration at equal loss, split by what the context changes."""
     answer = answers.headline
-    choices = [c for c in sorted(answer.choices, key=lambda c: c.heads) if math.isfinite(c.n)]
+    choices = [answer.choice(heads) for heads in answers.told]
+    choices = [c for c in choices if math.isfinite(c.n)]
     short, codes = draw.short_names([c.heads for c in choices])
     figure, axes = draw.frames(9.4, 3.8, 2)
     for axis, kind in zip(axes, ("memory", "flops"), strict=True):
-        whole = getattr(answer.choice(answers.baseline), kind)
+        whole = getattr(answer.baseline, kind)
         _stacked_bars(axis, choices, [short[c.heads] for c in choices], kind, whole)
-        share = f"\n% of {pair(answers.baseline)}'s" if math.isfinite(whole) else ""
-        label = draw.COST_LABELS[kind].format(convention=answers.question.convention)
-        axis.set(xlabel="(heads, KV)", ylabel=label + share)
+        share = f"\n% of {label(answers.baseline)}'s" if math.isfinite(whole) else ""
+        name = draw.COST_LABELS[kind].format(convention=answers.question.convention)
+        axis.set(xlabel="(heads, KV)", ylabel=name + share)
     if codes:
         figure.supxlabel("\n".join(textwrap.wrap(codes, 110)), fontsize=8)
     axes[0].set_title(f"Costs at {answer.loss:g} nats and {answer.context:,} tokens")

@@ -30,7 +30,7 @@ PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
         "The same curves against what inference costs at {context:,} tokens: further left is cheaper.",
     ),
     "heat_map": (
-        lambda s: heat_map(s.fit, s.results, s.frontier),
+        lambda s: heat_map(s.ranked, s.results, s.frontier),
         "The configuration of least {objective} for each target loss and context.",
     ),
     "savings": (

@@ -3,10 +3,13 @@
 import dataclasses
 import math
 
+from gqa_scaling.study.baseline import is_whole, label
 from gqa_scaling.study.build import Model
+from gqa_scaling.study.candidates import KNOWN
+from gqa_scaling.study.caveats import MISSED
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
-from gqa_scaling.study.frontier import MISSED, Answer, Choice, Frontier
+from gqa_scaling.study.frontier import Answer, Choice, Frontier
 from gqa_scaling.study.report.table import percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL
@@ -42,6 +45,15 @@ def sentence(frontier: Frontier) -> str:
             f"{percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size "
             "that can be built within what must hold."
         )
+    if best.known != "measured":
+        said.append(
+            f"Its heads were never trained: they are {KNOWN[best.known]}, and the run below checks them."
+        )
+        if answer.safest:
+            said.append(
+                f"The cheapest that was trained is {pair(answer.safest.heads)}, "
+                f"{percent(answer.safest.excess)} dearer."
+            )
     if best.extrapolated:
         said.append("Its size lies outside the fitted ones.")
     if pattern and answer.context > frontier.train_context:
@@ -62,7 +74,7 @@ def _several(number: int, what: str) -> str:
 
 def _saving(best: Choice, frontier: Frontier) -> str:
     """What the cheapest configuration saves against the baseline, and what it gains in loss."""
-    base, objective = pair(frontier.baseline), frontier.objective
+    base, objective = label(frontier.baseline), frontier.objective
     if best.heads == frontier.baseline:
         return "it is the baseline itself"
     if not math.isfinite(best.saving[objective]):
@@ -73,10 +85,17 @@ def _saving(best: Choice, frontier: Frontier) -> str:
         for kind in dict.fromkeys((objective, *others))
     )
     return (
-        f"{saved} than {base} at the same loss ({LEVEL:.0%} interval "
+        f"{saved} than {base}{_at_loss(frontier)} ({LEVEL:.0%} interval "
         f"{span(best.saving_interval[objective], percent)}), with {' and '.join(rest)}"
         + _gained(best, OBJECTIVES[objective])
     )
+
+
+def _at_loss(frontier: Frontier) -> str:
+    """At which loss the baseline stands: one model has its own, whatever is asked for."""
+    if not is_whole(frontier.baseline) or not frontier.question.losses:
+        return " at the same loss"
+    return f", whose loss is {frontier.answers[0].baseline.loss:.3f}"
 
 
 def _less(saving: float) -> str:
@@ -143,11 +162,21 @@ def training(frontier: Frontier) -> str:
     if not m.command:
         return (
             f"To build for {goal}: {model_text(m)}. To train it, declare an experiment "
-            "(docs/using.md): these runs come without their corpus."
+            "(docs/using.md): these runs come without their corpus." + _checks(answer)
         )
     others = {a.model.command for a in frontier.answers if a.model} - {m.command, ""}
     more = "\nThe commands of the other models are in the report and in --json." if others else ""
-    return f"Train the model to build for {goal}:\n\n{m.command}\n{more}"
+    return f"Train the model to build for {goal}:\n\n{m.command}\n{_checks(answer)}{more}"
+
+
+def _checks(answer: Answer) -> str:
+    """What the run of a predicted winner is to show."""
+    if answer.model is None or answer.best.known == "measured":
+        return ""
+    return (
+        f" It checks heads that were never trained: a loss outside "
+        f"{span(answer.model.run_interval)} nats speaks against the law."
+    )
 
 
 def model_text(model: Model) -> str:

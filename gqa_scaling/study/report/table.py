@@ -21,7 +21,7 @@ from gqa_scaling.study.uncertainty import LEVEL
 class Column:
     """One column: its name, what it says of an item, and its unit.
 
-    A line break in the name is one on a terminal only. `page_only` columns are too wide for any
+    `terminal_only` columns say in short what a page has room for. A line break in the name is one on a terminal only. `page_only` columns are too wide for any
     terminal; `spare` ones are left out where a terminal is narrow, 1 before 2, and 0 never. Only
     columns that `fold` may break their cells over lines: lists and names do, numbers never.
     """
@@ -31,6 +31,7 @@ class Column:
     unit: str = ""
     spare: int = 0
     page_only: bool = False
+    terminal_only: bool = False
     fold: bool = False
 
     @property
@@ -117,14 +118,15 @@ class Table:
         parts += [self.about] if self.about else []
         if self.items:
             head, *rows = (" | ".join(c.replace("|", "\\|") for c in row) for row in self._rows())
-            line = " | ".join([":--", *["--:"] * (len(self.columns) - 1)])
+            line = " | ".join([":--", *["--:"] * head.count(" | ")])
             parts.append("\n".join([head, line, *rows]))
         return "\n\n".join([*parts, *self.notes])
 
     def _rows(self) -> list[list[str]]:
         """The headings, each on one line, then the cells of every row."""
-        headings = [column.heading.replace("\n", " ") for column in self.columns]
-        return [headings, *([column.cell(item) for column in self.columns] for item in self.items)]
+        columns = [column for column in self.columns if not column.terminal_only]
+        headings = [column.heading.replace("\n", " ") for column in columns]
+        return [headings, *([column.cell(item) for column in columns] for item in self.items)]
 
 
 def shown(tables: Iterable[Table], flags: Iterable[str] = (), sentence: str = "") -> Group:
