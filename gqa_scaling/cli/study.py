@@ -43,6 +43,13 @@ def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
     add("--robust", action="store_true", help="give spoiled runs less weight")
     add("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
     add("--context", type=int, help="fit the runs of this training context length")
+    add(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="leave out runs, by a pattern of their names, or configurations such as 8,1",
+    )
 
 
 def _add_wide(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +99,12 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     add("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
     add("--price", type=finite, help="dollars a device-hour there")
+    add(
+        "--indifference",
+        type=finite,
+        metavar="PERCENT",
+        help="costs that differ by no more are as good as equal (default: 1)",
+    )
     add("--batch", type=int, default=1, help="sequences decoded at once")
     add("--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)")
     add("--cache-bytes", type=finite, default=2, help="bytes a cached value")
@@ -131,7 +144,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
     from gqa_scaling.study.source import read_source
 
-    return read_source(args.source, rest, args.root)
+    return read_source(args.source, rest, args.root, args.without)
 
 
 def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
@@ -159,6 +172,7 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
         "weight": args.weight,
         "memory_power": args.memory_power,
         "compute_power": args.compute_power,
+        "indifference": None if args.indifference is None else args.indifference / 100,
     }
     return replace(question, **{k: v for k, v in changes.items() if v is not None})
 

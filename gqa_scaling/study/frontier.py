@@ -23,11 +23,11 @@ from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
 from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
-from gqa_scaling.study.ranking import Ranked, rank, tied
+from gqa_scaling.study.ranking import Ranked, rank
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.uncertainty import interval
+from gqa_scaling.study.uncertainty import LEVEL, interval
 from gqa_scaling.units import quantity
 
 MISSED = 0.05  # a larger share of refits that never reach the loss is said so
@@ -60,7 +60,8 @@ class Choice(Ranked):
 class Answer:
     """All configurations for one target loss (nats) and context (tokens), cheapest first.
 
-    `tied` are the best and those needed to hold 90% of the probability of being cheapest;
+    `tied` are the best and those that these runs do not tell from it, or only by less than what the
+    question is indifferent to (`ranking.tied`);
     `margin` is how much dearer the runner-up is, `baseline_unreachable` the share of draws in
     which the baseline never reaches the loss. `model` is None where none can be built that fits.
     """
@@ -82,6 +83,12 @@ class Answer:
         """The configuration of least loss at the baseline's cost; None where there is none."""
         known = [c for c in self.choices if math.isfinite(c.equal_cost.gain)]
         return max(known, key=lambda c: c.equal_cost.gain, default=None)
+
+    @property
+    def equivalent(self) -> tuple[Heads, ...]:
+        """Of the tied those as good as the cheapest whatever the noise, in 90% of the refits."""
+        others = (self.choice(h) for h in self.tied if h != self.best.heads)
+        return tuple(c.heads for c in others if c.within >= LEVEL)
 
     def choice(self, heads: Heads) -> Choice:
         return next(c for c in self.choices if c.heads == heads)
@@ -134,6 +141,7 @@ class Frontier:
         out["units"] = self.units
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
+            answer["equivalent"] = whole.equivalent
             answer["lowest"] = whole.lowest and whole.lowest.heads
         for row, check in zip(out["checks"], self.checks, strict=True):
             row["difference"] = check.difference
@@ -254,7 +262,7 @@ def _answer(fit: Fit, deployment: Deployment, loss: float, baseline: Heads, gain
         loss=float(loss),
         context=deployment.context,
         choices=tuple(choices),
-        tied=tied(choices),
+        tied=ranking.tied,
         margin=choices[1].excess if len(choices) > 1 else math.inf,
         baseline_unreachable=float(np.isinf(n[1:, base]).mean()),
         model=_model(fit, deployment, choices[0]),
@@ -372,7 +380,7 @@ def _flags(answers: Sequence[Answer], reach: dict[Heads, Interval], baseline: He
     )
     unbuilt = [a for a in reached if a.model is None]
     tell(unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}")
-    ties = sum(len(a.tied) > 1 for a in answers)
+    ties = sum(len(a.tied) > 1 + len(a.equivalent) for a in answers)
     tell(
         range(ties),
         f"the noise cannot separate the best configuration in {ties} of {many} answers: they are "

@@ -8,7 +8,16 @@ from rich.console import Group
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
 from gqa_scaling.study.report.sentences import sentence
-from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
+from gqa_scaling.study.report.table import (
+    INTERVAL,
+    Column,
+    Table,
+    margin,
+    millinats,
+    percent,
+    shown,
+    span,
+)
 from gqa_scaling.study.results import Heads, pair, pairs
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.suggest import Suggestion
@@ -53,7 +62,9 @@ def frontier_table(frontier: Frontier) -> Table:
         + (f" T_eff in {u['effective']}." if frontier.sharded else "")
         + (f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else "")
         + " ~ outside the fitted sizes.",
-        f"Probabilities: {frontier.intervals}; ties hold {LEVEL:.0%}",
+        f"Probabilities: {frontier.intervals}. Tied: in {LEVEL:.0%} of the refits everything else is "
+        f"dearer than the cheapest by more than {margin(q.indifference)}; = within that whatever the "
+        "noise.",
     ]
     if any(math.isinf(a.best.regret) for a in frontier.answers if a.best.reached):
         notes.append("Regret -: in some refits only another configuration reaches the loss.")
@@ -80,8 +91,8 @@ def frontier_table(frontier: Frontier) -> Table:
         _by_context(frontier),
         notes,
         f"Loss in {u['loss']}. N*: {u['n']} ({frontier.count}). Memory in {u['memory']}. Regret: the "
-        "expected excess cost over the refits. Tied configurations are the fewest that hold "
-        f"{LEVEL:.0%} of the probability of being the cheapest.",
+        "expected excess cost over the refits. Tied without =: these runs do not tell it from the "
+        "cheapest, and the difference may matter.",
     )
 
 
@@ -90,7 +101,15 @@ def _shape(layers: float, width: float) -> str:
 
 
 def _tied(answer: Answer) -> str:
-    return pairs([h for h in answer.tied if h != answer.best.heads]) or "-"
+    alike = answer.equivalent
+    others = [h for h in answer.tied if h != answer.best.heads and h not in alike]
+    told = (f"= {pairs(alike)}" if alike else "", pairs(others))
+    return "; ".join(filter(None, told)) or "-"
+
+
+def _near(choice: Choice) -> str:
+    """How probable it is that the choice is as good as the cheapest."""
+    return percent(choice.within, 0)
 
 
 def shown_saving(objective: Objective) -> Objective:
@@ -267,6 +286,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
             Column("Z", lambda c: quantity(c.z)),
             Column("dearer by", lambda c: percent(c.excess, 2)),
             Column("P(best)", lambda c: percent(c.probability, 0)),
+            Column(f"within {margin(frontier.question.indifference)}", _near, spare=3),
             Column("regret", lambda c: percent(c.regret, 2)),
             Column(
                 "loss lower by\nat equal cost", lambda c: millinats(c.equal_cost.gain), "millinats"

@@ -7,7 +7,7 @@ from gqa_scaling.study.build import Model
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
 from gqa_scaling.study.frontier import MISSED, Answer, Choice, Frontier
-from gqa_scaling.study.report.table import percent, span
+from gqa_scaling.study.report.table import margin, percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import quantity
@@ -25,7 +25,8 @@ def sentence(frontier: Frontier) -> str:
             f"{start}No configuration reaches {_goal(answer)} with what must hold at any size that can "
             "be built, by these curves: it is out of reach."
         )
-    pattern, others = pattern_of(best.heads), [h for h in answer.tied if h != best.heads]
+    pattern, alike = pattern_of(best.heads), answer.equivalent
+    others = [h for h in answer.tied if h != best.heads and h not in alike]
     sparse = (
         f" with pattern {pattern.label} (T_eff {best.effective:,.0f} tokens)" if pattern else ""
     )
@@ -33,10 +34,13 @@ def sentence(frontier: Frontier) -> str:
         f"{start}For {_goal(answer)}, take {_several(best.heads[0], 'query head')} and "
         f"{_several(best.heads[1], 'KV head')}{sparse} at {quantity(best.n)} parameters: "
         f"{_saving(best, frontier)}.",
-        f"The noise cannot tell it from {pairs(others)}."
+        f"The noise leaves open whether {pairs(others)} {'are' if len(others) > 1 else 'is'} as good."
         if others
         else f"It is the cheapest in {percent(best.probability, 0)} of the refits.",
     ]
+    if alike:
+        most = margin(frontier.question.indifference)
+        said.append(f"As good, within {most} of the cheapest whatever the noise: {pairs(alike)}.")
     if best.unreachable > MISSED:
         said.append(
             f"{percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size "
