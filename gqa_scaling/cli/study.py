@@ -24,7 +24,10 @@ SOURCES = f"""experiment; CSV file with columns n_heads, n_kv_heads, loss and n_
 d_model (docs/using.md); or {PUBLISHED}, the published points, shipped here"""
 
 
-def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
+def _add_source(
+    parser: argparse.ArgumentParser, what: str = SOURCES, trained: str = "--context"
+) -> None:
+    """What every verb takes; `trained` is the option that names the training context length."""
     add = parser.add_argument
     add("source", help=what)
     add_json(parser)
@@ -42,7 +45,7 @@ def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
     )
     add("--robust", action="store_true", help="give spoiled runs less weight")
     add("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
-    add("--context", type=int, help="fit the runs of this training context length")
+    add(trained, dest="context", type=int, help="fit the runs of this training context length")
     add(
         "--without",
         nargs="+",
@@ -87,6 +90,42 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add("--losses", type=finite, nargs="+", help="target losses in nats")
     add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
     add("--baseline", metavar="n_h,n_kv", help="heads that savings are stated against")
+    _add_costs(parser)
+    add(
+        "--train-context",
+        type=int,
+        help="training context length of the training FLOPs that are aligned (default: the runs')",
+    )
+    add(
+        "--baseline-run",
+        metavar="N,D",
+        help="parameters and training tokens of the baseline whose training FLOPs all get, such as "
+        "1.2e9,24e9 (default: from --losses, else its largest size)",
+    )
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, trained="--trained-at")
+    _add_wide(parser)
+    add = parser.add_argument
+    two = "heads such as 4,1, or a whole model such as 8,1@L24d1536"
+    add("first", help=two)
+    add("second", help="what it is compared with, likewise")
+    add("--loss", "--losses", dest="losses", type=finite, nargs="+", help="target losses in nats")
+    add(
+        "--context",
+        "--contexts",
+        dest="contexts",
+        type=int,
+        nargs="+",
+        help="inference context lengths in tokens; that of training is --trained-at",
+    )
+    _add_costs(parser)
+    parser.set_defaults(baseline=None)
+
+
+def _add_costs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--convention", choices=CONVENTIONS, help="of FLOPs")
     add("--lambda", dest="weight", type=finite, help="weight of memory in Z")
     add("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
@@ -110,17 +149,6 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add("--cache-bytes", type=finite, default=2, help="bytes a cached value")
     add("--fit-gib", type=finite, help="only models whose weights and cache fit")
     add("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
-    add(
-        "--train-context",
-        type=int,
-        help="training context length of the training FLOPs that are aligned (default: the runs')",
-    )
-    add(
-        "--baseline-run",
-        metavar="N,D",
-        help="parameters and training tokens of the baseline whose training FLOPs all get, such as "
-        "1.2e9,24e9 (default: from --losses, else its largest size)",
-    )
 
 
 def _add_frontier(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +160,11 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
         "several token budgets for a size",
     )
     parser.add_argument("--ranking", action="store_true", help="rank every configuration")
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="the answer with lambda, alpha, beta, batch and bytes changed, one at a time",
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +233,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
-    from gqa_scaling.study.study import Study
+    from gqa_scaling.study.study import study
 
     serving = _serving(args)
     source = _source(args, rest)
@@ -209,7 +242,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     answer = frontier(found.fit, source.results, question, args.objective, serving)
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, options)
-    return Study(source.results, found, answer)
+    return study(source.results, found, answer)
 
 
 def _aligned(
@@ -267,6 +300,26 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.study.report.compared import compared
+    from gqa_scaling.study.versus import side, versus
+
+    serving = _serving(args)
+    source = _source(args, rest)
+    question = _asked(args, source.question)
+    heads = sorted(set(source.results.heads), key=str)
+    first, second = side(args.first, heads), side(args.second, heads)
+    if args.losses is None and (first.shape or second.shape):
+        question = replace(question, losses=None)  # a whole model has a loss of its own
+    found = _estimates(args, source.results)
+    told = versus(found, source.results, first, second, question, args.objective, serving)
+    if args.json:
+        print_json(told.to_dict())
+    else:
+        print_table(compared(told))
+    return 0
+
+
 def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.context import spans_contexts
     from gqa_scaling.study.frontier import target_losses
@@ -301,6 +354,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.align:
         return _frontier_aligned(args, rest)
     from gqa_scaling.study.report.answers import frontier_answer, ranking_table
+    from gqa_scaling.study.report.assumptions import sensitivity_table
     from gqa_scaling.study.report.sentences import training
     from gqa_scaling.study.report.tradeoffs import sparsity_table
 
@@ -311,12 +365,15 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     study = _answer(args, rest)
     answer, sparse = study.frontier, study.sparsity
+    hangs = study.sensitivity if args.sensitivity else None
     if args.json:
-        print_json(answer.to_dict() | ({"sparsity": sparse.to_dict()} if sparse else {}))
+        more = {"sparsity": sparse, "sensitivity": hangs}
+        print_json(answer.to_dict() | {k: v.to_dict() for k, v in more.items() if v})
         return 0
-    more = [ranking_table(each, answer) for each in answer.answers] if args.ranking else []
-    more += [sparsity_table(sparse, args.objective)] if sparse else []
-    print_table(frontier_answer(answer, more))
+    tables = [ranking_table(each, answer) for each in answer.answers] if args.ranking else []
+    tables += [sensitivity_table(hangs)] if hangs else []
+    tables += [sparsity_table(sparse, args.objective)] if sparse else []
+    print_table(frontier_answer(answer, tables))
     print(training(answer))
     return 0
 
@@ -380,6 +437,7 @@ def _default_page(args: argparse.Namespace) -> Path:
 VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
+    "compare": (_compare, "which of two configurations or models is cheaper", _add_compare),
     "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
     "report": (_report, "write the study as one HTML page", _add_report),
 }

@@ -70,15 +70,16 @@ def read_source(
     whole = _read(name, overrides, folder)
     if not without:
         return whole
-    r = whole.results
+    r, source = whole.results, replace(whole, without=tuple(without))
     marks = [[named(what, str(r.name[i]), h) for i, h in enumerate(r.heads)] for what in without]
-    keep, source = ~np.any(marks, axis=0), replace(whole, without=tuple(without))
     for what, found in zip(without, marks, strict=True):
+        fewer = replace(whole, without=(what,)).grid != whole.grid
         require(
-            any(found) or len(source.grid) < len(replace(source, without=()).grid),
+            any(found) or fewer,
             f"{name}: --without {what} names no run or configuration; there are "
             f"{pairs(sorted(set(r.heads), key=str))} and runs such as {r.name[0]}",
         )
+    keep = ~np.any(marks, axis=0)
     require(bool(keep.any()), f"{name}: --without {' '.join(without)} leaves out every run")
     gone, known = r.name[~keep].tolist(), {run.name for run in source.grid}
     left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))

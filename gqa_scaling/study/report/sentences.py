@@ -73,7 +73,7 @@ def _saving(best: Choice, frontier: Frontier) -> str:
         return f"{base} never reaches that loss"
     others: tuple[Objective, ...] = ("memory", "flops", "z")
     saved, *rest = (
-        f"{_less(best.saving[kind])} {OBJECTIVES[kind]}"
+        f"{less(best.saving[kind])} {OBJECTIVES[kind]}"
         for kind in dict.fromkeys((objective, *others))
     )
     return (
@@ -83,7 +83,8 @@ def _saving(best: Choice, frontier: Frontier) -> str:
     )
 
 
-def _less(saving: float) -> str:
+def less(saving: float) -> str:
+    """A saving in words: 3.1% less, or more where it is negative."""
     return f"{percent(abs(saving))} {'less' if saving >= 0 else 'more'}"
 
 
@@ -125,7 +126,7 @@ def aligned_sentence(answer: EqualTraining) -> str:
         )
     return (
         f"{first} At equal loss the cheapest to serve at {at:,} tokens is {pair(served.heads)} at "
-        f"{quantity(served.n)} on {quantity(served.tokens)} tokens{_far(served)}: {_less(saved)} "
+        f"{quantity(served.n)} on {quantity(served.tokens)} tokens{_far(served)}: {less(saved)} "
         f"{kind} than that baseline run ({LEVEL:.0%} interval "
         f"{span(served.saving_interval[answer.objective], percent)}), cheapest in {probability} of the "
         "refits."
