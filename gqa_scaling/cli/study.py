@@ -1,4 +1,4 @@
-"""The verbs of a study: finished runs to a decision."""
+"""The verbs of a study: finished runs to a decision; its questions are in `questions`."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_tab
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law, is_experiment
+from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law
 
 if TYPE_CHECKING:
     from gqa_scaling.study.equal_training import EqualTraining
@@ -77,12 +77,6 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", action="store_true", help="loss against query heads at fixed N")
 
 
-def _add_suggest(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, "experiment: its finished runs and the rest of its grid")
-    parser.add_argument("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
-    parser.add_argument("--most", type=int, default=8, help="how many runs at most (default: 8)")
-
-
 def _add_question(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     _add_wide(parser)
@@ -102,26 +96,6 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         help="parameters and training tokens of the baseline whose training FLOPs all get, such as "
         "1.2e9,24e9 (default: from --losses, else its largest size)",
     )
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, trained="--trained-at")
-    _add_wide(parser)
-    add = parser.add_argument
-    two = "heads such as 4,1, or a whole model such as 8,1@L24d1536"
-    add("first", help=two)
-    add("second", help="what it is compared with, likewise")
-    add("--loss", "--losses", dest="losses", type=finite, nargs="+", help="target losses in nats")
-    add(
-        "--context",
-        "--contexts",
-        dest="contexts",
-        type=int,
-        nargs="+",
-        help="inference context lengths in tokens; that of training is --trained-at",
-    )
-    _add_costs(parser)
-    parser.set_defaults(baseline=None)
 
 
 def _add_costs(parser: argparse.ArgumentParser) -> None:
@@ -233,7 +207,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
-    from gqa_scaling.study.study import study
+    from gqa_scaling.study.study import Study, with_verdict
 
     serving = _serving(args)
     source = _source(args, rest)
@@ -242,7 +216,8 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     answer = frontier(found.fit, source.results, question, args.objective, serving)
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, options)
-    return study(source.results, found, answer)
+    found, answer = with_verdict(found, source.results, answer)
+    return Study(source.results, found, answer)
 
 
 def _aligned(
@@ -297,56 +272,6 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     tables += [estimates.compare_table(scores)] if args.compare else []
     tables += [estimates.heads_table(heads)] if args.heads else []
     print_table(shown(tables, found.fit.flags))
-    return 0
-
-
-def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.study.report.compared import compared
-    from gqa_scaling.study.versus import side, versus
-
-    serving = _serving(args)
-    source = _source(args, rest)
-    question = _asked(args, source.question)
-    heads = sorted(set(source.results.heads), key=str)
-    first, second = side(args.first, heads), side(args.second, heads)
-    if args.losses is None and (first.shape or second.shape):
-        question = replace(question, losses=None)  # a whole model has a loss of its own
-    found = _estimates(args, source.results)
-    told = versus(found, source.results, first, second, question, args.objective, serving)
-    if args.json:
-        print_json(told.to_dict())
-    else:
-        print_table(compared(told))
-    return 0
-
-
-def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.study.context import spans_contexts
-    from gqa_scaling.study.frontier import target_losses
-    from gqa_scaling.study.report.answers import suggest_table
-    from gqa_scaling.study.suggest import suggest
-    from gqa_scaling.study.tokens import spans_budgets
-
-    known = is_experiment(args.source)
-    require(known, f"suggest needs the grid of an experiment, not {args.source}")
-    between("--most", args.most, 1, 1e6, "runs")
-    require(args.budget_flops > 0, f"--budget-flops={args.budget_flops} must be greater than 0")
-    source = _source(args, rest)
-    results = source.results
-    if args.context is not None:
-        results = results.select(results.context_length == args.context)
-    require(
-        not spans_contexts(results) and not spans_budgets(results),
-        f"{args.source}: suggest takes finished runs of one context length and one token budget "
-        "for each size; name one length with --context",
-    )
-    losses = source.question.losses or target_losses(_estimates(args, results).fit)
-    question = replace(source.question, losses=tuple(losses))
-    found = suggest(results, source.grid, question, budget_flops=args.budget_flops, most=args.most)
-    if args.json:
-        print_json([each.to_dict() for each in found])
-    else:
-        print_table(suggest_table(found))
     return 0
 
 
@@ -437,7 +362,5 @@ def _default_page(args: argparse.Namespace) -> Path:
 VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
-    "compare": (_compare, "which of two configurations or models is cheaper", _add_compare),
-    "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
     "report": (_report, "write the study as one HTML page", _add_report),
 }

@@ -43,11 +43,13 @@ class Study:
         return self.estimates.to_dict() | aligned
 
 
-def study(results: Results, found: Estimates, answer: Frontier) -> Study:
-    """The answered study; whether differences move with T is judged by what that does to the answer."""
+def with_verdict(
+    found: Estimates, results: Results, answer: Frontier
+) -> tuple[Estimates, Frontier]:
+    """Whether differences move with T judged by what that does to the answer, and said where it may."""
     if found.flatness is None:
-        return Study(results, found, answer)
+        return found, answer
     tested = judged(found.flatness, found.fit, results, answer)
     if tested.verdict not in ("flat", "untested"):
         answer = replace(answer, flags=(*answer.flags, tested.sentence()))
-    return Study(results, replace(found, flatness=tested), answer)
+    return replace(found, flatness=tested), answer

@@ -99,7 +99,9 @@ class Trainer:
         none gets there on any number of tokens.
         """
         s, per_token = self.surface, self.flops_per_token(n, layers)
-        own = laws.centred(n[None], s.u[:, [self.k]], s.b[:, [self.k]], 0.0, self.law.best.centre[self.k])
+        own = laws.centred(
+            n[None], s.u[:, [self.k]], s.b[:, [self.k]], 0.0, self.law.best.centre[self.k]
+        )
         excess = target[:, None] - s.floor[:, None] - own
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             log_tokens = (s.v[:, None] - np.log(excess)) / s.beta[:, None]

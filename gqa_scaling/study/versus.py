@@ -195,7 +195,9 @@ def versus(
         "a whole model has a loss of its own, predicted at its size: leave the target loss out",
     )
     for each in (first, second):
-        require(s.allows(each.heads), f"{each.label} has no n_kv that is a multiple of {s.kv_multiple}")
+        require(
+            s.allows(each.heads), f"{each.label} has no n_kv that is a multiple of {s.kv_multiple}"
+        )
     both = [_Known(fit, family, each) for each in (first, second)]
     training, why = _training(found, family, both)
     losses = (None,) if whole else q.losses or target_losses(fit)

@@ -1,4 +1,4 @@
-"""The tables of the answers: what is cheapest, what it saves and gains, what to build and run next."""
+"""The tables of the answers: what is cheapest, what it saves and gains, what to build."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,6 @@ from gqa_scaling.study.report.table import (
 )
 from gqa_scaling.study.results import Heads, pair, pairs
 from gqa_scaling.study.serving import Serving
-from gqa_scaling.study.suggest import Suggestion
 from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import byte_size, quantity
 
@@ -293,21 +292,4 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
             ),
         ],
         answer.choices,
-    )
-
-
-def suggest_table(suggestions: Sequence[Suggestion]) -> Table:
-    """The runs to do next, in order."""
-    return Table(
-        "Runs to do next, most regret lowered per FLOP first",
-        [
-            Column("run", lambda s: s.name, fold=True),
-            Column("heads, KV", lambda s: pair(s.heads)),
-            Column("L x d", lambda s: f"{s.n_layers} x {s.d_model}"),
-            Column("training", lambda s: quantity(s.flops), "FLOPs"),
-            Column("regret\nbefore", lambda s: percent(s.regret_before, 3)),
-            Column("regret\nafter", lambda s: percent(s.regret_after, 3)),
-        ],
-        suggestions,
-        ["Regret: expected excess of Z over the cheapest, mean over the question's answers."],
     )

@@ -51,7 +51,9 @@ def sentence(found: Versus) -> str:
     ]
     if not math.isfinite(gap.gain):
         missing = one if math.isinf(gap.first) else other
-        said = [f"{start}For {goal} {missing} is out of reach, {one if missing == other else other} is not."]
+        said = [
+            f"{start}For {goal} {missing} is out of reach, {one if missing == other else other} is not."
+        ]
     reference = found.reference.label
     for each, at in (
         (m.equal_cost, f"for the {kind} of {reference}"),

@@ -27,7 +27,16 @@ from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
 
-DATA = ("fit", "frontier", "context_law", "token_law", "flatness", "aligned", "sparsity", "sensitivity")
+DATA = (
+    "fit",
+    "frontier",
+    "context_law",
+    "token_law",
+    "flatness",
+    "aligned",
+    "sparsity",
+    "sensitivity",
+)
 # Every file that a report may write into the page's folder; TensorBoard's by how its name begins.
 WRITTEN = (
     "results.csv",
