@@ -156,7 +156,7 @@ def tied(near: np.ndarray, first: int) -> list[int]:
     """
     out, left = [first], near.copy()
     left[:, first] = False
-    others = sorted(set(range(near.shape[1])) - {first}, key=lambda k: -near[:, k].mean())
+    others = sorted(set(range(near.shape[1])) - {first}, key=lambda k: -near[:, k].sum())
     for k in others if len(near) else ():
         if 1 - left.any(1).mean() >= LEVEL - 1e-12:
             break

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import POWERS, Question
+from gqa_scaling.config import POWERS, Convention, Question
 from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.frontier import Frontier, with_draws
@@ -121,11 +121,11 @@ def _changes(
             if after != power:
                 changed = replace(q, **{field: after})
                 yield name, power, after, "z", changed, s  # type: ignore[misc]
-    other = "per_token" if q.convention == "per_sequence" else "per_sequence"
+    other: Convention = "per_token" if q.convention == "per_sequence" else "per_sequence"
     yield "convention", q.convention, other, "z", replace(q, convention=other), s
     for objective in ("memory", "flops"):
         if objective != own:
-            yield "objective", own, objective, objective, q, s  # type: ignore[misc]
+            yield "objective", own, objective, objective, q, s
     # objectives that count what is held or read know of the batch and of bytes
     served: Objective = own if own in ("bytes", "seconds", "dollars") else "bytes"
     if served != own:

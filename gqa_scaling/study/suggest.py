@@ -332,7 +332,7 @@ def suggest(
         theta = belief.draw(rng)
         costs = decider.costs(belief, theta)
         gains = decider.gains(belief, theta, candidates, costs)[first]
-        for i in np.flatnonzero(~single & free):
+        for i in np.flatnonzero(~single & free).tolist():
             own, z = candidates.some(groups[i]), rng.standard_normal((len(theta), len(groups[i])))
             gains[i] = decider.gain_together(belief, theta, own, costs, z)
         score = np.where(free & (flops <= left), gains / (flops if per_flop else 1.0), -np.inf)

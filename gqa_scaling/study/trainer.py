@@ -41,10 +41,9 @@ class Trainer:
     def flops_per_token(self, n: np.ndarray | float, layers: float | None = None) -> np.ndarray:
         """Training FLOPs of one token at N, the layers those of the study's ladder or as given."""
         n, head_dim = np.asarray(n, float), self.family.head_dim
-        if layers is None:
-            layers, _ = self.family.shape(n, self.heads)
-        keys = training_keys(self.heads, layers, self.context)
-        return training_flops_formula(n, self.context, layers, head_dim, self.heads[0], keys=keys)
+        depth = self.family.shape(n, self.heads)[0] if layers is None else np.full_like(n, layers)
+        keys = training_keys(self.heads, depth, self.context)
+        return training_flops_formula(n, self.context, depth, head_dim, self.heads[0], keys=keys)
 
     def tokens(self, n: np.ndarray | float, flops: float) -> np.ndarray:
         """D that the total buys at N; 0 at an infinite N."""

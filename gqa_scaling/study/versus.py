@@ -264,7 +264,8 @@ class _Known:
         if not (built and shape):
             return deployment.costs(n, heads)
         keys = effective_context(heads, np.full_like(n, shape[0]), deployment.context)
-        return deployment.costs_of_shape(n, heads, *(np.full_like(n, x) for x in shape), keys)
+        layers, width = (np.full_like(n, x) for x in shape)
+        return deployment.costs_of_shape(n, heads, layers, width, keys)
 
     def largest(self, deployment: Deployment, budgets: np.ndarray) -> np.ndarray:
         """The largest N (rows,) that costs no more than the budgets and holds what must hold."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Group
@@ -152,6 +153,9 @@ def _equal_loss(found: Versus) -> Table:
     verdicts = {"first": one, "second": other, "equivalent": "as good"}
     most = margin(found.question.indifference)
 
+    def size(i: int) -> Callable[[Match], str]:
+        return lambda m: _marked(m.equal_loss[0], i)
+
     def cost(i: int) -> Callable[[Match], str]:
         return lambda m: quantity((m.equal_loss[0].first, m.equal_loss[0].second)[i])
 
@@ -164,10 +168,7 @@ def _equal_loss(found: Versus) -> Table:
         f"At equal loss: what {one} saves against {other}",
         [
             *_where(),
-            *(
-                Column(f"N of {label}", lambda m, i=i: _marked(m.equal_loss[0], i), spare=3)
-                for i, label in _sides(found)
-            ),
+            *(Column(f"N of {label}", size(i), spare=3) for i, label in _sides(found)),
             *(Column(f"{objective}\nof {label}", cost(i), spare=2) for i, label in _sides(found)),
             Column(f"{objective} saved", saved(0)),
             Column(INTERVAL, lambda m: span(m.equal_loss[0].gain_interval, percent)),
@@ -198,9 +199,12 @@ def _loss_columns(found: Versus, gap: Callable[[Match], Gap]) -> list[Column]:
 
         return cell
 
+    def size(i: int) -> Callable[[Match], str]:
+        return lambda m: _marked(gap(m), i)
+
     out: list[Column] = []
     for i, label in _sides(found):
-        out.append(Column(f"N of {label}", lambda m, i=i: _marked(gap(m), i), spare=1))
+        out.append(Column(f"N of {label}", size(i), spare=1))
         out.append(Column(f"loss of {label}", loss(i), "nats"))
     return [
         *out,
@@ -236,7 +240,7 @@ def _themselves(found: Versus) -> Table:
     }
     return Table(
         f"As they are, costs at {longest.context:,} tokens",
-        [Column(name, lambda row, key=key: row[key]) for key, name in names.items()],
+        [Column(name, itemgetter(key)) for key, name in names.items()],
         [cells(gap) for gap in longest.itself],
     )
 
