@@ -31,6 +31,7 @@ from gqa_scaling.study.shapes import family_of, shapes
 STRAY_U, STRAY_B = 0.02, 0.01  # of one configuration from what all share, prior deviations
 STRAY_T = 0.001  # share of the loss that m_H is an octave: 1% from 8K to 128K is 2.5 deviations
 DRAWS = 1000
+LEAST = 4  # finished runs, as many as the curve of one configuration needs
 _CONTENDERS = 4  # configurations at most that are trained at a longer context together
 _CHANCE = 0.05  # of being the cheapest somewhere, that makes a contender
 Size = tuple[Heads, int, int]  # a configuration, its layers and its width
@@ -299,13 +300,16 @@ def suggest(
 
     They are the rest of the grid, or, where that holds nothing new within the budget, what lies
     beyond it (`proposals`). The budget is in training FLOPs; `per_flop` prefers what lowers the
-    regret most per FLOP, otherwise most per run. Raises UserError when fewer than six runs are
+    regret most per FLOP, otherwise most per run. Raises UserError when fewer than four runs are
     finished, when their shapes are unknown, or when nothing is within the budget.
     """
     require(
         bool(results.n_layers.all()), "suggest needs the layers and widths of the finished runs"
     )
-    require(len(results) >= 6, f"suggest needs six finished runs to begin with, not {len(results)}")
+    require(
+        len(results) >= LEAST,
+        f"suggest needs {LEAST} finished runs to begin with, not {len(results)}",
+    )
     proposals = Proposals(results, tuple(grid))
     within = serving.allows if serving else lambda _: True
 
