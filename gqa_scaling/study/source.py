@@ -84,7 +84,11 @@ def read_source(
     gone, known = r.name[~keep].tolist(), {run.name for run in source.grid}
     left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))
     said = f"left out by --without {' '.join(without)}: {len(gone)} runs ({listed(gone, 4)})"
-    return replace(source, results=replace(left, left_out=said))
+    question = whole.question
+    if question.baseline is not None and question.baseline not in left.heads:
+        said += f"; the baseline {pair(question.baseline)} with them: savings are against another"
+        question = replace(question, baseline=None)
+    return replace(source, results=replace(left, left_out=said), question=question)
 
 
 def _read(name: str, overrides: Sequence[str], folder: str | None) -> Source:

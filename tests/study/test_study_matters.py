@@ -212,6 +212,10 @@ def test_runs_and_configurations_can_be_left_out(capsys):
     assert cli.main(["fit", "chen2025", "--refits", "100", "--without", "8,1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["points"]) == sum(h != (8, 1) for h in R.heads)
+    assert cli.main(["frontier", *ask, "--without", "8,8"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the baseline (8,8) with them: savings are against another" in out
+    assert "Saved against (8,4) at equal loss" in out
     for words, said in (("9,9", "--without 9,9 names no run or configuration"), ("*", "every run")):
         assert cli.main(["fit", "chen2025", "--without", words]) == 2
         assert said in capsys.readouterr().err
