@@ -85,7 +85,7 @@ def read_source(
     left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))
     said = f"left out by --without {' '.join(without)}: {len(gone)} runs ({listed(gone, 4)})"
     question = whole.question
-    if question.baseline is not None and question.baseline not in left.heads:
+    if question.baseline in set(r.heads) - set(left.heads):
         said += f"; the baseline {pair(question.baseline)} with them: savings are against another"
         question = replace(question, baseline=None)
     return replace(source, results=replace(left, left_out=said), question=question)
