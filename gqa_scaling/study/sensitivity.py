@@ -73,12 +73,13 @@ def sensitivity(fit: Fit, results: Results, answers: Frontier) -> Sensitivity | 
     answer, family = answers.headline, family_of(results)
     if not answer.best.reached:
         return None
+    heads = sorted((choice.heads for choice in answer.choices), key=fit.index)
     n_star = with_draws(fit).n_star(answer.loss)
-    n = np.stack([family.within(n_star[:, k], h) for k, h in enumerate(fit.heads)], 1)
-    present, rows = fit.index(answer.best.heads), []
+    n = np.stack([family.within(n_star[:, fit.index(h)], h) for h in heads], 1)
+    present, rows = heads.index(answer.best.heads), []
     for assumption, before, after, objective, question, serving in _changes(answers):
         place = Deployment(family, question, answer.context, objective, serving)
-        ranking = rank(place, fit.heads, n)
+        ranking = rank(place, heads, n)
         cost, least = ranking.cost, ranking.cost.min(1)
         if not np.isfinite(least[0]):
             continue
@@ -91,7 +92,7 @@ def sensitivity(fit: Fit, results: Results, answers: Frontier) -> Sensitivity | 
                 before=before,
                 after=after,
                 objective=objective,
-                heads=fit.heads[k],
+                heads=heads[k],
                 n=float(n[0, k]),
                 dearer=float(dearer[0]),
                 dearer_interval=known_interval(dearer[1:]),

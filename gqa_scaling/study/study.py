@@ -44,12 +44,15 @@ class Study:
 
 
 def with_verdict(
-    found: Estimates, results: Results, answer: Frontier
+    found: Estimates, results: Results, answer: Frontier, fit: Fit | None = None
 ) -> tuple[Estimates, Frontier]:
-    """Whether differences move with T judged by what that does to the answer, and said where it may."""
+    """Whether differences move with T judged by what that does to the answer, and said where it may.
+
+    `fit` has the curves that were ranked, by default those of `found`.
+    """
     if found.flatness is None:
         return found, answer
-    tested = judged(found.flatness, found.fit, results, answer)
+    tested = judged(found.flatness, fit or found.fit, results, answer)
     if tested.verdict not in ("flat", "untested"):
         answer = replace(answer, flags=(*answer.flags, tested.sentence()))
     return replace(found, flatness=tested), answer

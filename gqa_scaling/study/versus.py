@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import MOST_LAYERS, Question, require
+from gqa_scaling.config import Question, require
 from gqa_scaling.study import laws
 from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.equal_cost import largest
@@ -140,32 +140,26 @@ class Versus:
         return plain(told | {"first_label": self.first.label, "second_label": self.second.label})
 
 
-def side(text: str, heads: Sequence[Heads]) -> Side:
+def side(text: str, heads: Sequence[Heads] = ()) -> Side:
     """The configuration (8,1) or the model 8,1@L24d1536 that a text names.
 
-    `heads` are those of the study: one with a pattern is named as it is printed, (8,1) b64 w16. Raises
-    UserError for a text that is neither, or heads that the study knows nothing of.
+    `heads` are those of the study, whose patterns are named as they are printed: (8,1) b64 w16. Raises
+    UserError for a text that names neither.
     """
-    name, _, model = text.strip().partition("@")
-    spoken = {pair(h).replace("(", "").replace(")", ""): h for h in heads}
-    own = spoken.get(name.strip().replace("(", "").replace(")", "").replace(", ", ","))
-    shape = re.fullmatch(r"L(\d{1,9})d(\d{1,9})", model)
-    valid = re.fullmatch(r"\(?\d{1,9}, ?\d{1,9}\)?.*", name.strip()) and bool(model) == bool(shape)
+    name, at, model = text.strip().partition("@")
+    bare = re.sub(r"[()]", "", name).replace(", ", ",").strip()
+    plain_pair = re.fullmatch(r"([1-9]\d{0,4}),([1-9]\d{0,4})", bare)
+    shape = re.fullmatch(r"L([1-9]\d{0,4})d([1-9]\d{0,8})", model)
+    spoken = {re.sub(r"[()]", "", pair(h)): h for h in heads}
     require(
-        bool(valid) and ("@" not in text or shape is not None),
+        (bare in spoken or bool(plain_pair)) and bool(at) == bool(shape),
         f"{text!r} must be heads such as 8,1 or a whole model such as 8,1@L24d1536",
     )
-    require(
-        own is not None,
-        f"configuration {name} is not in this study; there are {', '.join(map(pair, heads))}",
-    )
-    assert own is not None
-    if shape is None:
-        return Side(own)
-    layers, width = int(shape[1]), int(shape[2])
-    fits = 1 <= layers <= MOST_LAYERS and 1 <= width < 2**31
-    require(fits, f"{text!r}: a model has 1 to {MOST_LAYERS} layers and a width below 2^31")
-    return Side(own, (layers, width))
+    own = spoken.get(bare)
+    if own is None:
+        assert plain_pair is not None
+        own = int(plain_pair[1]), int(plain_pair[2])
+    return Side(own, (int(shape[1]), int(shape[2])) if shape else None)
 
 
 # ------------------------------------------------------------------------------- the comparison
@@ -179,14 +173,16 @@ def versus(
     question: Question | None = None,
     objective: Objective = "z",
     serving: Serving | None = None,
+    *,
+    fit: Fit | None = None,
 ) -> Versus:
     """Compare the two for every loss and context of the question.
 
-    Where one is a whole model the loss is that model's own. Raises UserError for an objective without
-    its costs, for two that are one, for target losses beside a whole model, and for a model beyond
-    what the study can speak of.
+    `fit` has their curves, by default those of `found`. Where one is a whole model the loss is that
+    model's own. Raises UserError for heads without a curve, an objective without its costs, two that
+    are one, target losses beside a whole model, and a model beyond what the study can speak of.
     """
-    q, s, fit = question or Question(), serving or Serving(), found.fit
+    q, s, fit = question or Question(), serving or Serving(), fit or found.fit
     require_costs(objective, s)
     require(first != second, f"{first.label} is compared with itself; name two")
     family, whole = family_of(results), first.shape or second.shape
@@ -408,6 +404,11 @@ def _training(
         return None, (
             "No compute multiplier: how loss falls with training tokens is not told by these runs; it "
             "needs runs of one context length with several token budgets for a size."
+        )
+    unknown = [each.side.heads for each in both if each.side.heads not in law.heads]
+    if unknown:
+        return None, (
+            f"No compute multiplier: {pair(unknown[0])} was not trained on several token budgets."
         )
     if not law.fit.context_length:
         return None, (

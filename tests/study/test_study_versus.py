@@ -12,6 +12,7 @@ from test_study_tokens import BETA, DATA, FLOOR, LADDER, TRUTH, study
 
 from gqa_scaling import cli
 from gqa_scaling.config import Question, UserError
+from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import HardwareCost, inference_flops, inference_memory, n_formula
 from gqa_scaling.costs import training_flops_formula as training_flops
 from gqa_scaling.experiment.ladder import interpolate
@@ -20,6 +21,7 @@ from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report.compared import compared, sentence
+from gqa_scaling.study.results import pair
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.versus import Side, side, versus
@@ -211,10 +213,8 @@ def test_what_cannot_be_compared_is_refused(chen):
     for text in ("8", "8,1@", "8,1@L0d64", "8,1@d64L4", "8,1@L99999999999d64", "x,1", ""):
         with pytest.raises(UserError):
             side(text, heads)
-    with pytest.raises(
-        UserError, match=r"configuration 9,3 is not in this study; there are \(1,1\)"
-    ):
-        side("9,3", heads)
+    with pytest.raises(UserError, match=r"configuration \(9,3\) is not in this study; there are"):
+        match(chen, (9, 3), (8, 1))
     with pytest.raises(UserError, match="compared with itself"):
         match(chen, (8, 1), (8, 1))
     with pytest.raises(UserError, match="leave the target loss out"):
@@ -236,10 +236,15 @@ def test_the_command_line(capsys):
     assert cli.main(["compare", "chen2025", "4,1", "8,2@L24d1536", "--refits", "100"]) == 0
     assert "8,2)@L24d1536" in capsys.readouterr().out
     assert cli.main(["compare", "chen2025", "4,1", "3,1", *ask[1:]]) == 2
-    assert "configuration 3,1 is not in this study" in capsys.readouterr().err
+    assert "configuration (3,1) is not in this study" in capsys.readouterr().err
 
 
-def test_heads_with_a_pattern_are_named_as_they_are_printed():
-    r = published()
-    text = {h: side(f"{h[0]},{h[1]}", r.heads).heads for h in r.heads}
-    assert all(heads == h for h, heads in text.items())
+def test_sides_are_named_as_they_are_printed():
+    pattern = ContextSharding(block=64, local=16, stride=8)
+    sharded = (8, 1, pattern)
+    assert side(pair(sharded), [sharded]).heads == sharded
+    assert side(f"8,1 {pattern.label}@L4d256", [sharded]) == Side(sharded, (4, 256))
+    assert side("(8, 1)", [sharded]) == Side((8, 1))
+    assert side("24,8@L36d1536") == Side((24, 8), (36, 1536))
+    with pytest.raises(UserError, match="must be heads such as"):
+        side(pair(sharded), [])
