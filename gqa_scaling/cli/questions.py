@@ -71,8 +71,9 @@ def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.commands import command_of
     from gqa_scaling.study.frontier import target_losses
-    from gqa_scaling.study.proposals import Proposals, for_a_fit, too_small
+    from gqa_scaling.study.proposals import Proposals, budget_assumed, for_a_fit, too_small
     from gqa_scaling.study.report.advice import first_step, fit_table, suggest_table
+    from gqa_scaling.study.report.table import shown
     from gqa_scaling.study.suggest import Suggestion, suggest
     from gqa_scaling.study.tokens import spans_budgets
 
@@ -113,14 +114,15 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         table = suggest_table(found, args.objective)
     commands = [command_of(source, each.runs[0].run, options) for each in found]
+    flags = [flag for flag in (results.left_out, budget_assumed(results, source.grid)) if flag]
     if args.json:
         told = zip(found, commands, strict=True)
         rows = [
             each.to_dict() | ({"command": command} if command else {}) for each, command in told
         ]
-        print_json(rows)
+        print_json({"too_small": small, "flags": flags, "suggestions": rows})
     else:
-        print_table(table)
+        print_table(shown([table], flags))
         print(first_step(found[0], commands[0], declared=found[0].runs[0].run in source.grid))
     return 0
 

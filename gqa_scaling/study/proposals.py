@@ -212,6 +212,16 @@ def _declared(run: RunConfig) -> Proposed:
     )
 
 
+def budget_assumed(results: Results, grid: Sequence[RunConfig]) -> str:
+    """What is assumed of the price of others' runs, in a line; "" where nothing is."""
+    assumed = []
+    if not grid and not np.isfinite(results.tokens).any():
+        assumed.append(f"{TOKENS_PER_PARAM:g} training tokens a parameter")
+    if not grid and not results.context_length.all():
+        assumed.append("training contexts too short to cost attention anything")
+    return f"training FLOPs assume {' and '.join(assumed)}: the runs do not say" if assumed else ""
+
+
 # ---------------------------------------------------------------------------- too small to fit
 
 

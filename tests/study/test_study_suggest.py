@@ -258,14 +258,22 @@ def test_suggest_from_the_command_line(capsys, tmp_path):
     file = tmp_path / "some.csv"
     file.write_text(results_csv(R.select(np.isin(R.n_heads, (1, 4)))))
     assert cli.main(["suggest", str(file), "--most", "1", "--refits", "100", "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)
+    whole = json.loads(capsys.readouterr().out)
+    (told,) = whole["suggestions"]
+    assert whole["flags"] == []
     assert set(told) >= {"name", "kind", "runs", "flops", "regret_before", "regret_after"}
     file.write_text(results_csv(R.select(np.isin(R.n_layers, (12, 16)))))
-    assert cli.main(["suggest", str(file)]) == 0
+    assert cli.main(["suggest", str(file), "--without", "4,1"]) == 0
     out = " ".join(capsys.readouterr().out.split())
+    assert "! left out by --without 4,1: 2 runs" in out
+    assert "(4,1) has" not in out
     assert "Too few runs to fit" in out
     assert "(8,8) has 2" in out
     assert "for a fit" in out
+    bare = tmp_path / "bare.csv"
+    bare.write_text("n_heads,n_kv_heads,n_layers,d_model,loss\n8,1,4,256,3.0\n8,1,8,512,2.9\n")
+    assert cli.main(["suggest", str(bare)]) == 0
+    assert "! training FLOPs assume 20 training tokens a parameter and" in capsys.readouterr().out
     sizeless = tmp_path / "sizeless.csv"
     lines = [f"8,{kv},{n}e7,{3 - n / 99}" for kv in (1, 8) for n in (1, 2, 4, 8)]
     sizeless.write_text("\n".join(["n_heads,n_kv_heads,n_params,loss", *lines]))
