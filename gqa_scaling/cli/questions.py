@@ -91,8 +91,8 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     require(
         not spans_budgets(results),
-        f"{args.source}: suggest takes runs of one token budget for each size; name one context "
-        "length with --context, or leave runs out with --without",
+        f"{args.source}: suggest takes runs of one token budget for each size; leave the others "
+        "out with --without",
     )
     options = [] if args.root is None else ["--root", args.root]
     small = too_small(results) if args.law == "separate" else ""
