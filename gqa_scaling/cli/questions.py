@@ -50,7 +50,8 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
 
 def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.compared import compared
-    from gqa_scaling.study.versus import side, versus
+    from gqa_scaling.study.sides import side
+    from gqa_scaling.study.versus import versus
 
     serving = _serving(args)
     source = _source(args, rest)

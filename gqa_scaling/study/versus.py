@@ -6,7 +6,6 @@ one loss takes.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -22,27 +21,15 @@ from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.frontier import beyond_training, target_losses, with_draws
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import decide, known_interval, near_least, saved, tied
-from gqa_scaling.study.results import Heads, Results, pair
+from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.serving import Costs, Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import Family, effective_context, family_of
+from gqa_scaling.study.sides import Side
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.study.trainer import Trainer
 from gqa_scaling.study.uncertainty import LEVEL
 
 _STEP = 0.01  # between the sizes that the least training FLOPs are sought at, in ln N
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two: heads alone, whose size is free, or with the (layers, width) of a model."""
-
-    heads: Heads
-    shape: tuple[int, int] | None = None
-
-    @property
-    def label(self) -> str:
-        """(8,1), or (8,1)@L24d1536 for a whole model."""
-        return pair(self.heads) + ("@L{}d{}".format(*self.shape) if self.shape else "")
 
 
 @dataclass(frozen=True)
@@ -138,28 +125,6 @@ class Versus:
         """Ready for JSON."""
         told = asdict(self) | {"units": units(self.question, self.serving)}
         return plain(told | {"first_label": self.first.label, "second_label": self.second.label})
-
-
-def side(text: str, heads: Sequence[Heads] = ()) -> Side:
-    """The configuration (8,1) or the model 8,1@L24d1536 that a text names.
-
-    `heads` are those of the study, whose patterns are named as they are printed: (8,1) b64 w16. Raises
-    UserError for a text that names neither.
-    """
-    name, at, model = text.strip().partition("@")
-    bare = re.sub(r"[()]", "", name).replace(", ", ",").strip()
-    plain_pair = re.fullmatch(r"([1-9]\d{0,4}),([1-9]\d{0,4})", bare)
-    shape = re.fullmatch(r"L([1-9]\d{0,4})d([1-9]\d{0,8})", model)
-    spoken = {re.sub(r"[()]", "", pair(h)): h for h in heads}
-    require(
-        (bare in spoken or bool(plain_pair)) and bool(at) == bool(shape),
-        f"{text!r} must be heads such as 8,1 or a whole model such as 8,1@L24d1536",
-    )
-    own = spoken.get(bare)
-    if own is None:
-        assert plain_pair is not None
-        own = int(plain_pair[1]), int(plain_pair[2])
-    return Side(own, (int(shape[1]), int(shape[2])) if shape else None)
 
 
 # ------------------------------------------------------------------------------- the comparison

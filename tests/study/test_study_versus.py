@@ -24,7 +24,8 @@ from gqa_scaling.study.report.compared import compared, sentence
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.versus import Side, side, versus
+from gqa_scaling.study.sides import Side, side
+from gqa_scaling.study.versus import versus
 
 ASKED = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")
 
