@@ -28,7 +28,7 @@ from gqa_scaling.study.fit import fit
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.models import LAWS
-from gqa_scaling.study.ranking import rank, tied
+from gqa_scaling.study.ranking import rank
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.results import Heads, Results
 from gqa_scaling.study.serving import Deployment
@@ -136,7 +136,7 @@ def _decisions(f: Fit, r: Results, q: Question) -> list[tuple[Heads, tuple[Heads
             ranking = rank(Deployment(family, q, context), f.heads, n)
             rows = [ranking.of(k, ranking.costs[0]) for k in range(len(f.heads))]
             rows.sort(key=lambda row: row.order)
-            out.append((rows[0].heads, tied(rows)))
+            out.append((rows[0].heads, ranking.tied))
     return out
 
 

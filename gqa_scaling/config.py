@@ -424,7 +424,8 @@ class Question(Json):
     `contexts` the inference context lengths in tokens. Savings are stated against `baseline`: heads,
     (n_heads, n_kv_heads) and pattern if any, or a text that `baselines.named` reads (None: the most
     heads trained). `convention` names how inference FLOPs are counted; `weight`, `memory_power` and
-    `compute_power` are lambda, alpha, beta of Chen et al. 2025, section 4.2. A `demonstration` says so.
+    `compute_power` are lambda, alpha, beta of Chen et al. 2025, section 4.2. Costs that differ by no more than
+    `indifference`, a share (0.01 is 1%), are as good as equal. A `demonstration` says so.
     """
 
     contexts: tuple[int, ...] = (8192, 32768, 131072)
@@ -434,6 +435,7 @@ class Question(Json):
     weight: float = 0.9
     memory_power: float = 1 / 2
     compute_power: float = 1 / 3
+    indifference: float = 0.01
     demonstration: bool = False
 
     def __post_init__(self) -> None:
@@ -448,3 +450,4 @@ class Question(Json):
         between("lambda", self.weight, 0, 1)
         between("alpha", self.memory_power, *POWERS)
         between("beta", self.compute_power, *POWERS)
+        between("indifference", self.indifference, 0, 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli, hardware
-from gqa_scaling.cli import study
+from gqa_scaling.cli import questions, study
 from gqa_scaling.config import Question, require
 from gqa_scaling.data.corpus import FETCHED
 from gqa_scaling.experiment.load import load_experiment
@@ -76,6 +76,7 @@ Demonstration, too small to decide by
 Do differences between configurations move with T
 FROM python:3.12-slim
 ModelConfig(36, 1536
+No movement found from
 Trained since and not in the fit
 declare -> plan
 def runs():
@@ -174,8 +175,9 @@ def try_gqa(words: list[str]) -> None:
         return
     source = getattr(args, "source", None) or args.experiment
     is_experiment = choices.is_experiment(source) and not Path(source).is_dir()
-    quick = args.verb in ("plan", "status", "learning-rates") or args.verb in study.VERBS
-    if args.verb in study.VERBS and is_experiment:
+    decides = args.verb in (*study.VERBS, *questions.VERBS)
+    quick = args.verb in ("plan", "status", "learning-rates") or decides
+    if decides and is_experiment:
         quick = False  # there are no runs
     if getattr(args, "compile", None) or getattr(args, "watch", False):
         quick = False

@@ -1,4 +1,4 @@
-"""The verbs of a study: finished runs to a decision."""
+"""The verbs of a study: finished runs to a decision; its questions are in `questions`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_tab
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law, is_experiment
+from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law
 
 if TYPE_CHECKING:
     from gqa_scaling.study.candidates import Candidates
@@ -26,7 +26,10 @@ SOURCES = f"""experiment; CSV file with columns n_heads, n_kv_heads, loss and n_
 d_model (docs/using.md); or {PUBLISHED}, the published points, shipped here"""
 
 
-def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
+def _add_source(
+    parser: argparse.ArgumentParser, what: str = SOURCES, trained: str = "--context"
+) -> None:
+    """What every verb takes; `trained` is the option that names the training context length."""
     add = parser.add_argument
     add("source", help=what)
     add_json(parser)
@@ -44,7 +47,14 @@ def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
     )
     add("--robust", action="store_true", help="give spoiled runs less weight")
     add("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
-    add("--context", type=int, help="fit the runs of this training context length")
+    add(trained, dest="context", type=int, help="fit the runs of this training context length")
+    add(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="leave out runs, by a pattern of their names, or configurations such as 8,1",
+    )
 
 
 def _add_wide(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +79,6 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", action="store_true", help="loss against query heads at fixed N")
 
 
-def _add_suggest(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, "experiment: its finished runs and the rest of its grid")
-    parser.add_argument("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
-    parser.add_argument("--most", type=int, default=8, help="how many runs at most (default: 8)")
-
-
 def _add_question(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     _add_wide(parser)
@@ -93,23 +97,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         help="what savings are stated against: heads at every size, 8,8; the published family, llama3; "
         "one model, 24,8@L36d1536, whose predicted loss is then the target unless --losses are named",
     )
-    add("--convention", choices=CONVENTIONS, help="of FLOPs")
-    add("--lambda", dest="weight", type=finite, help="weight of memory in Z")
-    add("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
-    add("--beta", dest="compute_power", type=finite, help="power of FLOPs in Z")
-    add(
-        "--objective",
-        choices=tuple(OBJECTIVES),
-        default="z",
-        help="what is to be least; seconds and dollars need --hardware",
-    )
-    add("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
-    add("--price", type=finite, help="dollars a device-hour there")
-    add("--batch", type=int, default=1, help="sequences decoded at once")
-    add("--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)")
-    add("--cache-bytes", type=finite, default=2, help="bytes a cached value")
-    add("--fit-gib", type=finite, help="only models whose weights and cache fit")
-    add("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
+    _add_costs(parser)
     add(
         "--train-context",
         type=int,
@@ -123,6 +111,33 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_costs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--convention", choices=CONVENTIONS, help="of FLOPs")
+    add("--lambda", dest="weight", type=finite, help="weight of memory in Z")
+    add("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
+    add("--beta", dest="compute_power", type=finite, help="power of FLOPs in Z")
+    add(
+        "--objective",
+        choices=tuple(OBJECTIVES),
+        default="z",
+        help="what is to be least; seconds and dollars need --hardware",
+    )
+    add("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
+    add("--price", type=finite, help="dollars a device-hour there")
+    add(
+        "--indifference",
+        type=finite,
+        metavar="PERCENT",
+        help="costs that differ by no more are as good as equal (default: 1)",
+    )
+    add("--batch", type=int, default=1, help="sequences decoded at once")
+    add("--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)")
+    add("--cache-bytes", type=finite, default=2, help="bytes a cached value")
+    add("--fit-gib", type=finite, help="only models whose weights and cache fit")
+    add("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
+
+
 def _add_frontier(parser: argparse.ArgumentParser) -> None:
     _add_question(parser)
     parser.add_argument(
@@ -132,6 +147,11 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
         "several token budgets for a size",
     )
     parser.add_argument("--ranking", action="store_true", help="rank every configuration")
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="the answer with lambda, alpha, beta, batch and bytes changed, one at a time",
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +164,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
     from gqa_scaling.study.source import read_source
 
-    return read_source(args.source, rest, args.root)
+    return read_source(args.source, rest, args.root, args.without)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -196,6 +216,7 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
         "weight": args.weight,
         "memory_power": args.memory_power,
         "compute_power": args.compute_power,
+        "indifference": None if args.indifference is None else args.indifference / 100,
     }
     if isinstance(baseline, str) and "@" in baseline and not args.losses:
         question = replace(question, losses=None)  # the model's own loss is the target
@@ -225,7 +246,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
-    from gqa_scaling.study.study import Study
+    from gqa_scaling.study.study import Study, with_verdict
 
     serving = _serving(args)
     source = _source(args, rest)
@@ -235,6 +256,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     answer = frontier(among.fit, source.results, question, args.objective, serving, among=among)
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, options, fit=among.fit)
+    found, answer = with_verdict(found, source.results, answer, fit=among.fit)
     return Study(source.results, found, answer, candidates=among)
 
 
@@ -293,40 +315,11 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.study.context import spans_contexts
-    from gqa_scaling.study.frontier import target_losses
-    from gqa_scaling.study.report.answers import suggest_table
-    from gqa_scaling.study.suggest import suggest
-    from gqa_scaling.study.tokens import spans_budgets
-
-    known = is_experiment(args.source)
-    require(known, f"suggest needs the grid of an experiment, not {args.source}")
-    between("--most", args.most, 1, 1e6, "runs")
-    require(args.budget_flops > 0, f"--budget-flops={args.budget_flops} must be greater than 0")
-    source = _source(args, rest)
-    results = source.results
-    if args.context is not None:
-        results = results.select(results.context_length == args.context)
-    require(
-        not spans_contexts(results) and not spans_budgets(results),
-        f"{args.source}: suggest takes finished runs of one context length and one token budget "
-        "for each size; name one length with --context",
-    )
-    losses = source.question.losses or target_losses(_estimates(args, results).fit)
-    question = replace(source.question, losses=tuple(losses))
-    found = suggest(results, source.grid, question, budget_flops=args.budget_flops, most=args.most)
-    if args.json:
-        print_json([each.to_dict() for each in found])
-    else:
-        print_table(suggest_table(found))
-    return 0
-
-
 def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.align:
         return _frontier_aligned(args, rest)
     from gqa_scaling.study.report.answers import frontier_answer, ranking_table
+    from gqa_scaling.study.report.assumptions import sensitivity_table
     from gqa_scaling.study.report.sentences import training
     from gqa_scaling.study.report.tradeoffs import sparsity_table
 
@@ -337,12 +330,15 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     study = _answer(args, rest)
     answer, sparse = study.frontier, study.sparsity
+    hangs = study.sensitivity if args.sensitivity else None
     if args.json:
-        print_json(answer.to_dict() | ({"sparsity": sparse.to_dict()} if sparse else {}))
+        more = {"sparsity": sparse, "sensitivity": hangs}
+        print_json(answer.to_dict() | {k: v.to_dict() for k, v in more.items() if v})
         return 0
-    more = [ranking_table(each, answer) for each in answer.answers] if args.ranking else []
-    more += [sparsity_table(sparse, args.objective)] if sparse else []
-    print_table(frontier_answer(answer, more))
+    tables = [ranking_table(each, answer) for each in answer.answers] if args.ranking else []
+    tables += [sensitivity_table(hangs)] if hangs else []
+    tables += [sparsity_table(sparse, args.objective)] if sparse else []
+    print_table(frontier_answer(answer, tables))
     print(training(answer))
     return 0
 
@@ -406,6 +402,5 @@ def _default_page(args: argparse.Namespace) -> Path:
 VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
-    "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
     "report": (_report, "write the study as one HTML page", _add_report),
 }

@@ -107,7 +107,7 @@ def caveats(answers: "Sequence[Answer]", reach: dict[Heads, Interval], baseline:
     )
     unbuilt = [a for a in reached if a.model is None and a.best.heads not in uneven]
     tell(unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}")
-    ties = sum(len(a.tied) > 1 for a in answers)
+    ties = sum(len(a.tied) > 1 + len(a.equivalent) for a in answers)
     tell(
         range(ties),
         f"the noise cannot separate the best configuration in {ties} of {many} answers: they are "

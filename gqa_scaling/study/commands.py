@@ -1,9 +1,11 @@
 """From an answer to its training: the command for each model, and what runs trained since say."""
 
+import fnmatch
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gqa_scaling.config import RunConfig
 from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
 from gqa_scaling.experiment.overrides import overrides_to
 from gqa_scaling.files.runs import run_directory
@@ -49,6 +51,15 @@ def with_training(
         replace(each, model=each.model and with_command(each.model)) for each in answer.answers
     )
     return replace(answer, answers=answers, checks=tuple(checks))
+
+
+def command_of(source: Source, run: RunConfig | None, options: Sequence[str] = ()) -> str:
+    """The command that trains this run of a source's experiment; "" where there is none."""
+    if run is None:
+        return ""
+    alike = [r for r in source.grid if fnmatch.fnmatch(r.name, run.name) or run.name in r.name]
+    fields = ["--only", run.name] if alike == [run] else overrides_to(source.grid, run)
+    return shell_command(["gqa-scaling", "run", source.name, *source.overrides, *fields, *options])
 
 
 def shell_command(words: Sequence[str], width: int = 78) -> str:

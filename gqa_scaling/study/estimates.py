@@ -1,6 +1,6 @@
 """The estimate that finished runs allow: one curve each, the context law or the token law."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, between, require
@@ -86,8 +86,6 @@ def estimate(
         found = contexts.fit
     else:
         found = fit(r, context_length=context_length, law=law, robust=robust, **refitting)
-    if tested and tested.verdict not in ("flat", "untested"):
-        found = replace(found, flags=(*found.flags, tested.sentence()))
     return Estimates(found, contexts, tokens, tested)
 
 

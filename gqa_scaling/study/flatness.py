@@ -1,10 +1,12 @@
 """Whether differences between configurations stay as they are at longer training contexts.
 
 That must hold for a fit at one length to carry to longer ones: beyond some T the differences no
-longer move (Chen et al. 2025, section 5: all movement below 1%).
+longer move (Chen et al. 2025, section 5: all movement below 1% of the loss). What counts is not how
+large a movement is but what it does to an answer: at a loss near E 0.1% of it costs several percent.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -13,13 +15,16 @@ from scipy import stats
 
 from gqa_scaling.config import require
 from gqa_scaling.study.baseline import default_baseline
-from gqa_scaling.study.fitted import SUSPICIOUS, plain
+from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.fitted import SUSPICIOUS, Fit, plain
+from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.points import Interval, labels, ranks, size_labels
 from gqa_scaling.study.results import Heads, Results, pair
+from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import LEVEL
 
 FLAT_FROM = 8192  # tokens: where the published claim begins
-FLAT = 0.01  # movement of a relative loss difference that the published study calls flat
 _MIN_DOF = 2
 _DRAWS = 2000
 
@@ -44,7 +49,26 @@ class Movement:
         return max(abs(v) for v in self.interval)
 
 
-Verdict = Literal["flat", "unsure", "small", "moving", "untested"]
+@dataclass(frozen=True)
+class Effect:
+    """What the largest movement that the runs do not exclude would do to an answer.
+
+    The answer's configuration, `heads`, is worse by `nats` at every size, the others stay: to reach
+    `loss` (nats) it then takes a larger model, dearer by `change` (0.02 is 2%) of the `objective` at
+    `context` tokens; infinite where none gets there. `then` are the cheapest heads in that case.
+    """
+
+    heads: Heads
+    loss: float
+    context: int
+    objective: Objective
+    nats: float
+    change: float
+    then: Heads
+    indifference: float
+
+
+Verdict = Literal["flat", "unsure", "small", "moving", "unjudged", "untested"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +87,20 @@ class Flatness:
     dof: tuple[int, int] = (0, 0)
     p_value: float = float("nan")
     movement: Movement | None = None
+    effect: Effect | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """Flat, not told apart from flat, differing but within 1%, moving, or untested."""
+        """Flat, not told apart from flat, moving by less or by more than matters, or untested.
+
+        What matters is the cost of an answer (`judged`), against the question's indifference; without
+        an answer the movement is not judged.
+        """
         if self.untested or self.movement is None:
             return "untested"
-        within = self.movement.most < FLAT
+        if self.effect is None:
+            return "unjudged"
+        within = self.effect.change <= self.effect.indifference
         if self.p_value >= SUSPICIOUS:
             return "flat" if within else "unsure"
         return "small" if within else "moving"
@@ -79,24 +110,69 @@ class Flatness:
         if self.verdict == "untested":
             return f"Differences between configurations over T: not tested, {self.untested}."
         assert self.movement is not None
-        most = f"{100 * self.movement.most:.2f}%"
+        most = f"{100 * self.movement.most:.2f}% of the loss"
+        if self.effect is None:
+            found = "No movement found" if self.p_value >= SUSPICIOUS else "Differences move"
+            return (
+                f"{found} from {self.since:,} tokens on; none above {most}. frontier and report say what "
+                "that would do to the cost of an answer."
+            )
+        e, moves = self.effect, f"one of {most} "
+        costs = (
+            f"make {pair(e.heads)} {100 * e.change:.1f}% dearer by {OBJECTIVES[e.objective]}"
+            if math.isfinite(e.change)
+            else f"leave {e.loss:g} nats out of reach of {pair(e.heads)}"
+        ) + f" for {e.loss:g} nats at {e.context:,} tokens"
+        stays = (
+            "and it would stay the cheapest"
+            if e.then == e.heads
+            else f"and {pair(e.then)} would be the cheapest"
+        )
+        matters = f"{100 * e.indifference:.6g}%"
         return {
-            "flat": f"Flat from {self.since:,} tokens on: a fit at one T carries to longer ones; "
-            f"no movement of dL above {most}.",
-            "unsure": f"No movement found from {self.since:,} tokens on, but these runs cannot "
-            f"exclude one up to {most}: add sizes or seeds at the longest T before a fit at one T "
-            "is carried to longer ones.",
-            "small": f"Differences between configurations do move from {self.since:,} tokens on, "
-            f"by {most} of the loss at most, below the {FLAT:.0%} that the published study calls "
-            "flat: a fit at one T carries to longer ones that closely and no closer.",
-            "moving": f"NOT FLAT from {self.since:,} tokens on: a fit at one T does not carry to "
-            "longer ones; train at the T that you will serve and fit there with --context.",
+            "flat": f"Flat from {self.since:,} tokens on: a fit at one T carries to longer ones; the "
+            f"largest movement that these runs do not exclude, {moves}would {costs}, below {matters}.",
+            "unsure": f"No movement found from {self.since:,} tokens on, but these runs do not exclude "
+            f"{moves}which would {costs}, {stays}: add sizes or seeds at the longest T before a fit at "
+            "one T is carried to longer ones.",
+            "small": f"Differences between configurations do move from {self.since:,} tokens on, but "
+            f"the largest movement that these runs do not exclude, {moves}would {costs}, below "
+            f"{matters}: a fit at one T carries to longer ones that closely and no closer.",
+            "moving": f"NOT FLAT from {self.since:,} tokens on: these runs do not exclude {moves}which "
+            f"would {costs}, {stays}. A fit at one T does not carry to longer ones; train at the T that "
+            "you will serve and fit there with --context.",
         }[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; movements as shares, lengths in tokens."""
         told = asdict(self) | {"verdict": self.verdict, "sentence": self.sentence()}
         return plain(told | {"test": "F-test of configuration x T", "level": LEVEL})
+
+
+def judged(tested: Flatness, fit: Fit, results: Results, answers: Frontier) -> Flatness:
+    """The test with what its largest movement would do to the answer that stands for all."""
+    answer, best = answers.headline, answers.headline.best
+    if tested.movement is None or not best.reached:
+        return tested
+    family, nats = family_of(results), tested.movement.most * answer.loss
+    question, place = answers.question, (answer.context, answers.objective, answers.serving)
+    deployment = Deployment(family, question, *place)
+    k = fit.index(best.heads)
+    n = family.within(fit.curves.n_star(max(answer.loss - nats, 1e-9))[k], best.heads)
+    cost = float(deployment.cost(deployment.costs(n, best.heads), best.heads))
+    others = [(c.cost, c.heads) for c in answer.choices if c.heads != best.heads]
+    cheapest = min([(cost, best.heads), *others], key=lambda each: each[0])
+    effect = Effect(
+        heads=best.heads,
+        loss=answer.loss,
+        context=answer.context,
+        objective=answers.objective,
+        nats=nats,
+        change=max(cost / best.cost - 1, 0.0),
+        then=cheapest[1],
+        indifference=question.indifference,
+    )
+    return replace(tested, effect=effect)
 
 
 def flatness(

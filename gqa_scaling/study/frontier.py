@@ -45,11 +45,11 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
-from gqa_scaling.study.ranking import Ranked, rank, tied
+from gqa_scaling.study.ranking import Ranked, rank
 from gqa_scaling.study.results import Heads, Results, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.uncertainty import interval
+from gqa_scaling.study.uncertainty import LEVEL, interval
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Based:
 class Answer:
     """All configurations for one target loss (nats) and context (tokens), cheapest first.
 
-    `tied` are the best and those needed to hold 90% of the probability of being cheapest;
+    `tied` are the best and those that these runs do not tell from it, or only by less than what the
+    question is indifferent to (`ranking.tied`);
     `margin` is how much dearer the runner-up is. `under` says, for each other law, how much dearer
     by its curves the best is than the best of that law; NaN where it does not know the best, infinite
     where by it the best never reaches the loss. `model` is None where none can be built that fits.
@@ -129,6 +130,12 @@ class Answer:
         """The cheapest configuration that was trained; None where none reaches the loss."""
         known = (c for c in self.choices if c.known == "measured" and c.reached)
         return next(known, None)
+
+    @property
+    def equivalent(self) -> tuple[Heads, ...]:
+        """Of the tied those as good as the cheapest whatever the noise, in 90% of the refits."""
+        others = (self.choice(h) for h in self.tied if h != self.best.heads)
+        return tuple(c.heads for c in others if c.within >= LEVEL)
 
     def choice(self, heads: Heads) -> Choice:
         return next(c for c in self.choices if c.heads == heads)
@@ -193,6 +200,7 @@ class Frontier:
         for answer, whole in zip(out["answers"], self.answers, strict=True):
             answer["best"] = whole.best.heads
             answer["best_measured"] = whole.safest and whole.safest.heads
+            answer["equivalent"] = whole.equivalent
             answer["lowest"] = whole.lowest and whole.lowest.heads
             for row in answer["choices"]:
                 row["known"] = KNOWN[row["known"]]
@@ -329,7 +337,7 @@ def _answer(
         loss=loss,
         context=deployment.context,
         choices=tuple(choices),
-        tied=tied(choices),
+        tied=ranking.tied,
         margin=choices[1].excess if len(choices) > 1 else math.inf,
         baseline=_based(base, deployment),
         under={

@@ -25,7 +25,8 @@ class Ranked:
     Layers and width are real-valued, between the study's sizes. Memory is in values; `cost` is the
     objective, infinite where no size does what is asked within what must hold. Savings are
     1 - cost / the baseline's, of memory, FLOPs, Z and the objective, with intervals over the refits.
-    `probability` is the share of refits in which it is the cheapest, among those in which any
+    `probability` is the share of refits in which it is the cheapest, `within` that in which it is no
+    dearer than the cheapest by more than the question's indifference, both of those in which any
     configuration does what is asked; `unreachable` the share of all in which it does not itself.
     """
 
@@ -40,6 +41,7 @@ class Ranked:
     saving: dict[str, float]
     saving_interval: dict[str, Interval]
     probability: float
+    within: float
     unreachable: float
 
     @property
@@ -68,6 +70,20 @@ class Ranking:
     probability: np.ndarray
     regret: np.ndarray
 
+    @property
+    def near(self) -> np.ndarray:
+        """Which are as good as the cheapest (refits, configurations): `near_least`."""
+        return near_least(self.cost[1:], self.deployment.question.indifference)
+
+    @property
+    def tied(self) -> tuple[Heads, ...]:
+        """What may be chosen: `tied` by this cost; none where the cheapest misses the loss."""
+        cost, near = self.cost[0], self.near
+        if not np.isfinite(cost).any():
+            return ()
+        first = min(range(len(cost)), key=lambda k: (cost[k], -self.probability[k], self.heads[k]))
+        return tuple(self.heads[k] for k in tied(near, first))
+
     def of(self, k: int, reference: Costs, *, finite: bool = False) -> Ranked:
         """One configuration against the reference's costs, one for all rows or one for each.
 
@@ -92,6 +108,7 @@ class Ranking:
             saving={kind: float(v[0]) for kind, v in saving.items()},
             saving_interval={kind: known_interval(v[1:][kept[1:]]) for kind, v in saving.items()},
             probability=float(self.probability[k]),
+            within=float(self.near[:, k].mean()) if len(self.near) else 0.0,
             unreachable=float(np.isinf(cost[1:]).mean()),
         )
 
@@ -118,20 +135,34 @@ def decide(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return probability, (draws / least[:, None] - 1).mean(0)
 
 
-def tied(choices: Sequence[Ranked]) -> tuple[Heads, ...]:
-    """The fewest configurations that hold 90% of the probability, most probable first.
+def near_least(draws: np.ndarray, margin: float) -> np.ndarray:
+    """Whose cost is within `margin`, a share, of the least in each draw (draws, configurations).
 
-    `choices[0]`, the cheapest by the curves, is always among them; none where it misses the loss.
+    Draws in which nothing does what is asked say nothing and are left out.
     """
-    if not choices[0].reached:
-        return ()
-    out, held = [], 0.0
-    for choice in sorted(choices, key=lambda c: -c.probability):
-        if held >= LEVEL - 1e-12 or not choice.probability:
+    least = draws.min(1)
+    kept = np.isfinite(least)
+    return draws[kept] <= (1 + margin) * least[kept, None]
+
+
+def tied(near: np.ndarray, first: int) -> list[int]:
+    """The configurations among which these draws do not decide, `first` ahead of the others.
+
+    With a probability of 90% all that are left out are dearer than the cheapest by more than the
+    margin of `near` (`near_least`). So a tie is either practical, two costs that differ by less than
+    the margin whatever the noise, or of noise: draws in which another one is the cheapest. Taken in
+    are `first`, then what is near the cheapest most often, until in 90% of the draws nothing near it
+    is left. Without a margin these are the fewest that hold 90% of the probability of being cheapest.
+    """
+    out, left = [first], near.copy()
+    left[:, first] = False
+    others = sorted(set(range(near.shape[1])) - {first}, key=lambda k: -near[:, k].sum())
+    for k in others if len(near) else ():
+        if 1 - left.any(1).mean() >= LEVEL - 1e-12:
             break
-        out.append(choice.heads)
-        held += choice.probability
-    return tuple(out) if choices[0].heads in out else (*out, choices[0].heads)
+        out.append(k)
+        left[:, k] = False
+    return out
 
 
 def saved(cost: Any, reference: Any) -> Any:

@@ -66,7 +66,8 @@ class Results:
     unknown hashes. `pattern` holds the `ContextSharding` of each run, None for dense ones.
     `missing` names runs that were asked for and have no result; `template` is the
     model of one of our runs, whose architecture all of them share; `positions` holds, by name, the
-    losses in nats of equal parts of the context, where a run's evaluation has told them apart.
+    losses in nats of equal parts of the context, where a run's evaluation has told them apart;
+    `left_out` says which runs were left out on request.
     """
 
     source: str
@@ -93,6 +94,7 @@ class Results:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     template: ModelConfig | None = None
     positions: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -218,7 +220,7 @@ def check(results: Results) -> Results:
 
 def flags(results: Results) -> tuple[str, ...]:
     """What a reader must know of these runs before believing a fit."""
-    out = []
+    out = [results.left_out] if results.left_out else []
     repeated = results.name[np.nan_to_num(results.epochs) > MAX_EPOCHS]
     if len(repeated):
         out.append(

@@ -1,15 +1,18 @@
 """Where a study's runs come from: an experiment's folder, a CSV file or the published points."""
 
+import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.experiment.load import Experiment, load_experiment
 from gqa_scaling.files.runs import runs_root
 from gqa_scaling.study.choices import PUBLISHED, is_experiment
 from gqa_scaling.study.reading import from_csv, from_runs, published
-from gqa_scaling.study.results import Results
+from gqa_scaling.study.results import Heads, Results, heads_of, listed, pair, pairs
 
 PUBLISHED_QUESTION = Question(
     contexts=(8192, 32768, 131072),
@@ -24,7 +27,7 @@ class Source:
     """The finished runs that a name stands for, and the question that they come with.
 
     `name` and `overrides` are as they were given. `experiment`, and `root`, the folder of all runs,
-    are None for runs of others.
+    are None for runs of others. `without` is what was left out of both runs and grid, as it was named.
     """
 
     name: str
@@ -33,22 +36,64 @@ class Source:
     question: Question
     experiment: Experiment | None = None
     root: Path | None = None
+    without: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[RunConfig, ...]:
         """The runs that the experiment declares, finished or not; none of others' data."""
-        return self.experiment.runs if self.experiment else ()
+        runs = self.experiment.runs if self.experiment else ()
+        return tuple(run for run in runs if not self._left_out(run))
+
+    def _left_out(self, run: RunConfig) -> bool:
+        m = run.model
+        heads = heads_of(m.n_heads, m.n_kv_heads, m.pattern)
+        return any(named(what, run.name, heads) for what in self.without)
 
 
-def read_source(name: str, overrides: Sequence[str], named: str | None) -> Source:
+def named(what: str, name: str, heads: Heads) -> bool:
+    """Whether `what` names this run, by a shell pattern, or its heads, such as 8,1 or (8,1)."""
+    bare = what.strip().removeprefix("(").replace(")", "", 1).replace(", ", ",")
+    return fnmatch.fnmatchcase(name, what) or bare == pair(heads)[1:].replace(")", "", 1)
+
+
+def read_source(
+    name: str, overrides: Sequence[str], folder: str | None, without: Sequence[str] = ()
+) -> Source:
     """Read the runs of an experiment, of a CSV file, or the published ones.
 
-    `overrides` change an experiment's fields. `named` is the folder of the runs that was given, as in
-    `runs_root`: others' data needs none, and is read where there can be none. Raises UserError as `load_experiment`, `from_runs` and
-    `from_csv` do, and for overrides of anything but an experiment.
+    `overrides` change an experiment's fields. `folder` is that of the runs that was given, as in
+    `runs_root`: others' data needs none, and is read where there can be none. `without` names runs and
+    configurations to leave out (`named`); what that leaves out is said in the flags of every fit.
+    Raises UserError as `load_experiment`, `from_runs` and `from_csv` do, for overrides of anything but
+    an experiment, and for what names no run or all of them.
     """
+    whole = _read(name, overrides, folder)
+    if not without:
+        return whole
+    r, source = whole.results, replace(whole, without=tuple(without))
+    marks = [[named(what, str(r.name[i]), h) for i, h in enumerate(r.heads)] for what in without]
+    for what, found in zip(without, marks, strict=True):
+        fewer = replace(whole, without=(what,)).grid != whole.grid
+        require(
+            any(found) or fewer,
+            f"{name}: --without {what} names no run or configuration; there are "
+            f"{pairs(sorted(set(r.heads), key=str))} and runs such as {r.name[0]}",
+        )
+    keep = ~np.any(marks, axis=0)
+    require(bool(keep.any()), f"{name}: --without {' '.join(without)} leaves out every run")
+    gone, known = r.name[~keep].tolist(), {run.name for run in source.grid}
+    left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))
+    said = f"left out by --without {' '.join(without)}: {len(gone)} runs ({listed(gone, 4)})"
+    question = whole.question
+    if question.baseline in set(r.heads) - set(left.heads):
+        said += f"; the baseline {pair(question.baseline)} with them: savings are against another"
+        question = replace(question, baseline=None)
+    return replace(source, results=replace(left, left_out=said), question=question)
+
+
+def _read(name: str, overrides: Sequence[str], folder: str | None) -> Source:
     if is_experiment(name):
-        root = runs_root(named)
+        root = runs_root(folder)
         experiment = load_experiment(name, overrides, root)
         results = from_runs(root, experiment.name, experiment.runs)
         return Source(name, tuple(overrides), results, experiment.question, experiment, root)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gqa_scaling.costs import training_flops_formula
+from gqa_scaling.study import laws
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.shapes import Family, training_keys
@@ -37,12 +38,12 @@ class Trainer:
     def heads(self) -> Heads:
         return self.law.heads[self.k]
 
-    def flops_per_token(self, n: np.ndarray | float) -> np.ndarray:
-        """Training FLOPs of one token at N, the layers those of the study's ladder."""
+    def flops_per_token(self, n: np.ndarray | float, layers: float | None = None) -> np.ndarray:
+        """Training FLOPs of one token at N, the layers those of the study's ladder or as given."""
         n, head_dim = np.asarray(n, float), self.family.head_dim
-        layers, _ = self.family.shape(n, self.heads)
-        keys = training_keys(self.heads, layers, self.context)
-        return training_flops_formula(n, self.context, layers, head_dim, self.heads[0], keys=keys)
+        depth = self.family.shape(n, self.heads)[0] if layers is None else np.full_like(n, layers)
+        keys = training_keys(self.heads, depth, self.context)
+        return training_flops_formula(n, self.context, depth, head_dim, self.heads[0], keys=keys)
 
     def tokens(self, n: np.ndarray | float, flops: float) -> np.ndarray:
         """D that the total buys at N; 0 at an infinite N."""
@@ -87,6 +88,27 @@ class Trainer:
             low, high = np.where(keep, low, left), np.where(keep, right, high)
         n = np.exp((low + high) / 2)
         return n, self.loss(n, flops)
+
+    def least(
+        self, target: np.ndarray, n: np.ndarray, layers: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The least training FLOPs (rows,) that reach the target losses, and their N and D.
+
+        Sought among the sizes n, whose layers are the ladder's unless they are given; infinite where
+        none gets there on any number of tokens.
+        """
+        s, per_token = self.surface, self.flops_per_token(n, layers)
+        own = laws.centred(
+            n[None], s.u[:, [self.k]], s.b[:, [self.k]], 0.0, self.law.best.centre[self.k]
+        )
+        excess = target[:, None] - s.floor[:, None] - own
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            log_tokens = (s.v[:, None] - np.log(excess)) / s.beta[:, None]
+            tokens = np.exp(log_tokens + s.token_centre)
+        reached = (excess > 0) & (s.beta[:, None] > 0)
+        flops = np.where(reached, tokens * per_token, np.inf)
+        i, rows = flops.argmin(1), np.arange(len(flops))
+        return flops[rows, i], n[i], np.where(reached, tokens, np.inf)[rows, i]
 
     def smallest(
         self, flops: float, target: np.ndarray, best: tuple[np.ndarray, np.ndarray]

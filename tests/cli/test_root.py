@@ -38,7 +38,7 @@ def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
 
     for module in (load, source):
         monkeypatch.setattr(module, "load_experiment", load_experiment)
-    more = ["--target-loss", "3"] if verb == "frontier" else []
+    more = {"frontier": ["--target-loss", "3"], "compare": ["4,1", "8,1"]}.get(verb, [])
     assert cli.main([verb, TINY, *more, "--root", "elsewhere"]) == 2
     assert told == [Path("elsewhere")]
     assert os.environ["GQA_SCALING_RUNS"] == "runs"

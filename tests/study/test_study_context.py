@@ -216,13 +216,10 @@ def test_size_and_power_also_when_models_of_a_size_err_together():
     p = np.array([f.p_value for f in nothing])
     assert 0.015 <= np.mean(p < 0.05) <= 0.095  # 5% of 200, three standard deviations
     assert 0.42 <= p.mean() <= 0.58
-    assert {f.verdict for f in nothing} <= {"flat", "unsure", "small"}
-    assert np.mean([f.verdict == "flat" for f in nothing]) > 0.9
+    assert {f.verdict for f in nothing} == {"unjudged"}  # by no answer
     moved = [flatness(study(0.003, seed=s, move=0.004, shared=0.02)) for s in range(60)]
     assert np.mean([f.p_value < 0.05 for f in moved]) > 0.9
-    assert np.mean([f.verdict == "small" for f in moved]) > 0.8
-    far = [flatness(study(0.003, seed=s, move=0.02)) for s in range(20)]
-    assert all(f.verdict == "moving" and "NOT FLAT" in f.sentence() for f in far)
+    assert np.mean(["Differences move" in f.sentence() for f in moved]) > 0.9
 
 
 def test_the_largest_movement_and_its_interval():
@@ -244,14 +241,12 @@ def test_the_largest_movement_and_its_interval():
 
 def test_noise_free_flat_runs_are_flat():
     found = flatness(study(delta={8192: 0.0, 32768: 0.0}))
-    assert (found.statistic, found.p_value, found.verdict) == (0, 1, "flat")
+    assert (found.statistic, found.p_value, found.movement.most) == (
+        0,
+        1,
+        pytest.approx(0, abs=1e-9),
+    )
     assert flatness(study(move=0.004, delta={8192: 0.0, 32768: 0.0})).p_value < 1e-6
-
-
-def test_wide_noise_is_not_called_flat():
-    found = flatness(study(0.03, seed=1))
-    assert found.verdict == "unsure"
-    assert "cannot exclude one up to" in found.sentence()
 
 
 def test_too_few_runs_to_test_say_so_in_one_line():
@@ -279,7 +274,7 @@ def test_the_baseline_is_one_that_was_run_at_two_lengths():
     r = study(0.003)
     found = flatness(r.select((r.context_length == 8192) | (r.n_heads < 8)))
     assert found.baseline == (4, 1)
-    assert found.verdict == "flat"
+    assert found.verdict == "unjudged"
     lost = flatness(r.select((r.context_length == 8192) | (r.n_heads < 8)), baseline=(8, 8))
     assert "(8,8) shares no size" in lost.sentence()
 
@@ -294,7 +289,7 @@ def test_fit_prints_the_law_and_the_test(csv, capsys):
     assert "loss at T minus loss at 131,072 tokens" in out
     assert "F-test of configuration x T at T = 8,192, 32,768, 131,072: F(4, 12)" in out
     assert "simultaneous interval" in out
-    assert "Flat from 8,192 tokens on: a fit at one T carries to longer ones" in out
+    assert "No movement found from 8,192 tokens on; none above" in out
     assert cli.main(["fit", str(csv), "--refits", "100", "--flat-from", "32768", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["flatness"]["dof"] == [2, 6]
@@ -322,4 +317,6 @@ def test_frontier_and_report_take_runs_of_several_lengths(csv, capsys, tmp_path,
     text = path.read_text()
     assert "Context and training tokens" in text
     assert "F-test of configuration x T" in text
-    assert json.loads((tmp_path / "flatness.json").read_text())["verdict"] == "flat"
+    told = json.loads((tmp_path / "flatness.json").read_text())
+    assert told["verdict"] == "unsure"  # 0.1% noise still hides a movement that costs more than 1%
+    assert told["effect"]["change"] > 0.01

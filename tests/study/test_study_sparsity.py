@@ -569,9 +569,9 @@ def test_suggest_believes_in_density(monkeypatch):
     told = []
 
     class Spied(Belief):
-        def __init__(self, heads, done, loss, density=None):
+        def __init__(self, heads, done, loss, density=None, lengths=0):
             told.append(dict(zip(heads, density, strict=True)))
-            super().__init__(heads, done, loss, density)
+            super().__init__(heads, done, loss, density, lengths)
 
     monkeypatch.setattr("gqa_scaling.study.suggest.Belief", Spied)
     found = suggest(r, grid, Question(losses=(2.8,), contexts=(65536,)), most=3)

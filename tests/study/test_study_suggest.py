@@ -1,17 +1,24 @@
 """Suggest: a belief over curves, the value of a run, and what it picks."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import approx_fprime
 
+from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
 from gqa_scaling.costs import n_formula, training_flops
+from gqa_scaling.study.proposals import Proposals, _declared, for_a_fit, too_small
 from gqa_scaling.study.reading import published
+from gqa_scaling.study.report.csv_files import results_csv
+from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
-from gqa_scaling.study.suggest import Belief, Decider, Runs, suggest
+from gqa_scaling.study.suggest import STRAY_T, Belief, Decider, Runs, suggest
 
 QUESTION = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")
 R = published()
@@ -128,14 +135,147 @@ def test_costs_are_those_of_the_frontier_however_n_is_counted(belief):
 
 
 def test_refusals_say_what_is_missing(some):
-    with pytest.raises(UserError, match="six finished runs"):
-        suggest(some.select(np.arange(len(some)) < 5), GRID, QUESTION)
+    with pytest.raises(UserError, match="needs 4 finished runs to begin with, not 3"):
+        suggest(some.select(np.arange(len(some)) < 3), GRID, QUESTION)
     with pytest.raises(UserError, match="needs target losses"):
         suggest(some, GRID, Question())
-    with pytest.raises(UserError, match="no new size"):
+    with pytest.raises(UserError, match=r"costs less than 1e\+03 training FLOPs; raise --budget"):
         suggest(some, GRID, QUESTION, budget_flops=1e3)
-    with pytest.raises(UserError, match="no new size"):
-        suggest(R, [_run((8, 8), 12)], QUESTION)
     unknown = dataclasses.replace(some, n_layers=0 * some.n_layers)
     with pytest.raises(UserError, match="layers and widths"):
         suggest(unknown, GRID, QUESTION)
+
+
+# ------------------------------------------------------------------------------ beyond the grid
+
+
+def test_a_finished_grid_goes_on_with_sizes_seeds_heads_and_lengths():
+    done = set(zip(R.heads, R.n_layers.tolist(), strict=True))
+    own = [run for run in GRID if (_declared(run).heads, run.model.n_layers) in done]
+    finished = suggest(R, own, QUESTION, most=2)
+    unfinished = suggest(R, GRID, QUESTION)
+    assert {s.kind for s in unfinished} == {"grid"}
+    assert {s.name for s in unfinished} == {run.name for run in GRID if run not in own}
+    steps = Proposals(R, tuple(GRID)).beyond(QUESTION.contexts, [(4, 1), (8, 1)])
+    by = {
+        kind: [s for s in steps if s.kind == kind] for kind in ("size", "seed", "heads", "context")
+    }
+    assert {s.runs[0].heads for s in by["heads"]} == {(2, 2), (4, 2), (4, 4)}
+    assert len(by["seed"]) == len(R)
+    assert all(s.runs[0].seed == 1 for s in by["seed"])
+    trained = {(h, n) for h, n in zip(R.heads, R.n_layers.tolist(), strict=True)}
+    assert not {(s.runs[0].heads, s.runs[0].n_layers) for s in by["size"]} & trained
+    largest = [s.runs[0] for s in by["size"] if s.runs[0].n_layers > 32]
+    assert {run.heads for run in largest} == {h for h, n in trained if n == 32}
+    n = [n_formula(run.n_layers, run.d_model, *run.heads) for run in largest]
+    assert np.allclose(n, [2 * n_formula(32, 2048, *run.heads) for run in largest], rtol=0.1)
+    for step in by["context"]:
+        assert [run.heads for run in step.runs] == [(4, 1), (8, 1)]
+        assert {run.context for run in step.runs} == {131072}
+        assert len({run.n_layers for run in step.runs}) == 1
+    for step in steps:
+        assert step.flops == sum(training_flops(run.run) for run in step.runs)
+        assert all(run.run.model.n_kv_heads == run.heads[1] for run in step.runs)
+    assert {s.kind for s in finished} <= set(by)
+    assert all(s.regret_after <= s.regret_before for s in finished)
+
+
+def test_others_runs_need_no_grid():
+    steps = Proposals(R).beyond((131072,), [(4, 1), (8, 1)])
+    ours = Proposals(R, tuple(GRID)).beyond((131072,), [(4, 1), (8, 1)])
+    assert [(s.kind, [(r.heads, r.n_layers, r.context) for r in s.runs]) for s in steps] == [
+        (s.kind, [(r.heads, r.n_layers, r.context) for r in s.runs]) for s in ours
+    ]
+    # the formula leaves out the output matrix of a built model and rounds no FFN up
+    prices = np.array([[a.flops, b.flops] for a, b in zip(steps, ours, strict=True)])
+    assert (np.abs(prices[:, 1] / prices[:, 0] - 1) < 0.8).all()
+    assert all(run.run is None for s in steps for run in s.runs)
+    found = suggest(R, (), QUESTION, most=2)
+    assert len(found) == 2
+
+
+def test_losses_at_longer_contexts_move_as_the_belief_says(some):
+    lengths, reference = [32768], 8192
+    done = _columns(some).at([8192] * len(some), reference, lengths)
+    belief = Belief(HEADS, done, some.loss, None, 1)
+    runs = _columns(R).at([32768] * 20 + [8192] * 20, reference, lengths)
+    at = belief.mode + 1e-3
+    numeric = approx_fprime(at, lambda t: belief.loss(t, runs)[0])
+    assert np.allclose(belief.gradient(at, runs), numeric, atol=1e-5)
+    alone = Belief(HEADS, _columns(some), some.loss)
+    assert belief.noise == pytest.approx(alone.noise, rel=1e-6)  # no such run has been done
+    k = len(HEADS)
+    moves = belief.covariance.diagonal()[belief.first + 2 * k : belief.first + 3 * k]
+    assert np.sqrt(moves) == pytest.approx(np.full(k, STRAY_T * some.loss.min()), rel=1e-6)
+
+
+def test_a_longer_context_tells_by_two_runs_what_one_cannot(some):
+    lengths, heads = [131072], [(4, 1), (8, 1)]
+    done = _columns(some).at([8192] * len(some), 8192, lengths)
+    belief = Belief(HEADS, done, some.loss, None, 1)
+    two = Runs.of([(h, 12, 768) for h in heads], HEADS).at([131072] * 2, 8192, lengths)
+    decider, rng = Decider(R, HEADS, QUESTION, reference=8192), np.random.default_rng(0)
+    assert decider.octaves == {131072: 4}
+    theta = belief.draw(rng)
+    costs, z = decider.costs(belief, theta), rng.standard_normal((len(theta), 2))
+    apart = decider.gains(belief, theta, two, costs)
+    together = decider.gain_together(belief, theta, two, costs, z)
+    assert together > 5 * apart.sum()
+    assert together <= decider.regret(costs) + 1e-6
+    one = two.some([0])
+    assert decider.gain_together(belief, theta, one, costs, z[:, :1]) == pytest.approx(
+        apart[0], abs=0.1 * together
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, len(R) - 1), min_size=1, max_size=12, unique=True), st.booleans())
+def test_the_runs_that_a_fit_lacks_make_it_possible(rows, gridded):
+    few = R.select(np.isin(np.arange(len(R)), rows))
+    steps = for_a_fit(Proposals(few, tuple(GRID) if gridded else ()))
+    assert bool(steps) == bool(too_small(few))
+    more = [
+        {"n_heads": r.heads[0], "n_kv_heads": r.heads[1], "n_layers": r.n_layers}
+        | {"d_model": r.d_model, "n_params": float(n_formula(r.n_layers, r.d_model, *r.heads))}
+        | {"loss": 3.0, "name": f"new {i}"}
+        for i, r in enumerate(step.runs[0] for step in steps)
+    ]
+    whole = table(few.rows() + [few.rows()[0] | row for row in more], "any", "n_formula")
+    assert too_small(whole) == ""
+    for i in range(len(more)):  # and none of them could be spared
+        fewer = few.rows() + [few.rows()[0] | row for j, row in enumerate(more) if j != i]
+        assert too_small(table(fewer, "any", "n_formula"))
+
+
+def test_suggest_from_the_command_line(capsys, tmp_path):
+    assert (
+        cli.main(["suggest", "chen2025", "--refits", "100", "--contexts", "131072", "--most", "1"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "new length" in out
+    assert "these runs come without their corpus" in out
+    file = tmp_path / "some.csv"
+    file.write_text(results_csv(R.select(np.isin(R.n_heads, (1, 4)))))
+    assert cli.main(["suggest", str(file), "--most", "1", "--refits", "100", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    (told,) = whole["suggestions"]
+    assert whole["flags"] == []
+    assert set(told) >= {"name", "kind", "runs", "flops", "regret_before", "regret_after"}
+    file.write_text(results_csv(R.select(np.isin(R.n_layers, (12, 16)))))
+    assert cli.main(["suggest", str(file), "--without", "4,1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "! left out by --without 4,1: 2 runs" in out
+    assert "(4,1) has" not in out
+    assert "Too few runs to fit" in out
+    assert "(8,8) has 2" in out
+    assert "for a fit" in out
+    bare = tmp_path / "bare.csv"
+    bare.write_text("n_heads,n_kv_heads,n_layers,d_model,loss\n8,1,4,256,3.0\n8,1,8,512,2.9\n")
+    assert cli.main(["suggest", str(bare)]) == 0
+    assert "! training FLOPs assume 20 training tokens a parameter and" in capsys.readouterr().out
+    sizeless = tmp_path / "sizeless.csv"
+    lines = [f"8,{kv},{n}e7,{3 - n / 99}" for kv in (1, 8) for n in (1, 2, 4, 8)]
+    sizeless.write_text("\n".join(["n_heads,n_kv_heads,n_params,loss", *lines]))
+    assert cli.main(["suggest", str(sizeless)]) == 2
+    assert "columns n_layers, d_model" in capsys.readouterr().err

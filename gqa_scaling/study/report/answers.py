@@ -1,4 +1,4 @@
-"""The tables of the answers: what is cheapest, what it saves and gains, what to build and run next."""
+"""The tables of the answers: what is cheapest, what it saves and gains, what to build."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,10 +11,18 @@ from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.choices import OBJECTIVES, Law, Objective
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
 from gqa_scaling.study.report.sentences import sentence
-from gqa_scaling.study.report.table import INTERVAL, Column, Table, millinats, percent, shown, span
+from gqa_scaling.study.report.table import (
+    INTERVAL,
+    Column,
+    Table,
+    margin,
+    millinats,
+    percent,
+    shown,
+    span,
+)
 from gqa_scaling.study.results import Heads, pair, pairs
 from gqa_scaling.study.serving import Serving
-from gqa_scaling.study.suggest import Suggestion
 from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import byte_size, quantity
 
@@ -57,7 +65,9 @@ def frontier_table(frontier: Frontier) -> Table:
         + (f" T_eff in {u['effective']}." if frontier.sharded else "")
         + (f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else "")
         + " ~ outside the fitted sizes.",
-        f"Probabilities: {frontier.intervals}; ties hold {LEVEL:.0%}",
+        f"Probabilities: {frontier.intervals}. Tied: in {LEVEL:.0%} of the refits everything else is "
+        f"dearer than the cheapest by more than {margin(q.indifference)}; = within that whatever the "
+        "noise.",
     ]
     if any(math.isinf(a.best.regret) for a in frontier.answers if a.best.reached):
         notes.append("Regret -: in some refits only another configuration reaches the loss.")
@@ -87,8 +97,8 @@ def frontier_table(frontier: Frontier) -> Table:
         _by_context(frontier),
         [*notes, *(_predicted_notes(frontier.law) if predicted else []), *_law_notes(laws)],
         f"Loss in {u['loss']}. N*: {u['n']} ({frontier.count}). Memory in {u['memory']}. Regret: the "
-        "expected excess cost over the refits. Tied configurations are the fewest that hold "
-        f"{LEVEL:.0%} of the probability of being the cheapest.",
+        "expected excess cost over the refits. Tied without =: these runs do not tell it from the "
+        "cheapest, and the difference may matter.",
     )
 
 
@@ -148,7 +158,15 @@ def _shape(layers: float, width: float) -> str:
 
 
 def _tied(answer: Answer) -> str:
-    return pairs([h for h in answer.tied if h != answer.best.heads]) or "-"
+    alike = answer.equivalent
+    others = [h for h in answer.tied if h != answer.best.heads and h not in alike]
+    told = (f"= {pairs(alike)}" if alike else "", pairs(others))
+    return "; ".join(filter(None, told)) or "-"
+
+
+def _near(choice: Choice) -> str:
+    """How probable it is that the choice is as good as the cheapest."""
+    return percent(choice.within, 0)
 
 
 def shown_saving(objective: Objective) -> Objective:
@@ -338,27 +356,11 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
             Column("Z", lambda c: quantity(c.z)),
             Column("dearer by", lambda c: percent(c.excess, 2)),
             Column("P(best)", lambda c: percent(c.probability, 0)),
+            Column(f"within {margin(frontier.question.indifference)}", _near, spare=3),
             Column("regret", lambda c: percent(c.regret, 2)),
             Column(
                 "loss lower by\nat equal cost", lambda c: millinats(c.equal_cost.gain), "millinats"
             ),
         ],
         answer.choices,
-    )
-
-
-def suggest_table(suggestions: Sequence[Suggestion]) -> Table:
-    """The runs to do next, in order."""
-    return Table(
-        "Runs to do next, most regret lowered per FLOP first",
-        [
-            Column("run", lambda s: s.name, fold=True),
-            Column("heads, KV", lambda s: pair(s.heads)),
-            Column("L x d", lambda s: f"{s.n_layers} x {s.d_model}"),
-            Column("training", lambda s: quantity(s.flops), "FLOPs"),
-            Column("regret\nbefore", lambda s: percent(s.regret_before, 3)),
-            Column("regret\nafter", lambda s: percent(s.regret_after, 3)),
-        ],
-        suggestions,
-        ["Regret: expected excess of Z over the cheapest, mean over the question's answers."],
     )

@@ -49,6 +49,7 @@ def frontier_csv(frontier: Frontier) -> str:
                 "cost": c.cost,
                 "excess": c.excess,
                 "probability": c.probability,
+                "within": c.within,
                 "regret": c.regret,
                 "unreachable": c.unreachable,
                 "extrapolated": int(c.extrapolated),

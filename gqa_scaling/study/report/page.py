@@ -16,6 +16,7 @@ from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.report import answers, estimates, tradeoffs
+from gqa_scaling.study.report.assumptions import sensitivity_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
 from gqa_scaling.study.report.pictures import PICTURES, all_figures, rendered
@@ -26,7 +27,16 @@ from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
 
-DATA = ("fit", "frontier", "context_law", "token_law", "flatness", "aligned", "sparsity")
+DATA = (
+    "fit",
+    "frontier",
+    "context_law",
+    "token_law",
+    "flatness",
+    "aligned",
+    "sparsity",
+    "sensitivity",
+)
 # Every file that a report may write into the page's folder; TensorBoard's by how its name begins.
 WRITTEN = (
     "results.csv",
@@ -60,6 +70,7 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     written["frontier.csv"] = frontier_csv(study.frontier).encode()
     data = {"fit": study.fit.to_dict(), "frontier": study.frontier.to_dict()} | study.estimated()
     data |= {"sparsity": study.sparsity.to_dict()} if study.sparsity else {}
+    data |= {"sensitivity": study.sensitivity.to_dict()} if study.sensitivity else {}
     written |= {f"{name}.json": _json(value) for name, value in data.items()}
     written[path.name] = page(study, told, command).encode()
     write_files(path.parent, written)
@@ -145,6 +156,8 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
             *shown("heat_map", "savings", "gains", "probabilities", "loss_against_costs"),
         ],
     )
+    if study.sensitivity:
+        yield "What the answer hangs on", [sensitivity_table(study.sensitivity)]
     if sparse:
         table = tradeoffs.sparsity_table(sparse, frontier.objective)
         yield "Dense and sharded", [table, *shown("loss_against_density", "loss_by_position")]

@@ -10,7 +10,7 @@ from gqa_scaling.study.caveats import MISSED
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
-from gqa_scaling.study.report.table import percent, span
+from gqa_scaling.study.report.table import margin, percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import quantity
@@ -28,7 +28,8 @@ def sentence(frontier: Frontier) -> str:
             f"{start}No configuration reaches {_goal(answer)} with what must hold at any size that can "
             "be built, by these curves: it is out of reach."
         )
-    pattern, others = pattern_of(best.heads), [h for h in answer.tied if h != best.heads]
+    pattern, alike = pattern_of(best.heads), answer.equivalent
+    others = [h for h in answer.tied if h != best.heads and h not in alike]
     sparse = (
         f" with pattern {pattern.label} (T_eff {best.effective:,.0f} tokens)" if pattern else ""
     )
@@ -36,10 +37,13 @@ def sentence(frontier: Frontier) -> str:
         f"{start}For {_goal(answer)}, take {_several(best.heads[0], 'query head')} and "
         f"{_several(best.heads[1], 'KV head')}{sparse} at {quantity(best.n)} parameters: "
         f"{_saving(best, frontier)}.",
-        f"The noise cannot tell it from {pairs(others)}."
+        f"The noise leaves open whether {pairs(others)} {'are' if len(others) > 1 else 'is'} as good."
         if others
         else f"It is the cheapest in {percent(best.probability, 0)} of the refits.",
     ]
+    if alike:
+        most = margin(frontier.question.indifference)
+        said.append(f"As good, within {most} of the cheapest whatever the noise: {pairs(alike)}.")
     if best.unreachable > MISSED:
         said.append(
             f"{percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size "
@@ -81,7 +85,7 @@ def _saving(best: Choice, frontier: Frontier) -> str:
         return f"{base} never reaches that loss"
     others: tuple[Objective, ...] = ("memory", "flops", "z")
     saved, *rest = (
-        f"{_less(best.saving[kind])} {OBJECTIVES[kind]}"
+        f"{less(best.saving[kind])} {OBJECTIVES[kind]}"
         for kind in dict.fromkeys((objective, *others))
     )
     return (
@@ -98,7 +102,8 @@ def _at_loss(frontier: Frontier) -> str:
     return f", whose loss is {frontier.answers[0].baseline.loss:.3f}"
 
 
-def _less(saving: float) -> str:
+def less(saving: float) -> str:
+    """A saving in words: 3.1% less, or more where it is negative."""
     return f"{percent(abs(saving))} {'less' if saving >= 0 else 'more'}"
 
 
@@ -140,7 +145,7 @@ def aligned_sentence(answer: EqualTraining) -> str:
         )
     return (
         f"{first} At equal loss the cheapest to serve at {at:,} tokens is {pair(served.heads)} at "
-        f"{quantity(served.n)} on {quantity(served.tokens)} tokens{_far(served)}: {_less(saved)} "
+        f"{quantity(served.n)} on {quantity(served.tokens)} tokens{_far(served)}: {less(saved)} "
         f"{kind} than that baseline run ({LEVEL:.0%} interval "
         f"{span(served.saving_interval[answer.objective], percent)}), cheapest in {probability} of the "
         "refits."

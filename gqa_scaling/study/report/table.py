@@ -147,6 +147,11 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "-"
 
 
+def margin(value: float) -> str:
+    """A share that somebody chose, as a percentage with the digits that it has."""
+    return f"{100 * value:.6g}%"
+
+
 def millinats(value: float) -> str:
     """Nats as millinats with one digit; a dash when there is none."""
     return f"{1e3 * value:z.1f}" if math.isfinite(value) else "-"

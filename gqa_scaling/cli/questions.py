@@ -1,0 +1,140 @@
+"""The verbs of questions that people ask of a study: which of two, and what to run next."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gqa_scaling.cli.shared import Verb, finite, print_json, print_table
+from gqa_scaling.cli.study import (
+    _add_costs,
+    _add_source,
+    _add_wide,
+    _asked,
+    _estimates,
+    _options,
+    _serving,
+    _source,
+)
+from gqa_scaling.config import between, require
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, trained="--trained-at")
+    _add_wide(parser)
+    add = parser.add_argument
+    two = "heads such as 4,1, or a whole model such as 8,1@L24d1536"
+    add("first", help=two)
+    add("second", help="what it is compared with, likewise")
+    add("--loss", "--losses", dest="losses", type=finite, nargs="+", help="target losses in nats")
+    add(
+        "--context",
+        "--contexts",
+        dest="contexts",
+        type=int,
+        nargs="+",
+        help="inference context lengths in tokens; that of training is --trained-at",
+    )
+    _add_costs(parser)
+    parser.set_defaults(baseline=None)
+
+
+def _add_suggest(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    add = parser.add_argument
+    add("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
+    add("--most", type=int, default=8, help="how many runs at most (default: 8)")
+    add("--losses", type=finite, nargs="+", help="target losses in nats")
+    add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
+    _add_costs(parser)
+    parser.set_defaults(baseline=None)
+
+
+def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.study.candidates import candidates
+    from gqa_scaling.study.report.compared import compared
+    from gqa_scaling.study.sides import side
+    from gqa_scaling.study.versus import versus
+
+    serving = _serving(args)
+    source = _source(args, rest)
+    question = _asked(args, source.question)
+    heads = sorted(set(source.results.heads), key=str)
+    first, second = side(args.first, heads), side(args.second, heads)
+    if args.losses is None and (first.shape or second.shape):
+        question = replace(question, losses=None)  # a whole model has a loss of its own
+    two = (first.heads, second.heads)
+    among = candidates(
+        source.results, "measured" if set(two) <= set(heads) else two, args.law, **_options(args)
+    )
+    asked = (first, second, question, args.objective, serving)
+    told = versus(among.estimates, source.results, *asked, fit=among.fit)
+    if args.json:
+        print_json(told.to_dict())
+    else:
+        print_table(compared(told))
+    return 0
+
+
+def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.study.commands import command_of
+    from gqa_scaling.study.frontier import target_losses
+    from gqa_scaling.study.proposals import Proposals, budget_assumed, for_a_fit, too_small
+    from gqa_scaling.study.report.advice import first_step, fit_table, suggest_table
+    from gqa_scaling.study.report.table import shown
+    from gqa_scaling.study.suggest import Suggestion, suggest
+    from gqa_scaling.study.tokens import spans_budgets
+
+    between("--most", args.most, 1, 1e6, "runs")
+    require(args.budget_flops > 0, f"--budget-flops={args.budget_flops} must be greater than 0")
+    serving = _serving(args)
+    source = _source(args, rest)
+    results, question = source.results, _asked(args, source.question)
+    if args.context is not None:
+        results = results.select(results.context_length == args.context)
+        require(len(results) > 0, f"{args.source}: no runs at context length {args.context}")
+    require(
+        bool(results.n_layers.all()),
+        f"{args.source}: suggest needs the layers and widths of the runs: columns n_layers, d_model",
+    )
+    require(
+        not spans_budgets(results),
+        f"{args.source}: suggest takes runs of one token budget for each size; leave the others "
+        "out with --without",
+    )
+    options = [] if args.root is None else ["--root", args.root]
+    small = too_small(results) if args.law == "separate" else ""
+    if small:
+        steps = for_a_fit(Proposals(results, source.grid))
+        found = tuple(Suggestion(step.kind, step.runs, step.flops) for step in steps)
+        table = fit_table(found, f"{args.source}: {small}")
+    else:
+        losses = question.losses or target_losses(_estimates(args, results).fit)
+        question = replace(question, losses=tuple(losses))
+        found = suggest(
+            results,
+            source.grid,
+            question,
+            budget_flops=args.budget_flops,
+            most=args.most,
+            objective=args.objective,
+            serving=serving,
+        )
+        table = suggest_table(found, args.objective)
+    commands = [command_of(source, each.runs[0].run, options) for each in found]
+    flags = [flag for flag in (results.left_out, budget_assumed(results, source.grid)) if flag]
+    if args.json:
+        told = zip(found, commands, strict=True)
+        rows = [
+            each.to_dict() | ({"command": command} if command else {}) for each, command in told
+        ]
+        print_json({"too_small": small, "flags": flags, "suggestions": rows})
+    else:
+        print_table(shown([table], flags))
+        print(first_step(found[0], commands[0], declared=found[0].runs[0].run in source.grid))
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "compare": (_compare, "which of two configurations or models is cheaper", _add_compare),
+    "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
+}
