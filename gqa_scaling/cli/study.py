@@ -246,7 +246,8 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
-    from gqa_scaling.study.study import Study, with_verdict
+    from gqa_scaling.study.study import Study
+    from gqa_scaling.study.verdict import with_verdict
 
     serving = _serving(args)
     source = _source(args, rest)

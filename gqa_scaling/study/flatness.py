@@ -6,7 +6,7 @@ large a movement is but what it does to an answer: at a loss near E 0.1% of it c
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -16,12 +16,9 @@ from scipy import stats
 from gqa_scaling.config import require
 from gqa_scaling.study.baseline import default_baseline
 from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.fitted import SUSPICIOUS, Fit, plain
-from gqa_scaling.study.frontier import Frontier
+from gqa_scaling.study.fitted import SUSPICIOUS, plain
 from gqa_scaling.study.points import Interval, labels, ranks, size_labels
 from gqa_scaling.study.results import Heads, Results, pair
-from gqa_scaling.study.serving import Deployment
-from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import LEVEL
 
 FLAT_FROM = 8192  # tokens: where the published claim begins
@@ -147,32 +144,6 @@ class Flatness:
         """Ready for JSON; movements as shares, lengths in tokens."""
         told = asdict(self) | {"verdict": self.verdict, "sentence": self.sentence()}
         return plain(told | {"test": "F-test of configuration x T", "level": LEVEL})
-
-
-def judged(tested: Flatness, fit: Fit, results: Results, answers: Frontier) -> Flatness:
-    """The test with what its largest movement would do to the answer that stands for all."""
-    answer, best = answers.headline, answers.headline.best
-    if tested.movement is None or not best.reached:
-        return tested
-    family, nats = family_of(results), tested.movement.most * answer.loss
-    question, place = answers.question, (answer.context, answers.objective, answers.serving)
-    deployment = Deployment(family, question, *place)
-    k = fit.index(best.heads)
-    n = family.within(fit.curves.n_star(max(answer.loss - nats, 1e-9))[k], best.heads)
-    cost = float(deployment.cost(deployment.costs(n, best.heads), best.heads))
-    others = [(c.cost, c.heads) for c in answer.choices if c.heads != best.heads]
-    cheapest = min([(cost, best.heads), *others], key=lambda each: each[0])
-    effect = Effect(
-        heads=best.heads,
-        loss=answer.loss,
-        context=answer.context,
-        objective=answers.objective,
-        nats=nats,
-        change=max(cost / best.cost - 1, 0.0),
-        then=cheapest[1],
-        indifference=question.indifference,
-    )
-    return replace(tested, effect=effect)
 
 
 def flatness(

@@ -1,6 +1,6 @@
 """A study that was answered: its runs, what was estimated from them, and what that recommends."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -8,7 +8,6 @@ from gqa_scaling.study.candidates import Candidates
 from gqa_scaling.study.equal_training import EqualTraining
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
-from gqa_scaling.study.flatness import judged
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.sensitivity import Sensitivity, sensitivity
@@ -51,18 +50,3 @@ class Study:
         """What stands beside the fit and the frontier, ready for JSON."""
         aligned = {"aligned": self.aligned.to_dict()} if self.aligned else {}
         return self.estimates.to_dict() | aligned
-
-
-def with_verdict(
-    found: Estimates, results: Results, answer: Frontier, fit: Fit | None = None
-) -> tuple[Estimates, Frontier]:
-    """Whether differences move with T judged by what that does to the answer, and said where it may.
-
-    `fit` has the curves that were ranked, by default those of `found`.
-    """
-    if found.flatness is None:
-        return found, answer
-    tested = judged(found.flatness, fit or found.fit, results, answer)
-    if tested.verdict not in ("flat", "untested"):
-        answer = replace(answer, flags=(*answer.flags, tested.sentence()))
-    return replace(found, flatness=tested), answer

@@ -16,7 +16,6 @@ from gqa_scaling.config import Question, UserError
 from gqa_scaling.hardware import hardware
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.flatness import judged
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.ranking import near_least, tied
 from gqa_scaling.study.reading import published
@@ -25,7 +24,7 @@ from gqa_scaling.study.report.assumptions import sensitivity_table
 from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.sensitivity import sensitivity
 from gqa_scaling.study.serving import Serving
-from gqa_scaling.study.study import with_verdict
+from gqa_scaling.study.verdict import judged, with_verdict
 
 R = published()
 ASKED = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence", baseline=(8, 8))
