@@ -14,11 +14,13 @@ import numpy as np
 
 from gqa_scaling.config import Question, require
 from gqa_scaling.study import laws
+from gqa_scaling.study.candidates import sizes_of
+from gqa_scaling.study.caveats import beyond_training
 from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
-from gqa_scaling.study.frontier import beyond_training, target_losses, with_draws
+from gqa_scaling.study.frontier import target_losses, with_draws
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import decide, known_interval, near_least, saved, tied
 from gqa_scaling.study.results import Results, pair
@@ -196,8 +198,7 @@ class _Known:
     def __init__(self, fit: Fit, family: Family, side: Side) -> None:
         self.side, self.family, self.k = side, family, fit.index(side.heads)
         self.curves = with_draws(fit)
-        some = (fit.points.curve == self.k).any()
-        self.range_n = fit.points.range_n(self.k) if some else (math.inf, math.inf)
+        self.range_n = sizes_of(fit, self.k)
         self.n = math.nan
         if side.shape:
             self.n = float(family.from_formula(family.formula(*side.shape, side.heads), side.heads))
@@ -216,7 +217,7 @@ class _Known:
 
     def size(self, loss: np.ndarray) -> np.ndarray:
         """N that reaches the losses (rows,), infinite beyond reach."""
-        n = self.curves.n_star(loss[:, None])[:, self.k]
+        n = self.curves.n_star(loss)[:, self.k]
         return self.family.within(n, self.side.heads)
 
     def costs(self, deployment: Deployment, n: np.ndarray, *, built: bool = False) -> Costs:
