@@ -121,6 +121,16 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranking", action="store_true", help="rank every configuration")
 
 
+def _add_forecast(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, "experiment: its finished runs, and the rest of its grid")
+    parser.add_argument(
+        "--runs",
+        metavar="EXPERIMENT[:RUN,...]",
+        help="the runs to forecast (default: those of the source that have not begun); fields after "
+        "it, in quotes with it",
+    )
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_question(parser)
     parser.add_argument(
@@ -186,6 +196,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
+    from gqa_scaling.study.scores import NO_FORECASTS, score_forecasts
     from gqa_scaling.study.study import Study
 
     serving = _serving(args)
@@ -195,7 +206,10 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     answer = frontier(found.fit, source.results, question, args.objective, serving)
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, options)
-    return Study(source.results, found, answer)
+    forecasts = NO_FORECASTS
+    if source.root is not None and source.experiment is not None:
+        forecasts = score_forecasts(source.root, source.experiment.name)
+    return Study(source.results, found, answer, forecasts=forecasts)
 
 
 def _aligned(
@@ -229,6 +243,35 @@ def _aligned(
         objective=args.objective,
         serving=_serving(args),
     )
+
+
+def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment.load import named_runs
+    from gqa_scaling.study.forecast import seal_forecast, to_seal
+    from gqa_scaling.study.report.forecasts import prediction_table
+
+    known = is_experiment(args.source)
+    require(known, f"forecast needs the finished runs of an experiment, not {args.source}")
+    source = _source(args, rest)
+    assert source.experiment is not None
+    assert source.root is not None
+    target, named = source.experiment, False
+    if args.runs is not None:
+        target, named = named_runs(args.runs, source.root)
+    runs = list(target.runs) if named else to_seal(source.root, target.name, target.runs)
+    require(
+        bool(runs),
+        f"all {len(target.runs)} runs of {target.name} have begun: a forecast is made before; name "
+        "others with --runs",
+    )
+    sealed, predictions = seal_forecast(source, _estimates(args, source.results), target.name, runs)
+    if args.json:
+        print_json(sealed.said | {"file": str(sealed.path)})
+        return 0
+    title = f"Forecast of {len(runs)} runs of {target.name} from {source.results.source}"
+    print_table(prediction_table(predictions, title))
+    print(f"sealed: {sealed.path}")
+    return 0
 
 
 def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -325,6 +368,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.answers import frontier_answer
     from gqa_scaling.study.report.estimates import wide_law_tables
     from gqa_scaling.study.report.files import require_own, require_page, settled
+    from gqa_scaling.study.report.forecasts import forecast_table
     from gqa_scaling.study.report.page import WRITTEN, write_report
     from gqa_scaling.study.report.sentences import training
     from gqa_scaling.study.report.tradeoffs import aligned_answer
@@ -348,6 +392,8 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     print_table(*([aligned_answer(study.aligned), ""] if study.aligned else []))
     print_table(frontier_answer(answer))
     print(training(answer))
+    if study.forecasts:
+        print_table("", forecast_table(study.forecasts))
     print(f"report: {path}")
     return 0
 
@@ -367,5 +413,6 @@ VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
     "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
+    "forecast": (_forecast, "seal what is expected of runs before they are trained", _add_forecast),
     "report": (_report, "write the study as one HTML page", _add_report),
 }

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
 from gqa_scaling.experiment.overrides import overrides_to
@@ -32,8 +33,7 @@ def with_training(
 
     def with_command(model: Model) -> Model:
         run = follow_up(runs, model.config, tokens)
-        fields = (*source.overrides, *overrides_to(source.grid, run))
-        command = shell_command(["gqa-scaling", "run", source.name, *fields, *options])
+        command = training_command(source, overrides_to(source.grid, run), options)
         return replace(model, command=command, trained=finished.get(run.digest, ""))
 
     checks: list[Check] = []
@@ -50,11 +50,23 @@ def with_training(
     return replace(answer, answers=answers, checks=tuple(checks))
 
 
+def training_command(source: Source, *more: Sequence[str]) -> str:
+    """The command that trains what these arguments make of the source's experiment.
+
+    It seals a forecast first, by the runs of the source that are finished then.
+    """
+    forecast = ["--forecast", shlex.join([source.name, *source.overrides])]
+    words = ["gqa-scaling", "run", source.name, *source.overrides, *chain(*more), *forecast]
+    return shell_command(words)
+
+
 def shell_command(words: Sequence[str], width: int = 78) -> str:
     """The command in lines that a shell takes as one, none broken inside an argument."""
-    first, *parts = " ".join(map(shlex.quote, words)).replace(" --", "\0--").split("\0")
-    lines = [first]
-    for part in parts:
+    starts = [i for i, word in enumerate(words) if i and word.startswith("--")]
+    ends = [*starts, len(words)]
+    parts = [shlex.join(words[a:b]) for a, b in zip([0, *starts], ends, strict=True)]
+    lines = parts[:1]
+    for part in parts[1:]:
         if len(lines[-1]) + 1 + len(part) > width:
             lines.append(f"   {part}")
         else:

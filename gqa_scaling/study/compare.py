@@ -84,6 +84,15 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
     return tuple(out)
 
 
+def leave_one_out_error(
+    results: Results, law: Law, context_length: int | None = None
+) -> np.ndarray:
+    """Prediction minus loss, in nats, of every point by a fit without its configuration."""
+    p, head_dim = points(results, context_length), int(results.head_dim[0])
+    masks = [p.curve != k for k in range(len(p.heads))]
+    return np.concatenate([_error(p, law, head_dim, keep) for keep in masks])
+
+
 def _error(
     p: Points, law: Law, head_dim: int, keep: np.ndarray, inside: bool = False
 ) -> np.ndarray:

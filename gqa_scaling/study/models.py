@@ -251,6 +251,17 @@ def _gain(n: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def heads_factor(rows: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of the law "sum" for each of `heads` (heads, 2), trained or not, and its derivatives.
+
+    Of rows of that law's parameters; the derivatives in c, e and g are (.., heads, 3).
+    """
+    c, e, g = (rows[..., i : i + 1] for i in (3, 4, 5))
+    (gain_h, slope_h), (gain_kv, slope_kv) = (_gain(n, g) for n in heads.T)
+    slopes = np.stack([-gain_h, -gain_kv, -c * slope_h - e * slope_kv], -1)
+    return np.maximum(1 - c * gain_h - e * gain_kv, 1e-6), slopes
+
+
 class Sum(Joint):
     """The joint law "sum": the excess loss is a sum of c n_h^-g and e n_kv^-g, 1 at one head.
 
@@ -261,11 +272,7 @@ class Sum(Joint):
     linear = ("r",)
 
     def _factor(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The sum for each configuration, and its derivatives in c, e and g, (.., heads, 3)."""
-        c, e, g = (rows[..., i : i + 1] for i in (3, 4, 5))
-        (gain_h, slope_h), (gain_kv, slope_kv) = (_gain(n, g) for n in self.heads.T)
-        slopes = np.stack([-gain_h, -gain_kv, -c * slope_h - e * slope_kv], -1)
-        return np.maximum(1 - c * gain_h - e * gain_kv, 1e-6), slopes
+        return heads_factor(rows, self.heads)
 
     def exponents(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         factor, by_factor = self._factor(rows)

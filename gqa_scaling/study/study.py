@@ -9,17 +9,22 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.results import Results
+from gqa_scaling.study.scores import NO_FORECASTS, Forecasts
 from gqa_scaling.study.sparsity import Sparsity, sparsity
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any."""
+    """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any.
+
+    `forecasts` are those of the experiment's runs; others' runs have none.
+    """
 
     results: Results
     estimates: Estimates
     frontier: Frontier
     aligned: EqualTraining | None = None
+    forecasts: Forecasts = NO_FORECASTS
 
     @property
     def fit(self) -> Fit:

@@ -18,6 +18,7 @@ from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.report import answers, estimates, tradeoffs
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
+from gqa_scaling.study.report.forecasts import forecast_table
 from gqa_scaling.study.report.pictures import PICTURES, all_figures, rendered
 from gqa_scaling.study.report.sentences import model_text, sentence
 from gqa_scaling.study.report.table import Column, Table
@@ -26,7 +27,16 @@ from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
 
-DATA = ("fit", "frontier", "context_law", "token_law", "flatness", "aligned", "sparsity")
+DATA = (
+    "fit",
+    "frontier",
+    "context_law",
+    "token_law",
+    "flatness",
+    "aligned",
+    "sparsity",
+    "forecasts",
+)
 # Every file that a report may write into the page's folder; TensorBoard's by how its name begins.
 WRITTEN = (
     "results.csv",
@@ -59,6 +69,7 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     written["results.csv"] = results_csv(study.results).encode()
     written["frontier.csv"] = frontier_csv(study.frontier).encode()
     data = {"fit": study.fit.to_dict(), "frontier": study.frontier.to_dict()} | study.estimated()
+    data |= {"forecasts": study.forecasts.to_dict()} if study.forecasts else {}
     data |= {"sparsity": study.sparsity.to_dict()} if study.sparsity else {}
     written |= {f"{name}.json": _json(value) for name, value in data.items()}
     written[path.name] = page(study, told, command).encode()
@@ -145,6 +156,8 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
             *shown("heat_map", "savings", "gains", "probabilities", "loss_against_costs"),
         ],
     )
+    if study.forecasts:
+        yield "Forecasts", [forecast_table(study.forecasts), *shown("forecasts")]
     if sparse:
         table = tradeoffs.sparsity_table(sparse, frontier.objective)
         yield "Dense and sharded", [table, *shown("loss_against_density", "loss_by_position")]

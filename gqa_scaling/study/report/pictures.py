@@ -10,6 +10,7 @@ from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.report.decision_pictures import gains, heat_map, probabilities, savings
 from gqa_scaling.study.report.drawing import styled
 from gqa_scaling.study.report.loss_pictures import (
+    forecast_errors,
     loss_against_costs,
     loss_against_density,
     loss_against_heads,
@@ -57,6 +58,10 @@ PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     "loss_by_position": (
         lambda s: loss_by_position(s.results),
         "Where in the context each pattern gains and loses, at the largest size with a dense run.",
+    ),
+    "forecasts": (
+        lambda s: forecast_errors(s.forecasts, s.fit.heads),
+        "What came of the forecasts: each run's loss against what was sealed before it began.",
     ),
     "residuals": (lambda s: residuals(s.fit), "What the curves leave unexplained."),
 }
