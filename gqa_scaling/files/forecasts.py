@@ -67,13 +67,15 @@ def seal(root: Path, experiment: str, said: dict[str, Any]) -> Sealed:
     """
     require_not_begun(root, experiment, {run["name"]: run["digest"] for run in said["runs"]})
     now = time.time()
-    said = json.loads(json.dumps({**said, "schema": SCHEMA, "sealed": now}))
+    said = json.loads(json.dumps({**said, "schema": SCHEMA, "sealed": now}))  # as it is read back
     digest = _digest(said)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
-    path = root / experiment / FOLDER / f"{stamp}-{digest[:12]}.json"
-    make_folder(path.parent)
-    write_json(path, said | {"sha256": digest})
-    return Sealed(path, said)
+    sealed = Sealed(
+        root / experiment / FOLDER / f"{stamp}-{digest[:12]}.json", said | {"sha256": digest}
+    )
+    make_folder(sealed.path.parent)
+    write_json(sealed.path, sealed.said)
+    return sealed
 
 
 def read_forecasts(root: Path, experiment: str) -> list[Sealed]:

@@ -129,7 +129,9 @@ def run_interval(fit: Fit, draws: np.ndarray, stray: float = 0.0) -> Interval:
     deviation in nats, of what the law does not know.
     """
     own = fit.shared.of_new_runs(len(draws), np.random.default_rng(fit.seed))
-    return interval((draws[:, None] + np.hypot(own, stray)[:, None] * _NORMAL).ravel())
+    run = interval((draws[:, None] + np.hypot(own, stray)[:, None] * _NORMAL).ravel())
+    curve = interval(draws)  # of draws far from each other noise may fill a gap at an end
+    return min(run[0], curve[0]), max(run[1], curve[1])
 
 
 def check_runs(fit: Fit, runs: Results) -> tuple[Check, ...]:

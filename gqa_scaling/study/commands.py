@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
 from gqa_scaling.experiment.overrides import overrides_to
@@ -50,14 +49,14 @@ def with_training(
     return replace(answer, answers=answers, checks=tuple(checks))
 
 
-def training_command(source: Source, *more: Sequence[str]) -> str:
+def training_command(source: Source, arguments: Sequence[str], options: Sequence[str] = ()) -> str:
     """The command that trains what these arguments make of the source's experiment.
 
-    It seals a forecast first, by the runs of the source that are finished then.
+    First it seals a forecast, from the runs of the source that are finished then. `options` end it.
     """
     forecast = ["--forecast", shlex.join([source.name, *source.overrides])]
-    words = ["gqa-scaling", "run", source.name, *source.overrides, *chain(*more), *forecast]
-    return shell_command(words)
+    named = ["gqa-scaling", "run", source.name, *source.overrides]
+    return shell_command([*named, *arguments, *forecast, *options])
 
 
 def shell_command(words: Sequence[str], width: int = 78) -> str:

@@ -153,6 +153,7 @@ def forecast_errors(forecasts: Forecasts, heads: Sequence[Heads]) -> Figure | No
     names = [f"{score.name}, N = {quantity(score.n)}" for score in scores]
     axis.set_yticks(range(len(scores)), names, fontsize=8)
     axis.set_ylim(-0.7, len(scores) - 0.3)
+    axis.use_sticky_edges = False  # no bar ends at the frame
     axis.grid(False, axis="y")
     axis.set(
         xlabel="loss minus forecast (millinats)",
