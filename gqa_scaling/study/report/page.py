@@ -59,7 +59,7 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     written: dict[str, bytes] = {}
     pictures, images = {}, {}
     for name, (figure, caption) in all_figures(study).items():
-        svg, png = rendered(figure, "svg"), rendered(figure, "png")
+        svg, png = rendered(figure)
         written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": png}
         pictures[name], images[name] = _picture(svg, caption), png
     told = list(sections(study, pictures))
