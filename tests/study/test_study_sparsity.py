@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.optimize import approx_fprime
 
@@ -26,6 +25,7 @@ from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import default_baseline, frontier
 from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report import page
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.drawing import looks
