@@ -91,7 +91,7 @@ def rendered(figure: Figure) -> tuple[bytes, bytes]:
         engine.execute(figure)
         figure.set_layout_engine("none")
     svg, png = io.BytesIO(), io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
     figure.set_dpi(DPI)
-    FigureCanvasAgg(figure).print_png(png)
+    FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
     return svg.getvalue(), png.getvalue()
