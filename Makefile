@@ -18,9 +18,10 @@ SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 .PHONY: smoke test test-compiler test-slow test-tools test-processors lint types bench lock clean
 .PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
-smoke: $(READY)  ## train, fit and answer the smoke study; the second time only print the answer
+smoke: $(READY)  ## train, forecast, fit and answer the smoke study; the second time only print the answer
 	$(BIN)/gqa-scaling prepare experiments.smoke
-	$(BIN)/gqa-scaling run experiments.smoke --workers 2
+	$(BIN)/gqa-scaling run experiments.smoke --workers 2 --only 'L[23]-*'
+	$(BIN)/gqa-scaling run experiments.smoke --workers 2 --forecast experiments.smoke
 	$(BIN)/gqa-scaling report experiments.smoke
 
 test: $(READY)  ## the tests, about five minutes

@@ -1,10 +1,12 @@
 """Which heads for a tiny byte-level model? A demonstration in minutes, run by `make smoke`.
 
     gqa-scaling prepare experiments.smoke
-    gqa-scaling run experiments.smoke --workers 2
+    gqa-scaling run experiments.smoke --workers 2 --only 'L[23]-*'
+    gqa-scaling run experiments.smoke --workers 2 --forecast experiments.smoke
     gqa-scaling report experiments.smoke
 
-Four sizes spanning 20x at one token budget, four head configurations, and two more seeds of one
+The second command forecasts the largest size from the others before it trains it, and the report
+says how good that was. Four sizes spanning 20x at one token budget, four head configurations, and two more seeds of one
 cell, which tell how much of a difference is noise.
 """
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from gqa_scaling.experiment.load import Experiment
     from gqa_scaling.hardware import Hardware
+    from gqa_scaling.study.scores import Forecasts
 
 COMPILED = """compile each train step for v5e:16x16 (or v5e-256), v5p:4x4x8, 2xv6e:16x16, ... on this
 machine (docs/pods.md)"""
@@ -74,6 +75,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--retry-failed", action="store_true", help="try failed runs again")
     add("--workers", type=int, default=1, help="processes that share the grid")
     add("--quiet", action="store_true", help="show no progress")
+    add(
+        "--forecast",
+        metavar="SOURCE",
+        help="first seal what the finished runs of this experiment (fields after it, in quotes with "
+        "it) say of those that have not begun and have no forecast",
+    )
     # Said by --workers to its processes: their cores and the pid of their parent.
     add("--cores", help=argparse.SUPPRESS)
     add("--parent", type=int, help=argparse.SUPPRESS)
@@ -241,6 +248,8 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if args.retry_failed and leads:
         sweep.forget_failures(experiment, root)
+    if args.forecast is not None and leads:
+        _seal_forecast(args, experiment, root)
     shown = leads and not args.quiet
     with display.live_display(experiment, root) if shown else nullcontext():
         if args.workers > 1:
@@ -260,6 +269,25 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if code == 0:
         print(f"{experiment.name}: finished; next: gqa-scaling report {args.experiment}")
     return code
+
+
+def _seal_forecast(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> None:
+    """Seal a forecast of the runs that have not begun and have none yet, and show it."""
+    from gqa_scaling.experiment.load import words_of
+    from gqa_scaling.study.estimates import estimate
+    from gqa_scaling.study.forecast import seal_forecast, to_seal
+    from gqa_scaling.study.report.forecasts import prediction_table
+    from gqa_scaling.study.source import read_source
+
+    runs = to_seal(root, experiment.name, experiment.runs, again=False)
+    if not runs:
+        return
+    name, *overrides = words_of(args.forecast)
+    source = read_source(name, overrides, args.root)
+    found = estimate(source.results)
+    sealed, predictions = seal_forecast(source, found, experiment.name, runs)
+    if not args.quiet:
+        print_table(prediction_table(predictions, f"Sealed in {sealed.path}"))
 
 
 def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
@@ -282,17 +310,35 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
     selected = args.only is not None or args.shard is not None or len(experiment.runs) == 1
     more = () if selected else tuple(find_follow_ups(root, experiment.name, experiment.runs))
     others = read_status(root, replace(experiment, runs=more))
+    forecasts = _scored(experiment, root)
     if args.json:
         whole = status_dict(experiment.name, rows)
-        print_json(whole | {"beside": status_dict(experiment.name, others)["runs"]})
+        whole |= {"beside": status_dict(experiment.name, others)["runs"]}
+        print_json(whole | ({"forecasts": forecasts.to_dict()} if forecasts else {}))
     else:
         print_table(status_table(experiment.name, rows))
         if others:
             print_table(status_table(f"{experiment.name}, beside its grid", others))
-    damaged = [row for row in (*rows, *others) if row.state == "damaged"]
-    for row in damaged:
-        print_error(row.failure)
+        if forecasts:
+            from gqa_scaling.study.report.forecasts import forecast_table
+
+            print_table(forecast_table(forecasts))
+    damaged = [row.failure for row in (*rows, *others) if row.state == "damaged"]
+    damaged += forecasts.altered if forecasts else ()
+    for failure in damaged:
+        print_error(failure)
     return 1 if damaged else 0
+
+
+def _scored(experiment: "Experiment", root: "Path") -> "Forecasts | None":
+    """The forecasts of the experiment's runs; None where there are none, and nothing is imported."""
+    from gqa_scaling.files.forecasts import FOLDER
+
+    if not (root / experiment.name / FOLDER).exists():
+        return None
+    from gqa_scaling.study.scores import score_forecasts
+
+    return score_forecasts(root, experiment.name)
 
 
 def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> int:

@@ -11,7 +11,7 @@ from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_tab
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law
+from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law, is_experiment
 
 if TYPE_CHECKING:
     from gqa_scaling.study.candidates import Candidates
@@ -154,6 +154,16 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_forecast(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, "experiment: its finished runs, and the rest of its grid")
+    parser.add_argument(
+        "--runs",
+        metavar="EXPERIMENT[:RUN,...]",
+        help="the runs to forecast (default: those of the source that have not begun); fields after "
+        "it, in quotes with it",
+    )
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_question(parser)
     parser.add_argument(
@@ -246,6 +256,7 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
+    from gqa_scaling.study.scores import NO_FORECASTS, score_forecasts
     from gqa_scaling.study.study import Study
     from gqa_scaling.study.verdict import with_verdict
 
@@ -258,7 +269,10 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, options, fit=among.fit)
     found, answer = with_verdict(found, source.results, answer, fit=among.fit)
-    return Study(source.results, found, answer, candidates=among)
+    forecasts = NO_FORECASTS
+    if source.root is not None and source.experiment is not None:
+        forecasts = score_forecasts(source.root, source.experiment.name)
+    return Study(source.results, found, answer, candidates=among, forecasts=forecasts)
 
 
 def _aligned(
@@ -292,6 +306,35 @@ def _aligned(
         objective=args.objective,
         serving=_serving(args),
     )
+
+
+def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment.load import named_runs
+    from gqa_scaling.study.forecast import seal_forecast, to_seal
+    from gqa_scaling.study.report.forecasts import prediction_table
+
+    known = is_experiment(args.source)
+    require(known, f"forecast needs the finished runs of an experiment, not {args.source}")
+    source = _source(args, rest)
+    assert source.experiment is not None
+    assert source.root is not None
+    target, named = source.experiment, False
+    if args.runs is not None:
+        target, named = named_runs(args.runs, source.root)
+    runs = list(target.runs) if named else to_seal(source.root, target.name, target.runs)
+    require(
+        bool(runs),
+        f"all {len(target.runs)} runs of {target.name} have begun: a forecast is made before; name "
+        "others with --runs",
+    )
+    sealed, predictions = seal_forecast(source, _estimates(args, source.results), target.name, runs)
+    if args.json:
+        print_json(sealed.said | {"file": str(sealed.path)})
+        return 0
+    title = f"Forecast of {len(runs)} runs of {target.name} from {source.results.source}"
+    print_table(prediction_table(predictions, title))
+    print(f"sealed: {sealed.path}")
+    return 0
 
 
 def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -362,6 +405,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.answers import frontier_answer
     from gqa_scaling.study.report.estimates import wide_law_tables
     from gqa_scaling.study.report.files import require_own, require_page, settled
+    from gqa_scaling.study.report.forecasts import forecast_table
     from gqa_scaling.study.report.page import WRITTEN, write_report
     from gqa_scaling.study.report.sentences import training
     from gqa_scaling.study.report.tradeoffs import aligned_answer
@@ -385,6 +429,8 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     print_table(*([aligned_answer(study.aligned), ""] if study.aligned else []))
     print_table(frontier_answer(answer))
     print(training(answer))
+    if study.forecasts:
+        print_table("", forecast_table(study.forecasts))
     print(f"report: {path}")
     return 0
 
@@ -403,5 +449,6 @@ def _default_page(args: argparse.Namespace) -> Path:
 VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
+    "forecast": (_forecast, "seal what is expected of runs before they are trained", _add_forecast),
     "report": (_report, "write the study as one HTML page", _add_report),
 }

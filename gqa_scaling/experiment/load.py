@@ -8,6 +8,7 @@ import contextlib
 import fnmatch
 import importlib
 import importlib.util
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,33 @@ def load_experiment(
     name = module.__name__.rpartition(".")[2]
     require(bool(name), f"{spec} names no folder for its runs: rename the file")
     return Experiment(name, tuple(runs), question, about)
+
+
+def named_runs(text: str, root: Path | None = None) -> tuple[Experiment, bool]:
+    """The runs that EXPERIMENT[:RUN,...] and fields after it name, and whether it names single ones.
+
+    Such as "experiments.smoke:L4-d96-h4-kv4 --seed 1". Raises UserError as `load_experiment`, and for
+    a run that the experiment does not declare.
+    """
+    first, *overrides = words_of(text)
+    spec, colon, names = first.partition(":")
+    experiment = load_experiment(spec, overrides, root)
+    if not colon:
+        return experiment, False
+    known, wanted = {run.name: run for run in experiment.runs}, dict.fromkeys(names.split(","))
+    for name in wanted:
+        require(name in known, f"{spec} declares no run {name!r}{did_you_mean(name, known)}")
+    return replace(experiment, runs=tuple(known[name] for name in wanted)), True
+
+
+def words_of(text: str) -> list[str]:
+    """An experiment and the fields after it, as a shell takes them apart; UserError for no words."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{text!r} names no experiment: {error}") from None
+    require(bool(words), f"{text!r} names no experiment")
+    return words
 
 
 def _declared_runs(spec: str, module: ModuleType, root: Path | None) -> list[RunConfig]:

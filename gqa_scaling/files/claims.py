@@ -34,6 +34,7 @@ from gqa_scaling.files.storage import (
 
 STALE_SECONDS = 600  # a claim from another machine that has not been renewed for this long
 RENEW_SECONDS = 30
+LOCK = ".claim.lock"  # stays beside a claim that was given back
 SETTLE_SECONDS = 5  # between taking a claim over and counting on it, where the server cannot decide
 
 
@@ -124,7 +125,7 @@ def _take(file: Path, mine: Holder) -> bool:
     if is_remote(file):
         return _take_object(file, mine)
     make_folder(file.parent)
-    with open(file.parent / ".claim.lock", "w") as guard:
+    with open(file.parent / LOCK, "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # judging and taking over is one step
         holder = _read(file)
         free = holder is None or _is_stale(holder, file, _touched(guard))

@@ -10,6 +10,8 @@
         parameters/      the trained model
         result.json      written last, atomically: with it the run is done
 
+Beside them lies what was said of runs before they began (`forecasts`).
+
 No jax here: `plan`, `status` and `fit` read runs without it.
 """
 
@@ -31,13 +33,14 @@ from gqa_scaling.config import (
     require,
 )
 from gqa_scaling.fields import Shape, misfit
-from gqa_scaling.files.claims import claim_state
+from gqa_scaling.files.claims import LOCK, claim_state
 from gqa_scaling.files.storage import (
     as_path,
     is_remote,
     make_folder,
     remove_folder,
     require_folder,
+    sizes,
     tail,
     write_atomic,
     write_json,
@@ -225,6 +228,10 @@ class RunDirectory:
         """Note a start of training; the file is replaced as a whole."""
         _write_json_lines(self.attempts_file, [*self.attempts(), attempt])
 
+    def begun(self) -> bool:
+        """Whether a process was ever at this run: all but the lock of a claim given back says so."""
+        return any(name != LOCK for name in sizes(self.path))
+
     def state(self) -> State:
         """How far the run is, by which files are there. None but the claim is read here."""
         if self.result_file.exists():
@@ -275,10 +282,15 @@ def runs_root(named: str | None = None) -> Path:
 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:
     """runs/<experiment>/<run name>-<digest>. The digest alone identifies: a renamed run is found."""
+    return directory_of(root, experiment, run.name, run.digest)
+
+
+def directory_of(root: Path | str, experiment: str, name: str, digest: str) -> RunDirectory:
+    """The same of a run that is known by its name and its digest."""
     folder = as_path(root) / experiment
-    wanted = folder / f"{run.name}-{run.digest}"
+    wanted = folder / f"{name}-{digest}"
     if not wanted.exists():
-        renamed = sorted(folder.glob(f"*-{run.digest}"))
+        renamed = sorted(folder.glob(f"*-{digest}"))
         if renamed:
             return RunDirectory(renamed[0])
     return RunDirectory(wanted)

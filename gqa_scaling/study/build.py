@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 from functools import reduce
+from statistics import NormalDist
 
 import numpy as np
-from scipy.special import ndtri
 
 from gqa_scaling import context_sharding
 from gqa_scaling.config import ModelConfig
@@ -18,6 +18,7 @@ from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.uncertainty import interval
 
 _ARCHITECTURE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+_NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 99) for i in range(99)])
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,15 @@ def build(fit: Fit, deployment: Deployment, heads: Heads, n: float) -> Model:
     keys = context_sharding.effective_context(patterns, context)
     costs = deployment.costs_of_shape(counted, heads, layers, width, keys)
     cache = context_sharding.kv_cache_values(patterns, context, family.head_dim)
+    draws = fit.draws.loss(k, counted)
     return Model(
         **{name: getattr(config, name) for name in _ARCHITECTURE},
         n=counted,
         n_exact=exact,
         parameters=total,
         loss=float(fit.curves.loss(k, counted)),
-        loss_interval=interval(fit.draws.loss(k, counted)),
-        run_interval=run_interval(fit, k, counted),
+        loss_interval=interval(draws),
+        run_interval=run_interval(fit, draws),
         memory=costs.memory,
         flops=costs.flops,
         z=float(costs.z),
@@ -119,13 +121,16 @@ class Check:
         return self.measured - self.predicted
 
 
-def run_interval(fit: Fit, k: int, n: float) -> Interval:
-    """Where the loss of one run of configuration k at N is expected, in nats, at 90%.
+def run_interval(fit: Fit, draws: np.ndarray) -> Interval:
+    """Where the loss of one run of a size without runs is expected, in nats, at 90%.
 
-    The curve's draws, each with one run's noise around it; a new seed of that size would err so.
+    `draws` are those of the curve at its N. Around each lies the noise of one run and the error that
+    the runs of its size share, both as large as the runs allow.
     """
-    normal = ndtri((np.arange(99) + 0.5) / 99)
-    return interval((fit.draws.loss(k, n)[:, None] + fit.sigma * normal).ravel())
+    own = fit.shared.of_new_runs(len(draws), np.random.default_rng(fit.seed))
+    run = interval((draws[:, None] + own[:, None] * _NORMAL).ravel())
+    curve = interval(draws)  # of draws far from each other noise may fill a gap at an end
+    return min(run[0], curve[0]), max(run[1], curve[1])
 
 
 def check_runs(fit: Fit, runs: Results) -> tuple[Check, ...]:
@@ -142,7 +147,7 @@ def check_runs(fit: Fit, runs: Results) -> tuple[Check, ...]:
                     d_model=int(runs.d_model[i]),
                     n=n,
                     predicted=float(fit.curves.loss(k, n)),
-                    run_interval=run_interval(fit, k, n),
+                    run_interval=run_interval(fit, fit.draws.loss(k, n)),
                     measured=float(runs.loss[i]),
                 )
             )

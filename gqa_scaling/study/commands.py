@@ -35,8 +35,7 @@ def with_training(
 
     def with_command(model: Model) -> Model:
         run = follow_up(runs, model.config, tokens)
-        fields = (*source.overrides, *overrides_to(source.grid, run))
-        command = shell_command(["gqa-scaling", "run", source.name, *fields, *options])
+        command = training_command(source, overrides_to(source.grid, run), options)
         return replace(model, command=command, trained=finished.get(run.digest, ""))
 
     checks: list[Check] = []
@@ -53,20 +52,32 @@ def with_training(
     return replace(answer, answers=answers, checks=tuple(checks))
 
 
+def training_command(source: Source, arguments: Sequence[str], options: Sequence[str] = ()) -> str:
+    """The command that trains what these arguments make of the source's experiment.
+
+    First it seals a forecast, from the runs of the source that are finished then. `options` end it.
+    """
+    forecast = ["--forecast", shlex.join([source.name, *source.overrides])]
+    named = ["gqa-scaling", "run", source.name, *source.overrides]
+    return shell_command([*named, *arguments, *forecast, *options])
+
+
 def command_of(source: Source, run: RunConfig | None, options: Sequence[str] = ()) -> str:
     """The command that trains this run of a source's experiment; "" where there is none."""
     if run is None:
         return ""
     alike = [r for r in source.grid if fnmatch.fnmatch(r.name, run.name) or run.name in r.name]
     fields = ["--only", run.name] if alike == [run] else overrides_to(source.grid, run)
-    return shell_command(["gqa-scaling", "run", source.name, *source.overrides, *fields, *options])
+    return training_command(source, fields, options)
 
 
 def shell_command(words: Sequence[str], width: int = 78) -> str:
     """The command in lines that a shell takes as one, none broken inside an argument."""
-    first, *parts = " ".join(map(shlex.quote, words)).replace(" --", "\0--").split("\0")
-    lines = [first]
-    for part in parts:
+    starts = [i for i, word in enumerate(words) if i and word.startswith("--")]
+    ends = [*starts, len(words)]
+    parts = [shlex.join(words[a:b]) for a, b in zip([0, *starts], ends, strict=True)]
+    lines = parts[:1]
+    for part in parts[1:]:
         if len(lines[-1]) + 1 + len(part) > width:
             lines.append(f"   {part}")
         else:

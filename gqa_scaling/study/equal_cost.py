@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import elementwise
 
 from gqa_scaling.study import laws
 from gqa_scaling.study.baseline import Reference
@@ -22,6 +21,7 @@ from gqa_scaling.study.results import Heads
 from gqa_scaling.study.serving import Deployment
 
 Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
+_MOST_STEPS = 60  # of a search that takes five between two sizes of the grid
 _ROUNDING = 1e-12  # costs this much apart, relative, are one cost: rounding leaves about 1e-15
 
 
@@ -125,13 +125,38 @@ def largest(
     between = np.flatnonzero(some & (last < len(grid) - 1))
     if len(between):
         ends = np.log(grid[last[between]]), np.log(grid[last[between] + 1])
-        found = elementwise.find_root(
-            over, ends, args=(budgets[between],), tolerances={"fatol": _ROUNDING}
-        )
-        # without a change of sign the lower end is the answer, but for rounding
-        sizes[between] = np.where(found.success, np.exp(found.x), sizes[between])
+        sizes[between] = np.exp(_crossing(lambda x: over(x, budgets[between]), *ends))
     if known is None:
         return sizes
     with np.errstate(invalid="ignore"):
         holds = np.isfinite(known) & (load(known)[1] <= 1)
     return np.fmax(sizes, np.where(holds, known, math.nan))
+
+
+def _crossing(
+    over: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Where a function crosses 0 between these ends, for many at once; `low` where it does not.
+
+    It is at most 0 at `low` and above at `high`, but for rounding. Regula falsi as the Illinois
+    algorithm has it: an end that stays has its value halved (Dowell and Jarratt 1971).
+    """
+    below, above = over(low), over(high)
+    crosses, first, before = (below < 0) & (above > 0), low, np.zeros(len(low))
+    x = first
+    for _ in range(_MOST_STEPS):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            x = np.where(crosses, low + (high - low) * (below / (below - above)), first)
+        value = over(x)
+        if (~crosses | (np.abs(value) <= _ROUNDING)).all():
+            break
+        side = np.sign(value)
+        stays = np.where(side == before, 0.5, 1.0)
+        low, below, high, above = (
+            np.where(side > 0, low, x),
+            np.where(side > 0, stays * below, value),
+            np.where(side > 0, x, high),
+            np.where(side > 0, value, stays * above),
+        )
+        before = side
+    return x

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import brentq
 
 from gqa_scaling.baselines import WholeModel
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, Question, UserError, between, require
@@ -205,6 +204,8 @@ def _baseline_runs(
     if not losses:
         budgets = np.sort(tokens[n == n.max()])
         return [(float(n.max()), float(budgets[(len(budgets) - 1) // 2]))]
+    from scipy.optimize import brentq  # takes a quarter of a second, and most answers need none
+
     ratio = float(np.median(tokens / n))
 
     def above(log_n: float, loss: float) -> float:

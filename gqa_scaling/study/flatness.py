@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import fdtrc
 
 from gqa_scaling.config import require
 from gqa_scaling.study.baseline import default_baseline
@@ -204,7 +204,7 @@ def flatness(
     if movement is None:
         why = f"the baseline {pair(base)} shares no size with others at two of these lengths"
         return Flatness(since, lengths, base, why)
-    p_value = float(stats.f.sf(ratio, *dof))
+    p_value = float(fdtrc(*dof, ratio))
     return Flatness(since, lengths, base, "", float(ratio), dof, p_value, movement)
 
 

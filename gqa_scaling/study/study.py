@@ -10,6 +10,7 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.results import Results
+from gqa_scaling.study.scores import NO_FORECASTS, Forecasts
 from gqa_scaling.study.sensitivity import Sensitivity, sensitivity
 from gqa_scaling.study.sparsity import Sparsity, sparsity
 
@@ -19,6 +20,7 @@ class Study:
     """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any.
 
     `candidates` have the curves of what is ranked, where these are more than were estimated.
+    `forecasts` are those of the experiment's runs; others' runs have none.
     """
 
     results: Results
@@ -26,6 +28,7 @@ class Study:
     frontier: Frontier
     aligned: EqualTraining | None = None
     candidates: Candidates | None = None
+    forecasts: Forecasts = NO_FORECASTS
 
     @property
     def fit(self) -> Fit:

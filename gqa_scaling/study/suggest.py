@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.context_sharding import density
@@ -136,6 +135,8 @@ class Belief:
         spread = np.r_[spread, np.full(k, STRAY_U), np.full(k, STRAY_B)]
         spread = np.r_[spread, np.full(k, STRAY_T * least), np.full(lengths, 0.25 * least)]
         self.mode, self.noise = mean, 0.003 * least
+        from scipy.optimize import least_squares  # slow to load, and reports load this module
+
         for _ in range(3):  # the noise and the mode settle together
 
             def residuals(t: np.ndarray, noise: float = self.noise) -> np.ndarray:

@@ -455,6 +455,8 @@ def test_the_printed_command_trains_exactly_the_model_that_was_answered(small):
     name, verb, spec, *overrides = printed(out)
     assert (name, verb, spec) == ("gqa-scaling", "run", "experiments.small")
     assert shlex.split(model["command"].replace("\\\n", " "))[3:] == overrides
+    assert overrides[-2:] == ["--forecast", "experiments.small"]
+    overrides = overrides[:-2]
     grid = load_experiment(spec).runs
     (run,) = load_experiment(spec, overrides).runs
     near = next(r for r in grid if r.name == "L2-d32-h4-kv1")
@@ -473,15 +475,16 @@ def test_overrides_and_the_root_of_the_study_are_in_the_command(small, workplace
     (workplace / "runs").rename(workplace / "else where")
     _, out, _ = small("frontier", *ASKED, "--tokens", "2560", "--root", "else where")
     overrides = printed(out)[3:]
+    assert overrides[-4:-2] == ["--forecast", "experiments.small --tokens 2560"]
     assert overrides[-2:] == ["--root", "else where"]
-    (run,) = load_experiment("experiments.small", overrides[:-2]).runs
+    (run,) = load_experiment("experiments.small", overrides[:-4]).runs
     assert (run.tokens, run.tokens_per_param) == (2560, None)
 
 
 def test_what_the_command_trained_is_measured_and_never_fitted(small):
     _, before, _ = small("frontier", *ASKED, "--json")
     _, out, _ = small("frontier", *ASKED)
-    (run,) = load_experiment("experiments.small", printed(out)[3:]).runs
+    (run,) = load_experiment("experiments.small", printed(out)[3:-2]).runs
     finish_all([run], loss=lambda run: 2.05)
     _, text, _ = small("frontier", *ASKED, "--json")
     after = json.loads(text)

@@ -370,11 +370,13 @@ def test_gains_are_told_at_a_glance(chen):
 
 
 def test_a_run_is_expected_where_its_curve_and_its_noise_put_it(chen):
-    k = chen.index((8, 1))
+    """The noise that the refits have drawn: that of a point with one seed is its own and its size's."""
+    draws = chen.draws.loss(chen.index((8, 1)), 3e8)
     rng = np.random.default_rng(1)
-    curve = rng.choice(chen.draws.loss(k, 3e8), 200_000)
-    runs = curve + chen.sigma * rng.standard_normal(len(curve))
-    assert run_interval(chen, k, 3e8) == pytest.approx(interval(runs), abs=1e-4)
+    runs = rng.choice(draws, 200_000) + chen.shared.draw(200_000, rng)[:, 0]
+    assert run_interval(chen, draws) == pytest.approx(interval(runs), abs=3e-4)
+    wider = run_interval(chen, draws, stray=0.02)
+    assert wider == pytest.approx(interval(runs + 0.02 * rng.standard_normal(200_000)), abs=1e-3)
 
 
 def test_left_out_runs_fall_where_they_were_predicted():

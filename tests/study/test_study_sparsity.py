@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.optimize import approx_fprime
 
@@ -27,6 +26,7 @@ from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report import page
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.drawing import looks
@@ -478,7 +478,7 @@ def test_a_pattern_without_a_dense_twin_has_no_cost_and_no_saving():
 
 
 def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda self, out, **_: out.write(bytes(24)))  # seconds
+    monkeypatch.setattr(page, "rendered", lambda _: (b"<svg/>", bytes(24)))  # takes seconds
     r = study((None, HYBRID, WINDOW), heads=((8, 2),), noise=0.001)
     found = fit(r, refits=100)
     answers = frontier(found, r, Question(contexts=(T, 65536), losses=(2.8,)))

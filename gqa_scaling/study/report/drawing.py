@@ -27,6 +27,7 @@ GREY = "#888888"
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}  # of a text around its place
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
+DPI = 160  # of the PNG files
 STYLE: dict[RcKeyType, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -44,7 +45,6 @@ STYLE: dict[RcKeyType, Any] = {
     "lines.markersize": 5,
     "svg.hashsalt": "gqa_scaling",  # makes two SVG files of one picture equal
     "figure.dpi": 100,
-    "savefig.dpi": 160,
 }
 COST_LABELS = {
     "memory": "inference memory (values)",

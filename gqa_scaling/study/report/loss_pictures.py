@@ -1,7 +1,7 @@
 """The pictures of what was estimated: losses against size, cost, heads, density and position."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +12,7 @@ from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.heads import common_n, head_laws
 from gqa_scaling.study.report import drawing as draw
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.scores import Forecasts
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sparsity import Sparsity
@@ -128,6 +129,37 @@ def residuals(fit: Fit) -> Figure:
         title="Residuals; grey: one standard deviation of a run",
     )
     draw.legend(figure, fit.heads, look)
+    return figure
+
+
+@draw.styled
+def forecast_errors(forecasts: Forecasts, heads: Sequence[Heads]) -> Figure | None:
+    """Loss minus forecast of every finished run, its interval as a bar; None where none is finished.
+
+    `heads` are those of the study, whose look each has in the other pictures.
+    """
+    scores = sorted(forecasts.judged, key=lambda score: score.n)
+    if not scores:
+        return None
+    look = draw.looks([*heads, *(score.heads for score in scores)])
+    figure, axis = draw.frame(7.4, 1.4 + 0.3 * min(len(scores), 40))
+    axis.axvline(0, color=draw.GREY, linewidth=1)
+    for i, score in enumerate(scores):
+        low, high = (1e3 * (end - score.predicted) for end in score.interval)
+        color = look[score.heads]["color"]
+        axis.barh(i, high - low, left=low, height=0.62, color=color, alpha=0.25, linewidth=0)
+        dots = look[score.heads] | {"linestyle": "none", "markersize": 7}
+        axis.plot(1e3 * score.error, i, **dots, markeredgecolor="white", markeredgewidth=0.5)
+    names = [f"{score.name}, N = {quantity(score.n)}" for score in scores]
+    axis.set_yticks(range(len(scores)), names, fontsize=8)
+    axis.set_ylim(-0.7, len(scores) - 0.3)
+    axis.use_sticky_edges = False  # no bar ends at the frame
+    axis.grid(False, axis="y")
+    axis.set(
+        xlabel="loss minus forecast (millinats)",
+        title=f"{forecasts.inside} of {len(scores)} runs inside their {LEVEL:.0%} intervals (bars), "
+        "the largest at the top",
+    )
     return figure
 
 

@@ -19,6 +19,7 @@ from gqa_scaling.study.report import answers, estimates, tradeoffs
 from gqa_scaling.study.report.assumptions import sensitivity_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
+from gqa_scaling.study.report.forecasts import forecast_table
 from gqa_scaling.study.report.pictures import PICTURES, all_figures, rendered
 from gqa_scaling.study.report.sentences import model_text, sentence
 from gqa_scaling.study.report.table import Column, Table
@@ -36,6 +37,7 @@ DATA = (
     "aligned",
     "sparsity",
     "sensitivity",
+    "forecasts",
 )
 # Every file that a report may write into the page's folder; TensorBoard's by how its name begins.
 WRITTEN = (
@@ -59,7 +61,7 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     written: dict[str, bytes] = {}
     pictures, images = {}, {}
     for name, (figure, caption) in all_figures(study).items():
-        svg, png = rendered(figure, "svg"), rendered(figure, "png")
+        svg, png = rendered(figure)
         written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": png}
         pictures[name], images[name] = _picture(svg, caption), png
     told = list(sections(study, pictures))
@@ -69,6 +71,7 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     written["results.csv"] = results_csv(study.results).encode()
     written["frontier.csv"] = frontier_csv(study.frontier).encode()
     data = {"fit": study.fit.to_dict(), "frontier": study.frontier.to_dict()} | study.estimated()
+    data |= {"forecasts": study.forecasts.to_dict()} if study.forecasts else {}
     data |= {"sparsity": study.sparsity.to_dict()} if study.sparsity else {}
     data |= {"sensitivity": study.sensitivity.to_dict()} if study.sensitivity else {}
     written |= {f"{name}.json": _json(value) for name, value in data.items()}
@@ -158,6 +161,8 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
     )
     if study.sensitivity:
         yield "What the answer hangs on", [sensitivity_table(study.sensitivity)]
+    if study.forecasts:
+        yield "Forecasts", [forecast_table(study.forecasts), *shown("forecasts")]
     if sparse:
         table = tradeoffs.sparsity_table(sparse, frontier.objective)
         yield "Dense and sharded", [table, *shown("loss_against_density", "loss_by_position")]

@@ -2,14 +2,16 @@
 
 import io
 from collections.abc import Callable
-from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.report.decision_pictures import gains, heat_map, probabilities, savings
-from gqa_scaling.study.report.drawing import styled
+from gqa_scaling.study.report.drawing import DPI, styled
 from gqa_scaling.study.report.loss_pictures import (
+    forecast_errors,
     loss_against_costs,
     loss_against_density,
     loss_against_heads,
@@ -58,6 +60,10 @@ PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
         lambda s: loss_by_position(s.results),
         "Where in the context each pattern gains and loses, at the largest size with a dense run.",
     ),
+    "forecasts": (
+        lambda s: forecast_errors(s.forecasts, s.fit.heads),
+        "What came of the forecasts: each run's loss against what was sealed before it began.",
+    ),
     "residuals": (lambda s: residuals(s.fit), "What the curves leave unexplained."),
 }
 
@@ -75,9 +81,17 @@ def all_figures(study: Study) -> dict[str, tuple[Figure, str]]:
 
 
 @styled
-def rendered(figure: Figure, kind: str) -> bytes:
-    """The picture as a file of kind "svg" or "png", the same for the same figure."""
-    out = io.BytesIO()
-    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-    figure.savefig(out, format=kind, metadata=metadata)
-    return out.getvalue()
+def rendered(figure: Figure) -> tuple[bytes, bytes]:
+    """The picture as an SVG and as a PNG file, the same for the same figure.
+
+    `savefig` would lay the figure out and draw it twice for each of them; here it is laid out once.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    svg, png = io.BytesIO(), io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    figure.set_dpi(DPI)
+    FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
+    return svg.getvalue(), png.getvalue()
