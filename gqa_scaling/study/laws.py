@@ -72,13 +72,17 @@ def backbone_of(p: Points, head_dim: int) -> Backbone:
     large = np.linspace(grid[-1], np.log(MOST_PARAMETERS), 40)
     grid = np.unique(np.r_[small, grid, large[large > grid[-1]], at])
     layers, width = shapes(np.exp(grid), (0, 0), head_dim, ladder)
+    counts = np.array([heads[:2] for heads in p.heads], float)
+    queries, values = counts[p.curve].T
+    # What is counted beyond the formula, as where N is counted exactly: no head enters it.
+    rest = p.n - n_formula(p.n_layers, p.d_model, queries, values, head_dim)
     log_n = []
-    for k, (n_heads, n_kv_heads, *_) in enumerate(p.heads):
+    for k, (n_heads, n_kv_heads) in enumerate(counts):
         mine = p.curve == k
         mine = mine if mine.any() else np.ones(len(p.n), bool)  # without runs: as all others
         formula = n_formula(p.n_layers[mine], p.d_model[mine], n_heads, n_kv_heads, head_dim)
         order = np.argsort(formula)
-        counted = np.log(p.n[mine] / formula)[order]  # 0 unless N is counted exactly
+        counted = np.log1p(rest[mine] / formula)[order]
         whole = np.log(n_formula(layers, width, n_heads, n_kv_heads, head_dim))
         log_n.append(whole + np.interp(whole, np.log(formula[order]), counted))
     return Backbone(grid, np.array(log_n))

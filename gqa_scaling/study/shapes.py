@@ -53,14 +53,15 @@ class Family:
     `ladder` are the study's own sizes (L, d), `template` is the architecture that new models are
     given, `trained` the least and the largest N of all runs. `ratios` holds, for each head
     configuration, ln N of its runs and the ratio of `n_formula` to the fit's own count there: 1 for
-    published points, a little less for built models, whose FFN is rounded up. Under None are all
-    runs together, for configurations without runs.
+    published points, a little less for built models, whose FFN is rounded up. `rest` is the count of
+    each size less its `n_formula`: no head enters it, so that configurations without runs have it too.
     """
 
     ladder: tuple[tuple[int, int], ...]
     head_dim: int
     template: ModelConfig
-    ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]]
+    ratios: dict[Heads, tuple[np.ndarray, np.ndarray]]
+    rest: dict[tuple[int, int], float]
     count: Count
     trained: tuple[float, float]
 
@@ -68,14 +69,30 @@ class Family:
         """`n_formula` of a model of this shape."""
         return n_formula(n_layers, d_model, heads[0], heads[1], self.head_dim)
 
-    def to_formula(self, n: np.ndarray | float, heads: Heads | None = None) -> np.ndarray:
+    def _ratio(self, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
+        """ln N, ascending, and the ratio of `n_formula` to N there."""
+        if heads in self.ratios:
+            return self.ratios[heads]
+        sizes = [(self.formula(L, d, heads), rest) for (L, d), rest in self.rest.items()]
+        formula, rest = np.array(sorted(sizes) or [(1.0, 0.0)]).T
+        return np.log(formula + rest), formula / (formula + rest)
+
+    def count(self, n_layers: np.ndarray, d_model: np.ndarray, heads: Any) -> np.ndarray:
+        """The fit's own count of models of these shapes, whose heads may differ and be real-valued."""
+        own = {n_formula(L, d, 0, 0): rest for (L, d), rest in self.rest.items()} or {1.0: 0.0}
+        known = np.array(sorted(own))
+        backbone = n_formula(n_layers, d_model, 0, 0)
+        share = np.interp(backbone, known, [own[n] / n for n in known])
+        return self.formula(n_layers, d_model, heads) + share * backbone
+
+    def to_formula(self, n: np.ndarray | float, heads: Heads) -> np.ndarray:
         """`n_formula` of a model that the fit counts as n."""
-        log_n, formula = self.ratios.get(heads, self.ratios[None])
+        log_n, formula = self._ratio(heads)
         return n * np.interp(np.log(np.where(np.isfinite(n), n, 1.0)), log_n, formula)
 
-    def from_formula(self, n: np.ndarray | float, heads: Heads | None = None) -> np.ndarray:
+    def from_formula(self, n: np.ndarray | float, heads: Heads) -> np.ndarray:
         """The fit's own count of a model whose `n_formula` is n."""
-        log_n, formula = self.ratios.get(heads, self.ratios[None])
+        log_n, formula = self._ratio(heads)
         return n / np.interp(np.log(n), log_n + np.log(formula), formula)
 
     def shape(self, n: np.ndarray | float, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
@@ -134,19 +151,21 @@ def family_of(results: Results) -> Family:
         "the runs mix head sizes {}; a configuration would not say what it costs: fit one head size "
         "at a time",
     )
-    ratios: dict[Heads | None, tuple[np.ndarray, np.ndarray]] = {None: (np.zeros(1), np.ones(1))}
+    ratios: dict[Heads, tuple[np.ndarray, np.ndarray]] = {}
+    rest: dict[tuple[int, int], float] = {}
     if (r.n_layers > 0).all():
         order = np.argsort(r.n_params)
         n = r.n_params[order]
-        formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order] / n
-        ratios[None] = np.log(n), formula
+        formula = n_formula(r.n_layers, r.d_model, r.n_heads, r.n_kv_heads, r.head_dim)[order]
+        shape = zip(r.n_layers[order].tolist(), r.d_model[order].tolist(), strict=True)
+        rest = dict(zip(shape, (n - formula).tolist(), strict=True))
         for heads in set(r.heads):
             own = np.array([h == heads for h in r.heads])[order]
-            ratios[heads] = np.log(n[own]), formula[own]
+            ratios[heads] = np.log(n[own]), formula[own] / n[own]
     vocabulary = int(r.vocab_size[0]) or DEFAULT_VOCABULARY
     template = ModelConfig(1, 64, 1, 1, head_dim=head_dim, vocab_size=vocabulary)
     trained = float(r.n_params.min()), float(r.n_params.max())
-    return Family(r.ladder, head_dim, r.template or template, ratios, r.count, trained)
+    return Family(r.ladder, head_dim, r.template or template, ratios, rest, r.count, trained)
 
 
 # ------------------------------------------------------------------------- what their heads read
