@@ -150,7 +150,7 @@ def _llama3(
     at = np.where(np.isfinite(found), found, x[0])
     layers, width = (np.interp(at, x, v) for v in (layers, width))
     own: Any = (width / family.head_dim, np.minimum(width / family.head_dim, _LLAMA3_KV))
-    n = np.where(np.isfinite(found), family.count(layers, width, own), np.inf)
+    n = np.where(np.isfinite(found), family.counted(layers, width, own), np.inf)
     layers, width = (np.where(np.isfinite(n), v, np.inf) for v in (layers, width))
     costs = deployment.costs_of_shape(n, own, layers, width, deployment.context)
     return Reference(n, targets, costs)

@@ -77,7 +77,7 @@ class Family:
         formula, rest = np.array(sorted(sizes) or [(1.0, 0.0)]).T
         return np.log(formula + rest), formula / (formula + rest)
 
-    def count(self, n_layers: np.ndarray, d_model: np.ndarray, heads: Any) -> np.ndarray:
+    def counted(self, n_layers: np.ndarray, d_model: np.ndarray, heads: Any) -> np.ndarray:
         """The fit's own count of models of these shapes, whose heads may differ and be real-valued."""
         own = {n_formula(L, d, 0, 0): rest for (L, d), rest in self.rest.items()} or {1.0: 0.0}
         known = np.array(sorted(own))
