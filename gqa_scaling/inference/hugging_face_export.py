@@ -21,11 +21,12 @@ from gqa_scaling.inference.hugging_face import (
     ARRAYS_OF_LAYER,
     INDEX,
     WHOLE,
+    Place,
     architecture_of,
     config_of,
     name_in_layer,
 )
-from gqa_scaling.inference.trained import Trained
+from gqa_scaling.inference.trained import Trained, named
 
 SHARD_BYTES = 5 * 10**9  # of one file of weights
 PROVENANCE = "gqa_scaling.json"  # where the model came from, and the sign that a folder is ours
@@ -106,29 +107,21 @@ def _put(aside: Path, output: Path) -> None:
 
 def _arrays(trained: Trained) -> list[safetensors.Array]:
     """The arrays of the format, layer by layer, each made from ours when it is written."""
-    state = trained.parameters().to_pure_dict()
-    host: dict[str, np.ndarray] = {k: np.asarray(v) for k, v in state.items() if k != "layers"}
-    layers = {name: np.asarray(v) for name, v in state["layers"].items() if v is not None}
+    ours = {name: np.asarray(value) for name, value in named(trained.parameters()).items()}
 
-    def whole(name: str) -> safetensors.Array:
-        place, ours = ARRAYS[name], host[name]
-        return safetensors.Array(
-            place.name, place.shape(ours.shape), lambda: np.array(place.theirs(ours))
-        )
+    def of(place: Place, name: str, values: np.ndarray) -> safetensors.Array:
+        return safetensors.Array(name, place.shape(values.shape), lambda: place.theirs(values))
 
-    def of_layer(name: str, layer: int) -> safetensors.Array:
-        place, ours = ARRAYS_OF_LAYER[name], layers[name][layer]
-        return safetensors.Array(
-            name_in_layer(place, layer),
-            place.shape(ours.shape),
-            lambda: np.array(place.theirs(ours)),
-        )
-
-    out = [whole("embedding_VD")]
+    whole = {
+        name: of(place, place.name, ours[name]) for name, place in ARRAYS.items() if name in ours
+    }
+    out = [whole.pop("embedding_VD")]
     for layer in range(trained.run.model.n_layers):
-        out += [of_layer(name, layer) for name in ARRAYS_OF_LAYER if name in layers]
-    out += [whole(name) for name in ("final_norm_D", "output_VD") if host.get(name) is not None]
-    return out
+        for name, place in ARRAYS_OF_LAYER.items():
+            stack = ours.get(f"layers/{name}")
+            if stack is not None:
+                out.append(of(place, name_in_layer(place, layer), stack[layer]))
+    return [*out, *whole.values()]
 
 
 def _write_weights(

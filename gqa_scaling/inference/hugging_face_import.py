@@ -41,7 +41,7 @@ from gqa_scaling.inference.hugging_face import (
     name_in_layer,
     read_json,
 )
-from gqa_scaling.inference.trained import TOKENIZER_NAME, shapes_of
+from gqa_scaling.inference.trained import TOKENIZER_NAME, name_of, named, shapes_of
 
 EXPERIMENT = "imported"  # the folder of such runs below the root
 READERS = 8  # files hashed at once
@@ -173,12 +173,7 @@ def _expected(model: ModelConfig) -> Iterator[tuple[str, Place, int | None, str]
 
 def _names(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters, layers stacked, by names such as layers/q_DKGH."""
-    leaves = jax.tree_util.tree_leaves_with_path(shapes_of(model))
-    return {_name(path): leaf.shape for path, leaf in leaves}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    return {name: leaf.shape for name, leaf in named(shapes_of(model)).items()}
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], model: ModelConfig, folder: Path) -> None:
@@ -210,7 +205,7 @@ def _parameters(arrays: Mapping[str, np.ndarray], run: RunConfig) -> Any:
         target[...] = place.ours(arrays[name], target.shape)
 
     def of(path: Any, _: Any) -> jax.Array:
-        return jnp.asarray(filled.pop(_name(path)))
+        return jnp.asarray(filled.pop(name_of(path)))
 
     return jax.tree_util.tree_map_with_path(of, shapes_of(run.model))
 

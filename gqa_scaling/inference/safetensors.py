@@ -59,7 +59,8 @@ def write(path: Path, arrays: Sequence[Array], dtype: str) -> None:
         for array in arrays:
             values = array.make()
             assert values.shape == array.shape, array.name
-            file.write(np.ascontiguousarray(values.astype(DTYPES[dtype], copy=False)).data)
+            values = np.ascontiguousarray(values.astype(DTYPES[dtype], copy=False))
+            file.write(values.view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -94,3 +94,14 @@ def open_trained(path: str | Path) -> Trained:
 def shapes_of(model: ModelConfig) -> nnx.State:
     """The parameters of a model as abstract arrays."""
     return nnx.split(nnx.eval_shape(lambda: create(model, 0)))[1]
+
+
+def name_of(path: Any) -> str:
+    """The name of a parameter at a path of the tree, such as layers/q_DKGH."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def named(parameters: nnx.State) -> dict[str, Any]:
+    """The parameters by their names."""
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    return {name_of(path): leaf for path, leaf in leaves}
