@@ -1,6 +1,9 @@
 """The verbs that let models out and in: export, import, harness."""
 
 import argparse
+import importlib.util
+import json
+import sys
 from collections.abc import Sequence
 
 from gqa_scaling.cli.shared import Verb
@@ -78,7 +81,33 @@ def _import(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", help="directory of a finished run; all that follows is lm-eval's own"
+    )
+
+
+def _harness(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lm-eval's own command, which knows the run as a model."""
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "the evaluation harness is not installed: pip install 'gqa-scaling[harness]'",
+    )
+    from gqa_scaling.inference.trained import open_trained
+
+    open_trained(args.run)  # refused before lm-eval loads anything
+    from lm_eval.__main__ import cli_evaluate
+
+    from gqa_scaling.inference.harness import NAME
+
+    model = json.dumps({"run": args.run})
+    sys.argv = ["lm-eval", "run", "--model", NAME, "--model_args", model, *rest]
+    cli_evaluate()
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "export": (_export, "write a trained model as a Hugging Face folder", _add_export),
+    "harness": (_harness, "run lm-eval's tasks on a trained model", _add_harness),
     "import": (_import, "make a run of a Llama, Mistral or Qwen3 folder", _add_import),
 }

@@ -140,7 +140,7 @@ def _write_weights(
     if count == 1:
         safetensors.write(folder / WHOLE, arrays, dtype)
         return total, count
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
         safetensors.write(folder / name, shard, dtype)

@@ -103,8 +103,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     index = read_json(folder / INDEX)
     named = index.get("weight_map")
-    sound = isinstance(named, dict) and bool(named)
-    sound = sound and all(isinstance(n, str) and Path(n).name == n for n in named.values())
+    named = named if isinstance(named, dict) else {}
+    sound = bool(named) and all(isinstance(n, str) and Path(n).name == n for n in named.values())
     require(sound, f"{folder / INDEX} is damaged: its weight_map must name a file for each array")
     files = [folder / name for name in sorted(set(named.values()))]
     missing = [file.name for file in files if not file.is_file()]

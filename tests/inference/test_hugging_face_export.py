@@ -76,7 +76,8 @@ def test_bytes_as_a_tokenizer_json_are_bytes(text, some_bytes):
     ours = bytes_tokenizer()
     assert BYTES.encode(text).ids == ours.encode([text])[0].tolist()
     assert BYTES.decode(list(text.encode())) == text
-    assert BYTES.decode([*some_bytes, ours.eos]) == ours.decode([*some_bytes, ours.eos])
+    for end in (ours.eos, ours.eos + 3):  # a model may know more numbers than there are tokens
+        assert BYTES.decode([*some_bytes, end]) == ours.decode([*some_bytes, end])
 
 
 def test_every_byte_has_its_own_number():
