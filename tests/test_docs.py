@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli, hardware
-from gqa_scaling.cli import study
+from gqa_scaling.cli import exchange, study
 from gqa_scaling.config import Question, require
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.study import choices
@@ -168,6 +168,9 @@ def try_gqa(words: list[str]) -> None:
         assert words[0] in cli.VERBS
         return
     args, rest = cli._parse(words)
+    if args.verb in exchange.VERBS:  # what follows `harness RUN` is lm-eval's
+        assert args.verb == "harness" or rest == []
+        return
     source = getattr(args, "source", None) or args.experiment
     is_experiment = choices.is_experiment(source) and not Path(source).is_dir()
     quick = args.verb in ("plan", "status", "learning-rates") or args.verb in study.VERBS
