@@ -5,10 +5,14 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import Verb
 from gqa_scaling.config import require
 from gqa_scaling.units import byte_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def _on_the_host() -> None:
@@ -20,6 +24,14 @@ def _on_the_host() -> None:
 
 def _nothing_left(rest: Sequence[str]) -> None:
     require(not rest, f"unknown arguments: {' '.join(rest)}")
+
+
+def _folder(text: str) -> "Path":
+    """The path of a folder of this machine. Raises UserError for one in a bucket."""
+    from gqa_scaling.files.storage import as_path, is_remote
+
+    require(not is_remote(text), f"{text} must be a folder of this machine")
+    return as_path(text)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +46,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.files.storage import as_path
     from gqa_scaling.inference.hugging_face_export import export
     from gqa_scaling.inference.trained import open_trained
 
     _nothing_left(rest)
     _on_the_host()
-    done = export(open_trained(args.run), as_path(args.output), args.dtype)
+    done = export(open_trained(args.run), _folder(args.output), args.dtype)
     files = "1 file" if done.files == 1 else f"{done.files} files"
     print(
         f"{done.path}: {done.architecture}, {byte_size(done.weight_bytes)} of {args.dtype} weights "
@@ -66,13 +77,12 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling import costs
     from gqa_scaling.files.runs import runs_root
-    from gqa_scaling.files.storage import as_path
     from gqa_scaling.inference.hugging_face_import import import_folder
 
     _nothing_left(rest)
     _on_the_host()
     root = runs_root(args.root)
-    directory, new = import_folder(as_path(args.folder), args.name, root, args.dtype)
+    directory, new = import_folder(_folder(args.folder), args.name, root, args.dtype)
     model = directory.config().model
     print(
         f"{directory.path}: {costs.parameters(model).total:,} parameters, {model.n_heads} query and "

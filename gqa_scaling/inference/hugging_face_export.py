@@ -14,7 +14,7 @@ import tokenizers
 from gqa_scaling import __version__, costs
 from gqa_scaling.config import require
 from gqa_scaling.data.tokenizer import EOS, Tokenizer
-from gqa_scaling.files.storage import is_remote, make_folder, require_folder, sync, write_json
+from gqa_scaling.files.storage import make_folder, require_folder, sync, write_json
 from gqa_scaling.inference import safetensors
 from gqa_scaling.inference.hugging_face import (
     ARRAYS,
@@ -83,7 +83,6 @@ def export(
 
 def check_output(output: Path) -> Path:
     """The folder to be written. Raises UserError where it holds anything but an earlier export."""
-    require(not is_remote(output), f"{output} must be a folder of this machine")
     output = output.absolute()
     require_folder(output)
     ours = (output / PROVENANCE).is_file() or not output.exists() or not any(output.iterdir())

@@ -28,7 +28,7 @@ from gqa_scaling.data.tokenizer import Tokenizer, read_tokenizer
 from gqa_scaling.files.checkpoint import save_parameters
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
-from gqa_scaling.files.storage import expanded, is_remote, write_atomic
+from gqa_scaling.files.storage import expanded, write_atomic
 from gqa_scaling.inference import safetensors
 from gqa_scaling.inference.hugging_face import (
     ARRAYS,
@@ -61,7 +61,6 @@ def import_folder(
     name are found again. Raises UserError, with nothing written, where the folder is not whole, or
     is of an architecture or a tokenizer that is not supported.
     """
-    require(not is_remote(folder), f"{folder} must be a folder of this machine")
     folder = expanded(folder)
     require(folder.is_dir(), f"{folder} is no folder")
     file = folder / "config.json"
