@@ -9,13 +9,18 @@ TWO    := -n 2 --dist worksteal
 PINNED := $(if $(LOCKED),--constraint requirements.lock)
 TPU    := $(abspath $(VENV))/tpu-compiler
 TOOLS  := $(abspath $(VENV))/launch-tools
+TORCH  := $(abspath $(VENV))/transformers
+# The build for CPUs, 0.2 GB; PyTorch's own index, where it is, must be among those of pip. The build for
+# Linux on PyPI does not start without 3 GB of CUDA libraries; elsewhere TORCH_OF_CPU=torch does.
+TORCH_OF_CPU ?= torch==2.13.0+cpu
 PYTHON_OF_XPK ?= python3.12
 PYTHON_OF_LOCK ?= python3.11
 
 # Linear algebra written for processors with AVX-512 cannot run on others.
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
-.PHONY: smoke test test-compiler test-slow test-tools test-processors lint types bench lock clean
+.PHONY: smoke test test-compiler test-slow test-tools torch test-transformers test-processors lint
+.PHONY: types bench lock clean
 .PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, forecast, fit and answer the smoke study; the second time only print the answer
@@ -51,6 +56,9 @@ test-avx2: $(READY)
 test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of the renderings
 	GQA_SCALING_TOOLS=$(TOOLS) $(PYTEST) -m tools
 
+test-transformers: $(TORCH)/.ready  ## exports, imports and lm-eval, as PyTorch and transformers have them
+	$(TORCH)/bin/python -m pytest tests/inference
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,6 +81,21 @@ $(TPU)/.ready: $(READY)
 	rm -rf $(TPU)
 	$(PIP) --no-deps --target $(TPU) \
 		"$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
+	touch $@
+
+torch: $(TORCH)/.torch  ## PyTorch for CPUs, where pip finds it, for test-transformers
+
+# Beside the environment, as it is large and none of it is needed to train.
+$(TORCH)/.torch:
+	rm -rf $(TORCH)
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_OF_CPU)
+	touch $@
+
+$(TORCH)/.ready: $(TORCH)/.torch requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check $(PINNED) \
+		-r requirements.txt -e ".[harness]" pytest pytest-xdist hypothesis \
+		'transformers>=5.23,<6' accelerate safetensors
 	touch $@
 
 # Both ask for versions of libraries that are not ours; xpk also for Python 3.12.

@@ -40,12 +40,37 @@ Convention = Literal["per_token", "per_sequence"]  # how inference FLOPs are cou
 
 
 @dataclass(frozen=True)
+class RopeScaling(Json):
+    """RoPE stretched to contexts longer than those trained on, as Llama 3.1 does (Grattafiori et al.
+    2024, arXiv 2407.21783).
+
+    A pair that turns less than `low_frequency` times within `trained_context` tokens turns `factor`
+    times slower, one that turns more than `high_frequency` times as before, others in between.
+    """
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    trained_context: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "factor", "low_frequency", "trained_context", most=INT32_MAX)
+        require(
+            self.low_frequency < self.high_frequency,
+            f"high_frequency={self.high_frequency} must be greater than "
+            f"low_frequency={self.low_frequency}",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig(Json):
     """A Llama-style GQA transformer (Chen et al. 2025, section 3).
 
     The head count is decoupled from the hidden size: `n_heads * head_dim` need not equal
-    `d_model`. `d_ff` defaults to 8/3 `d_model` rounded up to a multiple of 32. `pattern` says which
-    keys each KV head of each layer sees; None: all before it, in every layer.
+    `d_model`. `d_ff` defaults to 8/3 `d_model` rounded up to a multiple of 32. `rope_scaling` None:
+    pairs turn as `rope_theta` says. `pattern` says which keys each KV head of each layer sees; None:
+    all before it, in every layer.
     """
 
     n_layers: int
@@ -57,6 +82,7 @@ class ModelConfig(Json):
     vocab_size: int = 50304
     tie_embeddings: bool = True
     rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     qk_norm: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -276,6 +302,9 @@ class RunConfig(Json):
     their gradient norm (`optimizer.spike_factor`). A run that ends does so with any higher limit
     too, so both may change when a run is resumed. `profile` names steps to trace, the first and the
     last, such as "20:30".
+
+    `imported` is the hash of parameters that were trained elsewhere and brought in as a run
+    (`gqa-scaling import`): no step was taken here, and its token budget says nothing.
     """
 
     name: str
@@ -294,6 +323,7 @@ class RunConfig(Json):
     max_spike_steps: int = 50
     profile: str = ""
     note: str = ""
+    imported: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli, hardware
-from gqa_scaling.cli import questions, study
+from gqa_scaling.cli import exchange, questions, study
 from gqa_scaling.config import Question, require
 from gqa_scaling.data.corpus import FETCHED
 from gqa_scaling.experiment.load import load_experiment
@@ -172,6 +172,9 @@ def try_gqa(words: list[str]) -> None:
     args, rest = cli._parse(words)
     if args.verb == "fetch":
         assert args.corpus in FETCHED
+        return
+    if args.verb in exchange.VERBS:  # what follows `harness RUN` is lm-eval's
+        assert args.verb == "harness" or rest == []
         return
     source = getattr(args, "source", None) or args.experiment
     is_experiment = choices.is_experiment(source) and not Path(source).is_dir()

@@ -54,10 +54,11 @@ class Tokenizer:
         return [np.array(e.ids, self.dtype) for e in encoded]
 
     def decode(self, tokens: ArrayLike) -> str:
-        """The text of some tokens; EOS is left out, cut characters become U+FFFD."""
+        """The text of some tokens; EOS and numbers of no token are left out, cut characters become
+        U+FFFD."""
         ids = [int(t) for t in np.asarray(tokens) if t != self.eos]
         if self.definition is None:
-            return bytes(ids).decode(errors="replace")
+            return bytes(i for i in ids if i < 256).decode(errors="replace")
         return self._library.decode(ids)
 
 

@@ -8,6 +8,7 @@ that compile time does not grow with depth.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -145,7 +146,7 @@ class Transformer(nnx.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         x_BTD = embed(self.embedding_VD[...], tokens_BT, dtype)
         positions_T = zigzag(jnp.arange(tokens_BT.shape[1]), axis_size("context"))
-        rope = rope_tables(constrain(positions_T, "time"), config.head_dim, config.rope_theta)
+        rope = rope_tables(constrain(positions_T, "time"), config)
         graphdef, stack = nnx.split(self.layers)
         patterns = config.layer_patterns
 
@@ -186,9 +187,17 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * norm * scale).astype(x.dtype)
 
 
-def rope_tables(positions_T: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle, (T, H/2) in float32: pair i turns by t theta^(-2i/H)."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_tables(positions_T: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every angle, (T, H/2) in float32: pair i turns by t theta^(-2i/H), or
+    slower where `RopeScaling` says so."""
+    pair = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
+    frequency = config.rope_theta ** (-pair / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        turns = scaling.trained_context * frequency / (2 * math.pi)
+        between = scaling.high_frequency - scaling.low_frequency
+        kept = jnp.clip((turns - scaling.low_frequency) / between, 0, 1)
+        frequency *= kept + (1 - kept) / scaling.factor
     angle = positions_T.astype(jnp.float32)[:, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -1,0 +1,107 @@
+"""Log-likelihoods and greedy continuations, against the NumPy transformer of tests/model."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hugging_face_kit import make_run, model, some_tokens
+
+from gqa_scaling.config import UserError
+from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.inference.scoring import Scorer
+from gqa_scaling.inference.trained import named
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+import numpy_transformer
+
+LONGEST = 50  # no power of two, and shorter than some of the sequences
+SPARSE = model(n_layers=3, pattern=ContextSharding(8, 2, stride=3, dense_layers="first 1"))
+
+
+def reference(trained, tokens):
+    """(T, V) logits of one sequence, in float64."""
+    flat = {k: np.asarray(v, np.float64) for k, v in named(trained.parameters()).items()}
+    layers = {k.removeprefix("layers/"): v for k, v in flat.items() if k.startswith("layers/")}
+    arrays = {k: v for k, v in flat.items() if "/" not in k} | {"layers": layers}
+    return numpy_transformer.logits(arrays, trained.run.model, np.array([tokens]))[0]
+
+
+@pytest.fixture(scope="module", params=[model(tie_embeddings=False), SPARSE], ids=["dense", "hcs"])
+def scored(request, tmp_path_factory):
+    trained = make_run(tmp_path_factory.mktemp("run"), request.param)
+    return trained, Scorer(trained.model(), LONGEST, rows=3)
+
+
+def test_loglikelihoods_are_sums_over_the_continuation(scored):
+    trained, scorer = scored
+    sizes = [(5, 3), (1, 1), (40, 11), (70, 20), (1, 50), (33, 1), (12, 12)]
+    tokens = some_tokens(sum(map(sum, sizes)))
+    requests = []
+    for context, continuation in sizes:
+        cut, tokens = tokens[: context + continuation], tokens[context + continuation :]
+        requests.append((cut[:context].tolist(), cut[context:].tolist()))
+    best = int(reference(trained, requests[0][0])[-1].argmax())
+    requests.append((requests[0][0], [best]))  # what the model itself would write
+    found = scorer.loglikelihoods(requests)
+    for (context, continuation), (likely, greedy) in zip(requests, found, strict=True):
+        whole = [*context, *continuation][-(LONGEST + 1) :]
+        z = reference(trained, whole[:-1])[-len(continuation) :]
+        z = z - z.max(-1, keepdims=True)
+        expected = z[range(len(continuation)), continuation] - np.log(np.exp(z).sum(-1))
+        assert likely == pytest.approx(expected.sum(), abs=1e-3)
+        assert greedy == (z.argmax(-1) == continuation).all()
+    assert found[-1][1]
+    assert not found[2][1]
+
+
+def test_continuations_are_the_likeliest_tokens(scored):
+    trained, scorer = scored
+    tokens = some_tokens(80).tolist()
+    prompts = [tokens[:3], tokens[3:70], tokens[70:71], tokens[71:80]]
+    found = scorer.continuations(prompts, 9, lambda out: False)
+    for prompt, continuation in zip(prompts, found, strict=True):
+        whole = prompt[-(LONGEST - 9) :] + continuation
+        z = reference(trained, whole)[-10:-1]
+        assert continuation == z.argmax(-1).tolist()
+
+
+def test_a_continuation_ends_when_it_is_done(scored):
+    _, scorer = scored
+    prompts = [some_tokens(4).tolist(), some_tokens(9).tolist()]
+    long = scorer.continuations(prompts, 6, lambda out: False)
+    stop = long[0][2]
+    short = scorer.continuations(prompts, 6, lambda out: out[-1] == stop)
+    first = long[0].index(stop)
+    assert short[0] == long[0][: first + 1]
+    assert short[1] == (long[1][: long[1].index(stop) + 1] if stop in long[1] else long[1])
+
+
+def test_lengths_are_rounded_up_so_that_few_programs_are_compiled(tmp_path):
+    trained = make_run(tmp_path, model(n_layers=1))
+    scorer = Scorer(trained.model(), 100, rows=2)
+    requests = [([1], list(range(1, 1 + n))) for n in range(1, 100, 3)]
+    scorer.loglikelihoods(requests)
+    assert scorer._score._cache_size() == 3  # 32, 64 and 100
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda s: s.loglikelihoods([([], [1])]), "at least one token"),
+        (lambda s: s.loglikelihoods([([1], [2] * 51)]), "must hold 1 to 50"),
+        (lambda s: s.continuations([[1]], 50, lambda out: False), "less than the context of 50"),
+        (lambda s: s.continuations([[]], 5, lambda out: False), "at least one token"),
+    ],
+)
+def test_what_does_not_fit_is_refused(scored, call, part):
+    with pytest.raises(UserError, match=part):
+        call(scored[1])
+
+
+def test_sizes_that_are_none_are_refused(tmp_path):
+    network = make_run(tmp_path, model(n_layers=1)).model()
+    with pytest.raises(UserError, match="max_length=0"):
+        Scorer(network, 0, 1)
+    with pytest.raises(UserError, match="batch_size=0"):
+        Scorer(network, 8, 0)
