@@ -1,0 +1,275 @@
+"""Decoding: from tokens and a cache to the logits of what comes next.
+
+`prefill` takes prompts into the cache, in chunks that bound its memory; `step` takes one token of
+each sequence, in one compiled program. Both are functions of plain arrays:
+
+    config = for_platform(config)
+    with jax.set_mesh(serving_mesh(config)):
+        parameters = random_parameters(config, seed=0)
+        cache = empty_cache(config, batch=1, max_length=8192)
+        logits_BV, cache = prefill(config, parameters, cache, prompts_BT)
+        logits_BV, cache = step(config, parameters, cache, tokens_B)
+
+The layers are the model's own (`model.transformer`), unstacked, and only their attention differs. What
+they are multiplied with is laid out once, in the dtype that is computed in: on a CPU a product with
+one row reads 17 GB/s of weights out of a stack of layers, 27 to 30 of separate ones, 1 where they are
+cast on the way and 0.5 where they lie transposed, as the embedding does for the logits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
+
+from gqa_scaling.config import ModelConfig, require
+from gqa_scaling.devices.layout import AXES, serving_tensor
+from gqa_scaling.devices.mesh import axis_size, constrain, on_shards
+from gqa_scaling.inference import cache as kv
+from gqa_scaling.inference.cache import CacheType, Heads, LayerCache
+from gqa_scaling.model.einsum import einsum_f32
+from gqa_scaling.model.embedding import embed
+from gqa_scaling.model.transformer import Layers, create, rms_norm, rope_tables
+
+CHUNK = 512  # tokens of each prompt that are taken at once
+
+_Q, _KV = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None)
+
+
+class Parameters(NamedTuple):
+    """A model's parameters for decoding; of each layer as leaves, in the order of its stack's."""
+
+    embedding_VD: jax.Array
+    layers: tuple[tuple[jax.Array, ...], ...]
+    final_norm_D: jax.Array
+    output_DV: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("layers", "length_B"),
+    meta_fields=("max_length",),
+)
+@dataclass(frozen=True)
+class Cache:
+    """What all layers hold of each sequence, and how many tokens those are."""
+
+    layers: tuple[LayerCache, ...]
+    length_B: jax.Array
+    max_length: int
+
+
+# ---------------------------------------------------------------------------- before it starts
+
+
+def for_platform(config: ModelConfig) -> ModelConfig:
+    """The model as it is computed here: on a CPU in float32, which it reads fastest."""
+    on_cpu = jax.default_backend() == "cpu"
+    return dataclasses.replace(config, dtype="float32") if on_cpu else config
+
+
+def serving_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices, by default all, over as much of `tensor` as the model allows, the rest over `data`.
+
+    Heads, FFN and vocabulary are split over `tensor`, KV heads fewer than it are repeated, so that
+    every device holds and reads an equal part of the weights and of the cache; sequences over `data`.
+    """
+    devices = jax.devices() if devices is None else devices
+    tensor = serving_tensor(config, len(devices))
+    return Mesh(np.array(devices).reshape(-1, 1, 1, tensor), AXES)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def lay_out(config: ModelConfig, state: nnx.State) -> Parameters:
+    """The parameters of a `Transformer`, its `nnx.State`, for decoding in the dtype of `config`."""
+
+    def of(x: nnx.Param, layer: int | None = None) -> jax.Array:
+        value, names = x[...], x.get_metadata("out_sharding")
+        if layer is not None:
+            value, names = value[layer], names[1:]
+        # norms stay as they are
+        return constrain(value.astype(config.dtype) if value.ndim > 1 else value, *names)
+
+    stack = jax.tree.leaves(state["layers"], is_leaf=_is_param)
+    layers = [tuple(of(x, layer) for x in stack) for layer in range(config.n_layers)]
+    table = state["embedding_VD" if config.tie_embeddings else "output_VD"]
+    output_DV = constrain(table[...].T.astype(config.dtype), None, "vocab")
+    return Parameters(
+        of(state["embedding_VD"]), tuple(layers), of(state["final_norm_D"]), output_DV
+    )
+
+
+def random_parameters(config: ModelConfig, seed: int = 0) -> Parameters:
+    """Those of a freshly initialised model, for measuring what needs no training."""
+    return lay_out(config, nnx.state(create(config, seed)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(
+    config: ModelConfig, batch: int, max_length: int, dtype: CacheType | None = None
+) -> Cache:
+    """A cache for `batch` sequences of up to `max_length` tokens, by default in the model's dtype.
+
+    On a mesh `batch` must be a multiple of its `data` axis.
+    """
+    dtype = dtype or config.dtype
+    layers = [
+        kv.empty(groups, batch, max_length, config.head_dim, dtype)
+        for groups in _groups(config, max_length)
+    ]
+    return Cache(tuple(layers), jnp.zeros(batch, jnp.int32), max_length)
+
+
+# -------------------------------------------------------------------------------- token by token
+
+
+def prefill(
+    config: ModelConfig,
+    parameters: Parameters,
+    cache: Cache,
+    prompts_BT: ArrayLike,
+    count_B: ArrayLike | None = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after the prompts, and the cache with them in it; the one given is used up.
+
+    Prompt b is the first `count_B[b]` of its T tokens, None: all; what comes after them is padding.
+    They go on from what the cache holds. Raises `UserError` for prompts of no tokens, or when they
+    do not fit.
+    """
+    tokens_BT = np.asarray(prompts_BT, np.int32)
+    B, T = tokens_BT.shape
+    count = np.full(B, T, np.int32) if count_B is None else np.asarray(count_B, np.int32)
+    require(bool(np.all(count > 0)), "every prompt must have at least one token")
+    longest = int((np.asarray(cache.length_B) + count).max())
+    require(
+        longest <= cache.max_length,
+        f"{longest} tokens do not fit into a cache for {cache.max_length}: create it with a larger "
+        "max_length",
+    )
+    chunk = min(chunk, T)
+    padded_BT = np.pad(tokens_BT, ((0, 0), (0, -T % chunk)))
+    logits_BV = None
+    for start in range(0, T, chunk):
+        tokens, left = padded_BT[:, start : start + chunk], np.clip(count - start, 0, chunk)
+        logits_BV, cache = prefill_chunk(config, parameters, cache, tokens, left, logits_BV)
+    assert logits_BV is not None
+    return logits_BV, cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
+def prefill_chunk(
+    config: ModelConfig,
+    parameters: Parameters,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    count_B: jax.Array,
+    logits_BV: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The first `count_B[b]` of some tokens of each sequence: the logits after them, and the cache.
+
+    Where that is none, the logits given stay. The cache and they are used up.
+    """
+    hidden_BTD, cache = extend(config, parameters, cache, tokens_BT, count_B)
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
+    new_BV = logits(parameters, hidden_B1D)[:, 0]
+    if logits_BV is not None:
+        new_BV = jnp.where((count_B > 0)[:, None], new_BV, logits_BV)
+    return new_BV, cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def step(
+    config: ModelConfig, parameters: Parameters, cache: Cache, tokens_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """The logits (B, V), in float32, after one more token of each sequence, and the cache with it.
+
+    The cache given is used up. That it has room is for the caller to see to.
+    """
+    ones_B = jnp.ones_like(tokens_B)
+    hidden_B1D, cache = extend(config, parameters, cache, tokens_B[:, None], ones_B)
+    return logits(parameters, hidden_B1D)[:, 0], cache
+
+
+def extend(
+    config: ModelConfig,
+    parameters: Parameters,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    count_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Final hidden states (B, T, D) of tokens that come after those in the cache; to be jitted.
+
+    Of the T tokens of sequence b the first `count_B[b]` count and enter the cache.
+    """
+    graphdef, structure = _layer(config)
+    positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    x_BTD = embed(parameters.embedding_VD, tokens_BT, jnp.dtype(config.dtype))
+    caches = []
+    for leaves, held, groups in zip(
+        parameters.layers, cache.layers, _groups(config, cache.max_length), strict=True
+    ):
+        layer: Layers = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        here = functools.partial(_attend, groups, held, (cache.length_B, count_B), caches)
+        x_BTD = layer(x_BTD, rope, here)
+    hidden_BTD = rms_norm(x_BTD, parameters.final_norm_D, config.norm_eps)
+    return hidden_BTD, Cache(tuple(caches), cache.length_B + count_B, cache.max_length)
+
+
+def logits(parameters: Parameters, hidden_BTD: jax.Array) -> jax.Array:
+    """Logits of hidden states, (B, T, V) in float32, whole on every device along `tensor`."""
+    logits_BTV = einsum_f32("BTD,DV->BTV", hidden_BTD, parameters.output_DV)
+    return constrain(logits_BTV, "batch", None, None)
+
+
+def _attend(
+    groups: tuple[Heads, ...],
+    held: LayerCache,
+    numbers: tuple[jax.Array, jax.Array],
+    caches: list[LayerCache],
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+) -> jax.Array:
+    """A layer's attention; adds its cache to `caches`."""
+    repeats = q_BTKGH.shape[2] // k_BTKH.shape[2]
+    if repeats > 1:
+        k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
+
+    def here(held: LayerCache, *xs: jax.Array) -> tuple[jax.Array, LayerCache]:
+        return kv.attend_and_append(held, groups, *xs)
+
+    axes = (kv.SPLIT, _Q, _KV, _KV, ("batch",), ("batch",))
+    o_BTKGH, added = on_shards(
+        here, axes, [_Q, kv.SPLIT], held, q_BTKGH, k_BTKH, v_BTKH, *numbers
+    )
+    caches.append(added)
+    return o_BTKGH
+
+
+def _groups(config: ModelConfig, max_length: int) -> list[tuple[Heads, ...]]:
+    """The heads of each layer, on a `tensor` axis larger than K repeated."""
+    tensor = axis_size("tensor")
+    repeats = max(1, tensor // config.n_kv_heads)
+    whole = [tuple(np.repeat(np.array(layer), repeats)) for layer in config.layer_patterns]
+    return [kv.grouped(layer, max_length, tensor) for layer in whole]
+
+
+@functools.cache
+def _layer(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
+    """A layer without its parameters, and their tree."""
+    graphdef, stack = jax.eval_shape(lambda: nnx.split(create(config, 0).layers))
+    return graphdef, jax.tree.structure(stack)
+
+
+def _is_param(x: Any) -> bool:
+    return isinstance(x, nnx.Param)
