@@ -112,35 +112,53 @@ def empty(
     return tuple(layer)
 
 
-def attend_and_append(
+# What is read and what is written are two programs: XLA for CPUs copies a cache that one program both
+# reads and changes, three times over, also a donated one (217 ms a step against 12).
+
+
+def append(
+    cache: LayerCache,
+    groups: tuple[Heads, ...],
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    length_B: jax.Array,
+    count_B: jax.Array,
+) -> LayerCache:
+    """On shards: the cache with the keys and values of T new tokens in it.
+
+    Sequence b holds `length_B[b]` tokens, and of its new ones the first `count_B[b]` count. Lengths are
+    not checked: what goes beyond those that the cache was made for is lost. Jit it with the cache
+    donated, or every step copies all of it.
+    """
+    layer = []
+    for part, group in zip(cache, groups, strict=True):
+        k, v = (_of(x, group.heads) for x in (k_BTKH, v_BTKH))
+        new = _quantised(k, v) if part.k_scale_BKS is not None else (k, v)
+        to_BKT, twice = _targets(group, part.v_BKSH.shape[2], k.shape[1], length_B, count_B)
+        layer.append(_put(part, new, to_BKT, twice))
+    return tuple(layer)
+
+
+def attend(
     cache: LayerCache,
     groups: tuple[Heads, ...],
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     length_B: jax.Array,
-    count_B: jax.Array,
-) -> tuple[jax.Array, LayerCache]:
-    """On shards: attention of T new tokens, o_BTKGH in q's dtype, and the cache with them in it.
+) -> jax.Array:
+    """On shards: attention of T new tokens, whose keys and values are given, after those of a cache.
 
-    Sequence b holds `length_B[b]` tokens; of its new ones the first `count_B[b]` count, and what
-    is returned for others means nothing. Lengths are not checked: what goes beyond those that the
-    cache was made for is lost. Softmax in float32, scores scaled by 1/sqrt(H). Jit it with the
-    cache donated, or every step copies all of it.
+    Sequence b holds `length_B[b]` tokens, which come first. o_BTKGH in q's dtype; softmax in float32,
+    scores scaled by 1/sqrt(H).
     """
-    outputs, caches = [], []
+    outputs = []
     q_BTKGH = q_BTKGH * q_BTKGH.shape[-1] ** -0.5
     for part, group in zip(cache, groups, strict=True):
         q, k, v = (_of(x, group.heads) for x in (q_BTKGH, k_BTKH, v_BTKH))
-        new = _quantised(k, v) if part.k_scale_BKS is not None else (k, v, None, None)
-        added = _append(part, group, new, length_B, count_B)
-        if q.shape[1] == 1:
-            outputs.append(_attend_one(added, group, q, length_B))
-        else:
-            outputs.append(_attend_several(part, group, q, k, v, length_B))
-        caches.append(added)
+        outputs.append(_attend(part, group, q, k, v, length_B))
     order = np.argsort([h for group in groups for h in group.heads])
-    return _of(jnp.concatenate(outputs, axis=2), tuple(order.tolist())), tuple(caches)
+    return _of(jnp.concatenate(outputs, axis=2), tuple(order.tolist()))
 
 
 def _of(x_BTK: jax.Array, heads: tuple[int, ...]) -> jax.Array:
@@ -164,59 +182,56 @@ def _quantised(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, ...]:
     return k, v, k_scale, v_scale
 
 
-def _append(
-    part: HeadsCache, group: Heads, new: tuple, length_B: jax.Array, count_B: jax.Array
-) -> HeadsCache:
-    slots, T = part.v_BKSH.shape[2], new[0].shape[1]
+def _targets(
+    group: Heads, slots: int, T: int, length_B: jax.Array, count_B: jax.Array
+) -> tuple[jax.Array, bool]:
+    """The slots that T new tokens go to, the last one's successor for nowhere, (B, K or 1, T).
+
+    Those that the ring forgets by the last of them are left out, so that no slot is written twice.
+    Where some also go behind the ring, T more slots follow, and `True`.
+    """
     p, ring = group.kind, _ring(group.kind, slots)
     t_BT = length_B[:, None] + jnp.arange(T)
     counts_BT = jnp.arange(T) < count_B[:, None]
     stays_BT = counts_BT & (t_BT >= (length_B + count_B)[:, None] - ring)
-    # What goes past the last slot goes nowhere.
     to_BKT = jnp.where(stays_BT, t_BT % ring, slots)[:, None]
-    if slots > ring:
-        block_B1T, within_B1T = t_BT[:, None] // p.block, t_BT[:, None] % p.block
-        of_head = p.stride, group.offset_K1(), p.sinks
-        kept_BKT = is_distant(block_B1T, *of_head) & counts_BT[:, None]
-        behind_BKT = ring + distant_before(block_B1T, *of_head) * p.block + within_B1T
-        behind_BKT = jnp.where(kept_BKT, behind_BKT, slots)
-        to_BKT = jnp.concatenate([jnp.broadcast_to(to_BKT, kept_BKT.shape), behind_BKT], axis=2)
-        new = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), new)
-    b, k = np.arange(part.v_BKSH.shape[0])[:, None, None], np.arange(part.v_BKSH.shape[1])[:, None]
+    if slots == ring:
+        return to_BKT, False
+    block_BKT, within_BKT = t_BT[:, None] // p.block, t_BT[:, None] % p.block
+    of_head = p.stride, group.offset_K1(), p.sinks
+    kept_BKT = is_distant(block_BKT, *of_head) & counts_BT[:, None]
+    behind_BKT = ring + distant_before(block_BKT, *of_head) * p.block + within_BKT
+    behind_BKT = jnp.where(kept_BKT, behind_BKT, slots)
+    K = len(group.heads)
+    both = (jnp.broadcast_to(x, (len(length_B), K, T)) for x in (to_BKT, behind_BKT))
+    return jnp.concatenate(list(both), axis=2), True
 
-    # One scatter for each array: XLA for CPUs copies the cache for every further use of its result.
-    def put(x: jax.Array | None, new_BTK: jax.Array | None, last: bool = False) -> jax.Array | None:
-        if x is None or new_BTK is None:
-            return None
-        values = new_BTK.swapaxes(1, 2).astype(x.dtype)
-        at = x.at[b, k, :, to_BKT] if last else x.at[b, k, to_BKT]
-        return at.set(values, mode="drop")
 
-    k_new, v_new, k_scale, v_scale = new
-    k_BKHS, v_BKSH = put(part.k_BKHS, k_new, last=True), put(part.v_BKSH, v_new)
-    assert k_BKHS is not None
-    assert v_BKSH is not None
-    scales = put(part.k_scale_BKS, k_scale), put(part.v_scale_BKS, v_scale)
-    return HeadsCache(k_BKHS, v_BKSH, *scales)
+def _put(
+    part: HeadsCache, new: tuple[jax.Array, ...], to_BKT: jax.Array, twice: bool
+) -> HeadsCache:
+    """The cache with new keys, values and their scales, (B, T, K, ...), in those slots."""
+    B, K = part.v_BKSH.shape[:2]
+    b, k = np.arange(B)[:, None, None], np.arange(K)[:, None]
+
+    def values(x_BTK: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        x_BKT = x_BTK.swapaxes(1, 2).astype(dtype)
+        return jnp.concatenate([x_BKT, x_BKT], axis=2) if twice else x_BKT
+
+    arrays = [x for x in part if x is not None]
+    put = [
+        (x.at[b, k, :, to_BKT] if i == 0 else x.at[b, k, to_BKT]).set(
+            values(n, x.dtype), mode="drop"
+        )
+        for i, (x, n) in enumerate(zip(arrays, new, strict=True))
+    ]
+    return HeadsCache(*put)
 
 
 # ------------------------------------------------------------------------------------- reading
 
 
-def _attend_one(
-    part: HeadsCache, group: Heads, q_B1KGH: jax.Array, length_B: jax.Array
-) -> jax.Array:
-    """o_B1KGH of the token at position `length_B`, which is in the cache already."""
-    held_BKS = _held(group, part.v_BKSH.shape[2], length_B + 1)
-    visible_BKS = _sees_held(group, length_B[:, None, None], held_BKS)
-    scores_BKGS = _scores(q_B1KGH[:, 0], part.k_BKHS, part.k_scale_BKS)
-    scores_BKGS = jnp.where(visible_BKS[:, :, None], scores_BKGS, MASKED)
-    weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1)
-    o_BKGH = _weighed(weights_BKGS, part.v_BKSH, part.v_scale_BKS, q_B1KGH.dtype)
-    return o_BKGH.astype(q_B1KGH.dtype)[:, None]
-
-
-def _attend_several(
+def _attend(
     part: HeadsCache,
     group: Heads,
     q_BTKGH: jax.Array,
@@ -224,64 +239,60 @@ def _attend_several(
     v_BTKH: jax.Array,
     length_B: jax.Array,
 ) -> jax.Array:
-    """o_BTKGH of T tokens that come after those in the cache, read tile by tile, then themselves.
-
-    The ring may forget what the first of them see, so these are not in it yet.
-    """
-    q_BKGTH, slots = q_BTKGH.transpose(0, 2, 3, 1, 4), part.v_BKSH.shape[2]
-    (*_, T, _), dtype = q_BKGTH.shape, q_BTKGH.dtype
+    """o_BTKGH: softmax over what is held, several tokens tile by tile, then over the new tokens."""
+    q_BKGTH, slots, dtype = q_BTKGH.transpose(0, 2, 3, 1, 4), part.v_BKSH.shape[2], q_BTKGH.dtype
+    T = q_BKGTH.shape[3]
     t_BT = length_B[:, None] + jnp.arange(T)
     held_BKS = _held(group, slots, length_B)
-    tile = min(TILE, slots)
-    filled = jnp.minimum(jnp.max(length_B), slots) if group.kind == DENSE else slots
-    tiles = jnp.where(jnp.max(length_B) > 0, (filled + tile - 1) // tile, 0)
+    tile = slots if T == 1 else min(TILE, slots)
 
-    def read(j: jax.Array, softmax: Softmax) -> Softmax:
+    def read(j: jax.Array | int, softmax: Softmax) -> Softmax:
         start = jnp.minimum(j * tile, slots - tile)  # the last tile may begin in the one before
-
-        def cut(x: jax.Array | None, axis: int = 2) -> jax.Array | None:
-            return None if x is None else lax.dynamic_slice_in_dim(x, start, tile, axis)
-
+        k, v, *scales = (
+            lax.dynamic_slice_in_dim(x, start, tile, 3 if x is part.k_BKHS else 2)
+            for x in part
+            if x is not None
+        )
+        k_scale, v_scale = scales or (None, None)
         held = lax.dynamic_slice_in_dim(held_BKS, start, tile, 2)
         held = jnp.where(start + jnp.arange(tile) >= j * tile, held, -1)[:, :, None]
-        visible_BKTS = _sees_held(group, t_BT[:, None, :, None], held)
-        k, v = cut(part.k_BKHS, 3), cut(part.v_BKSH)
-        assert k is not None
-        assert v is not None
-        scores = _scores(q_BKGTH, k, cut(part.k_scale_BKS))
-        scores = jnp.where(visible_BKTS[:, :, None], scores, MASKED)
-        return softmax.over(scores, lambda p: _weighed(p, v, cut(part.v_scale_BKS), dtype))
+        # The ring still holds what it is about to forget.
+        visible = (held >= 0) & _sees(group, t_BT[:, None, :, None], jnp.maximum(held, 0))
+        scores = jnp.where(visible[:, :, None], _scores(q_BKGTH, k, k_scale), MASKED)
+        return softmax.over(scores, lambda p: _weighed(p, v, v_scale, dtype))
 
-    softmax = lax.fori_loop(0, tiles, read, Softmax.empty(q_BKGTH.shape))
-    own = t_BT[:, None]
-    visible = (own[..., None] >= own[:, :, None]) & sees(
-        group.kind, group.offset_K1()[:, :, None], own[..., None], own[:, :, None]
-    )
+    softmax = Softmax.empty(q_BKGTH.shape)
+    if T == 1:
+        softmax = read(0, softmax)
+    else:
+        filled = jnp.minimum(jnp.max(length_B), slots) if group.kind == DENSE else slots
+        tiles = jnp.where(jnp.max(length_B) > 0, (filled + tile - 1) // tile, 0)
+        softmax = lax.fori_loop(0, tiles, read, softmax)
+    query, key = t_BT[:, None, :, None], t_BT[:, None, None]
+    visible = (query >= key) & _sees(group, query, key)
     k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
     scores = jnp.where(visible[:, :, None], _scores(q_BKGTH, k_BKHT, None), MASKED)
     softmax = softmax.over(scores, lambda p: _weighed(p, v_BKTH, None, dtype))
     return softmax.result(dtype)[0].transpose(0, 3, 1, 2, 4)
 
 
-def _scores(q: jax.Array, k_BKHS: jax.Array, scale_BKS: jax.Array | None) -> jax.Array:
-    """Scores of q_BKGH or q_BKGTH, in float32."""
-    letters = "BKGH" if q.ndim == 4 else "BKGTH"
-    scores = einsum_f32(f"{letters},BKHS->{letters[:-1]}S", q, k_BKHS)
-    return scores if scale_BKS is None else scores * _between(scale_BKS, scores.ndim)
+def _sees(group: Heads, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Whether queries see keys, by their positions in 4 axes, of which the second is heads."""
+    return sees(group.kind, group.offset_K1()[:, :, None], query, key)
+
+
+def _scores(q_BKGTH: jax.Array, k_BKHS: jax.Array, scale_BKS: jax.Array | None) -> jax.Array:
+    """Scores in float32, (B, K, G, T, S)."""
+    scores = einsum_f32("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS)
+    return scores if scale_BKS is None else scores * scale_BKS[:, :, None, None]
 
 
 def _weighed(
-    p: jax.Array, v_BKSH: jax.Array, scale_BKS: jax.Array | None, dtype: jnp.dtype
+    p_BKGTS: jax.Array, v_BKSH: jax.Array, scale_BKS: jax.Array | None, dtype: jnp.dtype
 ) -> jax.Array:
-    """Values weighed by p_BKGS or p_BKGTS, in float32."""
-    letters = "BKGS" if p.ndim == 4 else "BKGTS"
-    p = p if scale_BKS is None else p * _between(scale_BKS, p.ndim)
-    return einsum_f32(f"{letters},BKSH->{letters[:-1]}H", p.astype(dtype), v_BKSH)
-
-
-def _between(scale_BKS: jax.Array, ndim: int) -> jax.Array:
-    """Scales against scores: (B, K, 1, S) or (B, K, 1, 1, S)."""
-    return scale_BKS.reshape(*scale_BKS.shape[:2], *(1,) * (ndim - 3), -1)
+    """Values weighed by p, in float32, (B, K, G, T, H)."""
+    p_BKGTS = p_BKGTS if scale_BKS is None else p_BKGTS * scale_BKS[:, :, None, None]
+    return einsum_f32("BKGTS,BKSH->BKGTH", p_BKGTS.astype(dtype), v_BKSH)
 
 
 # ------------------------------------------------------------------------- what lies in a slot
@@ -309,9 +320,3 @@ def _held(group: Heads, slots: int, length_B: jax.Array) -> jax.Array:
     moved_BKS = jnp.broadcast_to(moved_BKS, (len(length_B), len(group.heads), slots - ring))
     return jnp.concatenate([jnp.broadcast_to(held, (*moved_BKS.shape[:2], ring)), moved_BKS], 2)
 
-
-def _sees_held(group: Heads, t: jax.Array, held: jax.Array) -> jax.Array:
-    """Whether the queries at positions t see what is held; (B, K, S) or (B, K, T, S)."""
-    offset = group.offset_K1().reshape(-1, *(1,) * (held.ndim - 2))
-    # The ring still holds the rest of the block that is being overwritten.
-    return (held >= 0) & sees(group.kind, offset, t, jnp.maximum(held, 0))

@@ -1,7 +1,8 @@
 """Decoding: from tokens and a cache to the logits of what comes next.
 
 `prefill` takes prompts into the cache, in chunks that bound its memory; `step` takes one token of
-each sequence, in one compiled program. Both are functions of plain arrays:
+each sequence. Both are functions of plain arrays, and run two compiled programs: `read`, which does
+all the work, and `write`, which puts what is new into the cache, in place (see `cache`).
 
     config = for_platform(config)
     with jax.set_mesh(serving_mesh(config)):
@@ -39,6 +40,8 @@ from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.transformer import Layers, create, rms_norm, rope_tables
 
 CHUNK = 512  # tokens of each prompt that are taken at once
+
+New = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of new tokens, of each layer
 
 _Q, _KV = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None)
 
@@ -159,101 +162,99 @@ def prefill(
     logits_BV = None
     for start in range(0, T, chunk):
         tokens, left = padded_BT[:, start : start + chunk], np.clip(count - start, 0, chunk)
-        logits_BV, cache = prefill_chunk(config, parameters, cache, tokens, left, logits_BV)
+        logits_BV, new = read(config, parameters, cache, tokens, left, logits_BV)
+        cache = write(config, cache, new, left)
     assert logits_BV is not None
     return logits_BV, cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
-def prefill_chunk(
+def step(
+    config: ModelConfig, parameters: Parameters, cache: Cache, tokens_B: ArrayLike
+) -> tuple[jax.Array, Cache]:
+    """The logits (B, V), in float32, after one more token of each sequence, and the cache with it.
+
+    The cache given is used up. That it has room is for the caller to see to.
+    """
+    tokens_B1 = jnp.asarray(tokens_B, jnp.int32)[:, None]
+    ones_B = np.ones(len(tokens_B1), np.int32)
+    logits_BV, new = read(config, parameters, cache, tokens_B1, ones_B)
+    return logits_BV, write(config, cache, new, ones_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(
     config: ModelConfig,
     parameters: Parameters,
     cache: Cache,
     tokens_BT: jax.Array,
     count_B: jax.Array,
     logits_BV: jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:
-    """The first `count_B[b]` of some tokens of each sequence: the logits after them, and the cache.
-
-    Where that is none, the logits given stay. The cache and they are used up.
-    """
-    hidden_BTD, cache = extend(config, parameters, cache, tokens_BT, count_B)
+) -> tuple[jax.Array, New]:
+    """Logits (B, V) after the first `count_B[b]` of T tokens of each sequence, and their keys and
+    values, for `write`. Where none of a sequence's tokens count, the logits given stay."""
+    hidden_BTD, new = hidden(config, parameters, cache, tokens_BT)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
     new_BV = logits(parameters, hidden_B1D)[:, 0]
     if logits_BV is not None:
         new_BV = jnp.where((count_B > 0)[:, None], new_BV, logits_BV)
-    return new_BV, cache
+    return new_BV, new
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def step(
-    config: ModelConfig, parameters: Parameters, cache: Cache, tokens_B: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """The logits (B, V), in float32, after one more token of each sequence, and the cache with it.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def write(config: ModelConfig, cache: Cache, new: New, count_B: jax.Array) -> Cache:
+    """The cache with what was read of new tokens, of sequence b the first `count_B[b]` of them."""
+    axes = (kv.SPLIT, _KV, _KV, ("batch",), ("batch",))
 
-    The cache given is used up. That it has room is for the caller to see to.
-    """
-    ones_B = jnp.ones_like(tokens_B)
-    hidden_B1D, cache = extend(config, parameters, cache, tokens_B[:, None], ones_B)
-    return logits(parameters, hidden_B1D)[:, 0], cache
+    def append(held: LayerCache, groups: tuple[Heads, ...], k: jax.Array, v: jax.Array) -> Any:
+        def here(held: LayerCache, *xs: jax.Array) -> LayerCache:
+            return kv.append(held, groups, *xs)
+
+        return on_shards(here, axes, kv.SPLIT, held, k, v, cache.length_B, count_B)
+
+    layers = zip(cache.layers, _groups(config, cache.max_length), new, strict=True)
+    caches = tuple(append(held, groups, *kv_of_layer) for held, groups, kv_of_layer in layers)
+    return Cache(caches, cache.length_B + count_B, cache.max_length)
 
 
-def extend(
-    config: ModelConfig,
-    parameters: Parameters,
-    cache: Cache,
-    tokens_BT: jax.Array,
-    count_B: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Final hidden states (B, T, D) of tokens that come after those in the cache; to be jitted.
-
-    Of the T tokens of sequence b the first `count_B[b]` count and enter the cache.
-    """
+def hidden(
+    config: ModelConfig, parameters: Parameters, cache: Cache, tokens_BT: jax.Array
+) -> tuple[jax.Array, New]:
+    """Final hidden states (B, T, D) of tokens that come after those in the cache, and their keys and
+    values of each layer; to be jitted."""
     graphdef, structure = _layer(config)
     positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
     rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
     x_BTD = embed(parameters.embedding_VD, tokens_BT, jnp.dtype(config.dtype))
-    caches = []
-    for leaves, held, groups in zip(
+    new: list[tuple[jax.Array, jax.Array]] = []
+
+    def attention(
+        held: LayerCache, groups: tuple[Heads, ...], q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> jax.Array:
+        repeats = q.shape[2] // k.shape[2]
+        if repeats > 1:
+            k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+        new.append((k, v))
+
+        def here(held: LayerCache, *xs: jax.Array) -> jax.Array:
+            return kv.attend(held, groups, *xs)
+
+        axes = (kv.SPLIT, _Q, _KV, _KV, ("batch",))
+        return on_shards(here, axes, _Q, held, q, k, v, cache.length_B)
+
+    layers = zip(
         parameters.layers, cache.layers, _groups(config, cache.max_length), strict=True
-    ):
+    )
+    for leaves, held, groups in layers:
         layer: Layers = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
-        here = functools.partial(_attend, groups, held, (cache.length_B, count_B), caches)
-        x_BTD = layer(x_BTD, rope, here)
-    hidden_BTD = rms_norm(x_BTD, parameters.final_norm_D, config.norm_eps)
-    return hidden_BTD, Cache(tuple(caches), cache.length_B + count_B, cache.max_length)
+        x_BTD = layer(x_BTD, rope, functools.partial(attention, held, groups))
+    return rms_norm(x_BTD, parameters.final_norm_D, config.norm_eps), tuple(new)
 
 
 def logits(parameters: Parameters, hidden_BTD: jax.Array) -> jax.Array:
     """Logits of hidden states, (B, T, V) in float32, whole on every device along `tensor`."""
     logits_BTV = einsum_f32("BTD,DV->BTV", hidden_BTD, parameters.output_DV)
     return constrain(logits_BTV, "batch", None, None)
-
-
-def _attend(
-    groups: tuple[Heads, ...],
-    held: LayerCache,
-    numbers: tuple[jax.Array, jax.Array],
-    caches: list[LayerCache],
-    q_BTKGH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-) -> jax.Array:
-    """A layer's attention; adds its cache to `caches`."""
-    repeats = q_BTKGH.shape[2] // k_BTKH.shape[2]
-    if repeats > 1:
-        k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
-
-    def here(held: LayerCache, *xs: jax.Array) -> tuple[jax.Array, LayerCache]:
-        return kv.attend_and_append(held, groups, *xs)
-
-    axes = (kv.SPLIT, _Q, _KV, _KV, ("batch",), ("batch",))
-    o_BTKGH, added = on_shards(
-        here, axes, [_Q, kv.SPLIT], held, q_BTKGH, k_BTKH, v_BTKH, *numbers
-    )
-    caches.append(added)
-    return o_BTKGH
 
 
 def _groups(config: ModelConfig, max_length: int) -> list[tuple[Heads, ...]]:
