@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gqa_scaling import __version__
-from gqa_scaling.cli import experiment, study
+from gqa_scaling.cli import experiment, inference, study
 from gqa_scaling.cli.shared import Verb, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
@@ -19,7 +19,7 @@ from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import runs_root
 from gqa_scaling.files.storage import NO_PLACE
 
-VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS}
+VERBS: dict[str, Verb] = {**experiment.VERBS, **study.VERBS, **inference.VERBS}
 OVERRIDES = """\
 Any field of a run can be changed for the whole grid, after the other arguments:
   --model.n-layers 4 --optimizer.learning-rate 3e-4 --tokens 1000000 --parallel.remat full
@@ -56,7 +56,7 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         )
         if name != asked:
             continue
-        if name not in (*study.VERBS, "checkpoints"):
+        if name not in (*study.VERBS, *inference.VERBS, "checkpoints"):
             verb.add_argument("experiment", help="module or file, such as experiments.smoke")
         add(verb)
         verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")

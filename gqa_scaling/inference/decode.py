@@ -159,13 +159,16 @@ def prefill(
     )
     chunk = min(chunk, T)
     padded_BT = np.pad(tokens_BT, ((0, 0), (0, -T % chunk)))
-    logits_BV = None
+    found = []
     for start in range(0, T, chunk):
         tokens, left = padded_BT[:, start : start + chunk], np.clip(count - start, 0, chunk)
-        logits_BV, new = read(config, parameters, cache, tokens, left, logits_BV)
+        logits_BV, new = read(config, parameters, cache, tokens, left)
         cache = write(config, cache, new, left)
-    assert logits_BV is not None
-    return logits_BV, cache
+        found.append(logits_BV)
+    if len(found) == 1:
+        return found[0], cache
+    # each sequence's are those of the chunk that its last token lies in
+    return jnp.stack(found, axis=1)[np.arange(B), (count - 1) // chunk], cache
 
 
 def step(
@@ -188,17 +191,13 @@ def read(
     cache: Cache,
     tokens_BT: jax.Array,
     count_B: jax.Array,
-    logits_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, New]:
     """Logits (B, V) after the first `count_B[b]` of T tokens of each sequence, and their keys and
-    values, for `write`. Where none of a sequence's tokens count, the logits given stay."""
+    values, for `write`. Where none of a sequence's tokens count, its logits mean nothing."""
     hidden_BTD, new = hidden(config, parameters, cache, tokens_BT)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
-    new_BV = logits(parameters, hidden_B1D)[:, 0]
-    if logits_BV is not None:
-        new_BV = jnp.where((count_B > 0)[:, None], new_BV, logits_BV)
-    return new_BV, new
+    return logits(parameters, hidden_B1D)[:, 0], new
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
