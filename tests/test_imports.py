@@ -14,7 +14,7 @@ PACKAGE = CHECKOUT / "gqa_scaling"
 FLOORS = (
     ("cli",),
     ("sweep",),
-    ("training",),
+    ("inference", "training"),
     ("model", "data"),
     ("devices",),
     ("experiment",),

@@ -7,6 +7,7 @@ forward pass, one sequence alone.
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -42,19 +43,25 @@ def model(config):
     return nnx.merge(graph, jax.tree.map(lambda x: x * 2.0 if x.ndim > 1 else x, state))
 
 
-def decoder(config, devices=None):
-    mesh = serving_mesh(config, devices)
+@functools.cache
+def decoder(config):
+    mesh = serving_mesh(config)
     with jax.set_mesh(mesh):
         return Decoder(config, lay_out(config, nnx.state(model(config))), mesh, config.vocab_size)
 
 
+@functools.cache
+def logits_of(config):
+    own = model(config)
+    return jax.jit(lambda x: own.logits(own(x))[0])
+
+
 def uncached(config, prompt, tokens=TOKENS):
     """Greedy tokens, and how far each was ahead of the second choice."""
-    own, text, ahead = model(config), np.array(prompt), []
-    logits_of = nnx.jit(lambda own, x: own.logits(own(x))[0])
+    text, ahead = np.array(prompt), []
     for _ in range(tokens):
         padded = np.pad(text, (0, 64 - len(text)))  # causal: what comes after changes nothing
-        logits = np.asarray(logits_of(own, padded[None]))[len(text) - 1]
+        logits = np.asarray(logits_of(config)(padded[None]))[len(text) - 1]
         text = np.append(text, logits.argmax())
         ahead.append(float(np.diff(np.sort(logits)[-2:])[0]))
     return text[len(prompt) :].tolist(), min(ahead)
