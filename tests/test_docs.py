@@ -169,6 +169,10 @@ def try_gqa(words: list[str]) -> None:
         return
     args, rest = cli._parse(words)
     source = getattr(args, "source", None) or args.experiment
+    if args.verb == "generate":  # there is no trained run
+        source, _, name = source.rpartition(":")
+        assert name in {run.name for run in load_experiment(source, rest).runs}
+        return
     is_experiment = choices.is_experiment(source) and not Path(source).is_dir()
     quick = args.verb in ("plan", "status", "learning-rates") or args.verb in study.VERBS
     if args.verb in study.VERBS and is_experiment:

@@ -18,9 +18,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("source", help="directory of a finished run, or EXPERIMENT:NAME of one of its runs")
     add("--prompt", action="append", required=True, help="text to go on from; may be repeated")
     add("--tokens", type=int, default=256, help="how many to write after each (default: 256)")
-    add(
-        "--temperature", type=finite, default=1.0, help="0 takes the likeliest token (default: 1)"
-    )
+    add("--temperature", type=finite, default=1.0, help="0 takes the likeliest token (default: 1)")
     add("--top-k", type=int, help="draw from the k likeliest tokens")
     add("--top-p", type=finite, help="draw from the fewest that hold this probability")
     add("--seed", type=int, default=0, help="same seed, same text (default: 0)")

@@ -10,7 +10,6 @@ size, S slots. Keys have their positions last, where a CPU reads them faster (19
 """
 
 import functools
-import math
 from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
@@ -319,4 +318,3 @@ def _held(group: Heads, slots: int, length_B: jax.Array) -> jax.Array:
     moved_BKS = jnp.where(moved_KS <= last_B11 - ring, moved_KS, -1)
     moved_BKS = jnp.broadcast_to(moved_BKS, (len(length_B), len(group.heads), slots - ring))
     return jnp.concatenate([jnp.broadcast_to(held, (*moved_BKS.shape[:2], ring)), moved_BKS], 2)
-

@@ -93,16 +93,16 @@ def serving_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = Non
 def lay_out(config: ModelConfig, state: nnx.State) -> Parameters:
     """The parameters of a `Transformer`, its `nnx.State`, for decoding in the dtype of `config`."""
 
-    def of(x: nnx.Param, layer: int | None = None) -> jax.Array:
+    def of(x: Any, layer: int | None = None) -> jax.Array:
         value, names = x[...], x.get_metadata("out_sharding")
         if layer is not None:
             value, names = value[layer], names[1:]
         # norms stay as they are
         return constrain(value.astype(config.dtype) if value.ndim > 1 else value, *names)
 
-    stack = jax.tree.leaves(state["layers"], is_leaf=_is_param)
+    stack = jax.tree.leaves(state["layers"], is_leaf=lambda x: isinstance(x, nnx.Param))
     layers = [tuple(of(x, layer) for x in stack) for layer in range(config.n_layers)]
-    table = state["embedding_VD" if config.tie_embeddings else "output_VD"]
+    table: Any = state["embedding_VD" if config.tie_embeddings else "output_VD"]
     output_DV = constrain(table[...].T.astype(config.dtype), None, "vocab")
     return Parameters(
         of(state["embedding_VD"]), tuple(layers), of(state["final_norm_D"]), output_DV
@@ -241,9 +241,7 @@ def hidden(
         axes = (kv.SPLIT, _Q, _KV, _KV, ("batch",))
         return on_shards(here, axes, _Q, held, q, k, v, cache.length_B)
 
-    layers = zip(
-        parameters.layers, cache.layers, _groups(config, cache.max_length), strict=True
-    )
+    layers = zip(parameters.layers, cache.layers, _groups(config, cache.max_length), strict=True)
     for leaves, held, groups in layers:
         layer: Layers = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
         x_BTD = layer(x_BTD, rope, functools.partial(attention, held, groups))
@@ -269,7 +267,3 @@ def _layer(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
     """A layer without its parameters, and their tree."""
     graphdef, stack = jax.eval_shape(lambda: nnx.split(create(config, 0).layers))
     return graphdef, jax.tree.structure(stack)
-
-
-def _is_param(x: Any) -> bool:
-    return isinstance(x, nnx.Param)

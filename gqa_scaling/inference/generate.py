@@ -25,7 +25,7 @@ from gqa_scaling.inference.decode import (
     read,
     write,
 )
-from gqa_scaling.inference.sampling import Sampling, choose
+from gqa_scaling.inference.sampling import GREEDY, Sampling, choose
 from gqa_scaling.model.attention.shard import MASKED
 
 LENGTHS = 128  # caches, and prompts taken at once, are so long or a multiple: few are compiled
@@ -64,7 +64,7 @@ class Generation:
         *,
         tokens: int,
         context: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         seeds: Sequence[int] | int = 0,
         stop: Collection[int] = (),
         cache: CacheType | None = None,

@@ -32,6 +32,9 @@ class Sampling:
         )
 
 
+GREEDY = Sampling()
+
+
 def choose(
     sampling: Sampling, logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array
 ) -> jax.Array:
@@ -55,8 +58,6 @@ def choose(
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, MASKED)
 
     def draw(logits_V: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.categorical(
-            jax.random.fold_in(jax.random.key(seed), position), logits_V
-        )
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits_V)
 
     return jax.vmap(draw)(logits_BV, seed_B, position_B).astype(jnp.int32)

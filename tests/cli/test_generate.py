@@ -68,7 +68,8 @@ def test_a_text_ends_with_the_context_and_the_error_of_the_cache_is_said(generat
     _, out, said = generate(path, "--prompt", "x" * 20, "--context", "30", *how)
     assert "the text ends with the context of 30 tokens: --context makes it longer" in said
     assert "int8 cache against float32: logits differ by" in said
-    assert "of 29 positions" in " ".join(said.split())
+    assert "of 29 positions" in said
+    assert len(out) <= 31
 
 
 def unfinished(path: Path) -> None:

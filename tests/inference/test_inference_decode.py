@@ -44,9 +44,7 @@ def test_logits_at_every_position_are_those_without_a_cache(name):
     ready, counts = decoder(config), np.array([33, 8])
     with jax.set_mesh(ready.mesh):
         cache = empty_cache(config, 2, 64)
-        logits, cache = prefill(
-            config, ready.parameters, cache, tokens[:, :40], counts, chunk=10
-        )
+        logits, cache = prefill(config, ready.parameters, cache, tokens[:, :40], counts, chunk=10)
         for ahead in range(17):
             at = [0, 1], counts + ahead - 1
             np.testing.assert_allclose(logits, expected[at], atol=5e-5)
