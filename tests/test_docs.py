@@ -177,6 +177,10 @@ def try_gqa(words: list[str]) -> None:
         assert args.verb == "harness" or rest == []
         return
     source = getattr(args, "source", None) or args.experiment
+    if args.verb == "generate":  # there is no trained run
+        source, _, name = source.rpartition(":")
+        assert name in {run.name for run in load_experiment(source, rest).runs}
+        return
     is_experiment = choices.is_experiment(source) and not Path(source).is_dir()
     decides = args.verb in (*study.VERBS, *questions.VERBS)
     quick = args.verb in ("plan", "status", "learning-rates") or decides

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gqa_scaling import __version__
-from gqa_scaling.cli import exchange, experiment, questions, study
+from gqa_scaling.cli import exchange, experiment, inference, questions, study
 from gqa_scaling.cli.shared import Verb, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
@@ -23,6 +23,7 @@ VERBS: dict[str, Verb] = {
     **experiment.VERBS,
     **study.VERBS,
     **questions.VERBS,
+    **inference.VERBS,
     **exchange.VERBS,
 }
 OVERRIDES = """\
@@ -61,8 +62,8 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         )
         if name != asked:
             continue
-        others = (*study.VERBS, *questions.VERBS, *exchange.VERBS, "checkpoints", "fetch")
-        if name not in others:
+        others = {**study.VERBS, **questions.VERBS, **inference.VERBS, **exchange.VERBS}
+        if name not in (*others, "checkpoints", "fetch"):
             verb.add_argument("experiment", help="module or file, such as experiments.smoke")
         add(verb)
         verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb
+from gqa_scaling.cli.shared import Verb, named_run
 from gqa_scaling.config import require
 from gqa_scaling.units import byte_size
 
@@ -35,7 +35,7 @@ def _folder(text: str) -> "Path":
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="directory of a finished run, such as runs/smoke/NAME-DIGEST")
+    parser.add_argument("run", help="EXPERIMENT:NAME, or the directory of a finished run")
     parser.add_argument("output", help="folder to write; an earlier export there is replaced")
     parser.add_argument(
         "--dtype",
@@ -49,9 +49,8 @@ def _export(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.inference.hugging_face_export import export
     from gqa_scaling.inference.trained import open_trained
 
-    _nothing_left(rest)
     _on_the_host()
-    done = export(open_trained(args.run), _folder(args.output), args.dtype)
+    done = export(open_trained(named_run(args.run, rest, args.root)), _folder(args.output), args.dtype)
     files = "1 file" if done.files == 1 else f"{done.files} files"
     print(
         f"{done.path}: {done.architecture}, {byte_size(done.weight_bytes)} of {args.dtype} weights "

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from gqa_scaling.config import Implementation, RunConfig, UserError, require
+from gqa_scaling.config import Implementation, ModelConfig, RunConfig, UserError, require
 from gqa_scaling.devices.kernel_limits import KERNEL_PLATFORM, kernel_limit
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -78,6 +78,17 @@ def axis_sizes(run: RunConfig, device_count: int) -> tuple[int, int, int, int]:
         f"microbatch: it may be {_among(_divisors(rows))}; more devices go to context or tensor",
     )
     return data, fsdp, context, tensor
+
+
+def serving_tensor(model: ModelConfig, devices: int) -> int:
+    """Over how many of the devices a model's heads, FFN and vocabulary can be divided, at the most.
+
+    KV heads fewer than that are repeated; those that a pattern leaves dense are shared out equally.
+    """
+    dense = model.pattern.dense_kv_heads if model.pattern else 0
+    sizes = _tensor_sizes(model.n_heads, model.n_kv_heads)
+    wholes = model.ffn_dim, model.vocab_size, dense, devices
+    return max(size for size in sizes if all(whole % size == 0 for whole in wholes))
 
 
 def attention_implementation(run: RunConfig, platform: str) -> Implementation:

@@ -108,12 +108,11 @@ def gathered(weight: jax.Array, dtype: Any, axes: tuple[str | None, ...]) -> jax
     )
 
 
-def on_shards(
-    f: Callable, inputs: Sequence[Sequence[str | None]], outputs: Any, *xs: jax.Array
-) -> Any:
+def on_shards(f: Callable, inputs: Sequence[Sequence[str | None]], outputs: Any, *xs: Any) -> Any:
     """`f(*xs)`, each device on the parts it holds; `f` sees and returns local arrays.
 
-    `inputs` names the axes of each array, `outputs` those of the result or, in a list, results.
+    `inputs` names the axes of each array, `outputs` those of the result or, in a list, results. A tree
+    counts as one array: those in it have these as their first axes.
     """
     if jax.sharding.get_abstract_mesh().size <= 1:
         return f(*xs)

@@ -1,1 +1,1 @@
-"""A trained model in use: what it is worth to others, and in the form that their tools read."""
+"""A trained model at work: decoding, what it is worth to others, and the forms that their tools read."""

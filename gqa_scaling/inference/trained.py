@@ -1,8 +1,9 @@
 """A trained model taken from its run directory: its config, its parameters, its tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gqa_scaling.config import ModelConfig, RunConfig, UserError, require
-from gqa_scaling.data.store import open_store
+from gqa_scaling.data.manifest import read_manifest
+from gqa_scaling.data.store import TokenStore
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
 from gqa_scaling.devices.layout import AXES
 from gqa_scaling.devices.mesh import abstract
@@ -18,6 +20,9 @@ from gqa_scaling.files.checkpoint import load_parameters
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import as_path, expanded
 from gqa_scaling.model.transformer import Transformer, create
+
+if TYPE_CHECKING:
+    from gqa_scaling.inference.generate import Decoder
 
 TOKENIZER_NAME = "tokenizer.json"  # in the directory of a run that was imported
 
@@ -43,40 +48,61 @@ class Trained:
         graph, _ = nnx.split(nnx.eval_shape(lambda: create(self.run.model, 0)))
         return nnx.merge(graph, self.parameters(device))
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of its training text.
+    def decoder(self, devices: Sequence[jax.Device] | None = None) -> "Decoder":
+        """The model laid out for decoding on these devices, by default all.
 
-        It lies beside the parameters of an imported model, else in the token store that the run
-        names, or is the tokenizer.json that it names. Raises UserError where it is at none of these
-        places, or has changed.
+        The mesh that it was trained on does not matter. Raises UserError as `parameters` and
+        `tokenizer` do.
         """
-        data = self.run.data
-        if data.tokenizer == "bytes":
-            return bytes_tokenizer()
-        beside, store = self.directory.path / TOKENIZER_NAME, as_path(data.store_path)
-        if beside.exists():
-            found = read_tokenizer(beside)
-        elif (store / "store.json").is_file():
-            found = open_store(data).tokenizer
-        elif data.tokenizer.endswith(".json") and expanded(data.tokenizer).is_file():
-            found = read_tokenizer(data.tokenizer)
+        from gqa_scaling.inference.decode import for_platform, lay_out, serving_mesh
+        from gqa_scaling.inference.generate import Decoder
+
+        config, vocab_size = for_platform(self.run.model), self.tokenizer().vocab_size
+        mesh = serving_mesh(config, devices)
+        with jax.set_mesh(mesh):
+            shapes = jax.eval_shape(lambda: nnx.state(create(self.run.model, self.run.seed)))
+            state = load_parameters(self.directory.parameters, abstract(shapes, mesh))
+            return Decoder(config, lay_out(config, state), mesh, vocab_size)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that it was trained with, told by its hash.
+
+        It is bytes, or lies beside the parameters of an imported model, or in the token store that
+        the run names, or is the tokenizer.json that it names. Raises UserError where it is at none of
+        these places, or has changed.
+        """
+        if self.run.data.tokenizer == "bytes":
+            found, where = bytes_tokenizer(), "bytes"
         else:
-            raise UserError(
-                f"the tokenizer {data.tokenizer!r} of {self.directory.path} is not to be found: its "
-                f"token store {store} is not there; run this where it is, or prepare it again"
-            )
-        trained_with = self.result.get("data", {}).get("tokenizer_hash")
+            found, where = self._kept_tokenizer()
+        wanted = self.result.get("data", {}).get("tokenizer_hash")
         require(
-            found.sha256 == trained_with,
-            f"{self.directory.path} was trained with another tokenizer than the {found.name} that is "
-            f"there now (sha256 {found.sha256[:12]}, trained with {str(trained_with)[:12]})",
+            found.sha256 == wanted,
+            f"{self.directory.path} was trained with another tokenizer than {where}: its hash is "
+            f"{str(wanted)[:12]}, and here {found.sha256[:12]}; bring back the one it was trained with, "
+            "or name its token store with --data.store",
         )
         return found
 
+    def _kept_tokenizer(self) -> tuple[Tokenizer, str]:
+        """The tokenizer and where it was found."""
+        named, store = self.run.data.tokenizer, as_path(self.run.data.store_path)
+        beside = self.directory.path / TOKENIZER_NAME
+        if beside.exists():
+            return read_tokenizer(beside), str(beside)
+        if (store / "store.json").is_file():
+            return TokenStore(store, read_manifest(store)).tokenizer, f"that of {store}"
+        if named.endswith(".json") and expanded(named).is_file():
+            return read_tokenizer(named), named
+        raise UserError(
+            f"the tokenizer {named!r} is gone: there is no token store at {store}; make it again with "
+            "`gqa-scaling prepare EXPERIMENT`, or start in the folder that the run was started in"
+        )
 
-def open_trained(path: str | Path) -> Trained:
+
+def open_trained(path: str | Path | RunDirectory) -> Trained:
     """The run at this path. Raises UserError where there is none, or where it is not done."""
-    directory = RunDirectory(as_path(path))
+    directory = path if isinstance(path, RunDirectory) else RunDirectory(as_path(path))
     require(
         directory.config_file.exists(),
         f"{directory.path} is no run: it has no config.json; name the directory of one run, such as "
@@ -84,10 +110,14 @@ def open_trained(path: str | Path) -> Trained:
     )
     run, whole = directory.config(), directory.result()
     if whole is None:
-        raise UserError(
-            f"{directory.path} is not finished ({directory.state()}): it has no result.json; run it "
-            "to its end first"
-        )
+        state = directory.state()
+        step = directory.last_metrics("learning/loss").get("step")
+        trained = f", at step {step:,}" if step else ", with no step logged"
+        remedy = {
+            "running": "wait for it to end",
+            "failed": "see why with `gqa-scaling status`, and `run --retry-failed`",
+        }.get(state, "finish it with `gqa-scaling run`")
+        raise UserError(f"{directory.path} is unfinished ({state}{trained}): {remedy}")
     return Trained(directory, run, whole["result"])
 
 

@@ -189,7 +189,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def rope_tables(positions_T: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every angle, (T, H/2) in float32: pair i turns by t theta^(-2i/H), or
-    slower where `RopeScaling` says so."""
+    slower where `RopeScaling` says so.
+
+    Where each sequence has positions of its own, (B, T), so have the angles: (B, T, H/2).
+    """
     pair = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
     frequency = config.rope_theta ** (-pair / config.head_dim)
     scaling = config.rope_scaling
@@ -198,13 +201,13 @@ def rope_tables(positions_T: jax.Array, config: ModelConfig) -> tuple[jax.Array,
         between = scaling.high_frequency - scaling.low_frequency
         kept = jnp.clip((turns - scaling.low_frequency) / between, 0, 1)
         frequency *= kept + (1 - kept) / scaling.factor
-    angle = positions_T.astype(jnp.float32)[:, None] * frequency
+    angle = positions_T.astype(jnp.float32)[..., None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """RoPE on (B, T, ..., H): element i is paired with i + H/2 (the rotate-half convention)."""
-    shape = (cos.shape[0],) + (1,) * (x.ndim - 3) + (cos.shape[1],)
+    shape = cos.shape[:-1] + (1,) * (x.ndim - 3) + cos.shape[-1:]
     cos, sin = cos.reshape(shape), sin.reshape(shape)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -118,6 +118,7 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
         "status",
         "checkpoints",
         "learning-rates",
+        "generate",
         "fit",
         "frontier",
         "report",

@@ -160,7 +160,7 @@ def test_what_cannot_leave_is_refused_in_one_line(tmp_path, capsys):
         ["export", sparse.directory.path, tmp_path / "out"], capsys, "model.pattern", "stride=4"
     )
     begun = make_run(tmp_path, model(), name="begun", done=False)
-    refused(["export", begun.path, tmp_path / "out"], capsys, "not finished (pending)")
+    refused(["export", begun.path, tmp_path / "out"], capsys, "unfinished (pending")
     refused(["export", tmp_path, tmp_path / "out"], capsys, "is no run: it has no config.json")
     lost = DataConfig(corpus="texts", tokenizer="bpe-300", store=str(tmp_path / "gone"))
     trained = make_run(tmp_path, model(), name="lost", data=lost)

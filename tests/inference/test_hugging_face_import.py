@@ -92,7 +92,7 @@ def test_an_import_is_found_again_and_other_weights_are_another_run(tmp_path, fo
 def test_what_was_interrupted_is_made_whole(tmp_path, folder):
     directory, _ = import_folder(folder, "back", tmp_path)
     directory.result_file.unlink()
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match="unfinished"):
         open_trained(directory.path)
     assert import_folder(folder, "back", tmp_path)[1]
     assert named(open_trained(directory.path).parameters())
