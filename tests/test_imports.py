@@ -21,7 +21,7 @@ FLOORS = (
     ("files",),
     ("costs", "hardware"),
     ("config",),
-    ("context_sharding",),
+    ("context_sharding", "text"),
     ("fields", "units"),
 )
 STUDY = {
@@ -29,6 +29,7 @@ STUDY = {
     "experiment",
     "costs",
     "context_sharding",
+    "text",
     "hardware",
     "config",
     "fields",
