@@ -27,6 +27,7 @@ from gqa_scaling.fields import UserError as UserError  # others take it from her
 from gqa_scaling.text import DataConfig as DataConfig
 from gqa_scaling.text import EvaluationConfig as EvaluationConfig
 from gqa_scaling.text import Needles as Needles
+from gqa_scaling.text import NeedleTask as NeedleTask
 
 SCHEMA_VERSION = 1
 DIGEST_LENGTH = 12  # hex digits

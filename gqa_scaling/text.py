@@ -17,7 +17,7 @@ NeedleForm = Literal["repeated", "number", "uuid", "tokens"]  # of the single-ne
 class Needles(Json):
     """Needles in the training text: numbers told once and asked for later in the same sequence.
 
-    They are written over `share` of the tokens of every sequence, statement and question at random
+    They are written over `share` of the tokens of every sequence, statements and questions at random
     places; what they are is a function of `seed` and of the sequence's place in the corpus.
     `form` is that of `NeedleTask`. The token store and the held-out text stay as they are.
     """
@@ -104,8 +104,8 @@ class NeedleTask(Json):
     for at its end. `depths` places are tried, evenly from the beginning of the text to its end, with
     `trials` prompts for each length and depth. Forms: "repeated", a 7-digit number within one
     sentence repeated; "number", the same within held-out text; "uuid", a UUID within it. What small
-    models can learn is "tokens", associative recall within held-out text: of six random tokens of the
-    vocabulary the first two are the question and the other four its answer.
+    models can learn is "tokens", associative recall within held-out text: the question is one of the
+    32 last tokens of the vocabulary, its answer one of the 32 before those, so chance is 1 in 32.
     """
 
     lengths: tuple[int, ...] = ()

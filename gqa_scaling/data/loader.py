@@ -62,11 +62,13 @@ class TrainingData:
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
-        """Element `step` holds the chunk numbers of batch `step`; it has no end."""
+        """Element `step` holds the chunk numbers of batch `step`; it has no end that is ever met."""
         # Epoch e is shuffled by seed + e, so neighbouring seeds are first hashed apart.
         seed = int.from_bytes(hashlib.sha256(f"shuffle {self.seed}".encode()).digest()[:4])
         chunks = grain.MapDataset.range(self.chunks_per_epoch)
-        return chunks.shuffle(seed).repeat().batch(self.batch_size)
+        # Without a number of epochs the length is one that `len` cannot give for batches of one.
+        epochs = 2**62 // self.chunks_per_epoch
+        return chunks.shuffle(seed).repeat(epochs).batch(self.batch_size)
 
     def chunks(self, step: int) -> list[int]:
         """Which chunks of the training split batch `step` holds."""

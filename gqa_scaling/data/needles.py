@@ -21,7 +21,8 @@ from gqa_scaling.data.tokenizer import Tokenizer
 from gqa_scaling.text import NeedleForm, Needles
 
 STATEMENT = "\nThe code of {word}:"  # and the value; a question is the same without it
-ASKED_TOKENS, ANSWER_TOKENS = 2, 4  # of a needle that is random tokens
+RARE_TOKENS = 32  # that are asked for, and as many that are answers, where a needle is two tokens
+OCCURRENCES = 4  # of a statement in a training sequence: it is told once and asked for again
 NO_TOKENS = np.array([], np.int64)
 REPEATED = "Rain falls on the hills, rivers run to the sea, and clouds come back again. "
 _NOUNS = """
@@ -71,6 +72,11 @@ def _asked(tokenizer: Tokenizer) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     return tuple(tokenizer.encode(texts)), tokenizer.encode(["\n"])[0]
 
 
+def words(form: NeedleForm) -> int:
+    """How many different things can be asked for."""
+    return RARE_TOKENS if form == "tokens" else len(WORDS)
+
+
 def _value(form: NeedleForm, dice: random.Random) -> str:
     """A number of 7 digits, or a UUID."""
     if form != "uuid":
@@ -81,19 +87,20 @@ def _value(form: NeedleForm, dice: random.Random) -> str:
 
 def _needle(tokenizer: Tokenizer, form: NeedleForm, word: int, dice: random.Random) -> Needle:
     """A needle for this word; question and answer are tokenised apart, so that both are the same
-    tokens wherever they stand. In the form "tokens" the word plays no part."""
+    tokens wherever they stand. In the form "tokens" a word is a token."""
     if form == "tokens":
-        drawn = [_token(tokenizer, dice) for _ in range(ASKED_TOKENS + ANSWER_TOKENS)]
-        return Needle(np.array(drawn[:ASKED_TOKENS]), np.array(drawn[ASKED_TOKENS:]), NO_TOKENS)
-    asked, end = _asked(tokenizer)
+        value = RARE_TOKENS + _below(dice, RARE_TOKENS)
+        asked, answer = (np.array([_rare_token(tokenizer, i)]) for i in (word, value))
+        return Needle(asked, answer, NO_TOKENS)
+    questions, end = _asked(tokenizer)
     (answer,) = tokenizer.encode([f" {_value(form, dice)}"])
-    return Needle(asked[word], answer, end)
+    return Needle(questions[word], answer, end)
 
 
-def _token(tokenizer: Tokenizer, dice: random.Random) -> int:
-    """Any token but the one that ends documents."""
-    token = _below(dice, tokenizer.vocab_size - 1)
-    return token + (token >= tokenizer.eos)
+def _rare_token(tokenizer: Tokenizer, i: int) -> int:
+    """The i-th of the last tokens of the vocabulary, the one that ends documents left out."""
+    token = tokenizer.vocab_size - 1 - i
+    return token - (token <= tokenizer.eos)
 
 
 def _dice(*named: object) -> random.Random:
@@ -138,7 +145,7 @@ def needle_prompt(
     held-out text for the length.
     """
     dice = _dice("prompt", form, length, seed, trial)
-    needle = _needle(store.tokenizer, form, _below(dice, len(WORDS)), dice)
+    needle = _needle(store.tokenizer, form, _below(dice, words(form)), dice)
     ends = np.concatenate([needle.asked, needle.answer])
     room = length + 1 - len(needle.statement) - len(ends)
     require(
@@ -175,41 +182,38 @@ class Mixture:
     length: int
 
     def __post_init__(self) -> None:
-        pair = 2 * len(_needle(self.tokenizer, self.needles.form, 0, _dice("size")).statement)
+        form, share = self.needles.form, self.needles.share
+        size = OCCURRENCES * len(_needle(self.tokenizer, form, 0, _dice("size")).statement)
         require(
-            pair <= self.length,
-            f"data.needles need sequences of {pair} tokens for one statement and its question, not "
+            size <= self.length,
+            f"data.needles need sequences of {size} tokens for one statement and its questions, not "
             f"{self.length}: raise context_length",
         )
-        many = self.needles.share * self.length / pair
+        many, most = share * self.length / size, words(form) // 2
         require(
-            self.needles.form == "tokens" or many <= len(WORDS) / 2,
-            f"data.needles.share={self.needles.share:g} of {self.length:,} tokens are {many:,.0f} "
-            f"needles and there are {len(WORDS)} words to ask for: take less than "
-            f"{len(WORDS) / 2 * pair / self.length:.2g}",
+            many <= most,
+            f"data.needles.share={share:g} of {self.length:,} tokens are {many:,.0f} needles, and at "
+            f"most {most} are put into a sequence: take at most {most * size / self.length:.2g}",
         )
 
     def segments(self, sequence: int) -> list[tuple[int, np.ndarray]]:
         """(first position, tokens) of everything that is written over a training sequence.
 
-        As many pairs of statement and question as make up the share, in expectation. A question is
-        the statement again, as its answer is learnt from; their order and places are random.
+        As many needles as make up the share, in expectation. A question is the statement again, as
+        its answer is learnt from; their order and places are random.
         """
         n = self.needles
         dice = _dice("mixture", n.form, n.seed, self.length, sequence)
         chosen: list[np.ndarray] = []
         room, slack, part = n.share * self.length, self.length, dice.random()
-        words = (
-            itertools.count() if n.form == "tokens" else _shuffled(dice, list(range(len(WORDS))))
-        )
-        for word in words:
+        for word in _shuffled(dice, list(range(words(n.form)))):
             statement = _needle(self.tokenizer, n.form, word, dice).statement
-            pair = 2 * len(statement)
-            if part * pair >= room or pair > slack:
+            size = OCCURRENCES * len(statement)
+            if part * size >= room or size > slack:
                 break
             chosen.append(statement)
-            room, slack = room - pair, slack - pair
-        parts = [chosen[i] for i in _shuffled(dice, [*range(len(chosen))] * 2)]
+            room, slack = room - size, slack - size
+        parts = [chosen[i] for i in _shuffled(dice, [*range(len(chosen))] * OCCURRENCES)]
         gaps = sorted(_below(dice, slack + 1) for _ in parts)
         before = itertools.accumulate(map(len, parts), initial=0)
         return [(gap + at, part) for gap, at, part in zip(gaps, before, parts, strict=False)]

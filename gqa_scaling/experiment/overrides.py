@@ -114,6 +114,7 @@ def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:
         if value is None and name in ("tokens", "tokens_per_param"):
             continue  # the other budget is set
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = "none" if value is None else text
         out += [f"--{name.replace('_', '-')}", text]
     return out
 

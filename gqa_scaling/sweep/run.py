@@ -76,6 +76,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
     import jax
 
     from gqa_scaling.data.loader import heldout_chunks
+    from gqa_scaling.data.needles import needle_prompt
     from gqa_scaling.devices.processes import is_leader, require_platform
     from gqa_scaling.training.loop import check_data
 
@@ -97,6 +98,9 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
             stores[path], run.context_length, run.evaluation.tokens, run.evaluation_context
         )
         check_average(run)
+        task = run.evaluation.needles
+        for length in (task.lengths or (run.context_length,)) if task else ():
+            needle_prompt(stores[path], length, 0.0, task.form, task.seed, 0)
         directory = run_directory(root, experiment.name, run)
         parent = parent_directory(directory, run)
         if parent is not None and parent_of(run, experiment.runs) is None:
