@@ -4,7 +4,7 @@
     gqa-scaling run experiments.recall --workers 2
     gqa-scaling report experiments.recall
 
-Models this small do not learn to use distant text (docs/context_sharding.md). So half of the text is
+Models this small do not learn to use distant text (docs/context_sharding.md). So two fifths of the text are
 associative recall: pairs of rare tokens that are told once and asked for again anywhere in the
 context. Judged by needles at several lengths and depths, and by the loss of the same text with
 less of it before.
@@ -23,16 +23,16 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.context_sharding import ContextSharding
 
-QUESTION = Question(contexts=(256, 1024), baseline=(8, 8), demonstration=True)
-WINDOW = ContextSharding(block=16, local=4)
-STRIPES = ContextSharding(block=16, local=4, stride=4)
+QUESTION = Question(contexts=(128, 1024), baseline=(8, 8), demonstration=True)
+WINDOW = ContextSharding(block=8, local=4)
+STRIPES = ContextSharding(block=8, local=4, stride=4)
 MODELS = {  # <- what is compared: query heads, KV heads, pattern
     "dense-h8-kv8": (8, 8, None),
     "dense-h4-kv1": (4, 1, None),
-    "window64-h8-kv8": (8, 8, WINDOW),
-    "w64s4-h8-kv8": (8, 8, STRIPES),
+    "window32-h8-kv8": (8, 8, WINDOW),
+    "w32s4-h8-kv8": (8, 8, STRIPES),
 }
-STEPS = 1000
+STEPS = 600
 
 
 def run(name: str, steps: int = STEPS) -> RunConfig:
@@ -52,16 +52,16 @@ def run(name: str, steps: int = STEPS) -> RunConfig:
             pattern=pattern,
         ),
         data=DataConfig(
-            corpus="stdlib", tokenizer="bytes", needles=Needles(share=0.5, form="tokens")
+            corpus="stdlib", tokenizer="bytes", needles=Needles(share=0.4, form="tokens")
         ),
-        context_length=256,
+        context_length=128,
         batch_tokens=2048,
         tokens=steps * 2048,
         optimizer=OptimizerConfig(learning_rate=5e-3),
         evaluation=EvaluationConfig(
             tokens=2**16,
-            contexts=(32, 64, 128, 256),
-            needles=NeedleTask(lengths=(64, 128, 256), form="tokens"),
+            contexts=(16, 32, 64, 128),
+            needles=NeedleTask(lengths=(32, 64, 96, 128), form="tokens"),
         ),
         checkpoint=CheckpointConfig(every_steps=200),
     )

@@ -189,7 +189,7 @@ class Mixture:
             f"data.needles need sequences of {size} tokens for one statement and its questions, not "
             f"{self.length}: raise context_length",
         )
-        many, most = share * self.length / size, words(form) // 2
+        many, most = share * self.length / size, words(form) - 1
         require(
             many <= most,
             f"data.needles.share={share:g} of {self.length:,} tokens are {many:,.0f} needles, and at "

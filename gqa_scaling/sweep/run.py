@@ -99,8 +99,9 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         )
         check_average(run)
         task = run.evaluation.needles
-        for length in (task.lengths or (run.context_length,)) if task else ():
-            needle_prompt(stores[path], length, 0.0, task.form, task.seed, 0)
+        if task is not None:
+            for length in task.lengths or (run.context_length,):
+                needle_prompt(stores[path], length, 0.0, task.form, task.seed, 0)
         directory = run_directory(root, experiment.name, run)
         parent = parent_directory(directory, run)
         if parent is not None and parent_of(run, experiment.runs) is None:

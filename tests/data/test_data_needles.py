@@ -160,7 +160,7 @@ def test_store_and_evaluation_stream_are_the_same_with_needles(config, store):
     ("needles", "length", "said"),
     [
         (Needles(0.5, "number"), 32, "need sequences of 1[0-2][0-9] tokens"),
-        (Needles(1.0, "number"), 2**14, "at most 133 are put into a sequence: take at most 0.9"),
+        (Needles(1.0, "tokens"), 2**10, "at most 31 are put into a sequence: take at most 0.24"),
     ],
 )
 def test_needles_that_do_not_fit_are_refused(store, needles, length, said):
