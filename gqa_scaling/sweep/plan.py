@@ -194,8 +194,8 @@ def check_average(run: RunConfig) -> None:
     saved = (steps - 1) // every + 1
     require(
         count <= saved,
-        f"{run.name}: evaluation.average={count} and there are {saved} states in {steps:,} steps, one "
-        f"every checkpoint.every_steps={every:,} and the last: average fewer or save more often",
+        f"{run.name}: evaluation.average={count} must be at most {saved}: of {steps:,} steps a state is "
+        f"saved every checkpoint.every_steps={every:,} and after the last",
     )
 
 

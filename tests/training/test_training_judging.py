@@ -174,7 +174,7 @@ def test_an_average_that_was_not_asked_for_in_time_is_refused() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"average": 6}, "evaluation.average=6 and there are 5 states in 24 steps"),
+        ({"average": 6}, "evaluation.average=6 must be at most 5"),
         ({"needles": NeedleTask(lengths=(8,))}, "lengths=8 is too short"),
         ({"needles": NeedleTask(lengths=(10**6,))}, "tokens of held-out text"),
     ],
