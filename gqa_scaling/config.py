@@ -8,7 +8,6 @@ so neither a different mesh nor a new evaluation ever retrains anything.
 import functools
 import re
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from gqa_scaling import baselines
@@ -26,13 +25,17 @@ from gqa_scaling.fields import (
     round_up,
 )
 from gqa_scaling.fields import UserError as UserError  # others take it from here
+from gqa_scaling.text import DataConfig as DataConfig
+from gqa_scaling.text import EvaluationConfig as EvaluationConfig
+from gqa_scaling.text import Needles as Needles
+from gqa_scaling.text import NeedleTask as NeedleTask
 
 SCHEMA_VERSION = 1
+DIGEST_LENGTH = 12  # hex digits
 # The limits of what a run may name, each far above anything built. Sizes of arrays and the seed are
 # int32 on the devices; token counts and the like are int64 (`fields.py`, which also bounds floats).
 MOST_LAYERS = MOST_HEADS = 10_000
 MOST_DEVICES = 10**6  # along one axis of a mesh
-MOST_BPE_TOKENS = 2**22  # its trainer takes memory for all of them at once
 MOST_NAME_BYTES = 255 - len("-0123456789ab")  # the file system's, less what a folder adds
 MAX_EPOCHS = 4.0  # more passes over a corpus must be allowed (`DataConfig.allow_repeats`)
 Implementation = Literal["reference", "blockwise", "splash", "triton", "cudnn"]  # of attention
@@ -128,68 +131,6 @@ class ModelConfig(Json):
 
 
 @dataclass(frozen=True)
-class DataConfig(Json):
-    """Which text, and how it is cut into tokens.
-
-    `corpus` is "stdlib" (the source text of the running Python's standard library), "linux-6.1"
-    (the source of the Linux kernel, which `gqa-scaling fetch` brings), a folder of text files, or a .jsonl/.jsonl.gz/.jsonl.zst/.parquet file or folder of such files with a
-    `text_field`. `tokenizer` is "bytes", "bpe-N" (a byte-level BPE of N tokens trained on the
-    corpus), or the path of a tokenizer.json. `store` is where the tokens lie: not part of the run's
-    identity, as its content hash is checked whenever a run is resumed. `allow_repeats` lets a run
-    make more than `MAX_EPOCHS` passes over the corpus.
-    """
-
-    corpus: str = "stdlib"
-    tokenizer: str = "bytes"
-    text_field: str = "text"
-    heldout_fraction: float = 0.05
-    store: str | None = None
-    allow_repeats: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.corpus), "corpus must name a corpus: stdlib, a folder or a file")
-        require(
-            0 < self.heldout_fraction < 1,
-            f"heldout_fraction={self.heldout_fraction} must lie strictly between 0 and 1",
-        )
-        if self.tokenizer.startswith("bpe-") and not self.tokenizer.endswith(".json"):
-            size = re.fullmatch(r"bpe-([0-9]{1,9})", self.tokenizer)
-            require(
-                size is not None and 258 <= int(size[1]) <= MOST_BPE_TOKENS,
-                f"tokenizer={self.tokenizer!r} must be bpe-N with N >= 258 (256 bytes, EOS and a "
-                f"merge) and <= {MOST_BPE_TOKENS:,}",
-            )
-        else:
-            require(
-                self.tokenizer == "bytes" or self.tokenizer.endswith(".json"),
-                f"tokenizer={self.tokenizer!r} must be bytes, bpe-N or the path of a tokenizer.json",
-            )
-
-    @property
-    def name(self) -> str:
-        """A name for people and for the default folder of the store, such as stdlib-bpe-4096."""
-        return f"{_last_part(self.corpus)}-{_last_part(self.tokenizer).removesuffix('.json')}"
-
-    @property
-    def store_path(self) -> str:
-        return self.store or f"data/{self.name}"
-
-    def declaration(self) -> dict[str, Any]:
-        """What the tokens are made of; names without folders, so that a corpus may move."""
-        return {
-            "corpus": _last_part(self.corpus),
-            "tokenizer": _last_part(self.tokenizer),
-            "text_field": self.text_field,
-            "heldout_fraction": self.heldout_fraction,
-        }
-
-
-def _last_part(path: str) -> str:
-    return PurePosixPath(path).name
-
-
-@dataclass(frozen=True)
 class OptimizerConfig(Json):
     """AdamW with a warmup-stable-decay or cosine schedule (Chen et al. 2025, appendix).
 
@@ -231,26 +172,6 @@ class OptimizerConfig(Json):
             f"warmup={self.warmup} and decay={self.decay} are fractions of all steps and must not "
             "exceed 1 together",
         )
-
-
-@dataclass(frozen=True)
-class EvaluationConfig(Json):
-    """How a trained model is judged: mean next-token cross-entropy on held-out text.
-
-    At most `tokens` targets are used, trimmed to a multiple of `longest_context`, the longest
-    context length of the experiment (None: the run's own), so that every run of an experiment
-    is judged on the same targets. `every_steps` > 0 also evaluates during training; those
-    values are logged and never enter the result.
-    """
-
-    tokens: int = 2**20
-    longest_context: int | None = None
-    every_steps: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "tokens", "longest_context")
-        not_negative(self, "every_steps")
 
 
 @dataclass(frozen=True)
@@ -305,6 +226,8 @@ class RunConfig(Json):
 
     `imported` is the hash of parameters that were trained elsewhere and brought in as a run
     (`gqa-scaling import`): no step was taken here, and its token budget says nothing.
+    `start_from` is a run whose trained parameters this one begins with, EXPERIMENT/NAME-DIGEST, in
+    place of fresh ones; of it the digest alone is part of this one's. The optimizer begins anew.
     """
 
     name: str
@@ -324,10 +247,17 @@ class RunConfig(Json):
     profile: str = ""
     note: str = ""
     imported: str = ""
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.name), "name must not be empty")
+        require(
+            self.start_from is None
+            or re.fullmatch(r"[^/]+/([^/]+-)?[0-9a-f]{12}", self.start_from) is not None,
+            f"start_from={self.start_from!r} must be EXPERIMENT/NAME-DIGEST, as a run's folder is "
+            "called, such as smoke/L2-d24-h4-kv1-72e2d64a91e3",
+        )
         require(
             re.fullmatch(r"[^\W_][\w.+-]*", self.name) is not None,
             f"name={self.name!r} may hold letters, digits and -_.+ and begins with a letter or digit",
@@ -366,6 +296,12 @@ class RunConfig(Json):
             f"evaluation.tokens={self.evaluation.tokens} must be at least "
             f"longest_context={self.evaluation_context}",
         )
+        for context in self.evaluation.contexts:
+            require(
+                self.evaluation_context % context == 0,
+                f"evaluation.contexts={context} must divide the longest context of the evaluation, "
+                f"{self.evaluation_context}, so that the same targets are judged",
+            )
 
     @property
     def batch_size(self) -> int:
@@ -394,7 +330,15 @@ class RunConfig(Json):
         """Just the fields that define the trained model, defaults left out."""
         kept = {k: v for k, v in non_default(self).items() if k not in _NOT_DEFINING}
         declared = self.data.declaration()
-        return kept | {"data": {k: declared[k] for k in kept["data"] if k in declared}}
+        data = {k: declared[k] for k in kept["data"] if k in declared}
+        if self.data.needles is not None:
+            data["needles"] = kept["data"]["needles"]
+        return kept | {"data": data} | self._parent
+
+    @property
+    def _parent(self) -> dict[str, str]:
+        """What of `start_from` is part of a definition."""
+        return {} if self.start_from is None else {"start_from": self.start_from[-DIGEST_LENGTH:]}
 
     @functools.cached_property
     def digest(self) -> str:
@@ -404,7 +348,11 @@ class RunConfig(Json):
     @functools.cached_property
     def evaluation_digest(self) -> str:
         """12 hex digits over how the loss is measured."""
+        asked = non_default(self.evaluation)
         kept = {"tokens": self.evaluation.tokens, "multiple_of": self.evaluation_context}
+        kept |= {name: asked[name] for name in ("contexts", "needles", "average") if name in asked}
+        if "average" in kept:  # of states that are saved so far apart
+            kept["checkpoint_steps"] = self.checkpoint.every_steps
         return digest_of(kept)
 
 
@@ -435,7 +383,8 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
 def _defining(run: RunConfig) -> dict[str, Any]:
     """Every defining field by its dotted name, those at their default too."""
     kept = {k: v for k, v in run.to_dict().items() if k not in _NOT_DEFINING}
-    return flat(kept | {"data": run.data.declaration()})
+    needles = run.data.needles and run.data.needles.to_dict()
+    return flat(kept | {"data": run.data.declaration() | {"needles": needles}} | run._parent)
 
 
 # What a study may be told and asked. The limits are far outside anything that is measured, and

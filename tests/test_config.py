@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_scaling.config import (
+    CheckpointConfig,
     DataConfig,
     ModelConfig,
+    Needles,
+    NeedleTask,
     OptimizerConfig,
     Question,
     RopeScaling,
@@ -186,6 +189,9 @@ FREE = {
     "evaluation.tokens": 2**18,
     "evaluation.longest_context": 4096,
     "evaluation.every_steps": 10,
+    "evaluation.contexts": (512, 1024),
+    "evaluation.needles": NeedleTask(lengths=(512,)),
+    "evaluation.average": 3,
     "parallel.data": 2,
     "parallel.fsdp": 2,
     "parallel.context": 2,
@@ -220,6 +226,8 @@ DEFINING = {
     "data.tokenizer": "bytes",
     "data.text_field": "content",
     "data.heldout_fraction": 0.1,
+    "data.needles": Needles(0.5, "tokens"),
+    "start_from": "laptop/L2-d32-0123456789ab",
     "optimizer.learning_rate": 1e-4,
     "optimizer.schedule": "cosine",
     "optimizer.warmup": 0.2,
@@ -257,6 +265,33 @@ def test_digest_sees_what_defines_the_result(path):
     named = {line.split(":")[0] for line in differing_fields(run(), other)}
     assert named
     assert all(name == path or name.startswith(f"{path}.") for name in named)
+
+
+def test_of_a_parent_the_digest_alone_is_part_of_a_run():
+    one, renamed, other = (
+        run(start_from=start)
+        for start in ("laptop/a-0123456789ab", "laptop/b-c-0123456789ab", "laptop/a-ab0123456789")
+    )
+    assert one.digest == renamed.digest != other.digest
+    assert differing_fields(one, renamed) == []
+    assert differing_fields(one, other) == ["start_from: 0123456789ab -> ab0123456789"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"contexts": (512,)}, {"needles": NeedleTask()}, {"average": 2}], ids=str
+)
+def test_what_a_model_is_judged_by_is_part_of_the_evaluation(asked):
+    judged = dataclasses.replace(run().evaluation, **asked)
+    assert run(evaluation=judged).evaluation_digest != run().evaluation_digest
+    assert run(evaluation=judged).digest == run().digest
+
+
+def test_an_average_is_one_of_checkpoints_so_far_apart():
+    judged = dataclasses.replace(run().evaluation, average=2)
+    apart = [run(evaluation=judged, checkpoint=CheckpointConfig(every)) for every in (100, 200)]
+    assert apart[0].evaluation_digest != apart[1].evaluation_digest
+    plain = [run(checkpoint=CheckpointConfig(every)) for every in (100, 200)]
+    assert plain[0].evaluation_digest == plain[1].evaluation_digest
 
 
 def test_the_two_token_budgets_are_different_runs():

@@ -21,7 +21,7 @@ FLOORS = (
     ("files",),
     ("costs", "hardware"),
     ("config",),
-    ("context_sharding",),
+    ("context_sharding", "text"),
     ("baselines",),
     ("fields", "units"),
 )
@@ -31,6 +31,7 @@ STUDY = {
     "experiment",
     "costs",
     "context_sharding",
+    "text",
     "hardware",
     "config",
     "fields",

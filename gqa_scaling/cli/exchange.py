@@ -50,7 +50,9 @@ def _export(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.inference.trained import open_trained
 
     _on_the_host()
-    done = export(open_trained(named_run(args.run, rest, args.root)), _folder(args.output), args.dtype)
+    done = export(
+        open_trained(named_run(args.run, rest, args.root)), _folder(args.output), args.dtype
+    )
     files = "1 file" if done.files == 1 else f"{done.files} files"
     print(
         f"{done.path}: {done.architecture}, {byte_size(done.weight_bytes)} of {args.dtype} weights "

@@ -252,7 +252,7 @@ def _serving(args: argparse.Namespace) -> "Serving":
     return serving
 
 
-def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
+def _answer(args: argparse.Namespace, source: "Source") -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
     from gqa_scaling.study.frontier import frontier
@@ -261,7 +261,6 @@ def _answer(args: argparse.Namespace, rest: Sequence[str]) -> "Study":
     from gqa_scaling.study.verdict import with_verdict
 
     serving = _serving(args)
-    source = _source(args, rest)
     question = _asked(args, source.question)  # refused before anything is estimated
     among = _candidates(args, source.results, question)
     found = among.estimates
@@ -372,7 +371,8 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
         not unused,
         f"--{unused[0].replace('_', '-') if unused else ''} belongs to --align training; add that",
     )
-    study = _answer(args, rest)
+    _serving(args)  # what cannot be is said before anything is read
+    study = _answer(args, _source(args, rest))
     answer, sparse = study.frontier, study.sparsity
     hangs = study.sensitivity if args.sensitivity else None
     if args.json:
@@ -402,12 +402,15 @@ def _frontier_aligned(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.study.judged import to_dict
     from gqa_scaling.study.report.answers import frontier_answer
     from gqa_scaling.study.report.estimates import wide_law_tables
     from gqa_scaling.study.report.files import require_own, require_page, settled
     from gqa_scaling.study.report.forecasts import forecast_table
-    from gqa_scaling.study.report.page import WRITTEN, write_report
+    from gqa_scaling.study.report.judged import judged_tables
+    from gqa_scaling.study.report.page import WRITTEN, write_judged, write_report
     from gqa_scaling.study.report.sentences import training
+    from gqa_scaling.study.report.table import shown
     from gqa_scaling.study.report.tradeoffs import aligned_answer
 
     path = _default_page(args) if args.output is None else as_path(args.output)
@@ -415,7 +418,22 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
         require_page(args.output, path, WRITTEN)
     path = settled(path)
     require_own(path.parent, (path.name, *WRITTEN), as_path(args.source))
-    study = _answer(args, rest)
+    _serving(args)  # what cannot be is said before anything is read
+    source = _source(args, rest)
+    _asked(args, source.question)
+    try:
+        study = _answer(args, source)
+    except UserError as error:  # too few runs for a law may still be worth reading
+        judged = judged_tables(source.results)
+        if not judged:
+            raise
+        write_judged(path, source.results, source.question, str(error), command=args.command)
+        if args.json:
+            print_json({"report": str(path), "judged": to_dict(source.results)})
+            return 0
+        print_table(shown(judged, [f"no law is fitted: {error}"]))
+        print(f"report: {path}")
+        return 0
     found, answer = study.estimates, study.frontier
     if found.tokens or args.train_context is not None or args.baseline_run is not None:
         study = replace(study, aligned=_aligned(args, study.results, answer.question, found))
@@ -427,7 +445,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     for table in wide_law_tables(found):
         print_table(table, "")
     print_table(*([aligned_answer(study.aligned), ""] if study.aligned else []))
-    print_table(frontier_answer(answer))
+    print_table(frontier_answer(answer, judged_tables(study.results)))
     print(training(answer))
     if study.forecasts:
         print_table("", forecast_table(study.forecasts))

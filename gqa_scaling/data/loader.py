@@ -14,7 +14,9 @@ import grain
 import numpy as np
 
 from gqa_scaling.config import require
+from gqa_scaling.data.needles import Mixture
 from gqa_scaling.data.store import TokenStore
+from gqa_scaling.text import Needles
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,15 @@ class TrainingData:
 
     Chunk i is the `context_length` + 1 tokens from i x `context_length` on: neighbours share one
     token, so that each token is a target once in an epoch. The last short chunk is dropped. The
-    order of the chunks depends on `seed` only, not on `batch_size`.
+    order of the chunks depends on `seed` only, not on `batch_size`. `needles` are written over each
+    chunk, the same ones in every epoch.
     """
 
     store: TokenStore
     context_length: int
     batch_size: int
     seed: int
+    needles: Needles | None = None
 
     def __post_init__(self) -> None:
         name, tokens = self.store.name, self.store.train_tokens
@@ -44,6 +48,13 @@ class TrainingData:
             f"the {tokens:,} training tokens of {name} hold at context_length={self.context_length}: "
             "choose a smaller batch or a larger corpus",
         )
+        _ = self._mixture  # refuses what does not fit
+
+    @functools.cached_property
+    def _mixture(self) -> Mixture | None:
+        if self.needles is None:
+            return None
+        return Mixture(self.needles, self.store.tokenizer, self.context_length + 1)
 
     @property
     def chunks_per_epoch(self) -> int:
@@ -51,11 +62,13 @@ class TrainingData:
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
-        """Element `step` holds the chunk numbers of batch `step`; it has no end."""
+        """Element `step` holds the chunk numbers of batch `step`; it has no end that is ever met."""
         # Epoch e is shuffled by seed + e, so neighbouring seeds are first hashed apart.
         seed = int.from_bytes(hashlib.sha256(f"shuffle {self.seed}".encode()).digest()[:4])
         chunks = grain.MapDataset.range(self.chunks_per_epoch)
-        return chunks.shuffle(seed).repeat().batch(self.batch_size)
+        # Without a number of epochs the length is one that `len` cannot give for batches of one.
+        epochs = 2**62 // self.chunks_per_epoch
+        return chunks.shuffle(seed).repeat(epochs).batch(self.batch_size)
 
     def chunks(self, step: int) -> list[int]:
         """Which chunks of the training split batch `step` holds."""
@@ -97,6 +110,8 @@ class TrainingData:
         for row, chunk in enumerate(chunks[rows.start : rows.stop]):
             first = int(chunk) * self.context_length
             out[row] = self.store.tokens("train", first + time.start, first + time.stop + 1)
+            if self._mixture is not None:
+                self._mixture.over(out[row], int(chunk), time.start)
         return out
 
 

@@ -7,8 +7,16 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from gqa_scaling.config import Implementation, ModelConfig, RunConfig, UserError, require
+from gqa_scaling.config import (
+    EvaluationConfig,
+    Implementation,
+    ModelConfig,
+    RunConfig,
+    UserError,
+    require,
+)
 from gqa_scaling.devices.kernel_limits import KERNEL_PLATFORM, kernel_limit
+from gqa_scaling.fields import round_up
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -116,11 +124,37 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
     return fit[0] if fit else "blockwise"
 
 
+def judged_at(run: RunConfig, length: int, devices: int) -> RunConfig:
+    """The run as it is judged at another context length: in batches of as many tokens as one of its
+    microbatches, or of one sequence for each part of the batch axes where that is more."""
+    data, fsdp, _, _ = axis_sizes(run, devices)
+    tokens = run.batch_tokens // run.parallel.accumulation
+    rows = round_up(max(1, tokens // length), data * fsdp)
+    return replace(
+        run,
+        context_length=length,
+        batch_tokens=rows * length,
+        tokens=rows * length,
+        tokens_per_param=None,
+        evaluation=EvaluationConfig(tokens=length),
+        parallel=replace(run.parallel, accumulation=1),
+    )
+
+
 def check_layout(run: RunConfig, devices: int, platform: str) -> None:
-    """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices."""
+    """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices, also at
+    the other lengths that it is judged at."""
     try:
         axis_sizes(run, devices)
         attention_implementation(run, platform)
+        needles = run.evaluation.needles
+        for length in (*run.evaluation.contexts, *(needles.lengths if needles else ())):
+            try:
+                judged = judged_at(run, length, devices)
+                axis_sizes(judged, devices)
+                attention_implementation(judged, platform)
+            except UserError as error:
+                raise UserError(f"judged at {length} tokens: {error}") from None
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
 

@@ -20,6 +20,7 @@ from gqa_scaling.config import Question, RunConfig, UserError, require
 from gqa_scaling.experiment.grid import unique
 from gqa_scaling.experiment.learning_rates import LearningRateSweep, at_swept_rates
 from gqa_scaling.experiment.overrides import apply_overrides, parse_overrides
+from gqa_scaling.experiment.starts import parents_first, relinked, with_digest
 from gqa_scaling.fields import did_you_mean
 from gqa_scaling.files.failures import failure
 
@@ -65,16 +66,19 @@ def load_experiment(
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    declared = _declared_runs(spec, module, root)
-    changed = [apply_overrides(run, changes) for run in declared]
+    name = module.__name__.rpartition(".")[2]
+    require(bool(name), f"{spec} names no folder for its runs: rename the file")
+    declared = _declared_runs(spec, module)
+    swept = _at_swept_rates(spec, module, declared, root)
+    if changes.get("start_from"):
+        changes["start_from"] = with_digest(changes["start_from"], name, swept, root)
+    changed = relinked(declared, [apply_overrides(run, changes) for run in swept])
     # overrides may leave one run of a grid, as those of `overrides_to` do
-    runs = unique(dict.fromkeys(changed) if changes else changed)
+    runs = parents_first(unique(dict.fromkeys(changed) if changes else changed))
     question = getattr(module, "QUESTION", Question())
     is_one = isinstance(question, Question)
     require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
     about = (module.__doc__ or "").strip().split("\n")[0]
-    name = module.__name__.rpartition(".")[2]
-    require(bool(name), f"{spec} names no folder for its runs: rename the file")
     return Experiment(name, tuple(runs), question, about)
 
 
@@ -105,8 +109,8 @@ def words_of(text: str) -> list[str]:
     return words
 
 
-def _declared_runs(spec: str, module: ModuleType, root: Path | None) -> list[RunConfig]:
-    """What the module's runs() returns, each at its size's swept learning rate if it names a sweep."""
+def _declared_runs(spec: str, module: ModuleType) -> list[RunConfig]:
+    """What the module's runs() returns."""
     with _own_errors(spec):
         runs = module.runs()
     must = f"{spec}: runs() must return a list of RunConfig, not empty"
@@ -114,6 +118,13 @@ def _declared_runs(spec: str, module: ModuleType, root: Path | None) -> list[Run
     require(bool(runs), must)
     for run in runs:
         require(isinstance(run, RunConfig), f"{must}: one is {_kind(run)}")
+    return unique(runs)
+
+
+def _at_swept_rates(
+    spec: str, module: ModuleType, runs: list[RunConfig], root: Path | None
+) -> list[RunConfig]:
+    """The runs, each at its size's swept learning rate if the module names a sweep."""
     sweep = getattr(module, "LEARNING_RATES", None)
     if sweep is None:
         return runs

@@ -11,7 +11,8 @@ from gqa_scaling.fields import Json, nearest
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """{"model.n_layers": 4} from ["--model.n-layers", "4"] or ["--model.n-layers=4"].
 
-    A table that may be left out is cleared by "none": --model.pattern none. Raises UserError for an
+    A table that may be left out is cleared by "none": --model.pattern none; several numbers are
+    separated by commas: --evaluation.contexts 256,512. Raises UserError for an
     unknown field and for a value that is not of the field's type; the config itself checks the rest.
     """
     known, out = _field_types(RunConfig), {}
@@ -67,6 +68,8 @@ def _parse_value(flag: str, hint: Any, text: str) -> Any:
     if type(None) in kinds and text.lower() == "none":
         return None
     kind = kinds[0]
+    if typing.get_origin(hint) is tuple:
+        return [_parse_value(flag, kind, part) for part in text.split(",") if part.strip()]
     require(kind is not type(None), f"{flag}={text!r} must be one of none")
     try:
         return {"True": True, "False": False}[text] if kind is bool else kind(text)
@@ -89,7 +92,7 @@ def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
             if table[parent] is None:
                 needed = {"model.pattern.block", "model.pattern.local"}
                 require(
-                    needed <= changes.keys(),
+                    parent != "pattern" or needed <= changes.keys(),
                     f"{run.name} is dense: a pattern needs --model.pattern.block and "
                     "--model.pattern.local",
                 )
@@ -110,7 +113,8 @@ def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:
             continue  # said field by field; cleared as a whole
         if value is None and name in ("tokens", "tokens_per_param"):
             continue  # the other budget is set
-        text = "none" if name == "model.pattern" else str(value)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = "none" if value is None else text
         out += [f"--{name.replace('_', '-')}", text]
     return out
 

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 from orbax.checkpoint.path import atomicity
 
 from gqa_scaling.config import UserError
@@ -286,15 +287,15 @@ def _in_background(sealer: _Sealer) -> ocp.options.AsyncOptions:
 
 
 @contextmanager
-def open_checkpoints(path: Path, keep: int) -> Iterator[Checkpoints]:
-    """The checkpoints under `path`, of which the last `keep` are kept.
+def open_checkpoints(path: Path, keep: int, always: Sequence[int] = ()) -> Iterator[Checkpoints]:
+    """The checkpoints under `path`, of which the last `keep` and those of the steps `always` are kept.
 
     What an earlier process left unfinished is removed: only who holds the run's claim may open.
     """
     logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error it also raises
     sealer = _Sealer()
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(always)]),
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
         # at one stroke: no half-deleted checkpoint is ever seen (a bucket deletes 1000 files in one)

@@ -8,6 +8,8 @@
         attempts.jsonl   one line for each start: layout, versions, time
         failure.json     why it stopped, when it failed
         parameters/      the trained model
+        averaged-K/      the mean over its last states, where the evaluation asks for one
+        judged.json      parts of its evaluation as they become known, where it has several
         result.json      written last, atomically: with it the run is done
 
 Beside them lies what was said of runs before they began (`forecasts`).
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gqa_scaling.config import (
+    DIGEST_LENGTH,
     SCHEMA_VERSION,
     RunConfig,
     UserError,
@@ -51,9 +54,15 @@ State = Literal["done", "running", "stale", "failed", "pending", "damaged"]
 # What must be in the files, as far as anything reads it.
 _ATTEMPT: Shape = {"began": float, "first_step": int, "layout": {"device": str}}
 _LINE: Shape = {"step": int}  # further fields whose names hold a / are numbers
+_FURTHER: Shape = {
+    "loss_by_context?": {"*": float},
+    "needles?": {"form": str, "trials": int, "depths": [float], "accuracy": {"*": [float]}},
+}
 _RESULT: Shape = {
     "result": {
-        "evaluations": {"*": {"loss": float, "hash?": str, "loss_by_position?": [float]}},
+        "evaluations": {
+            "*": {"loss": float, "hash?": str, "loss_by_position?": [float], **_FURTHER}
+        },
         "data?": {"tokenizer_hash?": str, "corpus_hash?": str, "store_hash?": str},
         "epochs?": (float,),
         "versions?": (dict,),
@@ -134,7 +143,12 @@ class RunDirectory:
         self.attempts_file = self.path / "attempts.jsonl"
         self.failure_file = self.path / "failure.json"
         self.parameters = self.path / "parameters"
+        self.judged_file = self.path / "judged.json"
         self.result_file = self.path / "result.json"
+
+    def averaged(self, run: RunConfig) -> Path:
+        """Where the mean over the run's last states lies, as many as its evaluation asks for."""
+        return self.path / f"averaged-{run.evaluation.average}-every-{run.checkpoint.every_steps}"
 
     def result(self) -> dict[str, Any] | None:
         """The whole result file, or None while the run is unfinished."""
@@ -166,6 +180,10 @@ class RunDirectory:
             return RunConfig.from_dict(stored["config"])
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from None
+
+    def data(self) -> dict[str, Any]:
+        """What is known of the tokens that the run was begun with."""
+        return self._stored()["data"]
 
     def begin(self, config: RunConfig, data: dict[str, Any]) -> None:
         """Create the directory, or check that the one there was made from the same run and data.
@@ -259,6 +277,12 @@ class RunDirectory:
         write_json(self.result_file, whole)
         self.clean()
 
+    def forget_judgements(self) -> None:
+        """Drop what was kept of evaluations of other parameters."""
+        self.judged_file.unlink(missing_ok=True)
+        for folder in self.path.glob("averaged-*"):
+            remove_folder(folder)
+
     def clean(self) -> None:
         """Drop what a finished run does not need; a kill since its result was written left it."""
         if self.checkpoints.exists():
@@ -278,6 +302,16 @@ def runs_root(named: str | None = None) -> Path:
     if not is_remote(root):
         require_folder(root)
     return root
+
+
+def parent_directory(directory: RunDirectory, run: RunConfig) -> RunDirectory | None:
+    """The directory of the run that a run starts from, below the same root; None without one."""
+    if run.start_from is None:
+        return None
+    experiment, _, name = run.start_from.rpartition("/")
+    folder = directory.path.parent.parent / experiment
+    found = sorted(folder.glob(f"*{run.start_from[-DIGEST_LENGTH:]}"))
+    return RunDirectory(found[0] if found else folder / name)
 
 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:

@@ -29,6 +29,7 @@ from gqa_scaling.experiment.ladder import MOST_PARAMETERS
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.files.storage import as_path, is_remote
 from gqa_scaling.study.counting import count_of, formula, require_counts
+from gqa_scaling.study.judged import judged_of
 from gqa_scaling.study.results import COUNTS, PATTERN_COLUMNS, Results, check, listed, table
 
 
@@ -85,7 +86,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     Raises UserError for a damaged file, a loss that is not a number, or runs that cannot be
     compared.
     """
-    finished, rows, missing = [], [], []
+    finished, rows, missing, further = [], [], [], {}
     for run in runs:
         directory = run_directory(root, experiment, run)
         where, whole = f"{directory.result_file}: run {run.name}", directory.result()
@@ -95,6 +96,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
             continue
         finished.append((run, whole))
         rows.append(_finished(run, whole["result"], judged, where))
+        further[run.name] = judged_of(judged)
     require(
         bool(rows),
         f"no finished runs under {as_path(root) / experiment}"
@@ -108,6 +110,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         provenance=_provenance(experiment, finished),
         template=_template([run for run, _ in finished], experiment),
         positions={row["name"]: row["positions"] for row in rows if row["positions"]},
+        judged=further,
     )
     return check(found)
 

@@ -66,7 +66,8 @@ class Results:
     unknown hashes. `pattern` holds the `ContextSharding` of each run, None for dense ones.
     `missing` names runs that were asked for and have no result; `template` is the
     model of one of our runs, whose architecture all of them share; `positions` holds, by name, the
-    losses in nats of equal parts of the context, where a run's evaluation has told them apart;
+    losses in nats of equal parts of the context, where a run's evaluation has told them apart, and
+    `judged` what else each run was judged by (a `judged.Judged`);
     `left_out` says which runs were left out on request.
     """
 
@@ -95,6 +96,7 @@ class Results:
     template: ModelConfig | None = None
     positions: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     left_out: str = ""
+    judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.loss)

@@ -132,9 +132,10 @@ def _tiles(head: HeadPattern | None, run: RunConfig) -> float:
 
 def checkpoint_bytes(run: RunConfig) -> int:
     """Disk that a run needs while it trains: its checkpoints, fp32 parameters and moments."""
-    return (run.checkpoint.keep + 1) * 12 * parameters(run.model).total
+    states = run.checkpoint.keep + run.evaluation.average
+    return states * 12 * parameters(run.model).total
 
 
 def finished_bytes(run: RunConfig) -> int:
-    """Disk that a finished run keeps: fp32 parameters."""
-    return 4 * parameters(run.model).total
+    """Disk that a finished run keeps: fp32 parameters, and the mean over its last states if asked."""
+    return (4 if run.evaluation.average == 1 else 8) * parameters(run.model).total

@@ -7,6 +7,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import MAX_EPOCHS, MOST_DEVICES, RunConfig, UserError, require
 from gqa_scaling.devices.layout import attention_implementation, axis_sizes
 from gqa_scaling.experiment.load import Experiment
+from gqa_scaling.experiment.starts import check_start, parent_of
 from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.sweep import memory
@@ -137,8 +138,12 @@ def make_plan(
     require(devices > 0, f"devices={devices} must be greater than 0")
     require(devices <= MOST_DEVICES, f"devices={devices} must be at most {MOST_DEVICES:,}")
     for run in experiment.runs:
+        parent = parent_of(run, experiment.runs)
+        if parent is not None:
+            check_start(run, parent)
         check_steps(run)
         check_profile(run)
+        check_average(run)
         reason = layout_refusal(run, devices, hardware.platform)
         other = "plan for other devices with --hardware NAME --devices N"
         require(not reason, f"{run.name}: {reason}; {other}")
@@ -179,6 +184,18 @@ def check_profile(run: RunConfig) -> None:
         run.profiled_steps.stop <= steps + 1,
         f"{run.name}: profile={run.profile!r} ends after its last step {steps:,}; name earlier steps, "
         "or the runs with --only",
+    )
+
+
+def check_average(run: RunConfig) -> None:
+    """Refuse to average over more states than the run saves."""
+    count, every = run.evaluation.average, run.checkpoint.every_steps
+    steps = costs.training_steps(run)
+    saved = (steps - 1) // every + 1
+    require(
+        count <= saved,
+        f"{run.name}: evaluation.average={count} must be at most {saved}: of {steps:,} steps a state is "
+        f"saved every checkpoint.every_steps={every:,} and after the last",
     )
 
 

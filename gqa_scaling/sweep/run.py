@@ -14,12 +14,13 @@ from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.devices.layout import check_layout
 from gqa_scaling.experiment.load import Experiment
+from gqa_scaling.experiment.starts import check_starts, parent_of, require_parent
 from gqa_scaling.files.claims import claim, waited_for
 from gqa_scaling.files.failures import failure
-from gqa_scaling.files.runs import RunDirectory, run_directory
+from gqa_scaling.files.runs import RunDirectory, parent_directory, run_directory
 from gqa_scaling.files.storage import cache_folder, check_writable, is_remote, make_folder
 from gqa_scaling.sweep import memory
-from gqa_scaling.sweep.plan import check_epochs, check_profile, check_steps
+from gqa_scaling.sweep.plan import check_average, check_epochs, check_profile, check_steps
 from gqa_scaling.units import byte_size
 
 LONGEST_PAUSE = 32  # seconds between two looks at runs in a bucket that others are at
@@ -75,10 +76,12 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
     import jax
 
     from gqa_scaling.data.loader import heldout_chunks
+    from gqa_scaling.data.needles import needle_prompt
     from gqa_scaling.devices.processes import is_leader, require_platform
     from gqa_scaling.training.loop import check_data
 
     require_platform()
+    check_starts(experiment.runs, experiment.name, root)
     stores: dict[str, TokenStore] = {}
     need = 0
     for run in experiment.runs:
@@ -94,7 +97,17 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         heldout_chunks(
             stores[path], run.context_length, run.evaluation.tokens, run.evaluation_context
         )
-        if run_directory(root, experiment.name, run).state() != "done":
+        check_average(run)
+        task = run.evaluation.needles
+        if task is not None:
+            for length in task.lengths or (run.context_length,):
+                needle_prompt(stores[path], length, 0.0, task.form, task.seed, 0)
+        directory = run_directory(root, experiment.name, run)
+        parent = parent_directory(directory, run)
+        if parent is not None and parent_of(run, experiment.runs) is None:
+            require_parent(run, parent, stores[path].describe()["tokenizer_hash"])
+        _require_average(run, directory)
+        if directory.state() != "done":
             need = max(need, memory.checkpoint_bytes(run) + memory.finished_bytes(run))
     if is_remote(root):
         if is_leader():
@@ -108,6 +121,17 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         "checkpoints; make room or set GQA_SCALING_RUNS",
     )
     return stores
+
+
+def _require_average(run: RunConfig, directory: RunDirectory) -> None:
+    """Refuse to judge the mean of states that are gone: checkpoints go when a run is finished."""
+    result = directory.result() if run.evaluation.average > 1 else None
+    require(
+        result is None or _is_judged(run, result) or directory.averaged(run).exists(),
+        f"{run.name} is finished and its checkpoints are removed: evaluation.average="
+        f"{run.evaluation.average} can be asked for only before; judge it with "
+        "--evaluation.average 1, or train it anew under another --root",
+    )
 
 
 def run_sweep(experiment: Experiment, root: Path) -> Outcome:
@@ -133,6 +157,15 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             _stop_if_told(run)
             directory = run_directory(root, experiment.name, run)
             leads = processes.is_leader()
+            waits = processes.leaders(_waits(run, directory)) if run.start_from else _Waits.NO
+            if waits == _Waits.IN_VAIN:
+                failed += 1
+                if leads:
+                    print(f"{run.name} is left out: {run.start_from} failed", file=sys.stderr)
+                continue
+            if waits == _Waits.YES:
+                elsewhere.append(run)
+                continue
             with claim(directory.claim_file) if leads else nullcontext(False) as mine:
                 if not processes.leaders(mine):
                     elsewhere.append(run)
@@ -149,6 +182,21 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             _stop_if_told(left[0])
             time.sleep(1)
     return Outcome(done, failed)
+
+
+class _Waits(enum.IntEnum):
+    """Whether a run waits for the one whose parameters it starts from."""
+
+    NO = 0
+    YES = 1
+    IN_VAIN = 2  # that one failed
+
+
+def _waits(run: RunConfig, directory: RunDirectory) -> _Waits:
+    parent = parent_directory(directory, run)
+    if parent is None or directory.result_file.exists() or parent.result_file.exists():
+        return _Waits.NO
+    return _Waits.IN_VAIN if parent.failure_file.exists() else _Waits.YES
 
 
 def _announce_holder(run: RunConfig, directory: RunDirectory, announced: set[str]) -> None:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -17,9 +17,21 @@ from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
 from gqa_scaling.devices.layout import zigzag
 from gqa_scaling.devices.mesh import BatchLayout
 from gqa_scaling.model.loss import per_position_nll
-from gqa_scaling.training.setup import Setup
+from gqa_scaling.text import NeedleForm
+from gqa_scaling.training.setup import Setup, at_length
 
 POSITION_PARTS = 32  # of the context, for which losses are told apart
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which share of needles was found: for each length of the text one `accuracy` for each of the
+    `depths`, over `trials` prompts."""
+
+    form: NeedleForm
+    trials: int
+    depths: tuple[float, ...]
+    accuracy: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Evaluation:
     """Loss on the evaluation stream, whose hash tells which targets these were.
 
     `loss_by_position` are means over parts of the context, as equal as can be, first positions first.
+    `loss_by_context` are losses on the same targets with the text cut into other context lengths.
     """
 
     loss: float
@@ -35,17 +48,29 @@ class Evaluation:
     hash: str
     context_length: int
     loss_by_position: tuple[float, ...] = ()
+    loss_by_context: dict[str, float] | None = None
+    needles: Found | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As result.json has it: what was not asked for is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def evaluator(setup: Setup, store: TokenStore) -> Callable[[Any], Evaluation]:
+def evaluator(
+    setup: Setup, store: TokenStore, context: int | None = None
+) -> Callable[[Any], Evaluation]:
     """A function from parameters to the loss on the run's evaluation stream, compiled once.
 
-    Each target counts once. Batches are as large as a training microbatch, the last one filled up
+    The stream is cut into the run's context length, or into another `context`: the same targets,
+    each counted once. Batches are as large as a training microbatch, the last one filled up
     with a repeated row that is not counted. Sums are taken on the host in float64, in order.
     """
-    run, mesh, longest = setup.run, setup.mesh, setup.run.evaluation_context
-    chunks = heldout_chunks(store, run.context_length, run.evaluation.tokens, longest)
-    stream = evaluation_hash(store, run.evaluation.tokens, longest)
+    judged, mesh, longest = setup.run.evaluation, setup.mesh, setup.run.evaluation_context
+    if context is not None:
+        setup = at_length(setup, context)
+    run = setup.run
+    chunks = heldout_chunks(store, run.context_length, judged.tokens, longest)
+    stream = evaluation_hash(store, judged.tokens, longest)
     rows = run.batch_size // run.parallel.accumulation  # a batch this size is known to fit
     targets = len(chunks) * run.context_length
 

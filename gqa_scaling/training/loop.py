@@ -31,14 +31,21 @@ from gqa_scaling.files.checkpoint import (
     save_parameters,
 )
 from gqa_scaling.files.checksums import is_saved
-from gqa_scaling.files.runs import RunDirectory
+from gqa_scaling.files.runs import RunDirectory, parent_directory
+from gqa_scaling.training.averaging import averaged_steps, parameters_to_judge
 from gqa_scaling.training.evaluation import Evaluation, evaluator
+from gqa_scaling.training.judging import judge
 from gqa_scaling.training.monitor import History, Monitor, NonFiniteLoss, saved_history
 from gqa_scaling.training.profiler import Profiler
 from gqa_scaling.training.setup import Setup, set_up
 from gqa_scaling.training.speed import Speed
-from gqa_scaling.training.step import abstract_state, initial_state, train_step
-from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
+from gqa_scaling.training.step import State, abstract_state, initial_state, train_step
+from gqa_scaling.training.telemetry import (
+    FINAL_METRICS,
+    Telemetry,
+    write_further,
+    write_hparams,
+)
 
 
 def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
@@ -48,7 +55,7 @@ def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
         f"{run.name}: vocab_size={run.model.vocab_size} must be at least the tokenizer's "
         f"{store.vocab_size}",
     )
-    return TrainingData(store, run.context_length, run.batch_size, run.seed)
+    return TrainingData(store, run.context_length, run.batch_size, run.seed, run.data.needles)
 
 
 def train(
@@ -81,16 +88,21 @@ def train(
             position = position_of(directory.parameters)
             history = saved_history(setup, directory, setup.steps, position)
         else:
-            with open_checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
+            keep, always = run.checkpoint.keep, averaged_steps(run)
+            with open_checkpoints(directory.checkpoints, keep, always) as checkpoints:
                 attempt = _Attempt(setup, directory, data, checkpoints, evaluate, clock)
                 parameters, history = attempt.train(began)
             position = _position(run, setup.steps, history)
+            if processes.is_leader():
+                directory.forget_judgements()  # of a model that was trained here before
             save_parameters(directory.parameters, parameters, position)
-        value = evaluate(parameters)
+        parameters = parameters_to_judge(setup, directory, parameters)
+        value = judge(setup, store, directory, evaluate, parameters)
     require_finite(value)
     if processes.is_leader():
         metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
         write_hparams(directory, setup, metrics)
+        write_further(directory, value)
         result = _result(setup, store, history, value)
         directory.finish(result, _timing(setup, directory))
     processes.wait_for_all("result")
@@ -104,11 +116,14 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     directory.require_same_data(whole["result"].get("data", {}), store.describe())
     setup = set_up(run)
     with jax.set_mesh(setup.mesh):
-        parameters = load_parameters(directory.parameters, setup.parameters)
-        value = evaluator(setup, store)(parameters)
+        averaged = run.evaluation.average > 1
+        saved = directory.averaged(run) if averaged else directory.parameters
+        parameters = load_parameters(saved, setup.parameters)
+        value = judge(setup, store, directory, evaluator(setup, store), parameters)
     require_finite(value)
     if processes.is_leader():
-        whole["result"]["evaluations"][run.evaluation_digest] = dataclasses.asdict(value)
+        write_further(directory, value)
+        whole["result"]["evaluations"][run.evaluation_digest] = value.to_dict()
         directory.finish(whole["result"], whole.get("timing") or {})
     processes.wait_for_all("result")
 
@@ -117,6 +132,21 @@ def require_finite(value: Evaluation) -> None:
     """Raise NonFiniteLoss for an evaluation that is no number; results are JSON."""
     if not math.isfinite(value.loss):
         raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
+
+
+def first_state(setup: Setup, directory: RunDirectory) -> State:
+    """The state before the first step, sharded: fresh, or with the parameters of the run that this
+    one starts from. Raises UserError where that is not finished or its parameters are damaged."""
+    parent = parent_directory(directory, setup.run)
+    if parent is None:
+        return parallel.create_sharded(functools.partial(initial_state, setup), setup.mesh)
+    require(
+        parent.result_file.exists(),
+        f"{setup.run.name} starts from {setup.run.start_from}, and {parent.path} is not finished: "
+        "train that run first",
+    )
+    parameters = load_parameters(parent.parameters, setup.parameters)
+    return parameters, parallel.create_sharded(lambda: initial_state(setup)[1], setup.mesh)
 
 
 # --------------------------------------------------------------------------------- the steps
@@ -160,8 +190,7 @@ class _Attempt:
         setup, directory = self.setup, self.directory
         found = self.checkpoints.restore_latest(abstract_state(setup))
         if found is None:
-            state = parallel.create_sharded(functools.partial(initial_state, setup), setup.mesh)
-            return Restored(0, state, {}, ()), History()
+            return Restored(0, first_state(setup, directory), {}, ()), History()
         digest, expected = found.position["digest"], setup.run.digest
         require(
             digest == expected, f"{directory.checkpoints} holds digest {digest}, not {expected}"
@@ -222,13 +251,11 @@ def _position(run: RunConfig, step: int, history: History) -> dict[str, Any]:
 def _result(setup: Setup, store: TokenStore, history: History, value: Evaluation) -> dict[str, Any]:
     """What the run is worth; equal to the byte however often it was interrupted."""
     run = setup.run
-    config = dataclasses.replace(run, profile="").to_dict()  # tracing changes no result
-    del config["max_spike_steps"]  # nor does a limit that was not reached
     parameters = costs.parameters(run.model)
     return {
         "name": run.name,
         "digest": run.digest,
-        "config": config,
+        "config": _recorded(run),
         "n_exact": parameters.non_embedding,
         "n_total": parameters.total,
         "tokens": setup.tokens,
@@ -238,10 +265,27 @@ def _result(setup: Setup, store: TokenStore, history: History, value: Evaluation
         "train_loss": history.train_loss,
         "skipped_steps": history.skipped_steps,
         "data": store.describe(),
-        "evaluations": {run.evaluation_digest: dataclasses.asdict(value)},
+        "evaluations": {run.evaluation_digest: value.to_dict()},
         "versions": versions(),
         "layout": setup.layout,
     }
+
+
+def _recorded(run: RunConfig) -> dict[str, Any]:
+    """The config as a result has it, without what changes no result."""
+    config = run.to_dict() | {"profile": ""}  # tracing does not
+    del config["max_spike_steps"]  # nor does a limit that was not reached
+    later: list[tuple[dict[str, Any], str, Any]] = [
+        (config, "start_from", None),
+        (config["data"], "needles", None),
+        (config["evaluation"], "contexts", ()),
+        (config["evaluation"], "needles", None),
+        (config["evaluation"], "average", 1),
+    ]
+    for table, name, default in later:  # fields that came later: without them a result is as before
+        if table[name] == default:
+            del table[name]
+    return config
 
 
 def _timing(setup: Setup, directory: RunDirectory) -> dict[str, float]:

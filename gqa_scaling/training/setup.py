@@ -1,7 +1,7 @@
 """What follows from a run's config and the devices it is on, worked out once and passed down."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from gqa_scaling.config import Implementation, RunConfig
 from gqa_scaling.costs import training_steps
 from gqa_scaling.devices import mesh as parallel
-from gqa_scaling.devices.layout import attention_implementation
+from gqa_scaling.devices.layout import attention_implementation, judged_at
 from gqa_scaling.hardware import cores
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.optimizer import learning_rate_schedule, make_optimizer
@@ -70,3 +70,10 @@ def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup
         graph=graph,
         parameters=parallel.abstract(shapes, mesh),
     )
+
+
+def at_length(setup: Setup, length: int) -> Setup:
+    """The setup of a run that is judged, not trained, at another context length."""
+    run = judged_at(setup.run, length, setup.mesh.size)
+    platform = setup.mesh.devices.flat[0].platform
+    return replace(setup, run=run, attention=attention_implementation(run, platform))

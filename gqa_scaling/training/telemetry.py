@@ -17,6 +17,7 @@ from gqa_scaling.costs import n_exact
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import SCHEMES, GrowingFile, as_path, is_remote
+from gqa_scaling.training.evaluation import Evaluation
 from gqa_scaling.training.setup import Setup
 
 FLUSH_SECONDS = 5.0
@@ -147,6 +148,21 @@ def write_hparams(directory: RunDirectory, setup: Setup, metrics: Mapping[str, f
     for summary in hparams(_hyperparameters(setup), dict(metrics)):
         board.summary(summary)
     board.scalars(setup.steps, metrics)
+    board.close()
+
+
+def write_further(directory: RunDirectory, value: Evaluation) -> None:
+    """Write what else a model was judged by, if anything: losses by context, with the context for
+    their step; accuracies of needles, a curve for each length with the depth in percent."""
+    if value.loss_by_context is None and value.needles is None:
+        return
+    board = TensorBoard(directory)
+    for context, loss in (value.loss_by_context or {}).items():
+        board.scalars(int(context), {"evaluation/loss_by_context": loss})
+    if value.needles is not None:
+        for length, shares in value.needles.accuracy.items():
+            for depth, share in zip(value.needles.depths, shares, strict=True):
+                board.scalars(round(100 * depth), {f"needles/accuracy_at_{length}_tokens": share})
     board.close()
 
 

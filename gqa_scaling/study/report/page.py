@@ -10,25 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from gqa_scaling import __version__
-from gqa_scaling.config import UserError, require
+from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.frontier import Frontier
+from gqa_scaling.study.judged import to_dict
 from gqa_scaling.study.report import answers, estimates, tradeoffs
 from gqa_scaling.study.report.assumptions import sensitivity_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
 from gqa_scaling.study.report.forecasts import forecast_table
-from gqa_scaling.study.report.pictures import PICTURES, all_figures, rendered
+from gqa_scaling.study.report.judged import judged_tables, needle_maps
+from gqa_scaling.study.report.pictures import NEEDLES, PICTURES, all_figures, rendered
 from gqa_scaling.study.report.sentences import model_text, sentence
 from gqa_scaling.study.report.table import Column, Table
 from gqa_scaling.study.report.tensorboard import events_file
-from gqa_scaling.study.results import Results, pair
+from gqa_scaling.study.results import Results, flags, pair
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
 
 DATA = (
+    "judged",
     "fit",
     "frontier",
     "context_law",
@@ -74,8 +77,44 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     data |= {"forecasts": study.forecasts.to_dict()} if study.forecasts else {}
     data |= {"sparsity": study.sparsity.to_dict()} if study.sparsity else {}
     data |= {"sensitivity": study.sensitivity.to_dict()} if study.sensitivity else {}
+    data |= {"judged": judged} if (judged := to_dict(study.results)) else {}
     written |= {f"{name}.json": _json(value) for name, value in data.items()}
     written[path.name] = page(study, told, command).encode()
+    write_files(path.parent, written)
+    return path
+
+
+def write_judged(
+    path: Path | str, results: Results, question: Question, reason: str, command: str = ""
+) -> Path:
+    """The page of runs that no law can be fitted to, for this reason: what each was judged by.
+
+    Otherwise as `write_report`.
+    """
+    path, figure = settled(as_path(path)), needle_maps(results)
+    written = {"results.csv": results_csv(results).encode()}
+    written["judged.json"] = _json(to_dict(results))
+    images, pictures = {}, []
+    if figure is not None:
+        svg, images["needles"] = rendered(figure)
+        written |= {"figures/needles.svg": svg, "figures/needles.png": images["needles"]}
+        pictures.append(_picture(svg, NEEDLES))
+    told: list[Section] = [
+        ("What they were judged by", [*judged_tables(results), *pictures]),
+        ("Every run", [runs_table(results)]),
+    ]
+    now, events = events_file(images, {heading: _markdown(parts) for heading, parts in told})
+    written[TENSORBOARD + now] = events
+    text = _filled(
+        title=results.source,
+        asked="What are these models worth?",
+        demonstration=question.demonstration,
+        answer=f"No law is fitted to these runs, and none is the cheapest: {reason}.",
+        flags=flags(results),
+        told=told,
+        command=command,
+    )
+    written[path.name] = text.encode()
     write_files(path.parent, written)
     return path
 
@@ -99,27 +138,45 @@ Section = tuple[str, Sequence[Table | str]]  # a heading, then tables and HTML
 
 
 def page(study: Study, told: Iterable[Section], command: str) -> str:
-    """The HTML text around the sections."""
-    frontier, contexts = (
-        study.frontier,
-        ", ".join(f"{c:,}" for c in study.frontier.question.contexts),
+    """The HTML text around the sections of a study."""
+    frontier = study.frontier
+    contexts = ", ".join(f"{c:,}" for c in frontier.question.contexts)
+    return _filled(
+        title=study.results.source,
+        asked=f"Which head configuration reaches a loss at {contexts} tokens of context for the "
+        f"least {'hardware-aware cost ' if frontier.objective == 'z' else ''}"
+        f"{OBJECTIVES[frontier.objective]}?",
+        demonstration=frontier.question.demonstration,
+        answer=sentence(frontier),
+        flags=frontier.flags,
+        told=told,
+        command=command,
     )
+
+
+def _filled(
+    *,
+    title: str,
+    asked: str,
+    demonstration: bool,
+    answer: str,
+    flags: Iterable[str],
+    told: Iterable[Section],
+    command: str,
+) -> str:
+    """The template with these texts in it."""
     template = resources.files(__package__) / "page.html"
-    demonstration = (
+    label = (
         '<p><span class="demo">demonstration</span> These models are too small and too few to decide '
         "anything by.</p>"
     )
-    flags = "".join(f"<li>{html.escape(flag)}</li>" for flag in frontier.flags)
+    known = "".join(f"<li>{html.escape(flag)}</li>" for flag in flags)
     return string.Template(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"Cost-optimal GQA: {study.results.source}"),
-        question=html.escape(
-            f"Which head configuration reaches a loss at {contexts} tokens of context for the "
-            f"least {'hardware-aware cost ' if frontier.objective == 'z' else ''}"
-            f"{OBJECTIVES[frontier.objective]}?"
-        ),
-        label=demonstration if frontier.question.demonstration else "",
-        answer=html.escape(sentence(frontier)),
-        flags=f'<div class="flags"><b>Read with care</b><ul>{flags}</ul></div>' if flags else "",
+        title=html.escape(f"Cost-optimal GQA: {title}"),
+        question=html.escape(asked),
+        label=label if demonstration else "",
+        answer=html.escape(answer),
+        flags=f'<div class="flags"><b>Read with care</b><ul>{known}</ul></div>' if known else "",
         sections="\n".join(
             f"<h2>{html.escape(heading)}</h2>\n" + "\n".join(map(_html, parts))
             for heading, parts in told
@@ -173,6 +230,7 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
             *(tradeoffs.aligned_tables(aligned) if aligned else []),
         ],
     )
+    yield "What else they were judged by", [*judged_tables(study.results), *shown("needles")]
     yield (
         "The loss curves",
         [

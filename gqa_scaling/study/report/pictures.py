@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.report.decision_pictures import gains, heat_map, probabilities, savings
 from gqa_scaling.study.report.drawing import DPI, styled
+from gqa_scaling.study.report.judged import needle_maps
 from gqa_scaling.study.report.loss_pictures import (
     forecast_errors,
     loss_against_costs,
@@ -21,6 +22,7 @@ from gqa_scaling.study.report.loss_pictures import (
 )
 from gqa_scaling.study.study import Study
 
+NEEDLES = "Which needles each model finds, by the length of the text and the needle's depth in it."
 # By file name: what draws it, or None where this study has nothing to show, and its caption.
 PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     "loss_curves": (
@@ -65,6 +67,7 @@ PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
         "What came of the forecasts: each run's loss against what was sealed before it began.",
     ),
     "residuals": (lambda s: residuals(s.fit), "What the curves leave unexplained."),
+    "needles": (lambda s: needle_maps(s.results), NEEDLES),
 }
 
 

@@ -1,0 +1,77 @@
+"""What runs were judged by beside their loss: other contexts, and needles by length and depth."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gqa_scaling.study.results import Heads, Results
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of one run: bits per byte, the loss in nats of the same targets at other context lengths, and
+    the share of needles found, for each length one value for each of the `depths` (0 the beginning
+    of the text, 1 its end). Empty where it was not asked for, NaN for unknown bits."""
+
+    bits_per_byte: float
+    losses: dict[int, float]
+    depths: tuple[float, ...]
+    accuracy: dict[int, tuple[float, ...]]
+    form: str = ""
+
+    @property
+    def further(self) -> bool:
+        """Whether there is more than a loss and its bits."""
+        return bool(self.losses or self.accuracy)
+
+    def found(self, length: int) -> float:
+        """The share of needles found in texts of a length, a mean over depths; NaN without one."""
+        return float(np.mean(self.accuracy[length])) if length in self.accuracy else float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run with what it was judged by."""
+
+    name: str
+    heads: Heads
+    context_length: int
+    loss: float
+    judged: Judged
+
+
+def judged_of(evaluation: dict[str, Any]) -> Judged:
+    """What an evaluation of a result.json holds; its shape was checked when it was read."""
+    needles = evaluation.get("needles") or {"depths": (), "accuracy": {}, "form": ""}
+    return Judged(
+        bits_per_byte=float(evaluation.get("bits_per_byte") or "nan"),
+        losses={int(k): v for k, v in (evaluation.get("loss_by_context") or {}).items()},
+        depths=tuple(needles["depths"]),
+        accuracy={int(k): tuple(v) for k, v in needles["accuracy"].items()},
+        form=needles["form"],
+    )
+
+
+def judged_rows(results: Results) -> list[Row]:
+    """The runs that were judged by more than a loss, in their order."""
+    return [
+        Row(name, heads, int(context), float(loss), results.judged[name])
+        for name, heads, context, loss in zip(
+            map(str, results.name),
+            results.heads,
+            results.context_length,
+            results.loss,
+            strict=True,
+        )
+        if name in results.judged and results.judged[name].further
+    ]
+
+
+def to_dict(results: Results) -> list[dict[str, Any]]:
+    """Every such run, ready for JSON."""
+    return [
+        {"name": row.name, "context_length": row.context_length, "loss": row.loss}
+        | asdict(row.judged)
+        for row in judged_rows(results)
+    ]

@@ -1,0 +1,102 @@
+"""The tables and the picture of what models were judged by beside their loss."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gqa_scaling.study.judged import Row, judged_rows
+from gqa_scaling.study.report import drawing as draw
+from gqa_scaling.study.report.table import Column, Table, percent
+from gqa_scaling.study.results import Results, pair
+
+
+def judged_tables(results: Results) -> list[Table]:
+    """Losses by context, then needles; none where no run was judged by either."""
+    rows = judged_rows(results)
+    contexts = sorted({c for row in rows for c in row.judged.losses})
+    lengths = sorted({n for row in rows for n in row.judged.accuracy})
+    return [
+        *([_contexts_table(rows, contexts)] if contexts else []),
+        *([_needles_table(rows, lengths)] if lengths else []),
+    ]
+
+
+def _named() -> list[Column]:
+    return [
+        Column("run", lambda row: row.name),
+        Column("heads, KV", lambda row: pair(row.heads), spare=1),
+        Column("trained at", lambda row: f"{row.context_length:,}", "tokens", spare=2),
+    ]
+
+
+def _contexts_table(rows: Sequence[Row], contexts: Sequence[int]) -> Table:
+    def at(context: int) -> Callable[[Row], str]:
+        return lambda row: _known(row.judged.losses.get(context, math.nan))
+
+    return Table(
+        "Loss by context: the same held-out targets with less text before them",
+        [
+            *_named(),
+            Column("loss", lambda row: _known(row.loss), "nats"),
+            Column("bits\nper byte", lambda row: _known(row.judged.bits_per_byte), spare=3),
+            *(Column(f"at {context:,}", at(context), "nats") for context in contexts),
+        ],
+        [row for row in rows if row.judged.losses],
+        about="Loss in nats per token. The text is cut into pieces of each length; a token sees only "
+        "what stands before it in its piece.",
+    )
+
+
+def _known(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
+
+
+def _needles_table(rows: Sequence[Row], lengths: Sequence[int]) -> Table:
+    def at(length: int) -> Callable[[Row], str]:
+        return lambda row: percent(row.judged.found(length), 0)
+
+    return Table(
+        "Needles found, by the length of the text",
+        [
+            *_named(),
+            Column("form", lambda row: row.judged.form, spare=3),
+            *(Column(f"{length:,}", at(length), "tokens") for length in lengths),
+        ],
+        [row for row in rows if row.judged.accuracy],
+        about="Share of prompts whose whole answer is the model's greedy choice, a mean over the "
+        "depths of the needle in the text.",
+    )
+
+
+@draw.styled
+def needle_maps(results: Results) -> Figure | None:
+    """Needles found by length and depth, a map for each run; None where none was asked for one."""
+    rows = [row for row in judged_rows(results) if row.judged.accuracy]
+    if not rows:
+        return None
+    columns = min(4, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(0.6 + 2.3 * columns, 0.9 + 1.9 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    images = []
+    for axis, row in zip(axes.flat, rows, strict=False):
+        lengths = sorted(row.judged.accuracy)
+        share = 100 * np.array([row.judged.accuracy[length] for length in lengths]).T
+        images.append(axis.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=100))
+        for (i, j), value in np.ndenumerate(share):
+            ink = "black" if value > 50 else "white"
+            axis.text(j, i, f"{value:.0f}", fontsize=8, color=ink, **draw.CENTRED)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axis.set_yticks(range(len(row.judged.depths)), [f"{d:.0%}" for d in row.judged.depths])
+        axis.grid(False)
+        axis.set_title(row.name, fontsize=8.5)
+    for axis in axes.flat[len(rows) :]:
+        axis.set_visible(False)
+    figure.supxlabel("length of the text (tokens)", fontsize=9.5)
+    figure.supylabel("depth of the needle", fontsize=9.5)
+    bar = figure.colorbar(images[0], ax=axes, pad=0.01)
+    bar.set_label("needles found (%)")
+    bar.outline.set_visible(False)
+    return figure
