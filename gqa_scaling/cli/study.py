@@ -10,7 +10,7 @@ from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_tab
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law, is_experiment
+from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Law, is_experiment
 
 if TYPE_CHECKING:
     from gqa_scaling.study.equal_training import EqualTraining
@@ -34,13 +34,6 @@ def _add_source(parser: argparse.ArgumentParser, what: str = SOURCES) -> None:
         default="separate",
         help="a curve for each head configuration (default), or a joint law across them",
     )
-    add(
-        "--bootstrap",
-        choices=get_args(Bootstrap),
-        default="shared",
-        help="how refits are drawn; shared also draws errors common to all models of one size",
-    )
-    add("--robust", action="store_true", help="give spoiled runs less weight")
     add("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
     add("--context", type=int, help="fit the runs of this training context length")
 
@@ -137,7 +130,7 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
 def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
     from gqa_scaling.study.estimates import estimate
 
-    options = ("law", "bootstrap", "robust", "refits", "flat_from", "at_tokens")
+    options = ("law", "refits", "flat_from", "at_tokens")
     known = {name: getattr(args, name, None) for name in options}
     given = {name: value for name, value in known.items() if value is not None}
     return estimate(results, context_length=args.context, **given)

@@ -9,11 +9,12 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import fdtrc
 
 from gqa_scaling.config import require
-from gqa_scaling.study.fitted import SUSPICIOUS, plain
+from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.frontier import default_baseline
+from gqa_scaling.study.misfit import SUSPICIOUS
 from gqa_scaling.study.points import Interval, labels, ranks, size_labels
 from gqa_scaling.study.results import Heads, Results, pair
 from gqa_scaling.study.uncertainty import LEVEL
@@ -157,7 +158,7 @@ def flatness(
     if movement is None:
         why = f"the baseline {pair(base)} shares no size with others at two of these lengths"
         return Flatness(since, lengths, base, why)
-    p_value = float(stats.f.sf(ratio, *dof))
+    p_value = float(fdtrc(*dof, ratio))
     return Flatness(since, lengths, base, "", float(ratio), dof, p_value, movement)
 
 
