@@ -155,7 +155,7 @@ def _error(
     p: Points, law: Law, head_dim: int, keep: np.ndarray, asked: np.ndarray | None = None
 ) -> np.ndarray:
     """Prediction minus loss for the points `asked`, by default those left out."""
-    model = make_model(law, p, head_dim)
+    model = make_model(law, p, head_dim, keep)
     found = solve_point(model, p.loss, p.replicates * keep)
     error = model.predict(found.parameters[None])[0] - p.loss
     return error[~keep if asked is None else asked]

@@ -52,7 +52,7 @@ def fit(
     """Fit a curve for each head configuration with a shared E, and bootstrap it.
 
     `law` is "separate" (u and b of each configuration free) or one law for all configurations:
-    "product" or "saturating" (see `models.formula`); joint laws also fit what sparsity costs where
+    "product" or "fading" (see `models.formula`); joint laws also fit what sparsity costs where
     configurations differ in density. `context_length` names the training length when the runs span
     several. Raises UserError when the runs are too few or cannot be compared, or when most refits
     fail.
@@ -145,9 +145,12 @@ def fit_model(
     )
 
 
-def make_model(law: Law, p: Points, head_dim: int) -> Model:
-    """The model of a law for these points; UserError when it needs shapes or configurations."""
-    return SeparateCurves(p) if law == "separate" else joint(law, p, head_dim)
+def make_model(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = None) -> Model:
+    """The model of a law for these points, to be fitted to those that `seen` marks, or to all.
+
+    UserError when it needs shapes or configurations.
+    """
+    return SeparateCurves(p) if law == "separate" else joint(law, p, head_dim, seen)
 
 
 def brought(

@@ -18,10 +18,8 @@ from gqa_scaling.study.points import Points
 
 LAWS: tuple[Law, ...] = get_args(Law)
 MIN_SPREAD = 0.1  # of log2 density over the configurations, for a law to tell what density does
-# How fast the gain of each doubling of heads fades. Chen et al. 2025, section 5, fitted powers of
-# n_h between 0.12 (470M) and 0.23 (1.2B) to their losses.
-FADING = 0.2
 _SLOPES = np.r_[-0.3, np.linspace(0.04, 0.8, 14)]  # b tried for a start, alike for all curves
+_POWERS = (-0.3, 0.0, 0.3, 0.7, 1.5)  # and g
 _STARTS = 2  # the best of these
 
 
@@ -30,10 +28,11 @@ def formula(law: Law, names: Sequence[str]) -> str:
     if law == "separate":
         return "(a/N)^b + E, E shared"
     rate = " + r log2(1/density)" if "r" in names else ""
-    gain = {"product": "log2 n", "saturating": f"(1 - n^-{FADING:g}) / ({FADING:g} ln 2)"}[law]
+    if "g" not in names:
+        return f"E + exp(u - b ln(N_b/N_0) - p log2 n_h - q log2 n_kv{rate}), N_b = 8 L d^2"
     return (
-        f"E + exp(u - b ln(N_b/N_0) - p gain(n_h) - q gain(n_kv){rate}), gain(n) = {gain}, "
-        "N_b = 8 L d^2"
+        f"E + exp(u - b ln(N_b/N_0) - p G(n_h) - q G(n_kv){rate}), N_b = 8 L d^2, "
+        "G(n) = log2 m (1 - n^-g)/(1 - m^-g), m the most heads"
     )
 
 
@@ -78,34 +77,31 @@ class Model:
 
     # ---- losses and derivatives, for many rows of parameters at once
 
-    def _exponentials(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The law's exponentials in nats, each (rows, points)."""
-        exponents = [rows[:, : self.shared] @ design.T for design in self.designs]
+    def exponents(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The exponents of the law's exponentials (rows, points), and their derivatives by the
+        shared parameters (rows or 1, points, shared)."""
+        out = [(rows[:, : self.shared] @ design.T, design[None]) for design in self.designs]
         if self.own:
-            u, b = self.split(rows)
-            exponents[0] += u[:, self.curve] - b[:, self.curve] * self.x
-        return [np.exp(np.clip(each, -40, 10)) for each in exponents]
-
-    def split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The own u and the own b of the curves, each (rows, configurations)."""
-        k = (len(self.names) - self.shared) // 2
-        return rows[:, self.shared : self.shared + k], rows[:, self.shared + k :]
+            k = (len(self.names) - self.shared) // 2
+            u, b = rows[:, self.shared : self.shared + k], rows[:, self.shared + k :]
+            out[0] = out[0][0] + u[:, self.curve] - b[:, self.curve] * self.x, out[0][1]
+        return out
 
     def predict(self, rows: np.ndarray) -> np.ndarray:
         """Losses in nats (rows, points)."""
-        return rows[:, : self.shared] @ self.added.T + sum(self._exponentials(rows))
+        each = (_exp(exponent) for exponent, _ in self.exponents(rows))
+        return np.asarray(rows[:, : self.shared] @ self.added.T + sum(each))
 
     def derivatives(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Losses (rows, points), their derivatives by the shared parameters (rows, points, shared),
         and those by the u of each point's own curve (rows, points), which by b are -x times that.
         """
-        each = self._exponentials(rows)
-        loss = rows[:, : self.shared] @ self.added.T + sum(each)
-        shared = np.repeat(self.added[None], len(rows), 0)
-        for value, design in zip(each, self.designs, strict=True):
-            if design.any():
-                shared += value[..., None] * design
-        return loss, shared, each[0]
+        loss, shared = rows[:, : self.shared] @ self.added.T, self.added[None]
+        values = []
+        for exponent, slopes in self.exponents(rows):
+            values.append(_exp(exponent))
+            loss, shared = loss + values[-1], shared + values[-1][..., None] * slopes
+        return loss, shared, values[0]
 
     def jacobian(self, rows: np.ndarray) -> np.ndarray:
         """Derivatives of the losses by all parameters (rows, points, parameters)."""
@@ -152,6 +148,17 @@ class Model:
         """Write the coefficients of the shared terms into a row of parameters."""
         row[: len(terms)] = terms
 
+    def rows_with_scales(
+        self, row: np.ndarray, logs: np.ndarray, weight: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """The row with u of each configuration near these logarithms of its curve's scale."""
+        free, root = np.flatnonzero(self.level.any(0)), np.sqrt(weight)
+        if self.own:
+            row[free] = logs
+        else:
+            row[free], *_ = np.linalg.lstsq(root[:, None] * self.level[:, free], root * logs)
+        yield row
+
     def starts(self, y: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Rows of parameters to search from, the best first.
 
@@ -162,7 +169,6 @@ class Model:
         (low,), (high,) = self.floor_limits(y[None], w[None])
         first = np.flatnonzero(np.r_[True, np.diff(self.curve) > 0])
         weight = np.add.reduceat(w, first)
-        free = np.flatnonzero(self.level.any(0))
         least = max(1e-3 * np.ptp(y[w > 0]), 1e-9)  # losses may all be equal
         rows = []
         for terms, begin in self.shared_terms():
@@ -173,14 +179,13 @@ class Model:
                 self.set_shared_terms(row, found)
                 row[0] = np.clip(row[0], low, high)
                 logs = np.log(np.maximum(scale, least))
-                if self.own:
-                    row[free] = logs
-                else:
-                    root = np.sqrt(weight)[:, None]
-                    row[free], *_ = np.linalg.lstsq(root * self.level[:, free], root[:, 0] * logs)
-                rows.append(row)
+                rows += list(self.rows_with_scales(row, logs, weight))
         cost = (w * (self.predict(np.array(rows)) - y) ** 2).sum(1)
         return np.array(rows)[np.argsort(cost, kind="stable")[:_STARTS]]
+
+
+def _exp(exponent: np.ndarray) -> np.ndarray:
+    return np.asarray(np.exp(np.clip(exponent, -40, 10)))
 
 
 def _scales(
@@ -234,31 +239,29 @@ class SeparateCurves(Model):
 # ---------------------------------------------------------------------------------- joint laws
 
 
-def gain(n: np.ndarray, law: Law) -> np.ndarray:
-    """What n heads of one kind gain: 0 for one head, and 1 for the first doubling or a little less.
-
-    log2 n in "product"; in "saturating" each further doubling gains 2^-0.2 of the one before.
-    """
-    if law == "product":
-        return np.log2(n)
-    return np.asarray(-np.expm1(-FADING * np.log(n)) / (FADING * np.log(2)))
-
-
 class Joint(Model):
-    """One law for all configurations on N_b = 8 L d^2: "product" or "saturating".
+    """The joint law "product", on N_b = 8 L d^2.
 
     Parameters: E, u, b, then p and q where query heads and KV heads differ, and r where densities
     do: each halving of the density of attention at the training context multiplies the excess loss
-    over E by exp(r).
+    over E by exp(r). Configurations without points may follow those with points: they are predicted.
     """
 
-    def __init__(self, law: Law, p: Points, head_dim: int) -> None:
+    own_terms: tuple[str, ...] = ()  # parameters after the others that u is not linear in
+
+    def __init__(self, p: Points, head_dim: int, trained: np.ndarray) -> None:
+        """`trained` are the indices of the configurations that say which parameters there are."""
         log_backbone = np.log(n_formula(p.n_layers, p.d_model, 0, 0))
         centre, k = float(log_backbone.mean()), len(p.heads)
-        heads = np.array([h[:2] for h in p.heads], float)
-        columns = dict(zip("pqr", [*-gain(heads, law).T, -np.log2(p.density)], strict=True))
-        columns = {k: v for k, v in columns.items() if np.ptp(v) > (k == "r") * MIN_SPREAD}
-        names = ("E", "u", "b", *columns)
+        self.heads = np.array([h[:2] for h in p.heads], float)
+        self.most = self.heads[trained].max(0)
+        columns = dict(zip("pqr", [*-np.log2(self.heads).T, -np.log2(p.density)], strict=True))
+        columns = {
+            name: column
+            for name, column in columns.items()
+            if np.ptp(column[trained]) > (name == "r") * MIN_SPREAD
+        }
+        names = ("E", "u", "b", *columns, *self.own_terms)
         level, slope = np.zeros((2, k, len(names)))
         level[:, 1], slope[:, 2] = 1.0, 1.0
         for name, column in columns.items():
@@ -267,14 +270,88 @@ class Joint(Model):
         added[:, 0] = 1.0
         x, centres = log_backbone - centre, np.full(k, centre)
         design = level[p.curve] - x[:, None] * slope[p.curve]
-        backbone = backbone_of(p, head_dim)
         super().__init__(
-            names, names, added, (design,), level, slope, p.curve, x, centres, backbone
+            names,
+            names,
+            added,
+            (design,),
+            level,
+            slope,
+            p.curve,
+            x,
+            centres,
+            backbone_of(p, head_dim),
         )
 
 
-def joint(law: Law, p: Points, head_dim: int) -> Joint:
-    """The joint law of this name over these points.
+class Fading(Joint):
+    """The joint law "fading": the product law with gains of more heads that fade.
+
+    log2 n, what n heads of a kind gain, becomes G(n) = log2 m (1 - n^-g)/(1 - m^-g), m being the
+    most heads of that kind among the trained: with g = 0 it is log2 n, and with larger g each
+    doubling gains 2^-g of the one before. Chen et al. 2025, section 5, fit such powers to losses
+    against query heads.
+    """
+
+    own_terms = ("g",)
+
+    def _bends(self, g: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """For p and q: its place, G - log2 n of the configurations, and its derivative in g.
+
+        g is (rows, 1), what is returned (rows, configurations).
+        """
+        out = []
+        for name, n, most in zip("pq", self.heads.T, self.most, strict=True):
+            if name in self.names:
+                (top, rise), (own, slope) = _gain(most, g), _gain(n, g)
+                log = np.log2(most)
+                derivative = (slope * top - own * rise) / top**2
+                out.append((self.names.index(name), log * own / top - np.log2(n), log * derivative))
+        return out
+
+    def exponents(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        ((exponent, slopes),) = super().exponents(rows)
+        slopes = np.repeat(slopes, len(rows), 0)
+        for i, more, by_g in self._bends(rows[:, -1:]):
+            exponent = exponent - rows[:, i : i + 1] * more[:, self.curve]
+            slopes[..., i] -= more[:, self.curve]
+            slopes[..., -1] -= rows[:, i : i + 1] * by_g[:, self.curve]
+        return [(exponent, slopes)]
+
+    def curves(self, parameters: np.ndarray, more: np.ndarray | float = 0.0) -> Curves:
+        found, u = super().curves(parameters, more), 0.0
+        for i, bend, _ in self._bends(parameters[..., -1:]):
+            u = u - parameters[..., i : i + 1] * bend
+        return Curves(found.floor, found.u + u, found.b, found.centre, found.backbone)
+
+    def rows_with_scales(
+        self, row: np.ndarray, logs: np.ndarray, weight: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        root, free = np.sqrt(weight), np.flatnonzero(self.level.any(0))
+        for g in _POWERS:
+            level = self.level.copy()
+            for i, bend, _ in self._bends(np.array([[g]])):
+                level[:, i] -= bend[0]
+            new = row.copy()
+            new[free], *_ = np.linalg.lstsq(root[:, None] * level[:, free], root * logs)
+            new[-1] = g
+            yield new
+
+
+def _gain(n: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(1 - n^-g) / g and its derivative in g; ln n and -ln^2 n / 2 at g = 0."""
+    x, small = np.log(n), np.abs(g) < 1e-4
+    safe = np.where(small, 1.0, g)
+    fall = -np.expm1(-np.clip(safe * x, -50, 50))
+    slope = (safe * x * (1 - fall) - fall) / safe**2
+    return (
+        np.where(small, x - g * x**2 / 2, fall / safe),
+        np.where(small, -(x**2) / 2 + g * x**3 / 3, slope),
+    )
+
+
+def joint(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = None) -> Joint:
+    """The joint law of this name over these points, to be fitted to those that `seen` marks.
 
     Raises UserError when shapes are unknown or configurations too few.
     """
@@ -282,6 +359,10 @@ def joint(law: Law, p: Points, head_dim: int) -> Joint:
         bool(p.n_layers.all()),
         f"law={law!r} is one of N_b = 8 L d^2: the data needs columns n_layers and d_model",
     )
-    there = len(p.heads)
+    trained = np.unique(p.curve if seen is None else p.curve[seen])
+    there = len(trained)
     require(there >= 2, f"law={law!r} needs 2 head configurations, there are {there}")
-    return Joint(law, p, head_dim)
+    # two numbers of heads do not tell whether gains fade
+    numbers = max(len({p.heads[k][kind] for k in trained}) for kind in (0, 1))
+    kind = Fading if law == "fading" and numbers > 2 else Joint
+    return kind(p, head_dim, trained)

@@ -115,8 +115,8 @@ def _step(
     products[..., :m] /= scale[:, None, :]
     products /= scale[:, :, None]
     products[:, diagonal, diagonal] += damping[:, None]
-    if model.own:
-        own = _Own.of(model, by_u * root, columns, scale, damping[:, None])
+    own = _Own.of(model, by_u * root, columns, scale, damping[:, None]) if model.own else None
+    if own:
         products -= own.absorbed
     normal, gradient = products[..., :m], products[..., m]
     # some laws have parameters that nothing determines
@@ -132,7 +132,7 @@ def _step(
     scaled = np.hstack([(floor * scale[:, 0])[:, None], alone])
     scaled[:, 1:] -= per_floor * scaled[:, :1]
     step = scaled / scale
-    if model.own:
+    if own:
         step = np.hstack([step, own.step(scaled)])
     return np.clip(step, -model.longest_step, model.longest_step)
 

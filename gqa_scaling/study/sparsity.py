@@ -93,7 +93,7 @@ class Sparsity:
 def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None:
     """The trade-off at the answer that stands for all; None where all runs are dense.
 
-    The rate is that of the fit's own law where it is a joint one, else of the saturating law fitted
+    The rate is that of the fit's own law where it is a joint one, else of the product law fitted
     to the same runs.
     """
     if not answers.sharded:
@@ -152,7 +152,7 @@ def _rate(found: Fit, results: Results, n: float) -> dict[str, Any]:
     if "r" not in found.names:
         context, refits = found.context_length, found.refits
         try:
-            law = fit(results, context_length=context, law="saturating", refits=refits)
+            law = fit(results, context_length=context, law="product", refits=refits)
         except UserError as error:
             return {"law": found.law, "no_rate": str(error)}
     if "r" not in law.names or not law.converged or law.rank < law.n_parameters:
