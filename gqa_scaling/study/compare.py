@@ -1,11 +1,12 @@
 """Which law to trust: how well each predicts configurations and sizes it was not shown."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import UserError, require
+from gqa_scaling.config import UserError
 from gqa_scaling.study.choices import Law
 from gqa_scaling.study.fit import make_model
 from gqa_scaling.study.fitted import plain
@@ -108,29 +109,38 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
 def preferred_law(
     results: Results, *, beyond_heads: bool, context_length: int | None = None
 ) -> Law:
-    """The law that predicted best what the question asks for, of those these runs can be fitted with.
+    """The law that these runs say to use for a question; UserError when no joint law can be fitted.
 
-    With `beyond_heads` the question asks for configurations that were not trained: a joint law is
-    needed, and the one is taken whose errors were least where the most heads and the largest size
-    were left out; where no such test can be made, the most heads, else each configuration in turn,
-    else the law with the fewest parameters. Without, the question asks for larger sizes of trained
-    configurations: the least error of `largest_size`. UserError when no joint law can be fitted.
+    With `beyond_heads` the question asks for configurations that were not trained, see `chosen`.
     """
-    scores = [
-        s for s in compare(results, context_length) if s.law != "separate" or not beyond_heads
-    ]
-    require(
-        bool(scores),
-        f"{results.source}: heads that were not trained need a joint law, and that columns n_layers "
-        "and d_model, and two head configurations",
-    )
+    law = chosen(compare(results, context_length), beyond_heads=beyond_heads)
+    if law is None:
+        raise UserError(
+            f"{results.source}: heads that were not trained need a joint law, and that columns "
+            "n_layers and d_model, and two head configurations"
+        )
+    return law
+
+
+def chosen(scores: Sequence[Score], *, beyond_heads: bool) -> Law | None:
+    """The law that predicted best what the question extrapolates over; of equals the first.
+
+    With `beyond_heads` a joint law is needed: that with the least error where the most heads and
+    the largest size were left out; where no such test could be made, the most heads, else each
+    configuration in turn, else the one with the fewest parameters. None where there is none. Without
+    it, the question asks for larger sizes of trained configurations: the least error at the largest.
+    """
+    joint = [s for s in scores if s.law != "separate"]
+    if beyond_heads and not joint:
+        return None
     by = (
         ("more_heads_and_size", "more_heads", "unseen_heads") if beyond_heads else ("largest_size",)
     )
+    among = joint if beyond_heads else scores
     for name in by:
-        if all(getattr(s, name) is not None for s in scores):
-            return min(scores, key=lambda s: float(getattr(s, name))).law
-    return min(scores, key=lambda s: s.parameters).law if beyond_heads else "separate"
+        if all(getattr(s, name) is not None for s in among):
+            return min(among, key=lambda s: float(getattr(s, name))).law
+    return min(joint, key=lambda s: s.parameters).law if beyond_heads else "separate"
 
 
 def _cuts(p: Points) -> list[tuple[np.ndarray, np.ndarray]]:

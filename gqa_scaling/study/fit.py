@@ -25,7 +25,7 @@ from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.uncertainty import LEVEL as LEVEL
-from gqa_scaling.study.uncertainty import REFITS, influence, strangers
+from gqa_scaling.study.uncertainty import REFITS, influence, strange
 from gqa_scaling.study.uncertainty import interval as interval
 
 
@@ -104,6 +104,7 @@ def fit_model(
         f"{results.source}: {title}: {len(p.n)} points leave nothing to judge the noise of "
         f"{absorbed} parameters; {remedy}",
     )
+    odd = strange(residual, w, leverage, seeds, dof)
     ways = [
         estimate(residual, best.absorbing, w, group, seeds, p.noise_dof, how.seed)
         for group in groups
@@ -134,7 +135,7 @@ def fit_model(
         leverage=leverage,
         influence=change,
         sigma=float(np.sqrt(((w * residual**2).sum() + seeds) / dof)),
-        strange=tuple(p.name[strangers(residual, w, leverage, seeds, dof)].tolist()),
+        strange="" if odd is None else str(p.name[odd]),
         rank=absorbed + bool(best.at_bound),
         converged=best.converged,
         at_bound=best.at_bound,

@@ -30,8 +30,8 @@ class Fit:
     `influence` is the change of E, in nats, that leaving the point out would make (linearised).
     `sigma` is the standard deviation of one run around its curve, replicates pooled in. Intervals
     are the central 90% of those of `refits` bootstrap draws that converged: losses with fresh errors
-    of the runs and of sizes, as large as `shared` allows, fitted again. `strange` names points too
-    far off their curves for chance.
+    of the runs and of sizes, as large as `shared` allows, fitted again. `strange` names a point that is
+    too far off its curve for chance; "" for none.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Fit:
     leverage: np.ndarray
     influence: np.ndarray
     sigma: float
-    strange: tuple[str, ...]
+    strange: str
     rank: int
     converged: bool
     at_bound: str
@@ -230,8 +230,8 @@ def flagged(fitted: Fit, known: Sequence[str]) -> Fit:
         out.append(f"E is at its bound ({bound}): not identified by these runs")
     if fitted.strange:
         out.append(
-            f"too far off its curve for chance: {', '.join(fitted.strange)}; see what hangs on it by "
-            "a fit without"
+            f"too far off its curve for chance: {fitted.strange}; see what hangs on it by a fit "
+            "without it"
         )
     if fitted.rank < fitted.n_parameters:
         out.append(f"only {fitted.rank} of {fitted.n_parameters} parameters are determined")

@@ -43,19 +43,21 @@ def influence(
     )
 
 
-def strangers(
+def strange(
     residual: np.ndarray, w: np.ndarray, leverage: np.ndarray, seeds: float, dof: int
-) -> np.ndarray:
-    """Which points lie too far off their curves for chance.
+) -> int | None:
+    """The point that lies the furthest off its curve, if that is too far for chance; else None.
 
     Each residual is compared with the noise that the other points show (externally studentised) and
-    with Student's t at 1% over all points (Bonferroni). `seeds` are the squared deviations between
+    the largest with Student's t at 1% over all points (Bonferroni). One point alone is named, as a
+    curve that follows it leaves its neighbours off. `seeds` are the squared deviations between
     replicate seeds, `dof` the degrees of freedom of the noise with them.
     """
-    if dof < 3:
-        return np.zeros(len(w), bool)
     free = np.maximum(1 - leverage, 1e-9)
-    own = w * residual**2 / free
-    others = np.maximum((w * residual**2).sum() + seeds - own, 1e-300) / (dof - 1)
+    own = np.where(free > 1e-3, w * residual**2 / free, 0.0)
+    i = int(np.argmax(own))
+    others = (w * residual**2).sum() + seeds - own[i]
+    if dof < 3 or own[i] <= 1e-20 * (w * residual**2).sum() or others < 0:
+        return None
     most = stdtrit(dof - 1, 1 - _STRANGE / (2 * len(w)))
-    return np.asarray((own > most**2 * others) & (free > 1e-3))
+    return i if own[i] * (dof - 1) > most**2 * others else None
