@@ -13,7 +13,6 @@ from scipy.special import fdtrc
 
 from gqa_scaling.config import require
 from gqa_scaling.study.fitted import plain
-from gqa_scaling.study.frontier import default_baseline
 from gqa_scaling.study.misfit import SUSPICIOUS
 from gqa_scaling.study.points import Interval, labels, ranks, size_labels
 from gqa_scaling.study.results import Heads, Results, pair
@@ -113,6 +112,8 @@ def flatness(
     models of a size share can pass for movement; what is tested is whether configurations need
     offsets over T of their own. Sizes count where configurations were run at two lengths.
     """
+    from gqa_scaling.study.frontier import default_baseline  # only now: it takes long to import
+
     r = results
     require(since > 0, f"flatness from {since} tokens on must begin above 0")
     held = {h: len({t for g, t in _where(r) if g == h and t >= since}) for h in set(r.heads)}

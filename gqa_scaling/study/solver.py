@@ -1,5 +1,7 @@
 """Weighted least squares for every law, for many data sets at once."""
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,8 @@ ITERATIONS = 5000  # most need ten; a few follow a long bent valley, and may not
 _HOPELESS = 500  # after which half of the rows under way show that the data determines no optimum
 _FLOORS, _ROUGHLY = 25, 30  # values of E tried for a start, and iterations at each
 _STARTS = 3  # searches from the best of them
-_CHUNK = 2**21  # numbers of a Jacobian that are held at once: 16 MiB
+_CHUNK = 2**19  # numbers of a Jacobian that are held at once: 4 MiB
+_MANY = 6  # chunks: seconds of work, of which a terminal shows how far it is
 
 
 def refit(
@@ -32,12 +35,22 @@ def refit(
     every = range(0, len(y), size)
     low, high = model.floor_limits(y, w) if limits is None else limits
     parts = []
-    for i in every:
+    for i in _watched(every):
         at = slice(i, i + size)
         given = (y[at], w[at], start[at], low[at], high[at], iterations)
         parts.append(_levenberg_marquardt(model, *given))
     rows, cost, converged = (np.concatenate(each) for each in zip(*parts, strict=True))
     return rows, cost, converged
+
+
+def _watched(chunks: range) -> Iterable[int]:
+    """The chunks, with a progress bar where there are many and stderr is a terminal."""
+    if len(chunks) < _MANY or not sys.stderr.isatty():
+        return chunks
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(chunks, "Refitting", console=Console(stderr=True), transient=True)
 
 
 def _levenberg_marquardt(
