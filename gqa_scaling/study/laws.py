@@ -75,6 +75,7 @@ def backbone_of(p: Points, head_dim: int) -> Backbone:
     log_n = []
     for k, (n_heads, n_kv_heads, *_) in enumerate(p.heads):
         mine = p.curve == k
+        mine = mine if mine.any() else np.ones(len(p.n), bool)
         formula = n_formula(p.n_layers[mine], p.d_model[mine], n_heads, n_kv_heads, head_dim)
         order = np.argsort(formula)
         counted = np.log(p.n[mine] / formula)[order]  # 0 unless N is counted exactly
