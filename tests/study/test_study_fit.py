@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study import fit as fitting
-from gqa_scaling.study import laws
+from gqa_scaling.study import laws, solver
 from gqa_scaling.study.compare import _error, chosen, compare, preferred_law
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.heads import head_laws, solve_heads
@@ -271,6 +272,16 @@ def test_everything_is_json(chen):
     assert len(told["points"]) == 40
     assert told["curves"][3]["n_heads"] == 8
     assert "percentile bootstrap, 1000 refits, seed 0" in told["intervals"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_refits_show_how_far_they_are_on_a_terminal_alone(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(solver, "_CHUNK", 2**12)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    fit(published(), refits=1000)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert ("Refitting" in told.err) == terminal
 
 
 def test_no_refit_of_a_thousand_fails():
