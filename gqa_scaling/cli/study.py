@@ -11,7 +11,7 @@ from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_tab
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Bootstrap, Law, is_experiment
+from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Law, is_experiment
 
 if TYPE_CHECKING:
     from gqa_scaling.study.candidates import Candidates
@@ -39,13 +39,6 @@ def _add_source(
         help="a curve for each head configuration, or a joint law across them (default: separate; where "
         "heads that were not trained are ranked, the joint law that predicts them best)",
     )
-    add(
-        "--bootstrap",
-        choices=get_args(Bootstrap),
-        default="shared",
-        help="how refits are drawn; shared also draws errors common to all models of one size",
-    )
-    add("--robust", action="store_true", help="give spoiled runs less weight")
     add("--refits", type=int, default=1000, help="bootstrap refits (default: 1000)")
     add(trained, dest="context", type=int, help="fit the runs of this training context length")
     add(
@@ -179,7 +172,7 @@ def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """How the runs are to be estimated, as `estimate` has it."""
-    names = ("bootstrap", "robust", "refits", "flat_from", "at_tokens")
+    names = ("refits", "flat_from", "at_tokens")
     known = {name: getattr(args, name, None) for name in names}
     given = {name: value for name, value in known.items() if value is not None}
     return given | {"context_length": args.context}

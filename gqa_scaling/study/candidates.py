@@ -15,6 +15,7 @@ import numpy as np
 from gqa_scaling.config import UserError, require
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study.choices import Law
+from gqa_scaling.study.compare import preferred_law
 from gqa_scaling.study.context import spans_contexts
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import known_of, make_model
@@ -103,7 +104,7 @@ def candidates(
     """Estimate what the runs allow, and the curves of every configuration that is to be ranked.
 
     `which` as in `heads_to_rank`; `also` are heads whose curves are needed besides, such as a
-    baseline's. `law` is the joint law that predicts; without one `preferred` chooses. `options` go to
+    baseline's. `law` is the joint law that predicts; without one `preferred_law` chooses. `options` go to
     `estimate`. Where no joint law can be had, trained configurations alone are ranked, each by a
     curve of its own. Raises UserError where `which` or `also` need more than that.
     """
@@ -129,11 +130,6 @@ def candidates(
     return Candidates(found, found.fit, tuple(h for h in heads if h in trained), note=note)
 
 
-def preferred(results: Results) -> Law:
-    """The joint law that predicts: of those there are it errs least beyond the trained heads."""
-    return "sum"
-
-
 def _on_one_scale(
     results: Results,
     heads: tuple[Heads, ...],
@@ -143,11 +139,8 @@ def _on_one_scale(
 ) -> Candidates:
     """A joint law with the strays of each configuration; UserError with the reason for none."""
     dense = {h[:2] for h in results.heads if pattern_of(h) is None}
-    bootstrap = options.get("bootstrap", "shared")
     refusals = [
         (law == "separate", "law 'separate' knows nothing of heads that were not trained"),
-        (law == "pooled", "law 'pooled' has offsets of trained configurations alone"),
-        (bootstrap != "shared", f"bootstrap={bootstrap!r} redraws trained configurations alone"),
         (spans_contexts(results), "the runs span several training contexts"),
         (spans_budgets(results), "the runs have several token budgets for a size"),
         (not results.n_layers.all(), "a joint law needs columns n_layers and d_model"),
@@ -155,7 +148,7 @@ def _on_one_scale(
     ]
     for holds, reason in refusals:
         require(not holds, reason)
-    found = estimate(results, law=law or preferred(results), **options)
+    found = estimate(results, law=law or preferred_law(results, beyond_heads=True), **options)
     fit, head_dim = found.fit, int(results.head_dim[0])
     require(
         fit.converged and fit.rank == fit.n_parameters,

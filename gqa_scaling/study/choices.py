@@ -4,8 +4,7 @@ from typing import Literal
 
 PUBLISHED = "chen2025"  # the published points, which are shipped with the package
 
-Law = Literal["separate", "product", "sum", "pooled"]
-Bootstrap = Literal["shared", "residual", "pairs"]
+Law = Literal["separate", "product", "fading"]
 Objective = Literal["z", "memory", "flops", "bytes", "seconds", "dollars"]
 OBJECTIVES: dict[Objective, str] = {
     "z": "Z",

@@ -1,5 +1,6 @@
 """Which law to trust: how well each predicts configurations and sizes it was not shown."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +15,19 @@ from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, pattern_of
 from gqa_scaling.study.solver import solve_point
 
+_CONFIGURATIONS = 3  # with three a law is still fitted when the others are left out
+
 
 @dataclass(frozen=True)
 class Score:
     """Root mean square errors of one law.
 
-    `residual`, `unseen_heads` (each configuration left out in turn) and `unseen_patterns` (each
-    pattern in turn, with all heads it was run with) are in nats; `largest_size` (every
-    configuration's largest size left out) is relative to the loss. None where the law cannot say:
-    separate curves know nothing of a configuration never run.
+    `residual`, `unseen_heads` (each configuration left out in turn), `more_heads` (the largest
+    counts of query heads left out, or of KV heads: see `_cuts`), `more_heads_and_size` (the largest
+    size left out with them) and `unseen_patterns` (each pattern in turn, with all heads it was run
+    with) are in nats; `largest_size` (every configuration's largest size left out) is relative to
+    the loss. None where the law cannot say: separate curves know nothing of a configuration never
+    run.
     """
 
     law: Law
@@ -32,11 +37,15 @@ class Score:
     largest_size: float | None
     formula: str
     unseen_patterns: float | None = None
+    more_heads: float | None = None
+    more_heads_and_size: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         names = {"residual": "residual_nats", "unseen_heads": "leave_one_heads_out_nats"}
         names |= {"largest_size": "leave_largest_size_out_relative"}
         names |= {"unseen_patterns": "leave_one_pattern_out_nats"}
+        names |= {"more_heads": "leave_most_heads_out_nats"}
+        names |= {"more_heads_and_size": "leave_most_heads_and_largest_size_out_nats"}
         told = {k: v for k, v in asdict(self).items() if v is not None or k != "unseen_patterns"}
         formula = told.pop("formula")
         return plain({names.get(k, k): v for k, v in told.items()} | {"formula": formula})
@@ -54,6 +63,8 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
         [k for k, own in enumerate(patterns) if own == each]
         for each in sorted(pattern for pattern in set(patterns) if pattern)
     ]
+    cuts, every = _cuts(p), np.ones(len(p.n), bool)
+    last = p.n_layers * p.d_model**2.0 >= (p.n_layers * p.d_model**2.0).max()
     out = []
     for law in LAWS:
         try:
@@ -68,30 +79,96 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
             masks = [~np.isin(p.curve, group) for group in left_out]
             return _rms(np.concatenate([_error(p, law, head_dim, keep) for keep in masks]))
 
+        def beyond(pairs: list[tuple[np.ndarray, np.ndarray]], law: Law = law) -> float | None:
+            """The error of the points that the second of each pair marks, fitted to the first."""
+            if law == "separate" or not pairs:
+                return None
+            errors = [_error(p, law, head_dim, keep, asked) for keep, asked in pairs]
+            return _rms(np.concatenate(errors))
+
         each = [[k] for k in range(len(p.heads))]
-        last = _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else None
+        size = _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else None
         out.append(
             Score(
                 law=law,
                 parameters=len(model.names),
-                residual=_rms(_error(p, law, head_dim, np.ones(len(p.n), bool), inside=True)),
+                residual=_rms(_error(p, law, head_dim, every, every)),
                 unseen_heads=unseen(each) if len(p.heads) > 3 else None,
-                largest_size=_rms(last) if last is not None else None,
+                largest_size=_rms(size) if size is not None else None,
                 formula=formula(law, model.names),
                 unseen_patterns=unseen(sparse) if len(sparse) > 1 else None,
+                more_heads=beyond(cuts),
+                more_heads_and_size=beyond(
+                    [(keep & ~last, asked & last) for keep, asked in cuts if (asked & last).any()]
+                ),
             )
         )
     return tuple(out)
 
 
+def preferred_law(
+    results: Results, *, beyond_heads: bool, context_length: int | None = None
+) -> Law:
+    """The law that these runs say to use for a question; UserError when no joint law can be fitted.
+
+    With `beyond_heads` the question asks for configurations that were not trained, see `chosen`.
+    """
+    law = chosen(compare(results, context_length), beyond_heads=beyond_heads)
+    if law is None:
+        raise UserError(
+            f"{results.source}: heads that were not trained need a joint law, and that columns "
+            "n_layers and d_model, and two head configurations"
+        )
+    return law
+
+
+def chosen(scores: Sequence[Score], *, beyond_heads: bool) -> Law | None:
+    """The law that predicted best what the question extrapolates over; of equals the first.
+
+    With `beyond_heads` a joint law is needed: that with the least error where the most heads and
+    the largest size were left out; where no such test could be made, the most heads, else each
+    configuration in turn, else the one with the fewest parameters. None where there is none. Without
+    it, the question asks for larger sizes of trained configurations: the least error at the largest.
+    """
+    joint = [s for s in scores if s.law != "separate"]
+    if beyond_heads and not joint:
+        return None
+    by = (
+        ("more_heads_and_size", "more_heads", "unseen_heads") if beyond_heads else ("largest_size",)
+    )
+    among = joint if beyond_heads else scores
+    for name in by:
+        if all(getattr(s, name) is not None for s in among):
+            return min(among, key=lambda s: float(getattr(s, name))).law
+    return min(joint, key=lambda s: s.parameters).law if beyond_heads else "separate"
+
+
+def _cuts(p: Points) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Points to fit and points to predict with more heads of one kind than any of those fitted.
+
+    For query heads, and for KV heads: all configurations with as many or more of that kind are left
+    out, for every number that leaves three configurations with two or more numbers of that kind.
+    Predicted are those left out whose number of the other kind was kept, as the others would ask
+    for something that the kept points tell nothing of. Shapes must be known.
+    """
+    heads, out = np.array([h[:2] for h in p.heads]), []
+    for kind in (0, 1):
+        for least in np.unique(heads[:, kind])[2:]:
+            kept = heads[:, kind] < least
+            asked = ~kept & np.isin(heads[:, 1 - kind], heads[kept, 1 - kind])
+            if len(np.unique(heads[kept], axis=0)) >= _CONFIGURATIONS and asked.any():
+                out.append((kept[p.curve], asked[p.curve]))
+    return out
+
+
 def _error(
-    p: Points, law: Law, head_dim: int, keep: np.ndarray, inside: bool = False
+    p: Points, law: Law, head_dim: int, keep: np.ndarray, asked: np.ndarray | None = None
 ) -> np.ndarray:
-    """Prediction minus loss for the points left out (or kept), everything chosen on those kept."""
+    """Prediction minus loss for the points `asked`, by default those left out."""
     model = make_model(law, p, head_dim, keep)
     found = solve_point(model, p.loss, p.replicates * keep)
     error = model.predict(found.parameters[None])[0] - p.loss
-    return error[keep if inside else ~keep]
+    return error[~keep if asked is None else asked]
 
 
 def _rms(error: np.ndarray) -> float:

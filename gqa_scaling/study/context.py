@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import require
-from gqa_scaling.study.choices import Bootstrap
-from gqa_scaling.study.fit import Refitting, brought, fit_model, require_no_pairs
+from gqa_scaling.study.fit import Refitting, brought, fit_model
 from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Points, cells, labels
@@ -65,14 +64,12 @@ class ContextLaw:
         )
 
 
-def context_law(
-    results: Results, *, bootstrap: Bootstrap = "shared", refits: int = 1000, seed: int = 0
-) -> ContextLaw:
+def context_law(results: Results, *, refits: int = 1000, seed: int = 0) -> ContextLaw:
     """Fit the curves and an offset for each training context length together, and bootstrap them.
 
     E is that of the reference length. Errors may be common to all models of a size, at every length
     or at one. Raises UserError when the runs span one length only or do not say theirs, when one
-    size has several token budgets at one length, when runs are too few, or for bootstrap "pairs".
+    size has several token budgets at one length, or when runs are too few.
     """
     r = results
     lengths = tuple(sorted(set(r.context_length.tolist())))
@@ -82,7 +79,6 @@ def context_law(
     )
     require(lengths[0] > 0, f"{r.source}: some runs do not say their context_length; fill it in")
     p = cells(r, len(lengths), over=("context_length",))
-    require_no_pairs(bootstrap)
     counts = {t: int((p.context == t).sum()) for t in lengths}
     reference = max(lengths, key=lambda t: (counts[t], t))
     model = SeparateCurves(p, {f"delta{t}": p.context == t for t in lengths if t != reference})
@@ -92,7 +88,7 @@ def context_law(
         model,
         (p.size, labels(p.size, p.context)),
         title="the context law",
-        how=Refitting(bootstrap, refits=refits, seed=seed),
+        how=Refitting(refits, seed),
         context_length=reference,
     )
     at = lengths.index(reference)  # E is followed by the offsets of the other lengths

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gqa_scaling.config import MOST_CONTEXT, MOST_TOKENS, between, require
-from gqa_scaling.study.choices import Bootstrap, Law
+from gqa_scaling.study.choices import Law
 from gqa_scaling.study.context import ContextLaw, context_law, spans_contexts
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.fitted import Fit
@@ -38,8 +38,6 @@ def estimate(
     *,
     context_length: int | None = None,
     law: Law = "separate",
-    bootstrap: Bootstrap = "shared",
-    robust: bool = False,
     refits: int = 1000,
     seed: int = 0,
     flat_from: int = FLAT_FROM,
@@ -50,7 +48,7 @@ def estimate(
     Runs of one context length and one budget for each size give `fit`; several lengths give
     `context_law`, several budgets for a size `token_law`, whose curves are shown at `at_tokens`.
     Runs of several lengths are tested for `flatness` from `flat_from` tokens on, also when one is
-    named. Raises UserError as those do, and when a joint or robust fit is asked of the wide laws.
+    named. Raises UserError as those do, and when a joint law is asked of the wide laws.
     """
     between("refits", refits, *REFITS)
     between("flat_from", flat_from, 1, MOST_CONTEXT, "tokens")
@@ -64,11 +62,6 @@ def estimate(
         f"{r.source}: law={law!r} takes runs of one context length and one token budget for each "
         "size; use law 'separate'" + _or_context(chosen),
     )
-    require(
-        not wide or not robust,
-        f"{r.source}: a robust fit takes runs of one context length and one token budget for each "
-        "size; leave --robust out" + _or_context(chosen),
-    )
     over_tokens = wide and not spans_contexts(chosen)
     require(
         at_tokens is None or over_tokens,
@@ -77,7 +70,7 @@ def estimate(
     )
     tested = flatness(r, flat_from, seed=seed) if spans_contexts(r) else None
     contexts = tokens = None
-    refitting: dict[str, Any] = {"bootstrap": bootstrap, "refits": refits, "seed": seed}
+    refitting: dict[str, Any] = {"refits": refits, "seed": seed}
     if over_tokens:
         tokens = token_law(chosen, at_tokens=at_tokens, **refitting)
         found = tokens.fit
@@ -85,7 +78,7 @@ def estimate(
         contexts = context_law(r, **refitting)
         found = contexts.fit
     else:
-        found = fit(r, context_length=context_length, law=law, robust=robust, **refitting)
+        found = fit(r, context_length=context_length, law=law, **refitting)
     return Estimates(found, contexts, tokens, tested)
 
 

@@ -13,52 +13,31 @@ from dataclasses import dataclass
 import numpy as np
 
 from gqa_scaling.config import between, require
-from gqa_scaling.study.choices import Bootstrap, Law
+from gqa_scaling.study.choices import Law
 from gqa_scaling.study.fitted import Fit as Fit
 from gqa_scaling.study.fitted import flagged as flagged
 from gqa_scaling.study.fitted import plain as plain
+from gqa_scaling.study.misfit import misfit
 from gqa_scaling.study.models import LAWS, Model, SeparateCurves, joint
 from gqa_scaling.study.noise import estimate
 from gqa_scaling.study.points import Interval as Interval
 from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.solver import refit, solve_point
-from gqa_scaling.study.uncertainty import (
-    BOOTSTRAPS,
-    REFITS,
-    clipped,
-    influence,
-    pair_counts,
-    rank,
-    residual_noise,
-    trust,
-)
 from gqa_scaling.study.uncertainty import LEVEL as LEVEL
+from gqa_scaling.study.uncertainty import REFITS, influence, strange
 from gqa_scaling.study.uncertainty import interval as interval
-
-_SPOILED = 0.05  # weight below which a robust fit takes a run for spoiled
-_ROUNDS = 8  # of a robust fit, each with the weights that the one before gave
-_STRENGTHS = tuple(np.geomspace(1e-3, 1e5, 25))  # of the ridge of law "pooled"
 
 
 @dataclass(frozen=True)
 class Refitting:
-    """How a law is fitted again and again; UserError for what cannot be.
+    """How often a law is fitted again, and the seed of the errors drawn; UserError outside 100 to
+    10,000 refits."""
 
-    `bootstrap` "shared" draws independent errors and errors common to a group, each as large as the
-    runs allow; "residual" redraws the residuals, scaled for the freedom the fit took; "pairs"
-    redraws the points of each curve. `robust` weighs runs far off their curve down (Tukey's
-    biweight, scaled by the median absolute residual).
-    """
-
-    bootstrap: Bootstrap = "shared"
-    robust: bool = False
     refits: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = self.bootstrap in BOOTSTRAPS
-        require(known, f"bootstrap={self.bootstrap!r} must be one of {', '.join(BOOTSTRAPS)}")
         between("refits", self.refits, *REFITS)
 
 
@@ -67,25 +46,23 @@ def fit(
     *,
     context_length: int | None = None,
     law: Law = "separate",
-    bootstrap: Bootstrap = "shared",
-    robust: bool = False,
     refits: int = 1000,
     seed: int = 0,
 ) -> Fit:
     """Fit a curve for each head configuration with a shared E, and bootstrap it.
 
     `law` is "separate" (u and b of each configuration free) or one law for all configurations:
-    "product", "sum", or "pooled" (see `models.formula`); joint laws also fit what sparsity costs
-    where configurations differ in density. `context_length` names the training length when the runs
-    span several. For `bootstrap` and `robust` see `Refitting`. Raises UserError when the runs are
-    too few or cannot be compared, or when most refits fail.
+    "product" or "fading" (see `models.formula`); joint laws also fit what sparsity costs where
+    configurations differ in density. `context_length` names the training length when the runs span
+    several. Raises UserError when the runs are too few or cannot be compared, or when most refits
+    fail.
     """
-    how = Refitting(bootstrap, robust, refits, seed)
+    how = Refitting(refits, seed)
     require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
     p = points(results, context_length, joint=law != "separate")
     model = make_model(law, p, results.head_dim[0])
     require(
-        len(p.n) > int((model.ridge == 0).sum()),
+        len(p.n) > len(model.names),
         f"{results.source}: too few runs to fit: {len(p.n)} points leave nothing to judge the noise "
         f"of law {law!r} by",
     )
@@ -122,43 +99,26 @@ def fit_model(
     fitted, and `remedy` says what to do where it cannot be. Raises UserError when half of the refits
     or more fail: the others are then a selection, and no interval comes from none.
     """
-    refits = how.refits
-    w, ridge = p.replicates.astype(float), model.ridge
-    best, trusted = solve_point(model, p.loss, w), np.ones(len(p.n))
-    leverage, _ = influence(best.absorbing, w, p.loss, ridge)
-    lean = 1 / np.sqrt(np.maximum(1 - leverage, 0.05))  # a curve follows a run it rests on
-    for _ in range(_ROUNDS if how.robust else 0):
-        away = p.loss - model.predict(best.parameters[None])
-        trusted = trust(lean * away, w)[0]
-        best = solve_point(model, p.loss, w * trusted, best.parameters)
+    refits, w = how.refits, p.replicates.astype(float)
+    best = solve_point(model, p.loss, w)
     predicted = model.predict(best.parameters[None])[0]
-    residual, spoiled = p.loss - predicted, trusted < _SPOILED
-    noise_residual = residual
-    if how.robust:
-        noise_residual = np.where(spoiled, 0, clipped(residual, w, len(model.names)))
-    leverage, change = influence(best.absorbing, w * trusted, residual, ridge)
-    seeds = p.noise_dof * (p.noise or 0.0) ** 2
-    dof = max(len(p.n) - spoiled.sum() - leverage.sum(), 1.0) + p.noise_dof
-    sigma = float(np.sqrt(((w * noise_residual**2).sum() + seeds) / dof))
+    residual = p.loss - predicted
+    leverage, change, absorbed = influence(best.absorbing, w, residual)
+    seeds, dof = p.noise_dof * (p.noise or 0.0) ** 2, len(p.n) - absorbed + p.noise_dof
+    require(
+        dof > 0,
+        f"{results.source}: {title}: {len(p.n)} points leave nothing to judge the noise of "
+        f"{absorbed} parameters; {remedy}",
+    )
+    odd = strange(residual, w, leverage, seeds, dof)
     ways = [
-        estimate(noise_residual, best.absorbing, w, group, seeds, p.noise_dof, how.seed)
+        estimate(residual, best.absorbing, w, group, seeds, p.noise_dof, how.seed)
         for group in groups
     ]
     common = min(ways, key=lambda noise: 1.0 if noise.p_value is None else noise.p_value)
-    rng = np.random.default_rng(how.seed)
-    y, weights = np.tile(p.loss, (refits, 1)), np.tile(w, (refits, 1))
-    if how.bootstrap == "pairs":
-        weights = w * pair_counts(p.curve, refits, rng)
-    else:
-        if how.bootstrap == "shared":
-            noise = common.draw(refits, rng)
-        else:
-            noise = residual_noise(noise_residual, w, leverage, sigma, dof, refits, rng)
-        y = np.maximum(predicted + noise, 1e-3 * p.loss)  # losses are above 0
-    rows, _, done = refit(model, y, weights, np.tile(best.parameters, (refits, 1)))
-    for _ in range(_ROUNDS if how.robust else 0):
-        again = weights * trust(lean * (y - model.predict(rows)), weights)
-        rows, _, done = refit(model, y, again, rows)
+    noise = common.draw(refits, np.random.default_rng(how.seed))
+    y = np.maximum(predicted + noise, 1e-3 * p.loss)  # losses are above 0
+    rows, _, done = refit(model, y, np.tile(w, (refits, 1)), np.tile(best.parameters, (refits, 1)))
     failed = int((~done).sum())
     require(
         2 * failed < refits,
@@ -180,49 +140,24 @@ def fit_model(
         predicted=predicted,
         leverage=leverage,
         influence=change,
-        sigma=sigma,
-        spoiled=tuple(p.name[spoiled].tolist()),
-        rank=rank(best.jacobian, w * trusted, ridge),
+        sigma=float(np.sqrt(((w * residual**2).sum() + seeds) / dof)),
+        strange="" if odd is None else str(p.name[odd]),
+        rank=absorbed + bool(best.at_bound),
         converged=best.converged,
         at_bound=best.at_bound,
         shared=common,
+        misfit=misfit(p, model, best, residual, groups, how.seed),
         refits_failed=failed,
         **vars(how),
     )
 
 
-def require_no_pairs(bootstrap: Bootstrap) -> None:
-    """Refuse to redraw points for a law with terms that curves share besides E.
-
-    Points redrawn may leave such a term without any run.
-    """
-    require(
-        bootstrap != "pairs",
-        f"bootstrap={bootstrap!r} redraws the points of one curve and does not serve runs of "
-        "several training contexts or token budgets; use shared or residual",
-    )
-
-
 def make_model(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = None) -> Model:
-    """The model of a law for these points; UserError when it needs shapes or configurations.
+    """The model of a law for these points, to be fitted to those that `seen` marks, or to all.
 
-    The strength of the ridge of "pooled" is the one that predicts left-out points best (their
-    error by leverage, not by refitting), of the points that `seen` marks, or of all without it.
+    UserError when it needs shapes or configurations.
     """
-    if law == "separate":
-        return SeparateCurves(p)
-    model = joint(law, p, head_dim, _STRENGTHS[0])
-    if law != "pooled":
-        return model
-    w = p.replicates * (np.ones(len(p.n)) if seen is None else seen)
-    begin, errors = solve_point(model, p.loss, w).parameters, []
-    for strength in _STRENGTHS:
-        trial = joint(law, p, head_dim, strength)
-        found = solve_point(trial, p.loss, w, begin)
-        residual = p.loss - trial.predict(found.parameters[None])[0]
-        leverage, _ = influence(found.absorbing, w, residual, trial.ridge)
-        errors.append(float((w * (residual / np.maximum(1 - leverage, 1e-3)) ** 2).sum()))
-    return joint(law, p, head_dim, _STRENGTHS[int(np.argmin(errors))])
+    return SeparateCurves(p) if law == "separate" else joint(law, p, head_dim, seen)
 
 
 def brought(

@@ -10,15 +10,15 @@ import numpy as np
 from gqa_scaling.config import require
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.study import laws
-from gqa_scaling.study.choices import Bootstrap, Law
+from gqa_scaling.study.choices import Law
 from gqa_scaling.study.laws import Curves
+from gqa_scaling.study.misfit import SUSPICIOUS, Misfit
 from gqa_scaling.study.models import MIN_SPREAD, formula
 from gqa_scaling.study.noise import Noise
 from gqa_scaling.study.points import Interval, Points
 from gqa_scaling.study.results import Heads, heads_columns, pair, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL, interval
 
-SUSPICIOUS = 0.05  # p-value below which errors are said to be shared
 _MANY_FAILED = 0.05  # a larger share of failed refits is said to spoil the intervals
 
 
@@ -29,7 +29,9 @@ class Fit:
     Losses, residuals, E and `sigma` are in nats, N in parameters counted as `count` says.
     `influence` is the change of E, in nats, that leaving the point out would make (linearised).
     `sigma` is the standard deviation of one run around its curve, replicates pooled in. Intervals
-    are the central 90% of the `refits` bootstrap draws of the named kind that converged.
+    are the central 90% of those of `refits` bootstrap draws that converged: losses with fresh errors
+    of the runs and of sizes, as large as `shared` allows, fitted again. `strange` names a point that is
+    too far off its curve for chance; "" for none.
     """
 
     source: str
@@ -47,13 +49,12 @@ class Fit:
     leverage: np.ndarray
     influence: np.ndarray
     sigma: float
-    spoiled: tuple[str, ...]
+    strange: str
     rank: int
     converged: bool
     at_bound: str
     shared: Noise
-    robust: bool
-    bootstrap: Bootstrap
+    misfit: Misfit
     refits: int
     refits_failed: int
     seed: int
@@ -113,8 +114,7 @@ class Fit:
     @property
     def how(self) -> str:
         """What the intervals are, in words."""
-        kind = f"{'robust ' if self.robust else ''}{self.bootstrap}"
-        return f"{LEVEL:.0%} percentile {kind} bootstrap, {self.refits} refits, seed {self.seed}"
+        return f"{LEVEL:.0%} percentile bootstrap, {self.refits} refits, seed {self.seed}"
 
     @property
     def left_out(self) -> str:
@@ -153,7 +153,8 @@ class Fit:
                 "E_interval_nats": self.floor_interval,
                 "r2": self.r2,
                 "sigma_nats": self.sigma,
-                "robust": self.robust,
+                "misfit": self.misfit.to_dict(),
+                "strange": self.strange,
                 "shared_sigma_nats": self.shared.shared,
                 "shared_p_value": self.shared.p_value,
                 "replicate_sigma_nats": p.noise,
@@ -226,12 +227,12 @@ def flagged(fitted: Fit, known: Sequence[str]) -> Fit:
         out.append("the fit did not converge: do not use it")
     if fitted.at_bound:
         bound = "0" if fitted.at_bound == "lower" else "the least loss"
-        pairs = (
-            "; the pairs bootstrap cannot show how unsure" if fitted.bootstrap == "pairs" else ""
+        out.append(f"E is at its bound ({bound}): not identified by these runs")
+    if fitted.strange:
+        out.append(
+            f"too far off its curve for chance: {fitted.strange}; see what hangs on it by a fit "
+            "without it"
         )
-        out.append(f"E is at its bound ({bound}): not identified by these runs{pairs}")
-    if fitted.spoiled:
-        out.append(f"left aside as spoiled by the robust fit: {', '.join(fitted.spoiled)}")
     if fitted.rank < fitted.n_parameters:
         out.append(f"only {fitted.rank} of {fitted.n_parameters} parameters are determined")
     rising = [pair(h) for h, b in zip(fitted.heads, fitted.curves.b, strict=True) if b <= 0]
@@ -253,11 +254,12 @@ def flagged(fitted: Fit, known: Sequence[str]) -> Fit:
             "columns n_layers and d_model, and run the same sizes for every configuration"
         )
     if shared is not None and p_value is not None and p_value < SUSPICIOUS:
-        remedy = "" if fitted.bootstrap == "shared" else '; use bootstrap "shared"'
         out.append(
-            f"runs of one size err together by {1e3 * shared:.1f} millinats "
-            f"(p = {p_value:.3f}), as one learning rate per size makes them{remedy}"
+            f"runs of one size err together by {1e3 * shared:.1f} millinats (p = {p_value:.3f}), as "
+            "one learning rate per size makes them, or curves that bend otherwise than the law"
         )
+    if fitted.misfit.flag:
+        out.append(fitted.misfit.flag)
     if p.noise is None:
         out.append("no replicate seeds: the noise is judged from the residuals alone")
     return dataclasses.replace(fitted, flags=tuple(out))

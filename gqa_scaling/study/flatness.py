@@ -16,7 +16,8 @@ from scipy.special import fdtrc
 from gqa_scaling.config import require
 from gqa_scaling.study.baseline import default_baseline
 from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.fitted import SUSPICIOUS, plain
+from gqa_scaling.study.fitted import plain
+from gqa_scaling.study.misfit import SUSPICIOUS
 from gqa_scaling.study.points import Interval, labels, ranks, size_labels
 from gqa_scaling.study.results import Heads, Results, pair
 from gqa_scaling.study.uncertainty import LEVEL

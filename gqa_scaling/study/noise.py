@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_RATIOS = np.r_[0.0, np.geomspace(0.02, 6.0, 60)]  # of the shared to the independent deviation
+_RATIOS = np.r_[0.0, np.geomspace(0.02, 20.0, 70)]  # of the shared to the independent deviation
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,26 @@ def estimate(
     the squared deviations between seeds, with their degrees of freedom.
     """
     loading = (size == np.unique(size)[:, None]).astype(float)
-    root = np.sqrt(weight)
-    whole = root[:, None] * jacobian
+    root = np.sqrt(weight)[:, None]
+    whole = root * jacobian
     norms = np.linalg.norm(whole, axis=0)
-    absorbed, strength, _ = np.linalg.svd(whole / np.where(norms > 0, norms, 1))
-    free = absorbed[:, int((strength > 1e-10 * strength[0]).sum()) :].T
-    known = free @ (root[:, None] * loading.T)
-    values, vectors = np.linalg.eigh(known @ known.T)
-    squares = (vectors.T @ (free @ (root * residual))) ** 2
-    dof = len(values) + replicate_dof
-    moved = values > 1e-9 * max(values.max(), 1e-9)  # the others know nothing of what is shared
+    basis, strength, _ = np.linalg.svd(whole / np.where(norms > 0, norms, 1), full_matrices=False)
+    basis = basis[:, strength > 1e-7 * strength[0]]  # what the curves absorb
+
+    def left(columns: np.ndarray) -> np.ndarray:
+        return np.asarray(columns - basis @ (basis.T @ columns))
+
+    known, away = left(root * loading.T), left(root * residual[:, None])[:, 0]
+    values, vectors = np.linalg.eigh(known.T @ known)
+    # the other directions know nothing of what is shared
+    moved = values > 1e-9 * max(values.max(), 1e-9)
+    values, vectors = values[moved], vectors[:, moved]
+    squares = (vectors.T @ (known.T @ away)) ** 2 / values
+    rest = max(float(away @ away - squares.sum()), 0.0) + replicate_squares
+    dof = len(residual) - basis.shape[1] + replicate_dof
+    others = dof - len(values)
     # all contrasts moved alike: only the sum of the two variances shows
-    told = bool(np.ptp(np.r_[values, np.zeros(replicate_dof)]) > 1e-9 * max(values.max(), 1e-9))
-    rest, values = squares[~moved].sum() + replicate_squares, values[moved]
+    told = bool(len(values) and np.ptp(np.r_[values, np.zeros(others)]) > 1e-9 * values.max())
     variance = 1 + _RATIOS[:, None] ** 2 * values  # (ratios, components), in units of sigma^2
 
     def log_likelihood(z2: np.ndarray, rest: np.ndarray | float) -> tuple:
@@ -84,19 +91,22 @@ def estimate(
         scale = np.maximum(scale, 1e-300)
         return -0.5 * (np.log(variance).sum(-1) + dof * np.log(scale)), scale
 
-    seen, scale = log_likelihood(squares[moved], rest)
+    seen, scale = log_likelihood(squares, rest)
     best = int(np.argmax(seen))
-    rng = np.random.default_rng(seed)
-    others = dof - len(values)
-    null, _ = log_likelihood(
-        rng.chisquare(1, (2000, len(values))), rng.chisquare(others, 2000) if others else 0.0
-    )
-    ratio = null.max(1) - null[:, 0]
+    p_value = None
+    if told:
+        rng = np.random.default_rng(seed)
+        drawn = (
+            rng.chisquare(1, (2000, len(values))),
+            rng.chisquare(others, 2000) if others else 0.0,
+        )
+        null, _ = log_likelihood(*drawn)
+        p_value = float(np.mean(null.max(1) - null[:, 0] >= seen[best] - seen[0] - 1e-12))
     weights = np.exp(seen - seen.max()) * _prior()
     return Noise(
         independent=float(np.sqrt(scale[best])),
         shared=float(_RATIOS[best] * np.sqrt(scale[best])) if told else None,
-        p_value=float(np.mean(ratio >= seen[best] - seen[0] - 1e-12)) if told else None,
+        p_value=p_value,
         loading=loading,
         weight=weight,
         dof=dof,
@@ -114,4 +124,4 @@ def _prior() -> np.ndarray:
     """
     edges = np.r_[0.0, np.sqrt(_RATIOS[1:-1] * _RATIOS[2:]), _RATIOS[-1]]
     spread = np.diff(np.arctan(edges / 2))
-    return np.r_[0.6, 0.4 * spread / spread.sum()]
+    return np.r_[0.4, 0.6 * spread / spread.sum()]

@@ -91,7 +91,7 @@ def _of_new_heads(fit: Fit, results: Results, new: Sequence[Heads]) -> Fit:
         not any(map(pattern_of, new)),
         f"{results.source}: no finished run attends as {pairs(new)}: train that pattern once",
     )
-    how = {k: getattr(fit, k) for k in ("bootstrap", "robust", "refits", "seed", "context_length")}
+    how = {k: getattr(fit, k) for k in ("refits", "seed", "context_length")}
     return candidates(results, new, **how).fit
 
 

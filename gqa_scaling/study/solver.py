@@ -1,9 +1,11 @@
-"""Weighted least squares for every law: many data sets at once, and one of them to the last digit."""
+"""Weighted least squares for every law, for many data sets at once."""
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from gqa_scaling.study.models import Model
 
@@ -11,7 +13,8 @@ ITERATIONS = 5000  # most need ten; a few follow a long bent valley, and may not
 _HOPELESS = 500  # after which half of the rows under way show that the data determines no optimum
 _FLOORS, _ROUGHLY = 25, 30  # values of E tried for a start, and iterations at each
 _STARTS = 3  # searches from the best of them
-_CHUNK = 2**21  # numbers of a Jacobian that are held at once: 16 MiB
+_CHUNK = 2**19  # numbers of a Jacobian that are held at once: 4 MiB
+_MANY = 6  # chunks: seconds of work, of which a terminal shows how far it is
 
 
 def refit(
@@ -28,15 +31,26 @@ def refit(
     those of the model. Returns the parameters (rows, parameters), what was minimised (rows,), and
     which rows converged. Rows are taken in chunks, so that memory stays bounded.
     """
-    size = max(1, _CHUNK // model.added.size)
-    every = [slice(i, i + size) for i in range(0, len(y), size)]
+    size = max(1, _CHUNK // (model.added.size + len(model.curve)))
+    every = range(0, len(y), size)
     low, high = model.floor_limits(y, w) if limits is None else limits
-    parts = [
-        _levenberg_marquardt(model, y[at], w[at], start[at], low[at], high[at], iterations)
-        for at in every
-    ]
+    parts = []
+    for i in _watched(every):
+        at = slice(i, i + size)
+        given = (y[at], w[at], start[at], low[at], high[at], iterations)
+        parts.append(_levenberg_marquardt(model, *given))
     rows, cost, converged = (np.concatenate(each) for each in zip(*parts, strict=True))
     return rows, cost, converged
+
+
+def _watched(chunks: range) -> Iterable[int]:
+    """The chunks, with a progress bar where there are many and stderr is a terminal."""
+    if len(chunks) < _MANY or not sys.stderr.isatty():
+        return chunks
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(chunks, "Refitting", console=Console(stderr=True), transient=True)
 
 
 def _levenberg_marquardt(
@@ -55,7 +69,7 @@ def _levenberg_marquardt(
     """
 
     def cost_of(rows: np.ndarray) -> np.ndarray:
-        return (w * (y - model.predict(rows)) ** 2).sum(1) + (model.ridge * rows**2).sum(1)
+        return (w * (y - model.predict(rows)) ** 2).sum(1)
 
     rows = start.copy()
     rows[:, 0] = np.clip(rows[:, 0], low, high)
@@ -98,24 +112,29 @@ def _step(
 ) -> np.ndarray:
     """The damped Gauss-Newton step of every row.
 
-    E is eliminated last: the others move as is best for any step of E, so that E may go no further
-    than its limits, and its curvature is not drowned by that of the others in a long flat valley.
+    The curves' own u and b are eliminated first, two by two, as no two curves share a point beyond
+    the shared parameters. E is eliminated last: the others move as is best for any step of E, so
+    that E may go no further than its limits, and its curvature is not drowned by that of the others
+    in a long flat valley.
     """
-    every = range(rows.shape[1])
     root = np.sqrt(w)
-    residual = root * (y - model.predict(rows))
-    jacobian = model.jacobian(rows)
-    jacobian *= root[..., None]
-    across = jacobian.transpose(0, 2, 1)
-    normal = across @ jacobian
-    normal[:, every, every] += model.ridge
-    gradient = (across @ residual[..., None])[..., 0] - model.ridge * rows
-    scale = np.sqrt(np.maximum(normal[:, every, every], 1e-300))
-    normal /= scale[:, :, None] * scale[:, None, :]
-    normal[:, every, every] += damping[:, None]
-    gradient /= scale
+    loss, shared, by_u = model.derivatives(rows)
+    m, diagonal = model.shared, range(model.shared)
+    columns = np.concatenate([shared, (y - loss)[..., None]], -1)
+    columns *= root[..., None]  # the shared derivatives and the residuals
+    across = columns[..., :m].transpose(0, 2, 1)
+    products = across @ columns
+    scale = _lengths(products[:, diagonal, diagonal])
+    products[..., :m] /= scale[:, None, :]
+    products /= scale[:, :, None]
+    products[:, diagonal, diagonal] += damping[:, None]
+    own = _Own.of(model, by_u * root, columns, scale, damping[:, None]) if model.own else None
+    if own:
+        products -= own.absorbed
+    normal, gradient = products[..., :m], products[..., m]
+    # some laws have parameters that nothing determines
+    normal[:, diagonal[1:], diagonal[1:]] += 1e-14
     others, border = normal[:, 1:, 1:], normal[:, 1:, 0]
-    others[:, every[:-1], every[:-1]] += 1e-14  # some laws have parameters that nothing determines
     alone, per_floor = np.moveaxis(
         np.linalg.solve(others, np.stack([gradient[:, 1:], border], -1)), -1, 0
     )
@@ -123,9 +142,62 @@ def _step(
     floor = gradient[:, 0] - (border * alone).sum(1)
     floor /= np.maximum(curvature, 1e-300) * scale[:, 0]
     floor = np.clip(rows[:, 0] + floor, low, high) - rows[:, 0]
-    others_step = (alone - per_floor * (floor * scale[:, 0])[:, None]) / scale[:, 1:]
-    step = np.hstack([floor[:, None], others_step])
+    scaled = np.hstack([(floor * scale[:, 0])[:, None], alone])
+    scaled[:, 1:] -= per_floor * scaled[:, :1]
+    step = scaled / scale
+    if own:
+        step = np.hstack([step, own.step(scaled)])
     return np.clip(step, -model.longest_step, model.longest_step)
+
+
+def _lengths(squares: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(squares, 1e-300))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What the curves' own u and b take of the normal equations, in columns scaled to length 1.
+
+    `moves` are the steps of u and of b, each (rows, curves, shared + 1), that each shared derivative
+    and the residual ask for; `absorbed` (rows, shared, shared + 1) is what they leave nothing of.
+    """
+
+    scale_u: np.ndarray
+    scale_b: np.ndarray
+    moves: tuple[np.ndarray, np.ndarray]
+    absorbed: np.ndarray
+
+    @classmethod
+    def of(
+        cls, model: Model, by_u: np.ndarray, columns: np.ndarray, scale: np.ndarray, damping: Any
+    ) -> "_Own":
+        first = np.flatnonzero(np.r_[True, np.diff(model.curve) > 0])
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values, first, axis=1)
+
+        by_b, m = -model.x * by_u, model.shared
+        uu, bb = total(by_u**2), total(by_b**2)
+        scale_u, scale_b = _lengths(uu), _lengths(bb)
+        ub = total(by_u * by_b) / (scale_u * scale_b)
+        uu, bb = uu / scale_u**2 + damping + 1e-14, bb / scale_b**2 + damping + 1e-14
+        along = []
+        for derivative, length in ((by_u, scale_u), (by_b, scale_b)):
+            each = total(derivative[..., None] * columns) / length[..., None]
+            each[..., :m] /= scale[:, None, :]
+            along.append(each)
+        (u, b), determinant = along, (uu * bb - ub**2)[..., None]
+        move_u = (bb[..., None] * u - ub[..., None] * b) / determinant
+        move_b = (uu[..., None] * b - ub[..., None] * u) / determinant
+        absorbed = sum(
+            each[..., :m].transpose(0, 2, 1) @ move for each, move in ((u, move_u), (b, move_b))
+        )
+        return cls(scale_u, scale_b, (move_u, move_b), absorbed)
+
+    def step(self, shared: np.ndarray) -> np.ndarray:
+        """The steps of every u, then of every b, after this scaled step of the shared parameters."""
+        u, b = (move[..., -1] - (move[..., :-1] @ shared[..., None])[..., 0] for move in self.moves)
+        return np.hstack([u / self.scale_u, b / self.scale_b])
 
 
 @dataclass(frozen=True)
@@ -162,44 +234,16 @@ def solve_point(
     """The least-squares parameters for losses y with weights w, each (points,).
 
     The law's own starts, each at many values of E, or `begin`, are improved by `refit`, and the
-    best of them by SciPy's least squares. Parameters that no point with a weight moves stay at
-    their start.
+    best of them is taken. Parameters that no point with a weight moves stay at their start.
     """
     limits = model.floor_limits(y[None], w[None])
     starts = _profiled(model, y, w, limits) if begin is None else begin[None]
-    rows, cost, _ = refit(model, *_repeated(y, w, len(starts)), starts)
-    best = rows[np.argmin(cost)]
-    root, pull = np.sqrt(w), np.diag(np.sqrt(model.ridge))[model.ridge > 0]
-    moved = np.vstack([root[:, None] * model.jacobian(best[None])[0], pull]).any(0)
-
-    def whole(p: np.ndarray) -> np.ndarray:
-        row = best.copy()
-        row[moved] = p
-        return row
-
-    def residuals(p: np.ndarray) -> np.ndarray:
-        row = whole(p)
-        return np.r_[root * (model.predict(row[None])[0] - y), pull @ row]
-
-    def jacobian(p: np.ndarray) -> np.ndarray:
-        each = root[:, None] * model.jacobian(whole(p)[None])[0]
-        return np.vstack([each, pull])[:, moved]
-
-    low, high = np.full(moved.sum(), -np.inf), np.full(moved.sum(), np.inf)
-    (low[0],), (high[0],) = limits
-    found = least_squares(
-        residuals,
-        best[moved],
-        jac=jacobian,
-        bounds=(low, high),
-        x_scale="jac",
-        ftol=1e-14,
-        xtol=1e-14,
-        gtol=1e-14,
-    )
-    row, near = whole(found.x), 1e-6 * (high[0] - low[0])
-    at_bound = "lower" if row[0] < low[0] + near else "upper" if row[0] > high[0] - near else ""
-    return Solution(row, model.jacobian(row[None])[0], bool(found.success), at_bound)
+    rows, cost, done = refit(model, *_repeated(y, w, len(starts)), starts)
+    best = int(np.argmin(cost))
+    row, ((low,), (high,)) = rows[best], limits
+    near = 1e-6 * (high - low)
+    at_bound = "lower" if row[0] < low + near else "upper" if row[0] > high - near else ""
+    return Solution(row, model.jacobian(row[None])[0], bool(done[best]), at_bound)
 
 
 def _profiled(

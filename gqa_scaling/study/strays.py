@@ -179,12 +179,12 @@ def _strayed(curves: Curves, strays: np.ndarray) -> Curves:
 def scale_of(fit: Fit, head_dim: int) -> Scale:
     """Refit a joint law together with how far each configuration strays from it.
 
-    Points that a robust fit has left aside stay aside. `fit.sigma` becomes the noise of one run
+    `fit.sigma` becomes the noise of one run
     around its own configuration's curve.
     """
     p, refits = fit.points, fit.refits
     model = make_model(fit.law, p, head_dim)
-    weight = p.replicates * ~np.isin(p.name, fit.spoiled).astype(bool) * 1.0
+    weight = p.replicates.astype(float)
     strays, rng = estimate_strays(fit, model, weight), np.random.default_rng(fit.seed)
     chosen = rng.choice(len(strays.probability), refits, p=strays.probability)
     spreads = strays.spreads[chosen]

@@ -13,8 +13,7 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
-from gqa_scaling.study.choices import Bootstrap
-from gqa_scaling.study.fit import Refitting, brought, fit_model, require_no_pairs
+from gqa_scaling.study.fit import Refitting, brought, fit_model
 from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Interval, Points, cells, labels, ranks
@@ -44,15 +43,9 @@ class OverTokens(SeparateCurves):
     """Curves that share E and a data term exp(v - beta (ln D - mean ln D))."""
 
     def __init__(self, p: Points) -> None:
-        super().__init__(p, others=("v", "beta"))
         self.token_centre = float(np.log(p.tokens).mean())
         self.z = np.log(p.tokens) - self.token_centre
-        self.data_design = np.zeros_like(self.design)
-        self.data_design[:, 1], self.data_design[:, 2] = 1.0, -self.z
-
-    def exponents(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        yield from super().exponents(rows)
-        yield rows @ self.data_design.T, self.data_design[None]
+        super().__init__(p, others={"v": np.ones_like(self.z), "beta": -self.z})
 
     def shared_terms(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for beta in _BETAS:
@@ -185,7 +178,6 @@ def token_law(
     results: Results,
     *,
     at_tokens: float | None = None,
-    bootstrap: Bootstrap = "shared",
     refits: int = 1000,
     seed: int = 0,
 ) -> TokenLaw:
@@ -221,7 +213,6 @@ def token_law(
         f"what N says of it, a token law needs {_MIN_VARIATION:g}); train some sizes on two or more "
         "token budgets",
     )
-    require_no_pairs(bootstrap)
     model = OverTokens(p)
     budget = ranks(p.tokens, labels(p.curve, p.n))  # of a size, as budgets may follow N
     fitted = fit_model(
@@ -230,7 +221,7 @@ def token_law(
         model,
         (p.size, labels(p.size, budget)),
         title="the token law",
-        how=Refitting(bootstrap, refits=refits, seed=seed),
+        how=Refitting(refits, seed),
         context_length=length or None,
     )
     jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(fitted.parameters[None])[0]

@@ -54,7 +54,6 @@ def test_places_of_tables(refused, workplace):
         ("refits=0 must be", "fit chen2025 --refits 0"),
         ("refits=-5 must be", "fit chen2025 --refits -5"),
         ("--law: invalid choice: 'cubic'", "fit chen2025 --law cubic"),
-        ("--bootstrap: invalid choice", "fit chen2025 --bootstrap none"),
         ("invalid int value: 'long'", "fit chen2025 --context long"),
         ("--baseline '8' must be", "frontier chen2025 --baseline 8"),
         ("--baseline '-8,8' must be", "frontier chen2025 --baseline=-8,8"),

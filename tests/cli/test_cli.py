@@ -184,7 +184,7 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
         ("status experiments.tiny extra", "unexpected argument 'extra'"),
         ("fit experiments.tinny", "(did you mean experiments.tiny?)"),
         ("fit nothing.csv", "nothing.csv"),
-        ("fit chen2025 --bootstrap x", "--bootstrap: invalid choice: 'x'"),
+        ("fit chen2025 --law x", "--law: invalid choice: 'x'"),
         ("fit chen2025 --seed 4", "unexpected argument '--seed': chen2025 has no fields"),
         ("frontier chen2025 --baseline 8", "--baseline '8' must be n_heads,n_kv_heads"),
     ],

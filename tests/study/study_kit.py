@@ -30,7 +30,6 @@ from gqa_scaling.study.results import Results
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.study import Study
-from gqa_scaling.study.uncertainty import BOOTSTRAPS
 
 LADDERS = (
     ((1, 16), (1, 32), (2, 32), (2, 64), (3, 96), (4, 128)),
@@ -108,9 +107,7 @@ def small_study(seed: int) -> tuple[str, Question, dict, dict]:
     )
     wide = len(lengths) + len(budgets) > 2 and rng.random() < 0.9  # has a law of its own
     options = {
-        "law": "separate" if wide else str(rng.choice(LAWS, p=[0.55, 0.15, 0.15, 0.15])),
-        "bootstrap": str(rng.choice(BOOTSTRAPS[:2] if wide else BOOTSTRAPS)),
-        "robust": bool(not wide and rng.random() < 0.15),
+        "law": "separate" if wide else str(rng.choice(LAWS, p=[0.6, 0.2, 0.2])),
     }
     serving = {
         "objective": str(rng.choice(list(OBJECTIVES))),

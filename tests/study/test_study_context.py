@@ -135,16 +135,15 @@ def test_more_lengths_make_the_curves_surer_and_one_length_agrees_with_fit():
 
 
 def test_intervals_of_delta_are_as_wide_as_linear_theory_says():
-    def widths(r, bootstrap="residual"):
-        draws = context_law(r, refits=300, bootstrap=bootstrap).delta_draws[:, :-1]
+    def widths(r):
+        draws = context_law(r, refits=300).delta_draws[:, :-1]
         return np.ptp(np.percentile(draws, (5, 95), axis=0), axis=0)
 
     own = np.mean([widths(study(0.003, seed=s)) for s in range(6)])
     # a difference of two means of twelve runs
-    assert own == pytest.approx(2 * 1.645 * 0.003 * np.sqrt(2 / 12), rel=0.15)
-    together = [study(0.001, seed=s, shared=0.01) for s in range(4)]
-    ratio = [widths(r, "shared") / widths(r) for r in together]
-    assert np.mean(ratio) > 1.2  # errors of a size at a length do not average out
+    assert own == pytest.approx(2 * 1.645 * 0.003 * np.sqrt(2 / 12), rel=0.25)
+    together = np.mean([widths(study(0.003, seed=s, shared=0.01)) for s in range(4)])
+    assert together > 2 * own  # errors of a size at a length do not average out
 
 
 def test_what_cannot_be_fitted_is_refused_with_the_remedy():
@@ -160,12 +159,8 @@ def test_what_cannot_be_fitted_is_refused_with_the_remedy():
         context_law(budgets)
     with pytest.raises(UserError, match=r"needs 3 sizes, but \(1,1\) has 2"):
         context_law(study(0.001, layers=(12, 16)))
-    with pytest.raises(UserError, match="bootstrap='pairs' redraws"):
-        context_law(r, bootstrap="pairs")
-    with pytest.raises(UserError, match=r"law='sum' takes runs of one context .* name one length"):
-        estimate(r, law="sum")
-    with pytest.raises(UserError, match="leave --robust out, or name one length"):
-        estimate(r, robust=True)
+    with pytest.raises(UserError, match=r"law='fading' takes runs of one .* name one length"):
+        estimate(r, law="fading")
     with pytest.raises(UserError, match="leave --at-tokens out"):
         estimate(r, at_tokens=1e9)
 

@@ -11,6 +11,7 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.flatness import Flatness
 from gqa_scaling.study.heads import HeadLaw
+from gqa_scaling.study.misfit import POWER, Misfit
 from gqa_scaling.study.report.table import INTERVAL, Column, Table, percent, span
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.tokens import TokenLaw
@@ -53,6 +54,7 @@ def fit_table(fit: Fit) -> Table:
             *constants,
             _solution(fit),
             _noise(fit, "curves"),
+            *_misfit(fit.misfit),
             f"Intervals: {fit.how}",
         ),
     )
@@ -79,6 +81,7 @@ def token_table(law: TokenLaw) -> Table:
             f"B D^-beta, nats with {LEVEL:.0%} intervals: {terms}",
             f"{_solution(fit)}, condition {law.condition:.0f}",
             _noise(fit, "law"),
+            *_misfit(fit.misfit),
             f"Intervals: {fit.how}",
         ),
     )
@@ -122,6 +125,22 @@ def _noise(fit: Fit, law: str) -> str:
             f"shared by a size: {1e3 * fit.shared.shared:.2f} (p = {fit.shared.p_value:.2f})"
         )
     return "; ".join(said)
+
+
+def _misfit(found: Misfit) -> list[str]:
+    out = []
+    if found.found is not None:
+        out.append(
+            f"A further c ln N: c = {found.bend:+.3f} nats, p = {found.p_value:.2f}; would be found "
+            f"{POWER:.0%} of the time: {found.found:.2g}, {1e3 * (found.found_rms or 0):.2f} millinats "
+            "off the curves"
+        )
+    if found.replicate_p_value is not None:
+        out.append(
+            f"Misses against seeds: p = {found.replicate_p_value:.2f}; would be found {POWER:.0%} of "
+            f"the time: {1e3 * (found.replicate_found or 0):.2f} millinats off the curves"
+        )
+    return out
 
 
 def residual_table(fit: Fit, most: int = 8) -> Table:
@@ -200,13 +219,16 @@ def compare_table(scores: Sequence[Score], where: str = "") -> Table:
             Column("parameters", lambda s: str(s.parameters)),
             Column("residual", error("residual"), "millinats"),
             Column("unseen heads", error("unseen_heads"), "millinats"),
+            Column("more heads", error("more_heads"), "millinats"),
+            Column("more heads,\nlargest size", error("more_heads_and_size"), "millinats"),
             *([pattern] if any(s.unseen_patterns is not None for s in scores) else []),
             Column("largest size", lambda s: _relative(s.largest_size), "% of loss"),
         ],
         scores,
         [f"{s.law}: L = {s.formula}" for s in scores],
-        "How well each law predicts runs that it was not shown: each configuration in turn, or the "
-        "largest size of each.",
+        "How well each law predicts runs that it was not shown: each configuration in turn; those with "
+        "the most query heads, or KV heads; the same at the largest size, which is not shown either; "
+        "the largest size of each.",
     )
 
 
