@@ -184,7 +184,7 @@ def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
     return estimate(results, law=args.law or "separate", **_options(args))
 
 
-def _candidates(args: argparse.Namespace, results: "Results", question: Question) -> "Candidates":
+def _candidates(args: argparse.Namespace, source: "Source", question: Question) -> "Candidates":
     """What is to be ranked, and the curves for it and for the baseline."""
     from gqa_scaling.study.baseline import curves_for, named_baseline
     from gqa_scaling.study.candidates import WHICH, candidates
@@ -194,7 +194,9 @@ def _candidates(args: argparse.Namespace, results: "Results", question: Question
     heads = [_heads("--candidates", word) for word in words] if words and not which else None
     baseline = named_baseline(question)
     also = curves_for(baseline) if baseline else ()
-    return candidates(results, which or heads, args.law, also, **_options(args))
+    return candidates(
+        source.results, which or heads, args.law, also, source.leaves_out, **_options(args)
+    )
 
 
 def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
@@ -255,7 +257,7 @@ def _answer(args: argparse.Namespace, source: "Source") -> "Study":
 
     serving = _serving(args)
     question = _asked(args, source.question)  # refused before anything is estimated
-    among = _candidates(args, source.results, question)
+    among = _candidates(args, source, question)
     found = among.estimates
     answer = frontier(among.fit, source.results, question, args.objective, serving, among=among)
     options = [] if args.root is None else ["--root", args.root]

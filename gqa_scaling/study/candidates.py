@@ -6,7 +6,7 @@ Most of them are never trained: a joint law predicts them (`strays`).
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -99,12 +99,14 @@ def candidates(
     which: Which | Sequence[Heads] | None = None,
     law: Law | None = None,
     also: Iterable[Heads] = (),
+    leave_out: Callable[[Heads], bool] = lambda heads: False,
     **options: Any,
 ) -> Candidates:
     """Estimate what the runs allow, and the curves of every configuration that is to be ranked.
 
     `which` as in `heads_to_rank`; `also` are heads whose curves are needed besides, such as a
-    baseline's. `law` is the joint law that predicts; without one `preferred_law` chooses. `options` go to
+    baseline's. `leave_out` tells the configurations that are not to be
+    ranked unless they are named. `law` is the joint law that predicts; without one `preferred_law` chooses. `options` go to
     `estimate`. Where no joint law can be had, trained configurations alone are ranked, each by a
     curve of its own. Raises UserError where `which` or `also` need more than that.
     """
@@ -112,6 +114,8 @@ def candidates(
     chosen = results if context is None else results.select(results.context_length == context)
     trained, also = tuple(sorted(set(chosen.heads))), tuple(also)
     heads = heads_to_rank(trained, which)
+    if isinstance(which, str | None):  # what is named is ranked, whatever was left out
+        heads = tuple(h for h in heads if not leave_out(h))
     unseen = [h for h in (*heads, *also) if h not in trained]
     why = ""
     if unseen or law not in (None, "separate"):

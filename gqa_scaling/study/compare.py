@@ -11,7 +11,7 @@ from gqa_scaling.study.choices import Law
 from gqa_scaling.study.fit import make_model
 from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.models import LAWS, formula
-from gqa_scaling.study.points import Points, points
+from gqa_scaling.study.points import MIN_SIZES, Points, points
 from gqa_scaling.study.results import Results, pattern_of
 from gqa_scaling.study.solver import solve_point
 
@@ -53,7 +53,8 @@ class Score:
 
 def compare(results: Results, context_length: int | None = None) -> tuple[Score, ...]:
     """Score every law that these runs can be fitted with."""
-    p, head_dim = points(results, context_length), int(results.head_dim[0])
+    p, head_dim = points(results, context_length, joint=True), int(results.head_dim[0])
+    few = min(np.bincount(p.curve)) < MIN_SIZES
     largest = np.zeros(len(p.n), bool)
     for k in range(len(p.heads)):
         mine = np.flatnonzero(p.curve == k)
@@ -67,6 +68,8 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
     last = p.n_layers * p.d_model**2.0 >= (p.n_layers * p.d_model**2.0).max()
     out = []
     for law in LAWS:
+        if law == "separate" and few:
+            continue
         try:
             model = make_model(law, p, head_dim)
         except UserError:  # too few configurations for this law, or shapes unknown

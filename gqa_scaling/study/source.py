@@ -44,6 +44,10 @@ class Source:
         runs = self.experiment.runs if self.experiment else ()
         return tuple(run for run in runs if not self._left_out(run))
 
+    def leaves_out(self, heads: Heads) -> bool:
+        """Whether this configuration was named to be left out."""
+        return any(named(what, "", heads) for what in self.without if what.strip("*"))
+
     def _left_out(self, run: RunConfig) -> bool:
         m = run.model
         heads = heads_of(m.n_heads, m.n_kv_heads, m.pattern)

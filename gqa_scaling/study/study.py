@@ -47,7 +47,7 @@ class Study:
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
         """What the answer hangs on; None where nothing reaches its loss."""
-        return sensitivity(self.fit, self.results, self.frontier)
+        return sensitivity(self.ranked.fit, self.results, self.frontier)
 
     def estimated(self) -> dict[str, Any]:
         """What stands beside the fit and the frontier, ready for JSON."""

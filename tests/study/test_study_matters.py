@@ -205,7 +205,8 @@ def test_runs_and_configurations_can_be_left_out(capsys):
     assert cli.main(["frontier", *ask, "--json", "--without", "8,1", "(1, 1)", "L12-*"]) == 0
     told = json.loads(capsys.readouterr().out)
     found = {tuple(c["heads"]) for c in told["answers"][0]["choices"]}
-    assert found == set(R.heads) - {(8, 1), (1, 1)}
+    assert found.isdisjoint({(8, 1), (1, 1)})  # nor are they predicted from the others
+    assert found >= set(R.heads) - {(8, 1), (1, 1)}
     assert told["answers"][0]["best"] == [4, 1]
     assert told["flags"][0].startswith("left out by --without 8,1 (1, 1) L12-*: 15 runs (L12-d768-")
     assert cli.main(["fit", "chen2025", "--refits", "100", "--without", "8,1", "--json"]) == 0

@@ -236,8 +236,10 @@ def test_the_command_line(capsys):
     assert told["first_label"] == "(4,1)"
     assert cli.main(["compare", "chen2025", "4,1", "8,2@L24d1536", "--refits", "100"]) == 0
     assert "8,2)@L24d1536" in capsys.readouterr().out
-    assert cli.main(["compare", "chen2025", "4,1", "3,1", *ask[1:]]) == 2
-    assert "configuration (3,1) is not in this study" in capsys.readouterr().err
+    assert cli.main(["compare", "chen2025", "4,1", "3,1", *ask[1:]]) == 0  # predicted
+    assert "N of (3,1)" in capsys.readouterr().out
+    assert cli.main(["compare", "chen2025", "4,1", "3,1", "--law", "separate", *ask[1:]]) == 2
+    assert "(3,1) cannot be predicted" in capsys.readouterr().err
 
 
 def test_sides_are_named_as_they_are_printed():
