@@ -62,10 +62,9 @@ def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     first, second = side(args.first, heads), side(args.second, heads)
     if args.losses is None and (first.shape or second.shape):
         question = replace(question, losses=None)  # a whole model has a loss of its own
+    # on the scale that `frontier` ranks them on
     two = (first.heads, second.heads)
-    among = candidates(
-        source.results, "measured" if set(two) <= set(heads) else two, args.law, **_options(args)
-    )
+    among = candidates(source.results, None, args.law, two, source.leaves_out, **_options(args))
     asked = (first, second, question, args.objective, serving)
     told = versus(among.estimates, source.results, *asked, fit=among.fit)
     if args.json:
@@ -102,7 +101,7 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "out with --without",
     )
     options = [] if args.root is None else ["--root", args.root]
-    small = too_small(results) if args.law == "separate" else ""
+    small = too_small(results) if args.law in (None, "separate") else ""
     if small:
         steps = for_a_fit(Proposals(results, source.grid))
         found = tuple(Suggestion(step.kind, step.runs, step.flops) for step in steps)
@@ -120,7 +119,8 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
             serving=serving,
         )
         table = suggest_table(found, args.objective)
-    commands = [command_of(source, each.runs[0].run, options) for each in found]
+    # nothing is forecast where nothing can be fitted
+    commands = [command_of(source, each.runs[0].run, options, forecast=not small) for each in found]
     flags = [flag for flag in (results.left_out, budget_assumed(results, source.grid)) if flag]
     if args.json:
         told = zip(found, commands, strict=True)

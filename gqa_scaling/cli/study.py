@@ -205,7 +205,9 @@ def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
     valid = len(heads) == 2 and all(h.strip().isdecimal() and len(h) < 6 for h in heads)
     valid = valid and min(map(int, heads)) > 0
     require(valid, f"{flag} {text!r} must be n_heads,n_kv_heads such as 8,8{more}")
-    return int(heads[0]), int(heads[1])
+    n_heads, n_kv_heads = map(int, heads)
+    require(n_kv_heads <= n_heads, f"{flag} {text!r} has more KV heads than query heads")
+    return n_heads, n_kv_heads
 
 
 def _asked(args: argparse.Namespace, question: Question) -> Question:
@@ -321,13 +323,16 @@ def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
         f"all {len(target.runs)} runs of {target.name} have begun: a forecast is made before; name "
         "others with --runs",
     )
+    earlier = len(runs) - len(to_seal(source.root, target.name, runs, again=False))
     sealed, predictions = seal_forecast(source, _estimates(args, source.results), target.name, runs)
     if args.json:
         print_json(sealed.said | {"file": str(sealed.path)})
         return 0
-    title = f"Forecast of {len(runs)} runs of {target.name} from {source.results.source}"
+    title = f"Forecasts for {target.name} from {source.results.source}"
     print_table(prediction_table(predictions, title))
     print(f"sealed: {sealed.path}")
+    if earlier:
+        print(f"{earlier} of {len(runs)} have an earlier forecast, which is the one that counts")
     return 0
 
 

@@ -105,9 +105,9 @@ def candidates(
     """Estimate what the runs allow, and the curves of every configuration that is to be ranked.
 
     `which` as in `heads_to_rank`; `also` are heads whose curves are needed besides, such as a
-    baseline's. `leave_out` tells the configurations that are not to be
-    ranked unless they are named. `law` is the joint law that predicts; without one `preferred_law` chooses. `options` go to
-    `estimate`. Where no joint law can be had, trained configurations alone are ranked, each by a
+    baseline's. `leave_out` tells the configurations that are not to be ranked unless they are named.
+    `law` is the joint law that predicts; without one `preferred_law` chooses. `options` go to
+    `estimate`. A joint law is also taken where a configuration has too few sizes for a curve. Where no joint law can be had, trained configurations alone are ranked, each by a
     curve of its own. Raises UserError where `which` or `also` need more than that.
     """
     context = options.get("context_length")
@@ -117,8 +117,11 @@ def candidates(
     if isinstance(which, str | None):  # what is named is ranked, whatever was left out
         heads = tuple(h for h in heads if not leave_out(h))
     unseen = [h for h in (*heads, *also) if h not in trained]
+    few = any(
+        len(set(chosen.n_params[[h == own for h in chosen.heads]])) < MIN_SIZES for own in trained
+    )
     why = ""
-    if unseen or law not in (None, "separate"):
+    if unseen or law not in (None, "separate") or (few and law is None):
         try:
             return _on_one_scale(chosen, heads, also, law, options)
         except UserError as error:

@@ -52,23 +52,28 @@ def with_training(
     return replace(answer, answers=answers, checks=tuple(checks))
 
 
-def training_command(source: Source, arguments: Sequence[str], options: Sequence[str] = ()) -> str:
+def training_command(
+    source: Source, arguments: Sequence[str], options: Sequence[str] = (), forecast: bool = True
+) -> str:
     """The command that trains what these arguments make of the source's experiment.
 
-    First it seals a forecast, from the runs of the source that are finished then. `options` end it.
+    With `forecast` it first seals one, from the runs of the source that are finished then. `options`
+    end it.
     """
-    forecast = ["--forecast", shlex.join([source.name, *source.overrides])]
+    first = ["--forecast", shlex.join([source.name, *source.overrides])] if forecast else []
     named = ["gqa-scaling", "run", source.name, *source.overrides]
-    return shell_command([*named, *arguments, *forecast, *options])
+    return shell_command([*named, *arguments, *first, *options])
 
 
-def command_of(source: Source, run: RunConfig | None, options: Sequence[str] = ()) -> str:
+def command_of(
+    source: Source, run: RunConfig | None, options: Sequence[str] = (), forecast: bool = True
+) -> str:
     """The command that trains this run of a source's experiment; "" where there is none."""
     if run is None:
         return ""
     alike = [r for r in source.grid if fnmatch.fnmatch(r.name, run.name) or run.name in r.name]
     fields = ["--only", run.name] if alike == [run] else overrides_to(source.grid, run)
-    return training_command(source, fields, options)
+    return training_command(source, fields, options, forecast)
 
 
 def shell_command(words: Sequence[str], width: int = 78) -> str:

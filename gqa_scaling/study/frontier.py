@@ -217,7 +217,7 @@ def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
 
     Raises UserError when there is none: the curves of these configurations do not overlap.
     """
-    ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in trained_curves(fit)]
+    ends = [fit.curves.loss(k, np.array(sizes_of(fit, k))) for k in trained_curves(fit)]
     high, low = min(e.max() for e in ends), max(e.min() for e in ends)
     require(
         low < high,

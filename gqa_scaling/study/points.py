@@ -110,7 +110,7 @@ def cells(
     require(
         joint or not short,
         f"{r.source}: too few runs to fit: each configuration needs {MIN_SIZES} sizes, but "
-        f"{', '.join(short)}{missing}",
+        f"{', '.join(short)}{missing}; a joint law, --law product, takes one with a single size",
     )
     free = 2 * len(heads) + shared
     require(

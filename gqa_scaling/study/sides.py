@@ -40,4 +40,5 @@ def side(text: str, heads: Sequence[Heads] = ()) -> Side:
     if own is None:
         assert plain_pair is not None
         own = int(plain_pair[1]), int(plain_pair[2])
+    require(own[1] <= own[0], f"{text!r} has more KV heads than query heads")
     return Side(own, (int(shape[1]), int(shape[2])) if shape else None)

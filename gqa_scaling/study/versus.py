@@ -14,7 +14,7 @@ import numpy as np
 
 from gqa_scaling.config import Question, require
 from gqa_scaling.study import laws
-from gqa_scaling.study.candidates import sizes_of
+from gqa_scaling.study.candidates import KNOWN, known_as, sizes_of
 from gqa_scaling.study.caveats import beyond_training
 from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.equal_cost import largest
@@ -170,6 +170,12 @@ def versus(
         for context in q.contexts
     )
     flags = [*fit.flags, *beyond_training([first.heads, second.heads], _length(found, results), q)]
+    for each in (first, second):
+        known = known_as(each.heads, sorted(set(results.heads), key=str))
+        if known != "measured":
+            flags.append(
+                f"{pair(each.heads)} was never trained: {KNOWN[known]}, by law {fit.law!r}"
+            )
     gaps = [g for m in matches for g in (*m.itself, *m.equal_loss, m.equal_cost, m.equal_size)]
     if any(any(g.outside) for g in gaps):
         flags.append("~ marks sizes outside those that the configuration was trained at")

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax  # noqa: F401  its loggers keep the stderr of the test that imports it first
 import pytest
 
 from gqa_scaling import cli
@@ -28,7 +29,7 @@ def finish(run: RunConfig, experiment: str) -> None:
     directory.finish({"evaluations": {run.evaluation_digest: {"loss": 2.0}}}, {})
 
 
-@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"fetch"}))
+@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"fetch", "harness", "import"}))
 def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
     told = []
 
@@ -38,8 +39,10 @@ def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
 
     for module in (load, source):
         monkeypatch.setattr(module, "load_experiment", load_experiment)
-    more = {"frontier": ["--target-loss", "3"], "compare": ["4,1", "8,1"]}.get(verb, [])
-    assert cli.main([verb, TINY, *more, "--root", "elsewhere"]) == 2
+    of_a_run = {"export": ["folder"], "generate": ["--prompt", "a"]}
+    more = {"frontier": ["--target-loss", "3"], "compare": ["4,1", "8,1"], **of_a_run}.get(verb, [])
+    named = f"{TINY}:a-run" if verb in of_a_run else TINY
+    assert cli.main([verb, named, *more, "--root", "elsewhere"]) == 2
     assert told == [Path("elsewhere")]
     assert os.environ["GQA_SCALING_RUNS"] == "runs"
 

@@ -170,7 +170,7 @@ def test_what_cannot_leave_is_refused_in_one_line(tmp_path, capsys):
     refused(["export", done, done / "config.json"], capsys, "cannot be a folder")
     refused(["export", done, tmp_path / "out", "--dtype", "int8"], capsys, "--dtype", "int8")
     refused(["export", done, done], capsys, "is no export of this program")
-    refused(["export", done, tmp_path / "out", "--seed", "1"], capsys, "--seed 1")
+    refused(["export", done, tmp_path / "out", "--seed", "1"], capsys, "--seed changes runs")
     assert not (tmp_path / "out").exists()
 
 

@@ -136,13 +136,14 @@ def test_the_interval_widens_with_the_size_and_beyond_the_heads(trained):
     other = predict(found, results, SMALL, unseen)
     # on the scale that they are predicted on, heads with runs are known better
     known = candidates(results, [(8, 4)], refits=200).fit
-    k, inside = known.index((8, 2)), 0
+    k, inside, wider = known.index((8, 2)), 0, []
     for run, mine in zip(unseen, other, strict=True):
         assert (mine.beyond, mine.law != "separate") == ("heads", True)
         low, high = run_interval(known, known.draws.loss(k, mine.n))
-        assert width(mine) > high - low
+        wider.append(width(mine) / (high - low))
         assert mine.loss == pytest.approx(truth(run), abs=0.04)
         inside += mine.run_interval[0] < truth(run) < mine.run_interval[1]
+    assert np.mean(wider) > 1.02
     assert inside >= 7  # of 10, whose errors are one study's: all runs of a size share one
 
 
@@ -251,12 +252,12 @@ def test_the_first_forecast_counts(tmp_path):
     from_small = source(tmp_path, GRID)
     found = estimate(from_small.results, refits=100)
     first, _ = seal_forecast(from_small, found, "grid", LARGE[:1])
-    again = estimate(from_small.results, refits=100, law="sum")
+    again = estimate(from_small.results, refits=100, law="product")
     seal_forecast(from_small, again, "grid", LARGE)
     finish(tmp_path, LARGE, seed=1)
     score = scored(tmp_path)
     assert score[LARGE[0].name].file == first.path.name
-    assert {score[run.name].law for run in LARGE[1:]} == {"sum"}
+    assert {score[run.name].law for run in LARGE[1:]} == {"product"}
     # without it the next one does
     first.path.unlink()
     assert scored(tmp_path)[LARGE[0].name].law == "sum"

@@ -10,6 +10,7 @@ from gqa_scaling.study.caveats import MISSED
 from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.equal_training import EqualTraining, Served, Trained
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
+from gqa_scaling.study.points import Interval
 from gqa_scaling.study.report.table import margin, percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL
@@ -90,9 +91,15 @@ def _saving(best: Choice, frontier: Frontier) -> str:
     )
     return (
         f"{saved} than {base}{_at_loss(frontier)} ({LEVEL:.0%} interval "
-        f"{span(best.saving_interval[objective], percent)}), with {' and '.join(rest)}"
+        f"{span(_as_said(best, objective), percent)}), with {' and '.join(rest)}"
         + _gained(best, OBJECTIVES[objective])
     )
+
+
+def _as_said(best: Choice, objective: Objective) -> Interval:
+    """The interval of what is said to be less, or more."""
+    low, high = best.saving_interval[objective]
+    return (low, high) if best.saving[objective] >= 0 else (-high, -low)
 
 
 def _at_loss(frontier: Frontier) -> str:
