@@ -295,7 +295,7 @@ def laws(sets: int, seed: int) -> None:
                     right = truth(*heads.T, sizes, 64 * sizes)
                     rows.append(curves.floor + np.exp(curves.u - curves.b * x) - right)
                 errors[law].append(rows)
-            best = preferred_law(r, beyond_heads=True)
+            best = preferred_law(r)
             errors["chosen"].append(errors[best][-1])
         told = ""
         for each in map(np.array, errors.values()):

@@ -1,4 +1,4 @@
-"""The verbs of questions that people ask of a study: which of two, and what to run next."""
+"""The verbs of questions that people ask of a study: which of two, what to run next, what is to be expected."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from gqa_scaling.cli.study import (
     _source,
 )
 from gqa_scaling.config import between, require
+from gqa_scaling.study.choices import is_experiment
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,16 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
     add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
     _add_costs(parser)
     parser.set_defaults(baseline=None)
+
+
+def _add_forecast(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, "experiment: its finished runs, and the rest of its grid")
+    parser.add_argument(
+        "--runs",
+        metavar="EXPERIMENT[:RUN,...]",
+        help="the runs to forecast (default: those of the source that have not begun); fields after "
+        "it, in quotes with it",
+    )
 
 
 def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -134,7 +145,40 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment.load import named_runs
+    from gqa_scaling.study.forecast import seal_forecast, to_seal
+    from gqa_scaling.study.report.forecasts import prediction_table
+
+    known = is_experiment(args.source)
+    require(known, f"forecast needs the finished runs of an experiment, not {args.source}")
+    source = _source(args, rest)
+    assert source.experiment is not None
+    assert source.root is not None
+    target, named = source.experiment, False
+    if args.runs is not None:
+        target, named = named_runs(args.runs, source.root)
+    runs = list(target.runs) if named else to_seal(source.root, target.name, target.runs)
+    require(
+        bool(runs),
+        f"all {len(target.runs)} runs of {target.name} have begun: a forecast is made before; name "
+        "others with --runs",
+    )
+    earlier = len(runs) - len(to_seal(source.root, target.name, runs, again=False))
+    sealed, predictions = seal_forecast(source, _estimates(args, source.results), target.name, runs)
+    if args.json:
+        print_json(sealed.said | {"file": str(sealed.path)})
+        return 0
+    title = f"Forecasts for {target.name} from {source.results.source}"
+    print_table(prediction_table(predictions, title))
+    print(f"sealed: {sealed.path}")
+    if earlier:
+        print(f"{earlier} of {len(runs)} have an earlier forecast, which is the one that counts")
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "compare": (_compare, "which of two configurations or models is cheaper", _add_compare),
+    "forecast": (_forecast, "seal what is expected of runs before they are trained", _add_forecast),
     "suggest": (_suggest, "which runs to train next to make the answer surest", _add_suggest),
 }

@@ -11,7 +11,7 @@ from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_tab
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Law, is_experiment
+from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Law
 
 if TYPE_CHECKING:
     from gqa_scaling.study.candidates import Candidates
@@ -144,16 +144,6 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         action="store_true",
         help="the answer with lambda, alpha, beta, batch and bytes changed, one at a time",
-    )
-
-
-def _add_forecast(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, "experiment: its finished runs, and the rest of its grid")
-    parser.add_argument(
-        "--runs",
-        metavar="EXPERIMENT[:RUN,...]",
-        help="the runs to forecast (default: those of the source that have not begun); fields after "
-        "it, in quotes with it",
     )
 
 
@@ -304,38 +294,6 @@ def _aligned(
     )
 
 
-def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.experiment.load import named_runs
-    from gqa_scaling.study.forecast import seal_forecast, to_seal
-    from gqa_scaling.study.report.forecasts import prediction_table
-
-    known = is_experiment(args.source)
-    require(known, f"forecast needs the finished runs of an experiment, not {args.source}")
-    source = _source(args, rest)
-    assert source.experiment is not None
-    assert source.root is not None
-    target, named = source.experiment, False
-    if args.runs is not None:
-        target, named = named_runs(args.runs, source.root)
-    runs = list(target.runs) if named else to_seal(source.root, target.name, target.runs)
-    require(
-        bool(runs),
-        f"all {len(target.runs)} runs of {target.name} have begun: a forecast is made before; name "
-        "others with --runs",
-    )
-    earlier = len(runs) - len(to_seal(source.root, target.name, runs, again=False))
-    sealed, predictions = seal_forecast(source, _estimates(args, source.results), target.name, runs)
-    if args.json:
-        print_json(sealed.said | {"file": str(sealed.path)})
-        return 0
-    title = f"Forecasts for {target.name} from {source.results.source}"
-    print_table(prediction_table(predictions, title))
-    print(f"sealed: {sealed.path}")
-    if earlier:
-        print(f"{earlier} of {len(runs)} have an earlier forecast, which is the one that counts")
-    return 0
-
-
 def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.compare import compare
     from gqa_scaling.study.heads import head_laws
@@ -467,6 +425,5 @@ def _default_page(args: argparse.Namespace) -> Path:
 VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
-    "forecast": (_forecast, "seal what is expected of runs before they are trained", _add_forecast),
     "report": (_report, "write the study as one HTML page", _add_report),
 }

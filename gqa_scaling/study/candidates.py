@@ -155,7 +155,7 @@ def _on_one_scale(
     ]
     for holds, reason in refusals:
         require(not holds, reason)
-    found = estimate(results, law=law or preferred_law(results, beyond_heads=True), **options)
+    found = estimate(results, law=law or preferred_law(results), **options)
     fit, head_dim = found.fit, int(results.head_dim[0])
     require(
         fit.converged and fit.rank == fit.n_parameters,

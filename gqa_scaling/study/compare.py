@@ -84,10 +84,7 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
 
         def beyond(pairs: list[tuple[np.ndarray, np.ndarray]], law: Law = law) -> float | None:
             """The error of the points that the second of each pair marks, fitted to the first."""
-            if law == "separate" or not pairs:
-                return None
-            errors = [_error(p, law, head_dim, keep, asked) for keep, asked in pairs]
-            return _rms(np.concatenate(errors))
+            return _beyond(p, law, head_dim, pairs) if pairs and law != "separate" else None
 
         each = [[k] for k in range(len(p.heads))]
         size = _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else None
@@ -109,41 +106,35 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
     return tuple(out)
 
 
-def preferred_law(
-    results: Results, *, beyond_heads: bool, context_length: int | None = None
-) -> Law:
-    """The law that these runs say to use for a question; UserError when no joint law can be fitted.
+def preferred_law(results: Results, context_length: int | None = None) -> Law:
+    """The joint law for questions that go beyond the heads that were trained.
 
-    With `beyond_heads` the question asks for configurations that were not trained, see `chosen`.
+    That with the least error where the most heads and the largest size were left out; where no such
+    test can be made, the most heads, else each configuration in turn, else the one with the fewest
+    parameters; of equals the first. Raises UserError where no joint law can be fitted.
     """
-    law = chosen(compare(results, context_length), beyond_heads=beyond_heads)
-    if law is None:
-        raise UserError(
-            f"{results.source}: heads that were not trained need a joint law, and that columns "
-            "n_layers and d_model, and two head configurations"
-        )
-    return law
+    p, head_dim = points(results, context_length, joint=True), int(results.head_dim[0])
+    models = {law: make_model(law, p, head_dim) for law in LAWS if law != "separate"}
+    cuts = _cuts(p)
+    last = p.n_layers * p.d_model**2.0 >= (p.n_layers * p.d_model**2.0).max()
+    each = [(p.curve != k, p.curve == k) for k in range(len(p.heads))]
+    for pairs in (
+        [(keep & ~last, asked & last) for keep, asked in cuts if (asked & last).any()],
+        cuts,
+        each if len(each) > _CONFIGURATIONS else [],
+    ):
+        if pairs:
+            errors = {law: _beyond(p, law, head_dim, pairs) for law in models}
+            return min(models, key=errors.__getitem__)
+    return min(models, key=lambda law: len(models[law].names))
 
 
-def chosen(scores: Sequence[Score], *, beyond_heads: bool) -> Law | None:
-    """The law that predicted best what the question extrapolates over; of equals the first.
-
-    With `beyond_heads` a joint law is needed: that with the least error where the most heads and
-    the largest size were left out; where no such test could be made, the most heads, else each
-    configuration in turn, else the one with the fewest parameters. None where there is none. Without
-    it, the question asks for larger sizes of trained configurations: the least error at the largest.
-    """
-    joint = [s for s in scores if s.law != "separate"]
-    if beyond_heads and not joint:
-        return None
-    by = (
-        ("more_heads_and_size", "more_heads", "unseen_heads") if beyond_heads else ("largest_size",)
-    )
-    among = joint if beyond_heads else scores
-    for name in by:
-        if all(getattr(s, name) is not None for s in among):
-            return min(among, key=lambda s: float(getattr(s, name))).law
-    return min(joint, key=lambda s: s.parameters).law if beyond_heads else "separate"
+def _beyond(
+    p: Points, law: Law, head_dim: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> float:
+    """The error of the points that the second of each pair marks, fitted to the first."""
+    errors = [_error(p, law, head_dim, keep, asked) for keep, asked in pairs]
+    return _rms(np.concatenate(errors))
 
 
 def _cuts(p: Points) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,7 +17,7 @@ from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study import fit as fitting
 from gqa_scaling.study import laws, solver
-from gqa_scaling.study.compare import _error, chosen, compare, preferred_law
+from gqa_scaling.study.compare import _error, compare, preferred_law
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.heads import head_laws, solve_heads
 from gqa_scaling.study.models import LAWS, Model
@@ -559,17 +559,13 @@ def test_the_law_is_chosen_by_what_the_question_extrapolates_over():
     for law in ("product", "fading"):
         r = _joint_truth(law, published())
         r = dataclasses.replace(r, loss=r.loss + 3e-4 * rng.standard_normal(40))
-        scores = compare(r)
-        best[law] = chosen(scores, beyond_heads=True)
-        found = {s.law: s.more_heads_and_size for s in scores if s.law != "separate"}
+        best[law] = preferred_law(r)
+        found = {s.law: s.more_heads_and_size for s in compare(r) if s.law != "separate"}
         assert found[best[law]] == min(found.values())
-        sizes = {s.law: s.largest_size for s in scores}
-        assert sizes[chosen(scores, beyond_heads=False)] == min(sizes.values())
     assert best["fading"] == "fading"
     bare = dataclasses.replace(r, n_layers=0 * r.n_layers, d_model=0 * r.d_model)
-    assert preferred_law(bare, beyond_heads=False) == "separate"
-    with pytest.raises(UserError, match="need a joint law"):
-        preferred_law(bare, beyond_heads=True)
+    with pytest.raises(UserError, match="the data needs columns n_layers and d_model"):
+        preferred_law(bare)
 
 
 def test_two_numbers_of_heads_do_not_tell_whether_gains_fade():
