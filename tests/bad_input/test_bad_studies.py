@@ -73,6 +73,8 @@ def test_places_of_tables(refused, workplace):
         ("'4' must be heads such as 8,1", "compare chen2025 4 8,1"),
         ("the following arguments are required: second", "compare chen2025 8,1"),
         ("(16,1) cannot be predicted", "compare chen2025 8,1 16,1 --law separate"),
+        ("more KV heads than query heads", "compare chen2025 4,8 8,1"),
+        ("more KV heads than query heads", "frontier chen2025 --candidates 4,8"),
         ("names no run or configuration", "compare chen2025 4,1 8,1 --without 5,5"),
         ("no finished runs under runs/tiny", "fit experiments.tiny"),
         ("no finished runs under runs/tiny", "report experiments.tiny"),

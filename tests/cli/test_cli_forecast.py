@@ -69,7 +69,7 @@ def forecasts(workplace) -> list[dict]:
 def test_a_forecast_is_sealed_trained_and_scored(call, workplace):
     code, out, err = call("forecast", NAME, *FEW)
     assert (code, err) == (0, "")
-    assert "Forecast of 2 runs of grid from grid (8 runs)" in out
+    assert "Forecasts for grid from grid (8 runs)" in out
     assert "sealed: runs/grid/forecasts/" in out
     (told,) = forecasts(workplace)
     assert [run["name"] for run in told["runs"]] == LARGE

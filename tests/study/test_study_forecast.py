@@ -23,6 +23,7 @@ from gqa_scaling.files.forecasts import read_forecasts
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study.build import run_interval
 from gqa_scaling.study.candidates import candidates
+from gqa_scaling.study.commands import command_of
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.forecast import seal_forecast, to_seal
 from gqa_scaling.study.predict import Prediction, predict
@@ -260,7 +261,7 @@ def test_the_first_forecast_counts(tmp_path):
     assert {score[run.name].law for run in LARGE[1:]} == {"product"}
     # without it the next one does
     first.path.unlink()
-    assert scored(tmp_path)[LARGE[0].name].law == "sum"
+    assert scored(tmp_path)[LARGE[0].name].law == "product"
     with pytest.raises(UserError, match=f"^{LARGE[0].name} of grid began already"):
         seal_forecast(from_small, found, "grid", LARGE[:1])
 
@@ -290,3 +291,9 @@ def test_tables_and_picture_tell_the_scores(tmp_path):
         "altered since and does not count"
         in forecast_table(score_forecasts(tmp_path, "grid")).html()
     )
+
+
+def test_the_command_of_a_run_seals_a_forecast_unless_nothing_can_be_fitted(trained):
+    from_small, run = source(trained, GRID), LARGE[0]
+    assert "--forecast experiments.grid" in command_of(from_small, run)
+    assert "--forecast" not in command_of(from_small, run, forecast=False)

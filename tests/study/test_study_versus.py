@@ -237,7 +237,9 @@ def test_the_command_line(capsys):
     assert cli.main(["compare", "chen2025", "4,1", "8,2@L24d1536", "--refits", "100"]) == 0
     assert "8,2)@L24d1536" in capsys.readouterr().out
     assert cli.main(["compare", "chen2025", "4,1", "3,1", *ask[1:]]) == 0  # predicted
-    assert "N of (3,1)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "N of (3,1)" in out
+    assert "(3,1) was never trained: predicted, by law" in out
     assert cli.main(["compare", "chen2025", "4,1", "3,1", "--law", "separate", *ask[1:]]) == 2
     assert "(3,1) cannot be predicted" in capsys.readouterr().err
 
