@@ -30,7 +30,8 @@ def rate_at(d: int) -> float:
     """The maximum learning rate at width d.
 
     A power law through the optima of the sweep, each that of a parabola in ln(rate) through the three
-    best: 0.019, 0.0091 and 0.0074 at widths 32, 48 and 64. Larger sizes were not swept.
+    best: 0.019, 0.0091 and 0.0074 at widths 32, 48 and 64 (studies/linux_lr.csv). Larger sizes were not
+    swept.
     """
     return float(f"{6.9e-3 * (64 / d) ** 1.39:.2g}")
 
