@@ -205,6 +205,8 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
     baseline: Any = args.baseline
     if baseline is not None and baseline != LLAMA3 and "@" not in baseline:
         baseline = _heads("--baseline", baseline, f", {LLAMA3}, or one model such as 24,8@L36d1536")
+    if args.indifference is not None:
+        between("--indifference", args.indifference, 0, 100, "percent")
     changes = {
         "losses": tuple(args.losses) if args.losses else None,
         "contexts": tuple(args.contexts) if args.contexts else None,

@@ -103,7 +103,7 @@ def test_indifference_from_the_command_line(capsys):
     assert told["question"]["indifference"] == 0.03
     assert told["answers"][0]["equivalent"] == [[4, 1]]
     assert cli.main([*ask, "--indifference", "-1"]) == 2
-    assert "indifference=-0.01 must" in capsys.readouterr().err
+    assert "--indifference=-1.0 must be a number from 0 to 100 percent" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------- what an answer hangs on
