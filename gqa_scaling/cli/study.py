@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from gqa_scaling.baselines import LLAMA3
+from gqa_scaling.baselines import LLAMA3, written_heads
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.costs import CONVENTIONS
@@ -191,13 +191,10 @@ def _candidates(args: argparse.Namespace, source: "Source", question: Question) 
 
 def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
     """n_heads,n_kv_heads as it is typed."""
-    heads = text.split(",")
-    valid = len(heads) == 2 and all(h.strip().isdecimal() and len(h) < 6 for h in heads)
-    valid = valid and min(map(int, heads)) > 0
-    require(valid, f"{flag} {text!r} must be n_heads,n_kv_heads such as 8,8{more}")
-    n_heads, n_kv_heads = map(int, heads)
-    require(n_kv_heads <= n_heads, f"{flag} {text!r} has more KV heads than query heads")
-    return n_heads, n_kv_heads
+    heads = written_heads(text)
+    if heads is None:
+        raise UserError(f"{flag} {text!r} must be n_heads,n_kv_heads such as 8,8{more}")
+    return heads
 
 
 def _asked(args: argparse.Namespace, question: Question) -> Question:

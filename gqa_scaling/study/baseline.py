@@ -51,7 +51,7 @@ def label(baseline: Baseline) -> str:
     """The baseline as it is printed in tables."""
     if isinstance(baseline, WholeModel):
         return f"{pair(baseline.heads)} L{baseline.n_layers} d{baseline.d_model}"
-    return "Llama-3 (d/d_h,8)" if baseline == LLAMA3 else pair(baseline)  # type: ignore[arg-type]
+    return "Llama-3 (d/d_h,8)" if isinstance(baseline, str) else pair(baseline)
 
 
 def in_words(baseline: Baseline) -> str:

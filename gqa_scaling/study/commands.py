@@ -28,7 +28,7 @@ def with_training(
     if source.experiment is None or source.root is None:
         return answer
     results, name, root = source.results, source.experiment.name, source.root
-    context = found.fit.context_length or int(results.context_length.max())
+    context = found.fit.trained_at(results)
     tokens = round(found.tokens.at_tokens) if found.tokens else None
     runs = [run for run in source.grid if run.context_length == context]
     finished = {run.digest: run.name for run in runs if run.name in results.name}

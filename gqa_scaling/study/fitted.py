@@ -16,7 +16,7 @@ from gqa_scaling.study.misfit import SUSPICIOUS, Misfit
 from gqa_scaling.study.models import MIN_SPREAD, formula
 from gqa_scaling.study.noise import Noise
 from gqa_scaling.study.points import Interval, Points
-from gqa_scaling.study.results import Heads, heads_columns, pair, pattern_of
+from gqa_scaling.study.results import Heads, Results, heads_columns, pair, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL, interval
 
 _MANY_FAILED = 0.05  # a larger share of failed refits is said to spoil the intervals
@@ -72,6 +72,10 @@ class Fit:
     @property
     def floor_interval(self) -> Interval:
         return interval(self.draws.floor)
+
+    def trained_at(self, results: Results) -> int:
+        """The context length, in tokens, that the runs were trained at; of several the longest."""
+        return int(self.context_length or results.context_length.max())
 
     @property
     def residual(self) -> np.ndarray:

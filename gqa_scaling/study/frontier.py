@@ -271,7 +271,7 @@ def frontier(
             deployment = Deployment(family, q, context, objective, s)
             base = reference(baseline, fit, curves, among.scale, deployment, targets)
             answers.append(_answer(among, curves, deployment, targets, base, gains))
-    train_context = int(fit.context_length or results.context_length.max())
+    train_context = fit.trained_at(results)
     flags = [
         *fit.flags,
         *([among.note] if among.note else []),

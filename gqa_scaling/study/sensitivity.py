@@ -115,13 +115,15 @@ def _changes(
             odds = factor * q.weight / (1 - q.weight)
             weight = odds / (1 + odds)
             yield "lambda", q.weight, weight, "z", replace(q, weight=weight), s
-    for name, field in (("alpha", "memory_power"), ("beta", "compute_power")):
+    powers: tuple[tuple[Assumption, str], ...]
+    powers = ("alpha", "memory_power"), ("beta", "compute_power")
+    for name, field in powers:
         for factor in FACTORS:
             power = getattr(q, field)
             after = min(max(factor * power, POWERS[0]), POWERS[1])
             if after != power:
                 changed = replace(q, **{field: after})
-                yield name, power, after, "z", changed, s  # type: ignore[misc]
+                yield name, power, after, "z", changed, s
     other: Convention = "per_token" if q.convention == "per_sequence" else "per_sequence"
     yield "convention", q.convention, other, "z", replace(q, convention=other), s
     for objective in ("memory", "flops"):
@@ -134,8 +136,9 @@ def _changes(
     for factor in BATCHES:
         more = replace(s, batch=round(factor * s.batch))
         yield "batch", s.batch, more.batch, served, q, more
-    for name in ("weight_bytes", "cache_bytes"):
+    sizes: tuple[Assumption, ...] = ("weight_bytes", "cache_bytes")
+    for size in sizes:
         for factor in FACTORS:
-            value = factor * getattr(s, name)
+            value = factor * getattr(s, size)
             if 0.01 <= value <= 100:
-                yield name, getattr(s, name), value, served, q, replace(s, **{name: value})  # type: ignore[misc]
+                yield size, getattr(s, size), value, served, q, replace(s, **{size: value})

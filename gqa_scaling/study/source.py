@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gqa_scaling.baselines import bare
 from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.experiment.load import Experiment, load_experiment
 from gqa_scaling.files.runs import runs_root
@@ -56,8 +57,7 @@ class Source:
 
 def named(what: str, name: str, heads: Heads) -> bool:
     """Whether `what` names this run, by a shell pattern, or its heads, such as 8,1 or (8,1)."""
-    bare = what.strip().removeprefix("(").replace(")", "", 1).replace(", ", ",")
-    return fnmatch.fnmatchcase(name, what) or bare == pair(heads)[1:].replace(")", "", 1)
+    return fnmatch.fnmatchcase(name, what) or bare(what) == bare(pair(heads))
 
 
 def read_source(

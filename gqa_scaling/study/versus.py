@@ -169,7 +169,10 @@ def versus(
         for loss in losses
         for context in q.contexts
     )
-    flags = [*fit.flags, *beyond_training([first.heads, second.heads], _length(found, results), q)]
+    flags = [
+        *fit.flags,
+        *beyond_training([first.heads, second.heads], found.fit.trained_at(results), q),
+    ]
     for each in (first, second):
         known = known_as(each.heads, sorted(set(results.heads), key=str))
         if known != "measured":
@@ -192,10 +195,6 @@ def versus(
         intervals=fit.how,
         flags=tuple(flags),
     )
-
-
-def _length(found: Estimates, results: Results) -> int:
-    return int(found.fit.context_length or results.context_length.max())
 
 
 class _Known:

@@ -144,7 +144,8 @@ def _marked(gap: Gap, i: int) -> str:
 
 
 def _sides(found: Versus) -> tuple[tuple[int, str], tuple[int, str]]:
-    return tuple(enumerate(found.labels))  # type: ignore[return-value]
+    first, second = found.labels
+    return (0, first), (1, second)
 
 
 def _equal_loss(found: Versus) -> Table:
