@@ -8,7 +8,6 @@ whole way between: layout, compression, storage and the mesh that it is restored
 
 import functools
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -28,6 +26,7 @@ from orbax.checkpoint.path import atomicity
 
 from gqa_scaling.config import UserError
 from gqa_scaling.files import orbax_s3
+from gqa_scaling.files.array_checksums import ArrayChecksums, array_checksums
 from gqa_scaling.files.checksums import (
     COMMIT_NOTES,
     UNFINISHED_SUFFIX,
@@ -45,56 +44,9 @@ from gqa_scaling.files.storage import absolute, as_path, is_remote, write_atomic
 PyTree = Any
 POSITION_NAME = "position.json"  # beside trained parameters
 REMOVED = "removed"  # where a checkpoint goes, at one stroke, before its files are deleted
-WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by the bytes of an element
 
 
-# ---------------------------------------------------------------------------- array checksums
-
-
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """For each array the sum of its words and the sum weighted by position, modulo 2^32.
-
-    Integer sums do not depend on order: they are the same on every mesh. Each device sums what it
-    holds; only the sums travel. A single altered word always changes the first one; words that
-    changed places change the second.
-    """
-
-    def sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-        words = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
-        index = jnp.zeros(words.shape, jnp.uint32)
-        for axis in range(words.ndim):
-            stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
-            index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-        # positions are scattered (the finaliser of MurmurHash3), or swapped blocks that lie a
-        # power of two apart would nearly cancel
-        index = (index ^ (index >> 16)) * np.uint32(0x85EBCA6B)
-        index = (index ^ (index >> 13)) * np.uint32(0xC2B2AE35)
-        weight = (index ^ (index >> 16)) | np.uint32(1)
-        return jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * weight, dtype=jnp.uint32)
-
-    return [sums(x) for x in leaves]
-
-
-@dataclass(frozen=True)
-class ArrayChecksums:
-    """The checksums of the arrays of a tree, perhaps still being computed on the devices."""
-
-    names: tuple[str, ...]
-    sums: list[tuple[jax.Array, jax.Array]]
-
-    def values(self) -> dict[str, str]:
-        """{array: 16 hex digits}, when they are there."""
-        pairs = jax.device_get(self.sums)
-        return {n: f"{int(a):08x}{int(b):08x}" for n, (a, b) in zip(self.names, pairs, strict=True)}
-
-
-def array_checksums(tree: PyTree) -> ArrayChecksums:
-    """Start computing the checksums of every array of `tree`, which may be donated afterwards."""
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    names = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
-    return ArrayChecksums(names, _sums(list(leaves)))
+# ----------------------------------------------------------------------------------- sealing
 
 
 def _verify_arrays(tree: PyTree, saved: Seal) -> None:

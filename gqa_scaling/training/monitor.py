@@ -96,6 +96,9 @@ class Monitor:
     last_saved: int
     pending: tuple[int, StepMetrics] | None = None
 
+    def __post_init__(self) -> None:
+        self._rate = jax.jit(self.setup.schedule)  # one small program, not one for each operation
+
     def dispatched(self, step: int, metrics: StepMetrics) -> None:
         """Note that a step is on its way; the one before is read."""
         self.read()
@@ -117,7 +120,7 @@ class Monitor:
             scalars = {
                 "learning/loss": loss,
                 "learning/grad_norm": norm,
-                "learning/current_learning_rate": float(self.setup.schedule(step - 1)),
+                "learning/current_learning_rate": float(self._rate(step - 1)),
             }
             self.telemetry.log(step, {**scalars, **self.speed.scalars()})
 

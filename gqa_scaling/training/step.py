@@ -14,6 +14,7 @@ from flax import nnx
 
 from gqa_scaling.config import RunConfig
 from gqa_scaling.devices import mesh as parallel
+from gqa_scaling.devices.compilation_cache import compiler_options
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.setup import Setup, set_up
@@ -108,7 +109,8 @@ def train_step(setup: Setup) -> Any:
         metrics = StepMetrics(loss, norm, taken, usual_norm)
         return jax.tree.map(unless_skipped, new, old), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    options = compiler_options(setup.mesh.devices.flat[0].platform)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def initial_state(setup: Setup) -> State:

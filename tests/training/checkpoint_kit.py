@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa_scaling.files import checksums
-from gqa_scaling.files.checkpoint import array_checksums, open_checkpoints
+from gqa_scaling.files.array_checksums import array_checksums
+from gqa_scaling.files.checkpoint import open_checkpoints
 
 
 def small_state(seed: int = 0) -> Any:

@@ -25,8 +25,10 @@ from training_kit import tiny_run
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
 from gqa_scaling.data import open_store
+from gqa_scaling.files import array_checksums as array_checksums_module
 from gqa_scaling.files import checkpoint, checksums
-from gqa_scaling.files.checkpoint import array_checksums, load_parameters, open_checkpoints
+from gqa_scaling.files.array_checksums import array_checksums
+from gqa_scaling.files.checkpoint import load_parameters, open_checkpoints
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
 from gqa_scaling.sweep.status import read_checkpoints
@@ -317,7 +319,12 @@ def by_numpy(x: np.ndarray) -> str:
     "dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"]
 )
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5, 4), (0, 3), (65, 33)])
-def test_array_checksums_agree_with_numpy(dtype: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("most", [array_checksums_module.MOST_BY_NUMPY, -1])
+def test_array_checksums_agree_with_numpy(
+    monkeypatch, most: int, dtype: str, shape: tuple[int, ...]
+) -> None:
+    """Also those of a compiled program, which large states and accelerators get."""
+    monkeypatch.setattr(array_checksums_module, "MOST_BY_NUMPY", most)
     rng = np.random.default_rng(0)
     x = np.asarray(jnp.asarray(rng.normal(size=shape) * 100, dtype))
     assert array_checksums({"x": jnp.asarray(x)}).values() == {"x": by_numpy(x)}
