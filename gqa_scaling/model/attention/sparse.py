@@ -28,7 +28,7 @@ from gqa_scaling.model.attention.shard import (
 from gqa_scaling.model.attention.tiles import Softmax, natural, rows_of
 from gqa_scaling.model.einsum import einsum_f32
 
-_SCORES = 512 * 512 * 4  # computed at once: enough for all cores, little memory
+_SCORES = 512 * 512 * 2  # computed at once: enough for all cores, and they stay in the cache
 
 
 class _Tiling(NamedTuple):
