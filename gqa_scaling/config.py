@@ -136,6 +136,8 @@ class OptimizerConfig(Json):
 
     `warmup` and `decay` are fractions of all steps; the decay is a cosine from `learning_rate`
     to `final_fraction` of it. With schedule "cosine" the decay begins where the warmup ends.
+    `warmup_tokens` > 0 is the warmup in tokens instead: the same at every token budget, so that
+    runs which differ in their budget alone are one run until the decay (`experiment/branches.py`).
     Weight decay acts on matrices only.
     `spike_factor` > 0 skips steps whose gradient norm exceeds that many times its running mean: off
     by default, as it changes what is learned. Each step skipped so raises that mean by a tenth.
@@ -144,6 +146,7 @@ class OptimizerConfig(Json):
     learning_rate: float = 1e-3
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: float = 0.1
+    warmup_tokens: int = 0
     decay: float = 0.2
     final_fraction: float = 0.1
     beta1: float = 0.9
@@ -162,7 +165,11 @@ class OptimizerConfig(Json):
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value} must be at least 0 and less than 1")
-        not_negative(self, "weight_decay")
+        not_negative(self, "weight_decay", "warmup_tokens")
+        require(
+            not self.warmup_tokens or self.warmup == 0.1,  # one spelling, one digest
+            f"give one of warmup={self.warmup} and warmup_tokens={self.warmup_tokens:,}",
+        )
         require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"spike_factor={self.spike_factor} must be 0 (off) or greater than 1",
@@ -172,6 +179,14 @@ class OptimizerConfig(Json):
             f"warmup={self.warmup} and decay={self.decay} are fractions of all steps and must not "
             "exceed 1 together",
         )
+
+    def phases(self, steps: int, batch_tokens: int) -> tuple[int, int]:
+        """Steps of the warmup and of the decay, of `steps` in all."""
+        warmup = round(self.warmup * steps)
+        if self.warmup_tokens:
+            warmup = max(1, round(self.warmup_tokens / batch_tokens))
+        rest = steps - warmup
+        return warmup, min(round(self.decay * steps), rest) if self.schedule == "wsd" else rest
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,7 @@ DEFINING = {
     "optimizer.learning_rate": 1e-4,
     "optimizer.schedule": "cosine",
     "optimizer.warmup": 0.2,
+    "optimizer.warmup_tokens": 1024,
     "optimizer.decay": 0.3,
     "optimizer.final_fraction": 0.0,
     "optimizer.beta1": 0.8,

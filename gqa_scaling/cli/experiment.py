@@ -241,6 +241,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         left, leads = processes.leaders(left), processes.is_leader()
     if not left:
         if leads:
+            sweep.tidy(experiment, root)
             print(
                 f"{experiment.name}: all {len(experiment.runs)} runs are finished in "
                 f"{root / experiment.name}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from gqa_scaling.config import Question, RunConfig, UserError, require
+from gqa_scaling.experiment.branches import Trunk, smallest_budget_first, trunks
 from gqa_scaling.experiment.grid import unique
 from gqa_scaling.experiment.learning_rates import LearningRateSweep, at_swept_rates
 from gqa_scaling.experiment.overrides import apply_overrides, parse_overrides
@@ -27,12 +28,21 @@ from gqa_scaling.files.failures import failure
 
 @dataclass(frozen=True)
 class Experiment:
-    """A named list of runs and the question they are to answer."""
+    """A named list of runs and the question they are to answer.
+
+    Where `runs` are selected, `declared` are all that they were selected from.
+    """
 
     name: str
     runs: tuple[RunConfig, ...]
     question: Question
     about: str
+    declared: tuple[RunConfig, ...] = ()
+
+    @property
+    def trunks(self) -> dict[str, Trunk]:
+        """What runs share until their decay, by their digests; those that were not selected count."""
+        return trunks(self.declared or self.runs)
 
     def select(self, only: str | None = None, shard: str | None = None) -> "Experiment":
         """The runs whose name matches the pattern `only`, and of those every n-th from i (i/n)."""
@@ -49,7 +59,7 @@ class Experiment:
             valid = digits and 0 <= int(i) < int(n)
             require(valid, f"--shard {shard!r} must be i/n with 0 <= i < n, such as 0/4")
             runs = runs[int(i) :: int(n)]
-        return replace(self, runs=runs)
+        return replace(self, runs=runs, declared=self.declared or self.runs)
 
 
 def load_experiment(
@@ -74,7 +84,8 @@ def load_experiment(
         changes["start_from"] = with_digest(changes["start_from"], name, swept, root)
     changed = relinked(declared, [apply_overrides(run, changes) for run in swept])
     # overrides may leave one run of a grid, as those of `overrides_to` do
-    runs = parents_first(unique(dict.fromkeys(changed) if changes else changed))
+    runs = unique(dict.fromkeys(changed) if changes else changed)
+    runs = parents_first(smallest_budget_first(runs))
     question = getattr(module, "QUESTION", Question())
     is_one = isinstance(question, Question)
     require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
@@ -96,7 +107,8 @@ def named_runs(text: str, root: Path | None = None) -> tuple[Experiment, bool]:
     known, wanted = {run.name: run for run in experiment.runs}, dict.fromkeys(names.split(","))
     for name in wanted:
         require(name in known, f"{spec} declares no run {name!r}{did_you_mean(name, known)}")
-    return replace(experiment, runs=tuple(known[name] for name in wanted)), True
+    runs = tuple(known[name] for name in wanted)
+    return replace(experiment, runs=runs, declared=experiment.runs), True
 
 
 def words_of(text: str) -> list[str]:

@@ -267,6 +267,22 @@ def open_checkpoints(path: Path, keep: int, always: Sequence[int] = ()) -> Itera
             manager.close()  # when every save is complete
 
 
+def restore_kept(path: Path, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """The state of `step` that another run keeps under `path`, and its position.
+
+    Nothing there is changed, as a process may be at that run. Raises DamagedError as `restore` does.
+    """
+    logging.set_verbosity(logging.FATAL)
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        save_interval_steps=0,
+        create=False,
+        temporary_path_class=_committed_in(path),
+    )
+    with ocp.CheckpointManager(absolute(path), options=options) as manager:
+        return Checkpoints(manager, _Sealer()).restore(step, like)
+
+
 # -------------------------------------------------------------------------------- parameters
 
 

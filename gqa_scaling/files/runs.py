@@ -22,7 +22,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -266,8 +266,10 @@ class RunDirectory:
         """Record why the run stopped: the traceback and the name of the error's type."""
         write_json(self.failure_file, {"kind": kind, "traceback": text, "time": time.time()})
 
-    def finish(self, result: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Write result.json, then drop what only an unfinished run needs."""
+    def finish(
+        self, result: dict[str, Any], timing: dict[str, Any], kept_steps: Collection[int] = ()
+    ) -> None:
+        """Write result.json, then drop what only an unfinished run needs, see `clean`."""
         whole = {
             "schema": SCHEMA_VERSION,
             "result": result,
@@ -275,7 +277,7 @@ class RunDirectory:
             "attempts": self.attempts(),
         }
         write_json(self.result_file, whole)
-        self.clean()
+        self.clean(kept_steps)
 
     def forget_judgements(self) -> None:
         """Drop what was kept of evaluations of other parameters."""
@@ -283,10 +285,16 @@ class RunDirectory:
         for folder in self.path.glob("averaged-*"):
             remove_folder(folder)
 
-    def clean(self) -> None:
-        """Drop what a finished run does not need; a kill since its result was written left it."""
-        if self.checkpoints.exists():
+    def clean(self, kept_steps: Collection[int] = ()) -> None:
+        """Drop what a finished run does not need; a kill since its result was written left it.
+
+        The states of `kept_steps` are kept: other runs begin with them (`experiment/branches.py`).
+        """
+        if self.checkpoints.exists() and not kept_steps:
             remove_folder(self.checkpoints)
+        for folder in self.checkpoints.iterdir() if self.checkpoints.exists() else ():
+            if folder.is_dir() and folder.name not in map(str, kept_steps):
+                remove_folder(folder)
         self.failure_file.unlink(missing_ok=True)
 
 

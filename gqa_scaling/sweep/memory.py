@@ -130,10 +130,14 @@ def _tiles(head: HeadPattern | None, run: RunConfig) -> float:
     return 1.0 if head is None else 1 + (head.slots(T) - min(T, head.window)) / T
 
 
+def state_bytes(run: RunConfig) -> int:
+    """Disk that one checkpoint takes: fp32 parameters and moments."""
+    return 12 * parameters(run.model).total
+
+
 def checkpoint_bytes(run: RunConfig) -> int:
-    """Disk that a run needs while it trains: its checkpoints, fp32 parameters and moments."""
-    states = run.checkpoint.keep + run.evaluation.average
-    return states * 12 * parameters(run.model).total
+    """Disk that a run needs while it trains: its checkpoints."""
+    return (run.checkpoint.keep + run.evaluation.average) * state_bytes(run)
 
 
 def finished_bytes(run: RunConfig) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from gqa_scaling import costs
 from gqa_scaling.config import MAX_EPOCHS, MOST_DEVICES, RunConfig, UserError, require
 from gqa_scaling.devices.layout import attention_implementation, axis_sizes
+from gqa_scaling.experiment.branches import Trunk, trunks
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.experiment.starts import check_start, parent_of
 from gqa_scaling.fields import INT32_MAX
@@ -21,6 +22,10 @@ class PlannedRun:
     recomputation and masked products included. `training_bytes` are per device, the bytes of
     checkpoints on disk. `pattern` is the label of the keys that heads see, "" for all of them.
     `epochs` is None where the corpus is not prepared yet.
+
+    `first_step` is where the run branches off one of a smaller budget (`experiment/branches.py`), 0
+    where it begins itself. FLOPs are of all its steps, `seconds` of those that are left; `kept_bytes`
+    are those of the states that it keeps for others until they are done.
     """
 
     name: str
@@ -42,6 +47,13 @@ class PlannedRun:
     finished_bytes: int
     epochs: float | None
     note: str
+    first_step: int
+    kept_bytes: int
+
+    @property
+    def saved_flops(self) -> int:
+        """Model FLOPs of the steps that it does not take."""
+        return self.training_flops // self.steps * self.first_step
 
 
 @dataclass(frozen=True)
@@ -65,18 +77,23 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Most disk at any time: what finished runs keep and the largest run in training."""
-        return self.finished_bytes + max((r.checkpoint_bytes for r in self.runs), default=0)
+        """Most disk at any time: what finished runs keep, for themselves and for others, and the
+        largest run in training."""
+        kept = self.finished_bytes + sum(r.kept_bytes for r in self.runs)
+        return kept + max((r.checkpoint_bytes for r in self.runs), default=0)
 
     @property
     def totals(self) -> dict[str, float]:
-        """Sums over the runs: FLOPs, hours, device-hours, dollars and bytes of disk."""
+        """Sums over the runs: FLOPs that are spent, and those saved, hours, device-hours, dollars and bytes of disk."""
         device_hours = self.hours * self.devices
         return {
             "runs": len(self.runs),
             "tokens": sum(r.tokens for r in self.runs),
-            "training_flops": sum(r.training_flops for r in self.runs),
-            "hardware_flops": sum(r.hardware_flops for r in self.runs),
+            "training_flops": sum(r.training_flops - r.saved_flops for r in self.runs),
+            "hardware_flops": sum(
+                r.hardware_flops // r.steps * (r.steps - r.first_step) for r in self.runs
+            ),
+            "saved_flops": sum(r.saved_flops for r in self.runs),
             "hours": self.hours,
             "device_hours": device_hours,
             "dollars": device_hours * self.hardware.price,
@@ -89,11 +106,18 @@ class Plan:
 
 
 def plan_run(
-    run: RunConfig, hardware: Hardware, devices: int = 1, train_tokens: int | None = None
+    run: RunConfig,
+    hardware: Hardware,
+    devices: int = 1,
+    train_tokens: int | None = None,
+    trunk: Trunk | None = None,
 ) -> PlannedRun:
-    """The cost of one run. `train_tokens` is the size of its corpus, None when not prepared."""
+    """The cost of one run. `train_tokens` is the size of its corpus, None when not prepared; with a
+    `trunk` the runs of smaller budgets are trained before it."""
     m, flops = run.model, costs.training_flops(run)
     tokens, steps = costs.training_tokens(run), costs.training_steps(run)
+    first = trunk.begins(run) if trunk else 0
+    kept = [step for step in trunk.kept_steps(run) if step > first] if trunk else []
     return PlannedRun(
         name=run.name,
         n_layers=m.n_layers,
@@ -109,11 +133,13 @@ def plan_run(
         training_flops=flops,
         hardware_flops=hardware_flops_per_token(run) * tokens,
         training_bytes=memory.training_bytes(run, devices, hardware.platform).total,
-        seconds=hardware.seconds(flops, steps, devices),
+        seconds=hardware.seconds(flops // steps * (steps - first), steps - first, devices),
         checkpoint_bytes=memory.checkpoint_bytes(run),
         finished_bytes=memory.finished_bytes(run),
         epochs=None if train_tokens is None else tokens / train_tokens,
         note=run.note,
+        first_step=first,
+        kept_bytes=len(kept) * memory.state_bytes(run),
     )
 
 
@@ -149,8 +175,10 @@ def make_plan(
         require(not reason, f"{run.name}: {reason}; {other}")
         if run.data.store_path in known:
             check_epochs(run, known[run.data.store_path])
+    trunk_of = trunks(experiment.runs)  # those that are planned alone: no others train their steps
     runs = tuple(
-        plan_run(run, hardware, devices, known.get(run.data.store_path)) for run in experiment.runs
+        plan_run(run, hardware, devices, known.get(run.data.store_path), trunk_of.get(run.digest))
+        for run in experiment.runs
     )
     return Plan(experiment.name, hardware, devices, runs)
 
@@ -167,8 +195,15 @@ def layout_refusal(run: RunConfig, devices: int, platform: str) -> str:
 
 
 def check_steps(run: RunConfig) -> None:
-    """Refuse more steps than the optimizer counts."""
-    steps = costs.training_steps(run)
+    """Refuse more steps than the optimizer counts, and fewer than warmup and decay take."""
+    steps, o = costs.training_steps(run), run.optimizer
+    warmup, decay = o.phases(steps, run.batch_tokens)[0], round(o.decay * steps)
+    decay = decay if o.schedule == "wsd" else 0
+    require(
+        not o.warmup_tokens or warmup + decay <= steps,
+        f"{run.name}: of {steps:,} steps warmup_tokens={o.warmup_tokens:,} take {warmup:,} "
+        f"and the decay {decay:,}: warm up with fewer tokens",
+    )
     require(
         steps <= INT32_MAX,
         f"{run.name}: {costs.training_tokens(run):,} tokens in batches of {run.batch_tokens:,} are "

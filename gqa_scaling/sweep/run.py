@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.devices.layout import check_layout
+from gqa_scaling.experiment.branches import Trunk
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.experiment.starts import check_starts, parent_of, require_parent
+from gqa_scaling.files.checksums import is_saved
 from gqa_scaling.files.claims import claim, waited_for
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import RunDirectory, parent_directory, run_directory
@@ -148,7 +151,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
 
     stores = check(experiment, root)
     keep_compiled(cache_folder() / "compiled" if is_remote(root) else root / ".compiled")
-    left, done, failed = list(experiment.runs), 0, 0
+    left, done, failed, found = list(experiment.runs), 0, 0, experiment.trunks
     longest = LONGEST_PAUSE if is_remote(root) else 1
     pause, announced = 1, set[str]()
     while left:
@@ -156,8 +159,10 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
         for run in left:
             _stop_if_told(run)
             directory = run_directory(root, experiment.name, run)
-            leads = processes.is_leader()
-            waits = processes.leaders(_waits(run, directory)) if run.start_from else _Waits.NO
+            leads, trunk = processes.is_leader(), found.get(run.digest)
+            waits = _Waits.NO
+            if run.start_from or trunk:
+                waits = _Waits(processes.leaders(_waits(run, directory, trunk, left)))
             if waits == _Waits.IN_VAIN:
                 failed += 1
                 if leads:
@@ -169,7 +174,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             with claim(directory.claim_file) if leads else nullcontext(False) as mine:
                 if not processes.leaders(mine):
                     elsewhere.append(run)
-                elif _finish(run, directory, stores[run.data.store_path]):
+                elif _finish(run, directory, stores[run.data.store_path], trunk):
                     done += 1
                 else:
                     failed += 1
@@ -185,18 +190,31 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
 
 
 class _Waits(enum.IntEnum):
-    """Whether a run waits for the one whose parameters it starts from."""
+    """Whether a run waits for the one whose parameters it starts from, or for a state of its trunk."""
 
     NO = 0
     YES = 1
     IN_VAIN = 2  # that one failed
 
 
-def _waits(run: RunConfig, directory: RunDirectory) -> _Waits:
-    parent = parent_directory(directory, run)
-    if parent is None or directory.result_file.exists() or parent.result_file.exists():
+def _waits(
+    run: RunConfig, directory: RunDirectory, trunk: Trunk | None, left: Sequence[RunConfig]
+) -> _Waits:
+    if directory.result_file.exists():
         return _Waits.NO
-    return _Waits.IN_VAIN if parent.failure_file.exists() else _Waits.YES
+    parent = parent_directory(directory, run)
+    if parent is not None and not parent.result_file.exists():
+        return _Waits.IN_VAIN if parent.failure_file.exists() else _Waits.YES
+    if trunk is None or directory.checkpoints.exists():  # it has begun
+        return _Waits.NO
+    # One of a smaller budget that this sweep trains too, and that is not yet where this one begins.
+    digests = {each.digest for each in left}
+    for step, other in trunk.sources(run):
+        place = run_directory(directory.path.parent.parent, directory.path.parent.name, other)
+        settled = place.result_file.exists() or place.failure_file.exists()
+        if other.digest in digests and not settled and not is_saved(place.checkpoints / str(step)):
+            return _Waits.YES
+    return _Waits.NO
 
 
 def _announce_holder(run: RunConfig, directory: RunDirectory, announced: set[str]) -> None:
@@ -218,7 +236,9 @@ def _stop_if_told(run: RunConfig) -> None:
 # ----------------------------------------------------------------------- one run of the sweep
 
 
-def _finish(run: RunConfig, directory: RunDirectory, store: TokenStore) -> bool:
+def _finish(
+    run: RunConfig, directory: RunDirectory, store: TokenStore, trunk: Trunk | None
+) -> bool:
     """Do what is left of one run; whether it then has its result. Raises as `run_sweep` does."""
     from gqa_scaling.devices import processes
     from gqa_scaling.training.loop import reevaluate, train
@@ -228,11 +248,11 @@ def _finish(run: RunConfig, directory: RunDirectory, store: TokenStore) -> bool:
         return False
     try:
         if left == _Left.TRAINING:
-            train(run, directory, store)
+            train(run, directory, store, trunk)
         elif left == _Left.EVALUATION:
-            reevaluate(run, directory, store)
-        elif processes.is_leader():
-            directory.clean()
+            reevaluate(run, directory, store, trunk)
+        if processes.is_leader():
+            clean(run, directory, trunk)
     except (UserError, processes.Preempted):
         raise
     except Exception as error:
@@ -246,6 +266,23 @@ def _finish(run: RunConfig, directory: RunDirectory, store: TokenStore) -> bool:
             raise
         return False
     return True
+
+
+def tidy(experiment: Experiment, root: Path) -> None:
+    """Drop what a kill just after the last result left."""
+    for run in experiment.runs:
+        directory = run_directory(root, experiment.name, run)
+        if directory.checkpoints.exists():
+            clean(run, directory, experiment.trunks.get(run.digest))
+
+
+def clean(run: RunConfig, directory: RunDirectory, trunk: Trunk | None) -> None:
+    """Drop what a finished run does not need, and with the last of a trunk what all of them kept."""
+    if trunk is None or not trunk.finished(directory.path.parent):
+        directory.clean(trunk.kept_steps(run) if trunk else ())
+        return
+    for _, each in trunk.directories(directory.path.parent):
+        each.clean()
 
 
 def _left_to_do(run: RunConfig, directory: RunDirectory) -> _Left:

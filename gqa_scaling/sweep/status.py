@@ -226,10 +226,10 @@ def read_checkpoints(directories: Sequence[RunDirectory]) -> list[RunCheckpoints
             continue
         kept = examine_run(directory.checkpoints, directory.parameters)
         state = directory.state()
-        if state == "done":  # its checkpoints are dropped then, perhaps just now
-            kept = [each for each in kept if each.step is None]
-            if not kept:
-                kept = [
+        if state == "done":  # but for what it keeps for branches they are dropped, perhaps just now
+            kept = [each for each in kept if each.step is None or each.state == "whole"]
+            if all(each.step is not None for each in kept):
+                kept += [
                     StoredCheckpoint(
                         None, "damaged", (f"{directory.parameters} is missing",), 0, None
                     )

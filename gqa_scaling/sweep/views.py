@@ -67,6 +67,7 @@ def plan_table(plan: Plan) -> Table:
     sparse = any(r.pattern for r in runs)
     hidden = {"batch x T"} if len(batches) == 1 else set()
     hidden |= set() if sparse else {"pattern"}
+    hidden |= set() if any(r.first_step for r in runs) else {"first step"}
     hidden |= {"epochs"} if all(r.epochs is None for r in runs) else set()
 
     def memory(r: PlannedRun) -> Text:
@@ -81,6 +82,7 @@ def plan_table(plan: Plan) -> Table:
         "batch x T": lambda r: f"{r.batch_size}x{r.context_length}",
         "tokens": lambda r: quantity(r.tokens),
         "FLOPs": lambda r: f"{r.training_flops:.1e}",
+        "first step": lambda r: f"{r.first_step:,}/{r.steps:,}" if r.first_step else "",
         "memory": memory,
         "time": lambda r: duration(r.seconds),
         "epochs": lambda r: known(r.epochs, "{:.2f}".format, "?"),
@@ -114,6 +116,13 @@ def plan_summary(plan: Plan) -> list[str]:
         f"${t['dollars']:,.2f} at ${plan.hardware.price:g} a device-hour",
         f"disk: {byte_size(plan.disk_bytes)} at most, {byte_size(plan.finished_bytes)} once finished",
     ]
+    branches = sum(r.first_step > 0 for r in plan.runs)
+    if branches:
+        saved = t["saved_flops"] / (t["saved_flops"] + t["training_flops"])
+        lines.append(
+            f"{branches} runs begin where the decay of one with a smaller token budget does: "
+            f"{t['saved_flops']:.3g} model FLOPs ({saved:.0%}) are saved and in none of these sums"
+        )
     large = [r.name for r in plan.runs if r.training_bytes > plan.hardware.memory]
     if large:
         lines.append(

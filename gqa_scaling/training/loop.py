@@ -22,6 +22,7 @@ from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.devices import mesh as parallel
 from gqa_scaling.devices import processes
+from gqa_scaling.experiment.branches import Trunk
 from gqa_scaling.files.checkpoint import (
     Checkpoints,
     Restored,
@@ -33,6 +34,7 @@ from gqa_scaling.files.checkpoint import (
 from gqa_scaling.files.checksums import is_saved
 from gqa_scaling.files.runs import RunDirectory, parent_directory
 from gqa_scaling.training.averaging import averaged_steps, parameters_to_judge
+from gqa_scaling.training.branching import branch_off
 from gqa_scaling.training.evaluation import Evaluation, evaluator
 from gqa_scaling.training.judging import judge
 from gqa_scaling.training.monitor import History, Monitor, NonFiniteLoss, saved_history
@@ -62,9 +64,11 @@ def train(
     run: RunConfig,
     directory: RunDirectory,
     store: TokenStore,
+    trunk: Trunk | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Train and evaluate the run in its directory, from its last checkpoint if there is one.
+    """Train and evaluate the run in its directory, from its last checkpoint if there is one, else from
+    a state that another run of its `trunk` keeps.
 
     Its result.json is then on disk. Called by every process of a job; the first one writes. Raises
     UserError when run, data and directory do not go together, NonFiniteLoss or LastingSpike when
@@ -88,9 +92,12 @@ def train(
             position = position_of(directory.parameters)
             history = saved_history(setup, directory, setup.steps, position)
         else:
-            keep, always = run.checkpoint.keep, averaged_steps(run)
+            keep, shared = run.checkpoint.keep, trunk.kept_steps(run) if trunk else ()
+            always = [*averaged_steps(run), *shared]
             with open_checkpoints(directory.checkpoints, keep, always) as checkpoints:
-                attempt = _Attempt(setup, directory, data, checkpoints, evaluate, clock)
+                attempt = _Attempt(
+                    setup, directory, store, data, checkpoints, evaluate, clock, trunk
+                )
                 parameters, history = attempt.train(began)
             position = _position(run, setup.steps, history)
             if processes.is_leader():
@@ -104,11 +111,13 @@ def train(
         write_hparams(directory, setup, metrics)
         write_further(directory, value)
         result = _result(setup, store, history, value)
-        directory.finish(result, _timing(setup, directory))
+        directory.finish(result, _timing(setup, directory), trunk.kept_steps(run) if trunk else ())
     processes.wait_for_all("result")
 
 
-def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+def reevaluate(
+    run: RunConfig, directory: RunDirectory, store: TokenStore, trunk: Trunk | None = None
+) -> None:
     """Judge a finished run by a new evaluation; the old values stay, nothing is trained."""
     whole = directory.result()
     if whole is None:
@@ -124,7 +133,8 @@ def reevaluate(run: RunConfig, directory: RunDirectory, store: TokenStore) -> No
     if processes.is_leader():
         write_further(directory, value)
         whole["result"]["evaluations"][run.evaluation_digest] = value.to_dict()
-        directory.finish(whole["result"], whole.get("timing") or {})
+        kept = trunk.kept_steps(run) if trunk else ()
+        directory.finish(whole["result"], whole.get("timing") or {}, kept)
     processes.wait_for_all("result")
 
 
@@ -158,17 +168,19 @@ class _Attempt:
 
     setup: Setup
     directory: RunDirectory
+    store: TokenStore
     data: TrainingData
     checkpoints: Checkpoints
     evaluate: Callable[[Any], Evaluation]
     clock: Callable[[], float]
+    trunk: Trunk | None
 
     def train(self, began: float) -> tuple[Any, History]:
         """The trained parameters and the history of all steps; `began` is when train was called.
 
         Raises as `take_steps` does.
         """
-        start, history = self.restore()
+        start, history, origin = self.restore()
         if processes.is_leader():
             self.directory.add_attempt(
                 {
@@ -179,23 +191,30 @@ class _Attempt:
                     "versions": versions(),
                     "parallel": self.setup.run.parallel.to_dict(),
                     "checkpoint": self.setup.run.checkpoint.to_dict(),
+                    **origin,
                 }
             )
         parameters = self.take_steps(start, history)
         self.checkpoints.wait()
         return parameters, history
 
-    def restore(self) -> tuple[Restored, History]:
-        """The newest whole checkpoint, or a fresh state, allocated once, sharded."""
+    def restore(self) -> tuple[Restored, History, dict[str, Any]]:
+        """The newest whole checkpoint, or a state of the trunk, or a fresh one, allocated once, sharded;
+        and what is recorded of a state that another run kept.
+        """
         setup, directory = self.setup, self.directory
         found = self.checkpoints.restore_latest(abstract_state(setup))
+        if found is None and self.trunk is not None:
+            branch = branch_off(setup, self.trunk, directory, self.store)
+            if branch is not None:
+                return branch
         if found is None:
-            return Restored(0, first_state(setup, directory), {}, ()), History()
+            return Restored(0, first_state(setup, directory), {}, ()), History(), {}
         digest, expected = found.position["digest"], setup.run.digest
         require(
             digest == expected, f"{directory.checkpoints} holds digest {digest}, not {expected}"
         )
-        return found, saved_history(setup, directory, found.step, found.position)
+        return found, saved_history(setup, directory, found.step, found.position), {}
 
     def take_steps(self, start: Restored, history: History) -> Any:
         """Take the steps that are left, added to the history, and return the trained parameters.
@@ -207,6 +226,7 @@ class _Attempt:
         layout = parallel.BatchLayout(setup.mesh, run.batch_size, run.context_length)
         batches = self.data.iterate(start.step, layout.pieces)
         leader = processes.is_leader()
+        shared = self.trunk.kept_steps(run) if self.trunk else ()
         with (
             Telemetry(self.directory, start.step, leader) as telemetry,
             Profiler(run, self.directory, leader) as profiler,
@@ -228,7 +248,8 @@ class _Attempt:
                     with monitor.outside_steps("evaluation"):
                         loss = self.evaluate(state[0]).loss
                     telemetry.log(step, {"evaluation/loss": loss})
-                if stop or (step % run.checkpoint.every_steps == 0 and step < steps):
+                due = step % run.checkpoint.every_steps == 0 and step < steps
+                if stop or due or step in shared:
                     with monitor.outside_steps("checkpoint"):  # what is saved has been judged
                         telemetry.flush()
                         self.checkpoints.save(step, state, _position(run, step, history))
@@ -277,6 +298,7 @@ def _recorded(run: RunConfig) -> dict[str, Any]:
     del config["max_spike_steps"]  # nor does a limit that was not reached
     later: list[tuple[dict[str, Any], str, Any]] = [
         (config, "start_from", None),
+        (config["optimizer"], "warmup_tokens", 0),
         (config["data"], "needles", None),
         (config["evaluation"], "contexts", ()),
         (config["evaluation"], "needles", None),

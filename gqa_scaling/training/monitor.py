@@ -18,7 +18,7 @@ from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.training.setup import Setup
 from gqa_scaling.training.speed import Speed
 from gqa_scaling.training.step import StepMetrics
-from gqa_scaling.training.telemetry import Telemetry, is_logged
+from gqa_scaling.training.telemetry import Telemetry
 
 
 class NonFiniteLoss(RuntimeError):
@@ -67,7 +67,7 @@ def saved_history(
     losses = {line["step"]: line["learning/loss"] for line in lines if "learning/loss" in line}
     skipped = {line["step"] for line in lines if "skipped" in line}
     known = losses.keys() | skipped
-    lacking = (n for n in range(1, step + 1) if is_logged(n, setup.steps) and n not in known)
+    lacking = (n for n in range(1, step + 1) if setup.logs(n) and n not in known)
     first = next(lacking, None)
     require(
         first is None,
@@ -115,7 +115,7 @@ class Monitor:
         else:
             self._skipped(step, loss, norm, metrics.usual_norm)
         self.speed.step_ended(step)
-        if metrics.taken and is_logged(step, self.setup.steps):
+        if metrics.taken and self.setup.logs(step):
             self.history.logged_losses.append(loss)
             scalars = {
                 "learning/loss": loss,

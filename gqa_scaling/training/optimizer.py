@@ -8,14 +8,14 @@ import optax
 from gqa_scaling.config import OptimizerConfig
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+    config: OptimizerConfig, steps: int, batch_tokens: int
+) -> optax.Schedule:
     """Learning rate by steps taken before: linear warmup from 0, constant, cosine to `final_fraction`.
 
     With schedule "cosine" the decay takes all steps after the warmup.
     """
-    warmup = round(config.warmup * steps)
-    rest = steps - warmup
-    decay = min(round(config.decay * steps), rest) if config.schedule == "wsd" else rest
+    warmup, decay = config.phases(steps, batch_tokens)
     peak = config.learning_rate
     return optax.join_schedules(
         [

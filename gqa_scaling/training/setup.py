@@ -40,6 +40,18 @@ class Setup:
         """D: the tokens of all steps."""
         return self.steps * self.run.batch_tokens
 
+    def logs(self, step: int) -> bool:
+        """Whether a step (counted from 1) is logged: the first ten, about 500 evenly, the last.
+
+        A function of the run alone, so that a resumed run logs the same steps. Where runs of several
+        budgets share theirs (`experiment/branches.py`) it hangs on the step alone: 256 to 512 until each
+        doubling of their number, and all of the first 1,024.
+        """
+        every = max(1, self.steps // 500)
+        if self.run.optimizer.warmup_tokens:
+            every = 2 ** max(0, step.bit_length() - 10)
+        return step <= 10 or step == self.steps or step % every == 0
+
     @property
     def layout(self) -> dict[str, Any]:
         """What a run's files record of its devices."""
@@ -58,7 +70,7 @@ def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup
     Raises UserError where they cannot hold the run's mesh or compute its attention.
     """
     mesh, steps = parallel.make_mesh(run, devices), training_steps(run)
-    schedule = learning_rate_schedule(run.optimizer, steps)
+    schedule = learning_rate_schedule(run.optimizer, steps, run.batch_tokens)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
     return Setup(
         run=run,

@@ -39,14 +39,6 @@ for _scheme in SCHEMES:
     register_writer_factory(_scheme, _Buckets())
 
 
-def is_logged(step: int, steps: int) -> bool:
-    """Whether the step (counted from 1) is logged: the first ten, about 500 evenly, the last.
-
-    A function of the run alone, so that a resumed run logs the same steps.
-    """
-    return step <= 10 or step == steps or step % max(1, steps // 500) == 0
-
-
 class TensorBoard:
     """An event file of its own in the run's directory, written in the caller's thread.
 

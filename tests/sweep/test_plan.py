@@ -5,7 +5,14 @@ import pytest
 from rich.console import Console
 
 from gqa_scaling import costs
-from gqa_scaling.config import DataConfig, ModelConfig, ParallelConfig, Question, RunConfig
+from gqa_scaling.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Question,
+    RunConfig,
+)
 from gqa_scaling.config import UserError as Refused
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment.load import Experiment
@@ -187,3 +194,28 @@ def test_plan_reads_the_layout():
     spread = run(parallel=ParallelConfig(fsdp=4, remat="full"))
     narrow = make_plan(experiment(run()), CHIP, 4).runs[0]
     assert make_plan(experiment(spread), CHIP, 4).runs[0].training_bytes < narrow.training_bytes
+
+
+# ------------------------------------------------------------------------------------ branches
+
+
+def test_steps_that_another_budget_trains_are_planned_once():
+    optimizer = OptimizerConfig(warmup_tokens=2560)
+    short = run("short", tokens=256_000, optimizer=optimizer)
+    long = run("long", tokens=512_000, optimizer=optimizer)
+    plan = make_plan(experiment(long, short), CHIP)
+    b, a = plan.runs
+    assert (a.first_step, b.first_step) == (0, 800)  # of 1000 and 2000 steps
+    assert b.seconds == pytest.approx(60 + 1200 * 0.01 + 0.6 * b.training_flops / 5e11)
+    assert b.saved_flops == 0.4 * b.training_flops
+    totals = plan.to_dict()["totals"]
+    assert totals["training_flops"] == a.training_flops + 0.6 * b.training_flops
+    assert totals["saved_flops"] == b.saved_flops
+    assert a.kept_bytes == memory.state_bytes(short)
+    assert b.kept_bytes == 0
+    assert plan.disk_bytes == plan.finished_bytes + a.kept_bytes + a.checkpoint_bytes
+    assert "800/2,000" in shown(plan_table(plan))
+    assert "1 runs begin where the decay" in "\n".join(plan_summary(plan))
+    alone = make_plan(experiment(long), CHIP)
+    assert alone.runs[0].first_step == 0  # nobody else trains these steps
+    assert "first step" not in shown(plan_table(alone))
