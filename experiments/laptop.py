@@ -1,11 +1,14 @@
 """Which heads for a small model of Python? Worth an hour of CPU or minutes of a GPU.
 
     gqa-scaling prepare experiments.laptop
-    gqa-scaling run experiments.laptop_lr --workers 2     # optional: the learning rate of each size
+    gqa-scaling run experiments.laptop@lr --workers 2     # optional: the learning rate of each size
+    gqa-scaling learning-rates experiments.laptop@lr
     gqa-scaling run experiments.laptop --workers 2        # on a GPU without --workers
     gqa-scaling report experiments.laptop
 
-The smoke study's question with a BPE vocabulary, longer contexts, more tokens, more heads.
+The smoke study's question with a BPE vocabulary, longer contexts, more tokens, more heads. The sweep
+tries a third of the declared rates, these and three times these; once every rate of a size is finished,
+that size is trained at the best one and the choice is recorded in every run.
 """
 
 from dataclasses import replace
@@ -21,6 +24,7 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.experiment.learning_rates import LearningRateSweep
 
+VARIANTS = ("lr",)
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8), demonstration=True)
 SIZES = ((2, 32, 1e-2), (3, 56, 7e-3), (4, 88, 4e-3), (5, 128, 3e-3))  # L, d, learning rate
 HEADS = ((8, 8), (8, 2), (8, 1), (4, 4), (4, 1), (2, 1))  # <- what the study varies
@@ -56,8 +60,10 @@ def learning_rate_runs() -> list[RunConfig]:
     return out
 
 
-def runs() -> list[RunConfig]:
+def runs(variant: str = "") -> list[RunConfig]:
     """Sizes x heads, the largest first, and two more seeds of one cell."""
+    if variant == "lr":
+        return learning_rate_runs()
     cells = [run(size, heads) for size in reversed(SIZES) for heads in HEADS]
     return cells + [run(SIZES[1], HEADS[0], seed) for seed in (1, 2)]
 

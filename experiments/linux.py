@@ -2,7 +2,7 @@
 
     gqa-scaling fetch linux-6.1                           # 139 MB from Debian, no account
     gqa-scaling prepare experiments.linux
-    gqa-scaling run experiments.linux_lr --workers 2      # the learning rate, at three sizes
+    gqa-scaling run experiments.linux@lr --workers 2      # the learning rate, at three sizes
     gqa-scaling run experiments.linux --workers 2         # on a GPU without --workers
     gqa-scaling report experiments.linux
 
@@ -21,6 +21,7 @@ from gqa_scaling.config import (
     RunConfig,
 )
 
+VARIANTS = ("lr",)
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8))
 SIZES = ((2, 32), (3, 48), (4, 64), (4, 88), (5, 112), (6, 144))  # L, d
 HEADS = ((8, 8), (8, 2), (8, 1), (16, 1), (4, 4), (4, 1), (2, 2), (2, 1))  # <- what is varied
@@ -59,8 +60,10 @@ def run(
     )
 
 
-def runs() -> list[RunConfig]:
+def runs(variant: str = "") -> list[RunConfig]:
     """Sizes x heads, the smallest first, each with its replicate seeds."""
+    if variant == "lr":
+        return learning_rate_runs()
     grid = [run(size, heads) for size in SIZES for heads in HEADS]
     replicates = [(SIZES[1], (8, 8)), (SIZES[2], (4, 1))]
     seeds = [run(size, heads, seed) for size, heads in replicates for seed in (1, 2)]

@@ -8,8 +8,8 @@ For 256 chips, batches of 512K tokens, data and evaluation as in head_ladder. do
 what the compilers said.
 """
 
-from experiments.head_ladder import DATA, EVALUATION
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, Question, RunConfig
+from gqa_scaling.experiment.scales import FULL
 
 QUESTION = Question(contexts=(8192, 32768, 131072))
 BATCH = 2**19
@@ -22,12 +22,12 @@ def run(name: str, model: ModelConfig, context: int) -> RunConfig:
     return RunConfig(
         name=name,
         model=model,
-        data=DATA,
+        data=FULL.data,
         context_length=context,
         batch_tokens=BATCH,
         tokens_per_param=20.0,
         optimizer=OptimizerConfig(learning_rate=2e-4),
-        evaluation=EVALUATION,
+        evaluation=FULL.evaluation,
         parallel=ParallelConfig(fsdp=sequences, context=CHIPS // sequences),
     )
 

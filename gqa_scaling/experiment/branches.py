@@ -9,7 +9,7 @@ begins, among its checkpoints, until all of them have their results.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gqa_scaling import costs
@@ -17,6 +17,23 @@ from gqa_scaling.config import RunConfig
 from gqa_scaling.fields import digest_of
 from gqa_scaling.files.checksums import is_saved
 from gqa_scaling.files.runs import RunDirectory, run_directory
+
+
+def at_budgets(run: RunConfig, tokens_per_param: Sequence[float]) -> list[RunConfig]:
+    """The run at each of these budgets, all warmed up as the smallest is: they share a trunk."""
+    tokens = min(tokens_per_param) * costs.n_exact(run.model)
+    warmup = max(run.batch_tokens, round(run.optimizer.warmup * tokens))
+    optimizer = replace(run.optimizer, warmup=0.1, warmup_tokens=warmup)
+    return [
+        replace(
+            run,
+            name=f"{run.name}-D{x:g}",
+            tokens=None,
+            tokens_per_param=float(x),
+            optimizer=optimizer,
+        )
+        for x in tokens_per_param
+    ]
 
 
 def decay_begins(run: RunConfig) -> int:

@@ -12,10 +12,10 @@ on, and the costs of such a model are numbers without meaning.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gqa_scaling.config import require
-from gqa_scaling.costs import n_formula
+from gqa_scaling.config import ModelConfig, require
+from gqa_scaling.costs import n_exact, n_formula
 
 Ladder = Sequence[tuple[int, int]]  # (L, d) of each size
 MOST_PARAMETERS = 1e15  # without embeddings
@@ -107,3 +107,31 @@ def nearest_buildable(
     layers = range(max(1, middle - spread), middle + spread + 1)
     widths = sorted({max(1, width + k) * multiple for k in range(-2, 3)})
     return min((Shape(L, d) for L in layers for d in widths), key=distance)
+
+
+def at_size(
+    like: ModelConfig, model: ModelConfig, ffn_ratio: float = 8 / 3, multiple: int = 64
+) -> ModelConfig:
+    """The model of `model`'s layers and heads that has as many parameters as `like`, to a percent.
+
+    Of the widths that are multiples of `multiple`, the one at which the FFN that is left for them is
+    nearest to `ffn_ratio` times as wide, in multiples of half of that. Raises UserError where none has
+    an FFN.
+    """
+    n = n_exact(like)
+
+    def built(d: int) -> ModelConfig | None:
+        step = max(1, multiple // 2)
+        bare, one = (n_exact(replace(model, d_model=d, d_ff=k * step)) for k in (1, 2))
+        steps = 1 + round((n - bare) / (one - bare))
+        return replace(model, d_model=d, d_ff=steps * step) if steps > 0 else None
+
+    most = math.ceil(math.sqrt(n / model.n_layers) / multiple)  # an FFN a third as wide
+    found = [built(k * multiple) for k in range(1, most + 1)]
+    near = [m for m in found if m is not None and abs(n_exact(m) / n - 1) < 0.02]
+    require(
+        bool(near),
+        f"no model of N={n:,} has {model.n_layers} layers and heads ({model.n_heads},"
+        f"{model.n_kv_heads}) of size {model.head_dim}: take fewer or smaller heads",
+    )
+    return min(near, key=lambda m: abs(math.log(m.ffn_dim / m.d_model / ffn_ratio)))

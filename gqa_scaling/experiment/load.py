@@ -1,7 +1,8 @@
 """An experiment: a Python module with `runs()`, found by its name or its path.
 
 It may also hold `QUESTION`, what a study asks of the runs, and `LEARNING_RATES`, the sweep whose
-best rates they are trained at.
+best rates they are trained at. Where it names `VARIANTS`, such as ("laptop", "smoke"),
+experiments.NAME@laptop is what `runs("laptop")` and, if it is there, `question("laptop")` give.
 """
 
 import contextlib
@@ -65,21 +66,29 @@ class Experiment:
 def load_experiment(
     spec: str, overrides: Sequence[str] = (), root: Path | None = None
 ) -> Experiment:
-    """The experiment named by a module (experiments.smoke) or a file path (experiments/smoke.py).
+    """The experiment named by a module (experiments.smoke) or a file path (experiments/smoke.py), and
+    after an @ by one of its variants, whose runs lie in a folder of their own, NAME_VARIANT.
 
     The working directory is on the path. `overrides` are pairs such as --model.n-layers 4 and
     change every run. The sweep that learning rates are taken from lies below `root`, without it below
     `runs_root()`. Raises UserError for an unknown experiment, field or value.
     """
+    place, at, variant = spec.rpartition("@")
+    if not variant.isidentifier() or not place:  # the @ of a folder's name, or none
+        place, at = spec, ""
     with _own_errors(spec):
-        module = _import(spec)
+        module = _import(place)
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
     name = module.__name__.rpartition(".")[2]
     require(bool(name), f"{spec} names no folder for its runs: rename the file")
-    declared = _declared_runs(spec, module)
-    swept = _at_swept_rates(spec, module, declared, root)
+    if at:
+        _require_variant(place, module, variant)
+        name = f"{name}_{variant}"
+    chosen = (variant,) if at else ()
+    declared = _declared_runs(spec, module, *chosen)
+    swept = declared if at else _at_swept_rates(spec, module, declared, root)
     if changes.get("start_from"):
         changes["start_from"] = with_digest(changes["start_from"], name, swept, root)
     changed = relinked(declared, [apply_overrides(run, changes) for run in swept])
@@ -87,6 +96,9 @@ def load_experiment(
     runs = unique(dict.fromkeys(changed) if changes else changed)
     runs = parents_first(smallest_budget_first(runs))
     question = getattr(module, "QUESTION", Question())
+    if at and hasattr(module, "question"):
+        with _own_errors(spec):
+            question = module.question(variant)
     is_one = isinstance(question, Question)
     require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
     about = (module.__doc__ or "").strip().split("\n")[0]
@@ -121,10 +133,17 @@ def words_of(text: str) -> list[str]:
     return words
 
 
-def _declared_runs(spec: str, module: ModuleType) -> list[RunConfig]:
+def _require_variant(place: str, module: ModuleType, variant: str) -> None:
+    known = getattr(module, "VARIANTS", ())
+    require(bool(known), f"{place} has no variants: leave out @{variant}")
+    others = did_you_mean(variant, known) or f"; known: {', '.join(known)}"
+    require(variant in known, f"{place} has no variant {variant!r}{others}")
+
+
+def _declared_runs(spec: str, module: ModuleType, *variant: str) -> list[RunConfig]:
     """What the module's runs() returns."""
     with _own_errors(spec):
-        runs = module.runs()
+        runs = module.runs(*variant)
     must = f"{spec}: runs() must return a list of RunConfig, not empty"
     require(isinstance(runs, list), f"{must}: it returned {_kind(runs)}")
     require(bool(runs), must)

@@ -1,5 +1,6 @@
 """Runs of several token budgets: one trunk, from which the decay of each branches off."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -79,8 +80,9 @@ def test_the_largest_budget_first_leaves_what_the_others_need(
     alone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep.run_sweep(GRID.select("D40"), ROOT) == sweep.Outcome(1, 0)
-    assert "D40: begins at the first step: no run of a smaller budget has kept its state of step 24" in (
-        capsys.readouterr().err
+    assert (
+        "D40: begins at the first step: no run of a smaller budget has kept its state of step 24"
+        in (capsys.readouterr().err)
     )
     assert states(LONG) == {"12", "24"}
     assert [kept.name for kept in read_checkpoints([directory(LONG)])[0].kept] == [
@@ -127,7 +129,10 @@ def test_a_state_that_is_damaged_is_named_and_not_used(
     assert sweep.run_sweep(GRID, ROOT) == sweep.Outcome(3, 0)
     told = capsys.readouterr().err
     assert "24 is damaged" in told
-    assert "D40: goes on from step 12: no run of a smaller budget has kept its state of step 24" in told
+    assert (
+        "D40: goes on from step 12: no run of a smaller budget has kept its state of step 24"
+        in told
+    )
     (attempt,) = directory(LONG).attempts()
     assert attempt["first_step"] == 12
     assert "24 is damaged" in attempt["damaged_checkpoints"][0]
@@ -163,8 +168,9 @@ def test_a_run_waits_for_the_state_that_another_process_is_about_to_keep(
     def keep_the_state(seconds: float) -> None:
         order.append("pause")
         shutil.copytree(kept, directory(SHORT).checkpoints / "12", dirs_exist_ok=True)
-        if order.count("pause") > 1:
+        if order.count("pause") == 2:
             directory(SHORT).finish({"evaluations": {SHORT.evaluation_digest: {"loss": 1.0}}}, {})
+            other.close()
 
     assert sweep.run_sweep(GRID.select("D15"), ROOT).done == 1
     kept = Path("kept")
@@ -172,7 +178,7 @@ def test_a_run_waits_for_the_state_that_another_process_is_about_to_keep(
     shutil.rmtree(directory(SHORT).path)
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(sweep.time, "sleep", keep_the_state)
-    with claim(directory(SHORT).claim_file) as mine:
-        assert mine
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(claim(directory(SHORT).claim_file))
         assert sweep.run_sweep(GRID.select("D[13]*"), ROOT) == sweep.Outcome(2, 0)
     assert order == ["pause", "D30", "pause"]
