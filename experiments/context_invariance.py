@@ -1,6 +1,6 @@
 """Do differences between heads stay as the training context grows?
 
-    gqa-scaling plan experiments.context_invariance --hardware v5p --devices 64
+    gqa-scaling plan experiments.context_invariance --hardware v5p --devices 8
     gqa-scaling prepare experiments.context_invariance@laptop
     gqa-scaling run experiments.context_invariance@laptop --workers 2
     gqa-scaling report experiments.context_invariance@laptop

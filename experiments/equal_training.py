@@ -1,6 +1,6 @@
 """Which heads are best for the same training FLOPs at a long context?
 
-    gqa-scaling plan experiments.equal_training --hardware v5p --devices 64
+    gqa-scaling plan experiments.equal_training --hardware v5p --devices 8
     gqa-scaling prepare experiments.equal_training@laptop
     gqa-scaling run experiments.equal_training@laptop --workers 2
 

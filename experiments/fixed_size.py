@@ -36,7 +36,7 @@ def runs(scale: str = "") -> list[RunConfig]:
         like = s.run(size, (most, 1)).model
         for h in heads:  # <- what the study varies
             run = s.run(size, h)
-            out.append(replace(run, model=at_size(like, run.model, multiple=s.head_dim // 2)))
+            out.append(replace(run, model=at_size(like, run.model, multiple=s.width_step)))
         seeds = [
             run for run in out[-len(heads) :] if run.name.endswith(("-h1-kv1", f"-h{most}-kv1"))
         ]

@@ -1,6 +1,6 @@
 """What do windows and stripes lose where reading far is what counts, and does it hang on the heads?
 
-    gqa-scaling plan experiments.patterns --hardware v5p --devices 64
+    gqa-scaling plan experiments.patterns --hardware v5p --devices 8
     gqa-scaling prepare experiments.patterns@laptop
     gqa-scaling run experiments.patterns@laptop --workers 2
     gqa-scaling report experiments.patterns@laptop
@@ -17,17 +17,19 @@ from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment import scales
 from gqa_scaling.experiment.scales import VARIANTS as VARIANTS
 
+QUESTION = Question(contexts=(32768,), baseline=(8, 8))
 CONTEXT = {"": 32768, "laptop": 512, "smoke": 128}
 BLOCK = {"": 128, "laptop": 16, "smoke": 8}
+NEEDLES = {
+    "": Needles(share=0.2, form="uuid"),
+    "laptop": Needles(share=0.2, form="tokens"),
+    "smoke": Needles(share=0.2, form="tokens"),
+}
 
 
 def question(scale: str) -> Question:
-    most = min(8, scales.at(scale).most_heads)
-    demonstration = scale != ""
-    return Question(contexts=(CONTEXT[scale],), baseline=(most, most), demonstration=demonstration)
-
-
-QUESTION = question("")
+    most = scales.at(scale).most_heads
+    return Question(contexts=(CONTEXT[scale],), baseline=(most, most), demonstration=True)
 
 
 def patterns(block: int) -> dict[str, ContextSharding | None]:
@@ -45,16 +47,16 @@ def runs(scale: str = "") -> list[RunConfig]:
     s, T = scales.at(scale), CONTEXT[scale]
     most = min(8, s.most_heads)
     lengths = (T // 4, T // 2, T)
-    form = "uuid" if scale == "" else "tokens"
+    needles = NEEDLES[scale]
     evaluation = replace(
-        s.evaluation, contexts=lengths[:2], needles=NeedleTask(lengths=lengths, form=form)
+        s.evaluation, contexts=lengths[:2], needles=NeedleTask(lengths=lengths, form=needles.form)
     )
     return [
         replace(
             run,
             name=f"{run.name}-{name}",
             model=replace(run.model, pattern=pattern),
-            data=replace(s.data, needles=Needles(share=0.2, form=form)),
+            data=replace(s.data, needles=needles),
             context_length=T,
             parallel=s.parallel(T),
             evaluation=evaluation,

@@ -34,8 +34,8 @@ def shapes(middle: ModelConfig, step: int) -> dict[str, ModelConfig]:
     out = {"middle": at_size(middle, middle, multiple=step)}
     for x in HEAD_SIZES:
         size, n_heads = round(x * middle.head_dim), round(middle.n_heads / x)
-        heads = {"n_heads": n_heads, "n_kv_heads": max(1, round(middle.n_kv_heads / x))}
-        model = replace(middle, head_dim=size, **heads)
+        n_kv_heads = max(1, round(middle.n_kv_heads / x))
+        model = replace(middle, head_dim=size, n_heads=n_heads, n_kv_heads=n_kv_heads)
         out[f"head{size}"] = at_size(middle, model, multiple=step)
     for x in FFN_RATIOS:
         out[f"ffn{x:g}"] = at_size(middle, middle, x, step)
@@ -50,7 +50,7 @@ def runs(scale: str = "") -> list[RunConfig]:
     heads = (8, 4) if scale == "" else (s.most_heads // 2, s.most_heads // 4)
     for size in s.sizes[1:4]:
         run = s.run(size, heads)
-        for name, model in shapes(run.model, s.head_dim // 2).items():
+        for name, model in shapes(run.model, s.width_step).items():
             other = replace(run, name=f"{size.name}-{name}", model=model)
             seeds = (0, 1, 2) if name == "middle" else (0,)
             out += [

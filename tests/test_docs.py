@@ -79,8 +79,9 @@ ModelConfig(36, 1536
 No movement found from
 Trained since and not in the fit
 declare -> plan
-def runs():
+def runs(
 from gqa_scaling.config import
+from gqa_scaling.experiment import scales
 head_ladder on skypilot
 n_heads,n_kv_heads
 runs/<experiment>

@@ -367,6 +367,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.judged import judged_tables
     from gqa_scaling.study.report.page import WRITTEN, write_judged, write_report
     from gqa_scaling.study.report.sentences import training
+    from gqa_scaling.study.report.shape_axes import shape_tables
     from gqa_scaling.study.report.table import shown
     from gqa_scaling.study.report.tradeoffs import aligned_answer
 
@@ -381,7 +382,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         study = _answer(args, source)
     except UserError as error:  # too few runs for a law may still be worth reading
-        judged = judged_tables(source.results)
+        judged = [*shape_tables(source.results), *judged_tables(source.results)]
         if not judged:
             raise
         write_judged(path, source.results, source.question, str(error), command=args.command)
@@ -402,7 +403,8 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     for table in wide_law_tables(found):
         print_table(table, "")
     print_table(*([aligned_answer(study.aligned), ""] if study.aligned else []))
-    print_table(frontier_answer(answer, judged_tables(study.results)))
+    further = [*shape_tables(study.results), *judged_tables(study.results)]
+    print_table(frontier_answer(answer, further))
     print(training(answer))
     if study.forecasts:
         print_table("", forecast_table(study.forecasts))
@@ -412,13 +414,13 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _default_page(args: argparse.Namespace) -> Path:
     """Where the page goes that no --output names: with the runs, or in a folder of the CSV file's."""
+    from gqa_scaling.experiment.load import folder_of
     from gqa_scaling.files.runs import runs_root
 
     path = as_path(args.source)
     if path.suffix == ".csv":
         return path.with_name(f"{path.stem}-report") / "report.html"
-    name = path.stem if path.suffix == ".py" else args.source.split(".")[-1]
-    return runs_root(args.root) / name / "report.html"
+    return runs_root(args.root) / folder_of(args.source) / "report.html"
 
 
 VERBS: dict[str, Verb] = {

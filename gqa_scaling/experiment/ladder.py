@@ -110,15 +110,15 @@ def nearest_buildable(
 
 
 def at_size(
-    like: ModelConfig, model: ModelConfig, ffn_ratio: float = 8 / 3, multiple: int = 64
+    like: ModelConfig, model: ModelConfig, ffn_ratio: float | None = None, multiple: int = 64
 ) -> ModelConfig:
     """The model of `model`'s layers and heads that has as many parameters as `like`, to a percent.
 
     Of the widths that are multiples of `multiple`, the one at which the FFN that is left for them is
-    nearest to `ffn_ratio` times as wide, in multiples of half of that. Raises UserError where none has
-    an FFN.
+    nearest to `ffn_ratio` times as wide (without one, as in `like`), in multiples of half of that.
+    Raises UserError where none has an FFN.
     """
-    n = n_exact(like)
+    n, ratio = n_exact(like), ffn_ratio or like.ffn_dim / like.d_model
 
     def built(d: int) -> ModelConfig | None:
         step = max(1, multiple // 2)
@@ -134,4 +134,4 @@ def at_size(
         f"no model of N={n:,} has {model.n_layers} layers and heads ({model.n_heads},"
         f"{model.n_kv_heads}) of size {model.head_dim}: take fewer or smaller heads",
     )
-    return min(near, key=lambda m: abs(math.log(m.ffn_dim / m.d_model / ffn_ratio)))
+    return min(near, key=lambda m: abs(math.log(m.ffn_dim / m.d_model / ratio)))

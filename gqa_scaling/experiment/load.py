@@ -73,9 +73,7 @@ def load_experiment(
     change every run. The sweep that learning rates are taken from lies below `root`, without it below
     `runs_root()`. Raises UserError for an unknown experiment, field or value.
     """
-    place, at, variant = spec.rpartition("@")
-    if not variant.isidentifier() or not place:  # the @ of a folder's name, or none
-        place, at = spec, ""
+    place, variant = split_variant(spec)
     with _own_errors(spec):
         module = _import(place)
     own = callable(getattr(module, "runs", None))
@@ -83,12 +81,12 @@ def load_experiment(
     changes = parse_overrides(overrides)
     name = module.__name__.rpartition(".")[2]
     require(bool(name), f"{spec} names no folder for its runs: rename the file")
-    if at:
+    if variant:
         _require_variant(place, module, variant)
         name = f"{name}_{variant}"
-    chosen = (variant,) if at else ()
+    chosen = (variant,) if variant else ()
     declared = _declared_runs(spec, module, *chosen)
-    swept = declared if at else _at_swept_rates(spec, module, declared, root)
+    swept = declared if variant else _at_swept_rates(spec, module, declared, root)
     if changes.get("start_from"):
         changes["start_from"] = with_digest(changes["start_from"], name, swept, root)
     changed = relinked(declared, [apply_overrides(run, changes) for run in swept])
@@ -96,13 +94,27 @@ def load_experiment(
     runs = unique(dict.fromkeys(changed) if changes else changed)
     runs = parents_first(smallest_budget_first(runs))
     question = getattr(module, "QUESTION", Question())
-    if at and hasattr(module, "question"):
+    if variant and hasattr(module, "question"):
         with _own_errors(spec):
             question = module.question(variant)
     is_one = isinstance(question, Question)
     require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
     about = (module.__doc__ or "").strip().split("\n")[0]
     return Experiment(name, tuple(runs), question, about)
+
+
+def split_variant(spec: str) -> tuple[str, str]:
+    """The module or file, and the variant after its @; "" where there is none."""
+    place, _, variant = spec.rpartition("@")
+    # the name of a folder may hold an @ as well
+    return (place, variant) if place and variant.isidentifier() else (spec, "")
+
+
+def folder_of(spec: str) -> str:
+    """The folder below the root that holds the runs of an experiment, by its name alone."""
+    place, variant = split_variant(spec)
+    name = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    return f"{name}_{variant}" if variant else name
 
 
 def named_runs(text: str, root: Path | None = None) -> tuple[Experiment, bool]:

@@ -28,7 +28,8 @@ class Scale:
     """Sizes, heads, text and batches of a study.
 
     `sizes` go from small to large, each with its maximum learning rate. Lengths are in tokens:
-    `context_length` is trained at, `contexts` are served. `devices` share a batch.
+    `context_length` is trained at, `contexts` are served. Widths that are chosen for an N are multiples
+    of `width_step`. `devices` share a batch.
     """
 
     sizes: tuple[Size, ...]
@@ -42,6 +43,7 @@ class Scale:
     batch_tokens: int
     evaluation: EvaluationConfig
     every_steps: int
+    width_step: int = 4
     devices: int = 1
 
     @property
@@ -80,8 +82,10 @@ class Scale:
         if self.devices == 1:
             return ParallelConfig()
         rows = min(self.devices, self.batch_tokens // context)
-        remat = "dots" if context <= self.context_length else "full"
-        return ParallelConfig(fsdp=rows, context=self.devices // rows, remat=remat)
+        context_ways = self.devices // rows
+        if context > self.context_length:
+            return ParallelConfig(fsdp=rows, context=context_ways, remat="full")
+        return ParallelConfig(fsdp=rows, context=context_ways, remat="dots")
 
 
 FULL = Scale(
@@ -96,6 +100,7 @@ FULL = Scale(
     batch_tokens=64 * 8192,
     evaluation=EvaluationConfig(tokens=2**22, longest_context=2**17),
     every_steps=1000,
+    width_step=32,
     devices=8,
 )
 LAPTOP = Scale(

@@ -235,6 +235,14 @@ def flags(results: Results) -> tuple[str, ...]:
             f"{len(skipped)} runs skipped {sum(skipped.values())} training steps "
             f"({listed(list(skipped), 3)}): their losses may not follow the others'"
         )
+    from gqa_scaling.study.shape_axes import shape_axes  # which reads results
+
+    sizes = {point.n_params for point in shape_axes(results)}
+    if sizes:
+        out.append(
+            f"{len(sizes)} sizes were trained in several shapes: a law in N alone takes for noise what "
+            "head size, FFN ratio and aspect change (their table says what)"
+        )
     if results.missing:
         out.append(f"{len(results.missing)} runs are not finished: {listed(results.missing)}")
     if results.count == "n_given":

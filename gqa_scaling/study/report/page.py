@@ -22,8 +22,9 @@ from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
 from gqa_scaling.study.report.forecasts import forecast_table
 from gqa_scaling.study.report.judged import judged_tables, needle_maps
-from gqa_scaling.study.report.pictures import NEEDLES, PICTURES, all_figures, rendered
+from gqa_scaling.study.report.pictures import NEEDLES, PICTURES, SHAPES, all_figures, rendered
 from gqa_scaling.study.report.sentences import model_text, sentence
+from gqa_scaling.study.report.shape_axes import loss_against_shape, shape_tables
 from gqa_scaling.study.report.table import Column, Table
 from gqa_scaling.study.report.tensorboard import events_file
 from gqa_scaling.study.results import Results, flags, pair
@@ -91,16 +92,21 @@ def write_judged(
 
     Otherwise as `write_report`.
     """
-    path, figure = settled(as_path(path)), needle_maps(results)
+    path = settled(as_path(path))
     written = {"results.csv": results_csv(results).encode()}
     written["judged.json"] = _json(to_dict(results))
-    images, pictures = {}, []
-    if figure is not None:
-        svg, images["needles"] = rendered(figure)
-        written |= {"figures/needles.svg": svg, "figures/needles.png": images["needles"]}
-        pictures.append(_picture(svg, NEEDLES))
+    images: dict[str, bytes] = {}
+    pictures: dict[str, list[str]] = {"needles": [], "loss_against_shape": []}
+    drawn = {"needles": (needle_maps(results), NEEDLES)}
+    drawn["loss_against_shape"] = (loss_against_shape(results), SHAPES)
+    for name, (figure, caption) in drawn.items():
+        if figure is not None:
+            svg, images[name] = rendered(figure)
+            written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": images[name]}
+            pictures[name].append(_picture(svg, caption))
     told: list[Section] = [
-        ("What they were judged by", [*judged_tables(results), *pictures]),
+        ("Shape at the same N", [*shape_tables(results), *pictures["loss_against_shape"]]),
+        ("What they were judged by", [*judged_tables(results), *pictures["needles"]]),
         ("Every run", [runs_table(results)]),
     ]
     now, events = events_file(images, {heading: _markdown(parts) for heading, parts in told})
@@ -230,6 +236,7 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
             *(tradeoffs.aligned_tables(aligned) if aligned else []),
         ],
     )
+    yield "Shape at the same N", [*shape_tables(study.results), *shown("loss_against_shape")]
     yield "What else they were judged by", [*judged_tables(study.results), *shown("needles")]
     yield (
         "The loss curves",

@@ -20,9 +20,11 @@ from gqa_scaling.study.report.loss_pictures import (
     loss_curves,
     residuals,
 )
+from gqa_scaling.study.report.shape_axes import loss_against_shape
 from gqa_scaling.study.study import Study
 
 NEEDLES = "Which needles each model finds, by the length of the text and the needle's depth in it."
+SHAPES = "What head size, FFN ratio and aspect change at the same N, with the noise between seeds."
 # By file name: what draws it, or None where this study has nothing to show, and its caption.
 PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     "loss_curves": (
@@ -68,6 +70,7 @@ PICTURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     ),
     "residuals": (lambda s: residuals(s.fit), "What the curves leave unexplained."),
     "needles": (lambda s: needle_maps(s.results), NEEDLES),
+    "loss_against_shape": (lambda s: loss_against_shape(s.results), SHAPES),
 }
 
 
