@@ -61,8 +61,13 @@ def test_what_differs_in_anything_else_shares_nothing(changes):
     assert trunks([run(100), run(200, **changes)]) == {}
 
 
-def test_a_warmup_that_is_a_share_of_the_steps_has_no_trunk():
-    assert trunks([run(n, optimizer=OptimizerConfig()) for n in (100, 200)]) == {}
+@pytest.mark.parametrize(
+    "optimizer",
+    [OptimizerConfig(), OptimizerConfig(warmup_tokens=10 * BATCH, schedule="cosine")],
+    ids=["a share of the steps warms up", "all steps decay"],
+)
+def test_where_the_budget_moves_the_rate_there_is_no_trunk(optimizer):
+    assert trunks([run(n, optimizer=optimizer) for n in (100, 200)]) == {}
 
 
 def test_a_run_whose_last_states_are_averaged_trains_all_of_them():
