@@ -439,6 +439,9 @@ class Question(Json):
             between("context", context, 1, MOST_CONTEXT, "tokens")
         for loss in self.losses or ():
             between("target loss", loss, *LOSSES, "nats per token")
+        for name in ("contexts", "losses"):  # what is named twice is asked once
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(dict.fromkeys(values)))
         if isinstance(self.baseline, str):
             baselines.named(self.baseline)
         between("lambda", self.weight, 0, 1)

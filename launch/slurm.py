@@ -3,6 +3,7 @@
 A job that was preempted or reached its time limit saves, and SLURM starts it again.
 """
 
+import importlib
 import importlib.util
 import math
 import os
@@ -156,6 +157,18 @@ def _requeue_signal() -> int:
     return JobEnvironment._usr_sig()
 
 
+def _load_submitit() -> None:
+    """Have submitit imported without configuring logging, which would close everybody's handlers, and
+    with them what these write to. In the jobs, which get none of this, it logs as ever."""
+    level = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ["SUBMITIT_LOG_LEVEL"] = level or "NOCONFIG"
+    try:
+        importlib.import_module("submitit")
+    finally:
+        if level is None:
+            del os.environ["SUBMITIT_LOG_LEVEL"]
+
+
 def array_tasks(jobs: Sequence[Job], study: Study) -> list[ArrayTask]:
     """One for each job, in order."""
 
@@ -202,6 +215,7 @@ def folder(place: Slice, study: Study) -> Path:
 
 def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
     """The sbatch files as submitit will write them; it adds an id to their names."""
+    _load_submitit()
     from submitit.slurm.slurm import _make_sbatch_string
 
     steps = []
@@ -238,6 +252,7 @@ def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
 
 def submit(jobs: Sequence[Job], target: Target, study: Study) -> None:
     """One array for each size of slice."""
+    _load_submitit()
     from submitit import SlurmExecutor
 
     for place, members in by_slice(jobs).items():

@@ -512,3 +512,8 @@ def test_a_question_is_one_value_however_it_was_written():
     sharded = Question(baseline=(8, 8, ContextSharding(64, 4, 8)))
     for question in (listed, sharded):
         assert Question.from_dict(json.loads(json.dumps(question.to_dict()))) == question
+
+
+def test_what_a_question_names_twice_is_asked_once():
+    asked = Question(contexts=(64, 32, 64), losses=(2.0, 1.5, 2.0))
+    assert (asked.contexts, asked.losses) == ((64, 32), (2.0, 1.5))

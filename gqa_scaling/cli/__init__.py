@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NoReturn
 
 from gqa_scaling import __version__
@@ -31,7 +31,7 @@ Any field of a run can be changed for the whole grid, after the other arguments:
   --model.n-layers 4 --optimizer.learning-rate 3e-4 --tokens 1000000 --parallel.remat full
 The fields are those of RunConfig in gqa_scaling/config.py: model, data, optimizer, evaluation,
 parallel and checkpoint, each with its own, and context_length, batch_tokens, tokens,
-tokens_per_param, seed, max_nonfinite_steps, max_spike_steps, profile.
+tokens_per_param, seed, start_from, max_nonfinite_steps, max_spike_steps, profile.
 """
 
 
@@ -42,17 +42,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _parser(asked: str | None) -> argparse.ArgumentParser:
-    """A parser of the command, with the arguments of the verb that is asked for; others are named."""
+def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """All that a verb takes but the overrides of fields."""
+    VERBS[verb][2](parser)
+    parser.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")
+
+
+def parser_of(verbs: Container[str]) -> argparse.ArgumentParser:
+    """A parser of the command, with the arguments of these verbs; the others are named."""
     parser = _Parser(
         prog="gqa-scaling",
         description="Find the grouped-query transformer that reaches a loss at a context length "
         "for the least cost.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    for name, (_, about, add) in VERBS.items():
-        verb = verbs.add_parser(
+    choices = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, parser_class=_Parser
+    )
+    for name, (_, about, _) in VERBS.items():
+        verb = choices.add_parser(
             name,
             help=about,
             description=about,
@@ -60,20 +68,15 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        if name != asked:
-            continue
-        others = {**study.VERBS, **questions.VERBS, **inference.VERBS, **exchange.VERBS}
-        if name not in (*others, "checkpoints", "fetch"):
-            verb.add_argument("experiment", help="module or file, such as experiments.smoke")
-        add(verb)
-        verb.add_argument("--root", help="folder of the runs (default: $GQA_SCALING_RUNS or runs)")
+        if name in verbs:
+            add_arguments(verb, name)
     return parser
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What was asked, and what is left: the overrides of fields."""
     verb = next((each for each in arguments if not each.startswith("-")), None)
-    parser = _parser(verb)
+    parser = parser_of(() if verb is None else (verb,))
     if verb is not None and verb not in VERBS:
         raise UserError(
             f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; see {parser.prog} --help"

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gqa_scaling.cli.shared import Verb, add_json, finite, print_error, print_json, print_table
+from gqa_scaling.cli.shared import (
+    Verb,
+    add_experiment,
+    add_json,
+    finite,
+    print_error,
+    print_json,
+    print_table,
+)
 from gqa_scaling.config import UserError, require
 from gqa_scaling.files.storage import as_path, is_remote
 
@@ -42,6 +50,7 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
     parser.add_argument("--workers", type=int, help="processes that tokenise (default: all cores)")
     parser.add_argument("--rebuild", action="store_true", help="replace a store that is there")
 
@@ -53,6 +62,7 @@ def _add_fetch(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add_experiment(parser)
     _add_view(parser)
     add(
         "--hardware",
@@ -71,6 +81,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add_experiment(parser)
     _add_selection(parser)
     add("--retry-failed", action="store_true", help="try failed runs again")
     add("--workers", type=int, default=1, help="processes that share the grid")
@@ -87,10 +98,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
     _add_view(parser)
     parser.add_argument(
         "--watch", action="store_true", help="show it until every run is done or failed"
     )
+
+
+def _add_learning_rates(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
+    add_json(parser)
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -409,6 +426,6 @@ VERBS: dict[str, Verb] = {
     "learning-rates": (
         _learning_rates,
         "the best learning rate of each size in a sweep",
-        add_json,
+        _add_learning_rates,
     ),
 }

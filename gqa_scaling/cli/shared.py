@@ -62,6 +62,10 @@ def named_run(source: str, rest: Sequence[str], root: str | None) -> "RunDirecto
     return directory
 
 
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="module or file, such as experiments.smoke")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 

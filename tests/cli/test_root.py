@@ -1,9 +1,9 @@
 """--root names the folder of the runs for everything that a command does, and for nothing else."""
 
+import argparse
 import os
 from pathlib import Path
 
-import jax  # noqa: F401  its loggers keep the stderr of the test that imports it first
 import pytest
 
 from gqa_scaling import cli
@@ -29,7 +29,30 @@ def finish(run: RunConfig, experiment: str) -> None:
     directory.finish({"evaluations": {run.evaluation_digest: {"loss": 2.0}}}, {})
 
 
-@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"fetch", "harness", "import"}))
+def named(verb: str) -> list[str]:
+    """What to give a verb that takes an experiment or a run of one; nothing where it takes neither."""
+    values = {
+        "experiment": TINY,
+        "source": TINY,
+        "run": f"{TINY}:a-run",
+        "first": "4,1",
+        "second": "8,1",
+        "output": "folder",
+    }
+    words, takes_one = [], False
+    parser = argparse.ArgumentParser(add_help=False)
+    cli.add_arguments(parser, verb)
+    for each in parser._actions:
+        if each.option_strings:
+            words += [each.option_strings[0], "a"] if each.required else []
+            continue
+        takes_one |= "xperiment" in (each.help or "").lower()
+        of_a_run = ":NAME" in (each.help or "")
+        words.append(values["run"] if of_a_run else values.get(each.dest, "nothing"))
+    return words if takes_one else []
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if named(verb)])
 def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
     told = []
 
@@ -39,10 +62,7 @@ def test_every_verb_loads_its_experiment_by_it(workplace, monkeypatch, verb):
 
     for module in (load, source):
         monkeypatch.setattr(module, "load_experiment", load_experiment)
-    of_a_run = {"export": ["folder"], "generate": ["--prompt", "a"]}
-    more = {"frontier": ["--target-loss", "3"], "compare": ["4,1", "8,1"], **of_a_run}.get(verb, [])
-    named = f"{TINY}:a-run" if verb in of_a_run else TINY
-    assert cli.main([verb, named, *more, "--root", "elsewhere"]) == 2
+    assert cli.main([verb, *named(verb), "--root", "elsewhere"]) == 2
     assert told == [Path("elsewhere")]
     assert os.environ["GQA_SCALING_RUNS"] == "runs"
 

@@ -4,6 +4,7 @@ If a rendering was meant to change: `python tests/launch/test_rendering.py` writ
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -249,6 +250,24 @@ def test_no_name_or_value_is_read_by_a_shell(target, spec, names, overrides):
         said, errors = carried_out(script, folder, files)
     overrides = ["--", *overrides] if overrides else []
     assert said == [[["-m", "launch.work", spec, *names, *overrides], "gs://mine/runs"]], errors
+
+
+def test_rendering_for_slurm_leaves_the_logging_of_others_alone(monkeypatch, tmp_path):
+    """submitit, left to itself, closes every handler, and absl's closes the stream that it writes to."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "submitit"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delenv("SUBMITIT_LOG_LEVEL", raising=False)
+    closed = []
+    handler = logging.StreamHandler((tmp_path / "log").open("w"))
+    monkeypatch.setattr(handler, "close", lambda: closed.append(handler.stream.close()))
+    target, study = TARGETS["slurm-16xH200"], Study("experiments.tiny", "tiny", (), "runs")
+    config = RunConfig("r", ModelConfig(1, 32, 1, 1), 32, 32, tokens=32)
+    jobs = [Job("j", SLICES["8xH200"], (config,), 60.0)]
+    assert slurm.render(jobs, target, study)
+    assert "submitit" in sys.modules
+    assert closed == []
+    assert "SUBMITIT_LOG_LEVEL" not in os.environ  # what the jobs inherit
+    handler.stream.close()
 
 
 @given(SPECS, NAMES, st.lists(NASTY, max_size=3))
