@@ -387,7 +387,7 @@ _NOT_DEFINING = {
 
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The defining fields in which two runs differ, as 'model.n_heads: 8 -> 4'."""
-    a, b = _defining(old), _defining(new)
+    a, b = defining_fields(old), defining_fields(new)
     return [
         f"{key}: {a.get(key)} -> {b.get(key)}"
         for key in sorted(a.keys() | b.keys())
@@ -395,7 +395,7 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
-def _defining(run: RunConfig) -> dict[str, Any]:
+def defining_fields(run: RunConfig) -> dict[str, Any]:
     """Every defining field by its dotted name, those at their default too."""
     kept = {k: v for k, v in run.to_dict().items() if k not in _NOT_DEFINING}
     needles = run.data.needles and run.data.needles.to_dict()

@@ -12,10 +12,9 @@ import functools
 import math
 import os
 import re
-import time
+import subprocess
+import sys
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from gqa_scaling.config import UserError, between, require
 from gqa_scaling.fields import did_you_mean
@@ -229,18 +228,24 @@ def detected(kind: str, devices: int = 1) -> Hardware | None:
 
     The `devices` that jax shows of one CPU share its peak, memory and price.
     """
-    kind = kind.lower()
-    if kind == "cpu":
-        row = HARDWARE["cpu"]
-        return replace(
-            row,
-            peak_flops=measured_peak() / devices,
-            memory=row.memory // devices,
-            price=row.price / devices,
-        )
+    name = name_of(kind)
+    if name != "cpu":
+        return None if name is None else HARDWARE[name]
+    row = HARDWARE["cpu"]
+    return replace(
+        row,
+        peak_flops=measured_peak() / devices,
+        memory=row.memory // devices,
+        price=row.price / devices,
+    )
+
+
+def name_of(kind: str) -> str | None:
+    """The name of the row for a JAX `device_kind`; None if unknown."""
     names = {"v5 lite": "v5e", "v5e": "v5e", "tpu v5": "v5p", "v6": "v6e"}  # first match counts
     names |= {"a100": "a100", "h100": "h100", " h200": "h200"}  # not the GH200
-    return next((HARDWARE[name] for part, name in names.items() if part in kind), None)
+    kind = kind.lower()
+    return "cpu" if kind == "cpu" else next((names[part] for part in names if part in kind), None)
 
 
 def cores() -> list[int]:
@@ -250,13 +255,28 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-@functools.cache  # once in a process: it takes a second
-def measured_peak(size: int = 1024, repeats: int = 20) -> float:
-    """fp32 FLOP/s of this machine's CPU: the best of a few square matrix products."""
-    a = np.ones((size, size), np.float32)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+# The best of many products within a quarter of a second of CPU time, by one thread: so a machine that
+# is busy with other things gives the same figure as an idle one.
+_PRODUCTS = """
+import time
+import numpy as np
+
+a, best = np.ones((512, 512), np.float32), float("inf")
+end = time.process_time() + 0.25
+while time.process_time() < end:
+    start = time.process_time()
+    a @ a
+    best = min(best, time.process_time() - start)
+print(2 * 512**3 / best)
+"""
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+@functools.cache  # once in a process: it takes half a second
+def measured_peak() -> float:
+    """fp32 FLOP/s of the CPU cores that this process may use: those of one core in matrix products, by
+    the CPU time that these take in a process of their own, times the number of cores."""
+    environment = os.environ | dict.fromkeys(_THREADS, "1")
+    command = [sys.executable, "-c", _PRODUCTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return len(cores()) * float(done.stdout)

@@ -7,6 +7,8 @@ import pytest
 from gqa_scaling import cli
 from gqa_scaling.config import UserError as Refused
 from gqa_scaling.hardware import (
+    _PRODUCTS,
+    _THREADS,
     HARDWARE,
     SLICES,
     Hardware,
@@ -14,6 +16,7 @@ from gqa_scaling.hardware import (
     detected,
     hardware,
     hardware_of,
+    measured_peak,
     slice_of,
 )
 
@@ -49,6 +52,18 @@ def test_an_unknown_device_is_none_and_a_cpu_is_measured(monkeypatch):
     assert detected("Some New Thing") is None
     monkeypatch.setattr("gqa_scaling.hardware.measured_peak", lambda: 5e10)
     assert detected("cpu") == dataclasses.replace(HARDWARE["cpu"], peak_flops=5e10)
+
+
+def test_the_peak_of_a_cpu_is_that_of_one_thread_by_its_own_time_for_each_core(monkeypatch):
+    """So that what else runs on the machine, and how many threads a library takes, do not count."""
+    monkeypatch.setattr("gqa_scaling.hardware.cores", lambda: [0, 1, 2])
+    monkeypatch.setattr("gqa_scaling.hardware._PRODUCTS", "print(2e10)")
+    assert measured_peak.__wrapped__() == 3 * 2e10
+    told = f'import os\nprint(float(all(os.environ[n] == "1" for n in {_THREADS})))'
+    monkeypatch.setattr("gqa_scaling.hardware._PRODUCTS", told)
+    assert measured_peak.__wrapped__() == 3
+    assert "process_time" in _PRODUCTS
+    assert "perf_counter" not in _PRODUCTS
 
 
 def test_ones_own_mfu_and_price():

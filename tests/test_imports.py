@@ -23,7 +23,7 @@ FLOORS = (
     ("config",),
     ("context_sharding", "text"),
     ("baselines",),
-    ("fields", "units"),
+    ("fields", "units", "versions"),
 )
 STUDY = {
     "baselines",
@@ -36,6 +36,7 @@ STUDY = {
     "config",
     "fields",
     "units",
+    "versions",
 }
 MAY_IMPORT_STUDY = {"cli"}
 EXPERIMENTS = {"experiment", "config", "context_sharding"}

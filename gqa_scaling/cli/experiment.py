@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from gqa_scaling.config import RunConfig
     from gqa_scaling.experiment.load import Experiment
     from gqa_scaling.hardware import Hardware
     from gqa_scaling.study.scores import Forecasts
@@ -203,7 +204,8 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         pods.check(experiment, place)
         row, devices = hardware(place.kind), place.chips
-    plan = make_plan(experiment, changed(row, args.mfu, args.price), devices, prepared)
+    finished = _finished(args, experiment)
+    plan = make_plan(experiment, changed(row, args.mfu, args.price), devices, prepared, finished)
     if not args.json:
         print_table(views.plan_table(plan), *views.plan_summary(plan))
         sys.stdout.flush()  # compiling takes minutes
@@ -215,6 +217,18 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
         runs = {run.name: run for run in experiment.runs}
         print_table(views.compiled_table(found, place), *views.compiled_summary(found, runs))
     return 0
+
+
+def _finished(args: argparse.Namespace, experiment: "Experiment") -> "set[RunConfig]":
+    """The runs that have a result; none where there is no folder for them."""
+    from gqa_scaling.files.runs import run_directory, runs_root
+
+    try:
+        root = runs_root(args.root)
+    except UserError:  # a file is in its place
+        return set()
+    runs = experiment.runs
+    return {r for r in runs if run_directory(root, experiment.name, r).result_file.exists()}
 
 
 def _say(text: str) -> None:

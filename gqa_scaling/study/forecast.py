@@ -1,7 +1,6 @@
 """Forecasts of runs, sealed before these begin. What comes of them: `scores`."""
 
 import hashlib
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.predict import Prediction, predict
 from gqa_scaling.study.source import Source
 from gqa_scaling.study.uncertainty import LEVEL
+from gqa_scaling.versions import commit
 
 
 def to_seal(
@@ -79,13 +79,5 @@ def made_by() -> dict[str, Any]:
     whole = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         whole.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    commit = ""
-    if (package.parent / ".git").exists():
-        command = ["git", "-C", str(package.parent), "rev-parse", "HEAD"]
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-            commit = told.stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            pass  # there is no git here: the source's own hash says what made it
     version = gqa_scaling.__version__
-    return {"version": version, "source_sha256": whole.hexdigest(), "commit": commit}
+    return {"version": version, "source_sha256": whole.hexdigest(), "commit": commit()}

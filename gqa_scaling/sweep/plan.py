@@ -1,5 +1,6 @@
 """What a grid will cost, by arithmetic alone and before any spend; `views` prints it."""
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class PlannedRun:
     `training_flops` are model FLOPs with causal attention; `hardware_flops` are those executed,
     recomputation and masked products included. `training_bytes` are per device, the bytes of
     checkpoints on disk. `pattern` is the label of the keys that heads see, "" for all of them.
-    `epochs` is None where the corpus is not prepared yet.
+    `epochs` is None where the corpus is not prepared yet. What is `finished` costs nothing any more.
 
     `first_step` is where the run branches off one of a smaller budget (`experiment/branches.py`), 0
     where it begins itself. FLOPs are of all its steps, `seconds` of those that are left; `kept_bytes`
@@ -49,6 +50,7 @@ class PlannedRun:
     note: str
     first_step: int
     kept_bytes: int
+    finished: bool = False
 
     @property
     def saved_flops(self) -> int:
@@ -58,7 +60,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every run of an experiment on `devices` of one kind of hardware."""
+    """Every run of an experiment on `devices` of one kind of hardware. All sums are over those left."""
 
     experiment: str
     hardware: Hardware
@@ -66,34 +68,41 @@ class Plan:
     runs: tuple[PlannedRun, ...]
 
     @property
+    def left(self) -> tuple[PlannedRun, ...]:
+        """The runs that are not finished."""
+        return tuple(run for run in self.runs if not run.finished)
+
+    @property
     def hours(self) -> float:
-        """Wall time of all runs one after another."""
-        return sum(r.seconds for r in self.runs) / 3600
+        """Wall time of all runs that are left, one after another."""
+        return sum(r.seconds for r in self.left) / 3600
 
     @property
     def finished_bytes(self) -> int:
-        """Disk that all runs keep once they are finished."""
-        return sum(r.finished_bytes for r in self.runs)
+        """Disk that the runs that are left keep once they are finished."""
+        return sum(r.finished_bytes for r in self.left)
 
     @property
     def disk_bytes(self) -> int:
-        """Most disk at any time: what finished runs keep, for themselves and for others, and the
-        largest run in training."""
-        kept = self.finished_bytes + sum(r.kept_bytes for r in self.runs)
-        return kept + max((r.checkpoint_bytes for r in self.runs), default=0)
+        """Most disk that they take at any time: what is kept of them, for themselves and for others, and
+        the largest in training."""
+        kept = self.finished_bytes + sum(r.kept_bytes for r in self.left)
+        return kept + max((r.checkpoint_bytes for r in self.left), default=0)
 
     @property
     def totals(self) -> dict[str, float]:
-        """Sums over the runs: FLOPs that are spent, and those saved, hours, device-hours, dollars and bytes of disk."""
+        """Sums over the runs that are left: FLOPs that are spent, and those saved, hours, device-hours,
+        dollars and bytes of disk."""
         device_hours = self.hours * self.devices
         return {
-            "runs": len(self.runs),
-            "tokens": sum(r.tokens for r in self.runs),
-            "training_flops": sum(r.training_flops - r.saved_flops for r in self.runs),
+            "runs": len(self.left),
+            "finished": len(self.runs) - len(self.left),
+            "tokens": sum(r.tokens for r in self.left),
+            "training_flops": sum(r.training_flops - r.saved_flops for r in self.left),
             "hardware_flops": sum(
-                r.hardware_flops // r.steps * (r.steps - r.first_step) for r in self.runs
+                r.hardware_flops // r.steps * (r.steps - r.first_step) for r in self.left
             ),
-            "saved_flops": sum(r.saved_flops for r in self.runs),
+            "saved_flops": sum(r.saved_flops for r in self.left),
             "hours": self.hours,
             "device_hours": device_hours,
             "dollars": device_hours * self.hardware.price,
@@ -111,6 +120,7 @@ def plan_run(
     devices: int = 1,
     train_tokens: int | None = None,
     trunk: Trunk | None = None,
+    finished: bool = False,
 ) -> PlannedRun:
     """The cost of one run. `train_tokens` is the size of its corpus, None when not prepared; with a
     `trunk` the runs of smaller budgets are trained before it."""
@@ -140,6 +150,7 @@ def plan_run(
         note=run.note,
         first_step=first,
         kept_bytes=len(kept) * memory.state_bytes(run),
+        finished=finished,
     )
 
 
@@ -154,8 +165,10 @@ def make_plan(
     hardware: Hardware,
     devices: int = 1,
     train_tokens: dict[str, int] | None = None,
+    finished: Container[RunConfig] = (),
 ) -> Plan:
     """The plan of every run; `train_tokens` by store path, for the corpora that are prepared.
+    `finished` are the runs that have their result.
 
     Raises UserError when a run cannot be laid out over the devices, asks for an attention that they
     do not have, or would see its corpus more than 4 times and does not allow it.
@@ -177,7 +190,14 @@ def make_plan(
             check_epochs(run, known[run.data.store_path])
     trunk_of = trunks(experiment.runs)  # those that are planned alone: no others train their steps
     runs = tuple(
-        plan_run(run, hardware, devices, known.get(run.data.store_path), trunk_of.get(run.digest))
+        plan_run(
+            run,
+            hardware,
+            devices,
+            known.get(run.data.store_path),
+            trunk_of.get(run.digest),
+            run in finished,
+        )
         for run in experiment.runs
     )
     return Plan(experiment.name, hardware, devices, runs)

@@ -29,7 +29,8 @@ class RunStatus:
     """How far one run is, its last losses in nats, how well its time is used, and why it failed.
 
     Where one of its files is damaged, `failure` says which and the remedy, and nothing else is told.
-    `mfu` is None where the peak of the hardware is not known. `goodput`, `evaluation` and `saving` are
+    `restarts` are the attempts at training after the first. `mfu` is None where the vendor states no
+    peak of the hardware, as of a CPU. `goodput`, `evaluation` and `saving` are
     shares of the time since the first attempt began, spent on steps that count, on evaluations
     between them and on saving checkpoints; None where the files do not tell. `seconds_left` is what
     a running run needs to its last step.
@@ -43,17 +44,13 @@ class RunStatus:
     evaluation_loss: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
-    attempts: int = 0
+    restarts: int = 0
     goodput: float | None = None
     evaluation: float | None = None
     saving: float | None = None
     seconds_left: float | None = None
     failure: str = ""
     path: str
-
-    @property
-    def restarts(self) -> int:
-        return max(0, self.attempts - 1)
 
     @property
     def progress(self) -> float:
@@ -100,7 +97,9 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
             said = (told["traceback"].strip().splitlines() or [""])[-1]
             failure = said if told["kind"] in said else f"{told['kind']}: {said}"
             ended = told["time"] if state == "failed" else ended
-    on_cpu = bool(attempts) and attempts[-1]["layout"]["device"] == "cpu"  # its peak is a guess
+    on_cpu = (
+        bool(attempts) and attempts[-1]["layout"]["device"] == "cpu"
+    )  # logged by earlier versions
     use = _time_use(directory, attempts, last, ended)
     return RunStatus(
         name=run.name,
@@ -111,7 +110,7 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
         evaluation_loss=loss,
         tokens_per_second=last.get("perf/per_device_tokens_per_sec"),
         mfu=None if on_cpu else last.get("perf/mfu"),
-        attempts=len(attempts),
+        restarts=max(0, len(attempts) - 1),
         goodput=use.goodput,
         evaluation=use.evaluation,
         saving=use.saving,

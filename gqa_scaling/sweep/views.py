@@ -84,10 +84,11 @@ def plan_table(plan: Plan) -> Table:
         "FLOPs": lambda r: f"{r.training_flops:.1e}",
         "first step": lambda r: f"{r.first_step:,}/{r.steps:,}" if r.first_step else "",
         "memory": memory,
-        "time": lambda r: duration(r.seconds),
+        "time": lambda r: Text("done", COLOURS["done"]) if r.finished else duration(r.seconds),
         "epochs": lambda r: known(r.epochs, "{:.2f}".format, "?"),
     }
     each = "".join(f", batches of {b} x {t:,} tokens" for b, t in batches if len(batches) == 1)
+    measured = ", as measured in matrix products" if h.name == "cpu" else ""
     parts = " Pattern: blocks of b tokens, w local, a stripe each s, k sinks; dense parts with +."
     return table(
         {name: cell for name, cell in columns.items() if name not in hidden},
@@ -96,7 +97,7 @@ def plan_table(plan: Plan) -> Table:
         overflow="fold",
         title=f"{plan.experiment} on {plan.devices} x {h.name}{each}",
         caption=f"FLOPs: model FLOPs of forward and backward, causal attention, output head "
-        f"included. Time: {h.peak_flops / 1e12:.3g} TFLOP/s peak x MFU {h.mfu:g}, and "
+        f"included. Time: {h.mfu:.0%} of {h.peak_flops / 1e12:.3g} TFLOP/s{measured} (--mfu), and "
         f"{h.start_seconds:g} s to start. Memory: per device, an estimate ({byte_size(h.memory)} "
         f"there).{parts if sparse else ''}",
         caption_justify="left",
@@ -109,21 +110,24 @@ def plan_table(plan: Plan) -> Table:
 def plan_summary(plan: Plan) -> list[str]:
     """Totals and warnings, a line each."""
     t = plan.totals
+    runs = f"{t['runs']} runs" + (f" left of {len(plan.runs)}" if t["finished"] else "")
+    if plan.runs and not plan.left:
+        return [f"all {len(plan.runs)} runs are finished: nothing is left to pay for"]
     lines = [
-        f"{t['runs']} runs, {quantity(t['tokens'])} tokens, {t['training_flops']:.3g} model FLOPs "
+        f"{runs}, {quantity(t['tokens'])} tokens, {t['training_flops']:.3g} model FLOPs "
         f"({t['hardware_flops']:.3g} executed, with recomputation and masked products), "
         f"{duration(3600 * plan.hours)} one after another, {t['device_hours']:.3g} device-hours, "
         f"${t['dollars']:,.2f} at ${plan.hardware.price:g} a device-hour",
-        f"disk: {byte_size(plan.disk_bytes)} at most, {byte_size(plan.finished_bytes)} once finished",
+        f"disk: {byte_size(plan.disk_bytes)}{' more' if t['finished'] else ''} at most, {byte_size(plan.finished_bytes)} once finished",
     ]
-    branches = sum(r.first_step > 0 for r in plan.runs)
+    branches = sum(r.first_step > 0 for r in plan.left)
     if branches:
         saved = t["saved_flops"] / (t["saved_flops"] + t["training_flops"])
         lines.append(
             f"{branches} runs begin where the decay of one with a smaller token budget does: "
             f"{t['saved_flops']:.3g} model FLOPs ({saved:.0%}) are saved and in none of these sums"
         )
-    large = [r.name for r in plan.runs if r.training_bytes > plan.hardware.memory]
+    large = [r.name for r in plan.left if r.training_bytes > plan.hardware.memory]
     if large:
         lines.append(
             f"WARNING: {len(large)} runs are predicted not to fit {byte_size(plan.hardware.memory)} "
@@ -274,7 +278,7 @@ def status_table(experiment: str, rows: Sequence[RunStatus]) -> Table:
         "held-out\nloss\n(nats)": evaluation_loss,
         "tokens/s\nper\ndevice": lambda r: known(r.tokens_per_second, "{:,.0f}".format),
         "goodput\n+ evaluation\n+ saving": time_use,
-        "attempts": lambda r: str(r.attempts),
+        "restarts": lambda r: str(r.restarts),
     }
     made = table(columns, (), whole={"run"}, title=status_title(experiment, rows))
     for r in rows:

@@ -7,16 +7,14 @@ result tells of the steps is saved beside it: the log is for people, and may be 
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from gqa_scaling import __version__, costs
+from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import TrainingData
@@ -48,6 +46,7 @@ from gqa_scaling.training.telemetry import (
     write_further,
     write_hparams,
 )
+from gqa_scaling.versions import versions
 
 
 def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
@@ -319,10 +318,3 @@ def _timing(setup: Setup, directory: RunDirectory) -> dict[str, float]:
     if last:
         timing["training_seconds"] = setup.steps * last["perf/step_time_seconds"]
     return {**timing, "finished": time.time()}
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result may depend on."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    ours = {"python": platform.python_version(), "gqa-scaling": __version__}
-    return ours | {name: importlib.metadata.version(name) for name in names}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from gqa_scaling.costs import training_flops_per_token
-from gqa_scaling.hardware import detected
+from gqa_scaling.hardware import HARDWARE, name_of
 from gqa_scaling.training.setup import Setup
 
 
@@ -26,8 +26,9 @@ class Speed:
         self._devices = jax.device_count()
         self._tokens = setup.run.batch_tokens
         self._flops = training_flops_per_token(setup.run.model, setup.run.context_length)
-        hardware = detected(jax.devices()[0].device_kind, self._devices)
-        self._peak = hardware.peak_flops if hardware else None
+        name = name_of(jax.devices()[0].device_kind)
+        # MFU is against a vendor's figure, which CPUs lack
+        self._peak = HARDWARE[name].peak_flops if name and name != "cpu" else None
 
     def restart(self) -> None:
         """Forget the steps so far, which were slower than usual."""

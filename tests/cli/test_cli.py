@@ -1,7 +1,10 @@
 import errno
 import html
+import importlib.metadata
 import json
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +22,7 @@ from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files import failures
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
+from gqa_scaling.versions import MATTERING
 
 SCRIPT = shutil.which("gqa-scaling", path=sysconfig.get_path("scripts"))
 ENTRIES = {"script": [SCRIPT], "module": [sys.executable, "-m", "gqa_scaling"]}
@@ -77,7 +81,15 @@ def test_both_entry_points_refuse_in_one_line_with_exit_code_2(workplace, entry)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_both_entry_points_say_their_version(entry):
     done = subprocess.run([*ENTRIES[entry], "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"gqa-scaling {__version__}\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    assert re.fullmatch(
+        re.escape(f"gqa-scaling {__version__}") + r"( \(commit \w{12}(, with changes)?\))?", first
+    )
+    told = dict(line.split(" ") for line in others)
+    assert told == {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in MATTERING
+    }
 
 
 LOADED = """
@@ -311,6 +323,16 @@ def test_plan_of_an_empty_shard(call):
     code, out, err = call("plan", TINY, *V5E, "--shard", "7/8")
     assert (code, err) == (0, "")
     assert "0 runs" in out
+
+
+def test_plan_leaves_out_what_is_finished(call):
+    for directory in directories()[:2]:
+        finish(directory)
+    _, out, _ = call("plan", TINY, *V5E, "--json")
+    plan = json.loads(out)
+    assert (plan["totals"]["runs"], plan["totals"]["finished"]) == (4, 2)
+    _, out, _ = call("plan", TINY, *V5E, "--root", "elsewhere", "--json")
+    assert json.loads(out)["totals"]["runs"] == 6
 
 
 def test_a_note_is_printed_as_it_is(call):

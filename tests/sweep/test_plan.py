@@ -72,6 +72,19 @@ def test_totals():
     assert json.loads(json.dumps(plan.to_dict()))["runs"][1]["name"] == "b"
 
 
+def test_finished_runs_are_shown_and_left_out_of_the_totals():
+    runs = run("a"), run("b", 4)
+    plan = make_plan(experiment(*runs), CHIP, finished={runs[0]})
+    only = make_plan(experiment(runs[1]), CHIP).totals
+    assert plan.totals == only | {"finished": 1}
+    assert [each.finished for each in plan.runs] == [True, False]
+    assert " done" in shown(plan_table(plan))
+    assert plan_summary(plan)[0].startswith("1 runs left of 2, ")
+    whole = make_plan(experiment(*runs), CHIP, finished=set(runs))
+    assert whole.totals["dollars"] == 0
+    assert plan_summary(whole) == ["all 2 runs are finished: nothing is left to pay for"]
+
+
 def test_more_devices_share_the_work_and_not_the_waiting():
     one, four = (make_plan(experiment(run()), CHIP, n).runs[0].seconds for n in (1, 4))
     work = costs.training_flops(run()) / 5e11

@@ -167,7 +167,7 @@ FULL = RunStatus(
     evaluation_loss=None,
     tokens_per_second=123456.0,
     mfu=0.412,
-    attempts=3,
+    restarts=2,
     goodput=0.934,
     evaluation=None,
     saving=None,
@@ -199,7 +199,7 @@ def test_what_the_time_went_to_is_shown_in_one_column():
 
 
 def test_columns_without_anything_in_them_are_left_out():
-    text = printed([replace(FULL, mfu=None, attempts=1)])
+    text = printed([replace(FULL, mfu=None, restarts=0)])
     assert "goodput" in text
     for absent in ("MFU", "starts", "held-out"):
         assert absent not in text
