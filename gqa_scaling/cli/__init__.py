@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Container, Sequence
 from typing import Any, NoReturn
 
-from gqa_scaling.cli import exchange, experiment, inference, questions, study
+from gqa_scaling.cli import exchange, experiment, inference, questions, runs, start, study
 from gqa_scaling.cli.shared import Verb, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
@@ -19,11 +19,13 @@ from gqa_scaling.files.runs import runs_root
 from gqa_scaling.files.storage import NO_PLACE
 
 VERBS: dict[str, Verb] = {
+    **start.VERBS,
     **experiment.VERBS,
     **study.VERBS,
     **questions.VERBS,
     **inference.VERBS,
     **exchange.VERBS,
+    **runs.VERBS,
 }
 OVERRIDES = """\
 Any field of a run can be changed for the whole grid, after the other arguments:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_scaling.config import UserError, require
 
 if TYPE_CHECKING:
+    from gqa_scaling.config import RunConfig
     from gqa_scaling.files.runs import RunDirectory
 
 Verb = tuple[  # what it does, what it is for, its arguments
@@ -21,7 +22,21 @@ Verb = tuple[  # what it does, what it is for, its arguments
 
 
 def named_run(source: str, rest: Sequence[str], root: str | None) -> "RunDirectory":
-    """The run that `source` names: its directory, here or in a bucket, or EXPERIMENT:NAME.
+    """The directory of the run that `source` names as in `find_run`; it must have been started."""
+    run, directory = find_run(source, rest, root)
+    spec = source.rpartition(":")[0]
+    require(
+        directory.config_file.exists(),
+        f"{run.name} has not been started: there is no {directory.path}; train it with `gqa-scaling run "
+        f"{spec} --only {run.name}`",
+    )
+    return directory
+
+
+def find_run(
+    source: str, rest: Sequence[str], root: str | None
+) -> "tuple[RunConfig, RunDirectory]":
+    """The run that `source` names: its directory, here or in a bucket, or EXPERIMENT:NAME, begun or not.
 
     `rest` are overrides of an experiment's fields. Raises `UserError` where it names no run.
     """
@@ -33,8 +48,9 @@ def named_run(source: str, rest: Sequence[str], root: str | None) -> "RunDirecto
     if is_remote(path) or path.is_dir():
         require(not rest, f"{path} is a directory: {' '.join(rest[:1])} changes runs of a grid")
         if (path / "config.json").exists():
-            return RunDirectory(path)
-        inside = sorted(found.parent.name for found in path.glob("*/config.json"))
+            found = RunDirectory(path)
+            return found.config(), found
+        inside = sorted(file.parent.name for file in path.glob("*/config.json"))
         some = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
         hint = f"it holds {len(inside)}: name one of {some}" if inside else "it has no config.json"
         raise UserError(f"{path} is no run: {hint}")
@@ -53,13 +69,7 @@ def named_run(source: str, rest: Sequence[str], root: str | None) -> "RunDirecto
         names = [each.name for each in experiment.runs]
         hint = did_you_mean(name, names) or f"; it has {', '.join(names[:3])}, ..."
         raise UserError(f"{spec} has no run named {name!r}{hint}")
-    directory = run_directory(folder, experiment.name, run)
-    require(
-        directory.config_file.exists(),
-        f"{name} has not been started: there is no {directory.path}; train it with `gqa-scaling run "
-        f"{spec} --only {name}`",
-    )
-    return directory
+    return run, run_directory(folder, experiment.name, run)
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:

@@ -84,6 +84,11 @@ class Corpus:
             before += size
 
 
+def _from_here(path: Path) -> str:
+    """Where a relative path was looked for, which is the folder that a command is given in."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}, where this command was given"
+
+
 def open_corpus(data: DataConfig) -> Corpus:
     """Find the files of `data.corpus`. Raises UserError when there are none."""
     require(
@@ -106,7 +111,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     else:
         require(
             root.exists(),
-            f"corpus={data.corpus!r} does not exist: give stdlib, {', '.join(FETCHED)}, a folder of text files, or a "
+            f"corpus={data.corpus!r} does not exist{_from_here(root)}: give stdlib, {', '.join(FETCHED)}, a folder of text files, or a "
             f"{', '.join(RECORDS)} file",
         )
         require(

@@ -33,6 +33,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return out
 
 
+def field_types() -> dict[str, Any]:
+    """The type of every field of a run by its dotted name, as it can be changed."""
+    return _field_types(RunConfig)
+
+
 def _field_types(cls: type[Json], prefix: str = "") -> dict[str, Any]:
     """The type of every field by its dotted name.
 

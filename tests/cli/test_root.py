@@ -1,12 +1,12 @@
 """--root names the folder of the runs for everything that a command does, and for nothing else."""
 
-import argparse
 import os
 from pathlib import Path
 
 import pytest
 
 from gqa_scaling import cli
+from gqa_scaling.cli import completion
 from gqa_scaling.config import ModelConfig, RunConfig, UserError
 from gqa_scaling.experiment import load
 from gqa_scaling.experiment.learning_rates import learning_rate_choices
@@ -31,25 +31,24 @@ def finish(run: RunConfig, experiment: str) -> None:
 
 def named(verb: str) -> list[str]:
     """What to give a verb that takes an experiment or a run of one; nothing where it takes neither."""
+    parser = completion.verb_parsers(cli.parser_of((verb,)))[verb]
+    if not completion.takes_an_experiment(parser):
+        return []
     values = {
-        "experiment": TINY,
         "source": TINY,
-        "run": f"{TINY}:a-run",
+        "experiment": TINY,
+        "experiments": TINY,
         "first": "4,1",
         "second": "8,1",
-        "output": "folder",
     }
-    words, takes_one = [], False
-    parser = argparse.ArgumentParser(add_help=False)
-    cli.add_arguments(parser, verb)
+    words = []
     for each in parser._actions:
         if each.option_strings:
             words += [each.option_strings[0], "a"] if each.required else []
-            continue
-        takes_one |= "xperiment" in (each.help or "").lower()
-        of_a_run = ":NAME" in (each.help or "")
-        words.append(values["run"] if of_a_run else values.get(each.dest, "nothing"))
-    return words if takes_one else []
+        else:
+            of_a_run = ":NAME" in (each.help or "")
+            words.append(f"{TINY}:a-run" if of_a_run else values.get(each.dest, "folder"))
+    return words
 
 
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if named(verb)])

@@ -1,0 +1,60 @@
+"""The verbs to begin with: a starter experiment, and completion in the shell."""
+
+import argparse
+from collections.abc import Sequence
+
+from gqa_scaling.cli.shared import Verb
+from gqa_scaling.config import require
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def _add_new(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="what to call it; or the path of a .py file, to have it there")
+    parser.add_argument(
+        "--corpus",
+        help="your text: a folder of files, or a .jsonl or .parquet file (default: stdlib)",
+    )
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="that the script is for")
+
+
+def _new(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment.start import start
+
+    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    if args.corpus is not None:
+        from gqa_scaling.config import DataConfig
+        from gqa_scaling.data.corpus import open_corpus
+
+        open_corpus(DataConfig(corpus=args.corpus))  # refused before a file is written
+    path, spec = start(args.name, args.corpus)
+    print(f"{path}: 12 small runs, minutes on two cores; change its SIZES, HEADS and DATA. Then")
+    for command in (
+        f"plan {spec}",
+        f"prepare {spec}",
+        f"run {spec} --workers 2",
+        f"report {spec}",
+    ):
+        print(f"  gqa-scaling {command}")
+    return 0
+
+
+def _completion(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.cli.completion import script
+
+    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    print(script(args.shell))
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "new": (_new, "write a starter experiment to change", _add_new),
+    "completion": (
+        _completion,
+        "print a script that completes commands in your shell",
+        _add_completion,
+    ),
+}
