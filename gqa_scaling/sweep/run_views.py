@@ -167,7 +167,7 @@ def _sides(found: Difference) -> tuple[str, str]:
 
 
 def _listed(values: Sequence[str]) -> str:
-    more = f", ... ({len(values)})" if len(values) > MOST_VALUES else ""
+    more = ", ..." if len(values) > MOST_VALUES else ""
     return ", ".join(values[:MOST_VALUES]) + more
 
 
