@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gqa_scaling import __version__
-from gqa_scaling.cli.shared import print_error
+from gqa_scaling.cli.shared import Version, print_error, print_json
 from gqa_scaling.config import UserError, require
 from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment, load_experiment
@@ -29,7 +28,7 @@ from gqa_scaling.sweep.run import forget_failures, pending
 from gqa_scaling.units import duration, quantity
 from launch import local, skypilot, slurm, tpu_vm, xpk
 from launch.jobs import Job, by_slice, group
-from launch.submission import Study
+from launch.submission import Study, missing_code
 from launch.targets import PRICES, Target, startable
 
 ENGINES = {e.name: e for e in (skypilot.ENGINE, xpk.ENGINE, slurm.ENGINE, tpu_vm.ENGINE)}
@@ -69,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="python -m launch", description="Run an experiment on a target.")
-    parser.add_argument("--version", action="version", version=f"gqa_scaling {__version__}")
+    parser.add_argument("--version", action=Version, nargs=0, help="which code is at work here")
     targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True)
     local.add(targets.add_parser("local", help=local.ABOUT, description=local.ABOUT))
     for name, engine in ENGINES.items():
@@ -99,6 +98,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="print what would be submitted, without looking into the bucket",
     )
     parser.add_argument("--yes", action="store_true", help="submit without asking")
+    parser.add_argument(
+        "--json", action="store_true", help="print what --dry-run shows as JSON; submits nothing"
+    )
     parser.add_argument("--only", metavar="PATTERN", help="only runs of such names")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     parser.add_argument("--bucket", default="", help="gs:// or s3://; runs are kept in its runs/")
@@ -136,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Match what is not finished to slices, say what it costs, ask, and submit it."""
+    args.dry_run |= args.json
     target = _target(args)
     ENGINES[args.target].require_fields(target)
     root = _root(target)
@@ -179,20 +182,27 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if target.engine != "slurm":
         _require_to_travel(experiment, study, target)
-    left, said = _left_to_launch(experiment, states, args.retry_failed)
+    left, counts = _left_to_launch(experiment, states, args.retry_failed)
+    said = _counts_said(counts)
     if args.dry_run and is_remote(root):
         said += f" (--dry-run does not look into {root}: it assumes that nothing is finished there)"
+    missing = missing_code() if engine.sends_code else ""
+    notes = [missing] if missing else []
     offered = engine.offered(target.largest)
     named = target.largest.vendor_name
     require(bool(offered), f"{args.target} starts no {named}: name a larger slice")
     jobs = group(study.name, left.runs, offered, target.hardware, target.hours)
-    _print_plan(jobs, target, study, said)
+    if args.json:
+        print_json(_plan_dict(jobs, target, study, counts, notes))
+        return 0
+    _print_plan(jobs, target, study, [said, *(f"WARNING: {note}" for note in notes)])
     if not jobs:
         return 0
     if args.dry_run:
         print("\n".join(step.text() for step in engine.render(jobs, target, study)))
         return 0
     engine.check(target)
+    require(not missing, missing)
     _require_tokens(left)
     _confirm(jobs, args.yes)
     if args.retry_failed:
@@ -221,18 +231,30 @@ def _require_to_travel(experiment: Experiment, study: Study, target: Target) -> 
         )
 
 
-def _left_to_launch(experiment: Experiment, root: Path, retry: bool) -> tuple[Experiment, str]:
-    """The runs to submit, and what became of the others in words."""
+def _left_to_launch(
+    experiment: Experiment, root: Path, retry: bool
+) -> tuple[Experiment, dict[str, int]]:
+    """The runs to submit, and how many there are of what: all runs, those to launch, and by state those
+    that are left out."""
     left = pending(experiment, root)
     states = {run: run_directory(root, experiment.name, run).state() for run in left}
     skipped = ("running",) if retry else ("running", "failed")
     chosen = tuple(run for run in left if states[run] not in skipped)
-    said = [f"{len(experiment.runs)} runs: {len(chosen)} to launch"]
-    said += [f"{len(experiment.runs) - len(left)} finished"]
+    counts = {"runs": len(experiment.runs), "to launch": len(chosen)}
+    counts["finished"] = len(experiment.runs) - len(left)
+    counts |= {state: sum(states[run] == state for run in left) for state in skipped}
+    return replace(experiment, runs=chosen), counts
+
+
+def _counts_said(counts: dict[str, int]) -> str:
+    said = [
+        f"{counts['runs']} runs: {counts['to launch']} to launch",
+        f"{counts['finished']} finished",
+    ]
     for state, remedy in (("running", ""), ("failed", " (again with --retry-failed)")):
-        n = sum(states[run] == state for run in left)
-        said += [f"{n} {state}{remedy}"] if n and state in skipped else []
-    return replace(experiment, runs=chosen), ", ".join(said)
+        n = counts.get(state, 0)
+        said += [f"{n} {state}{remedy}"] if n else []
+    return ", ".join(said)
 
 
 def _require_tokens(experiment: Experiment) -> None:
@@ -243,10 +265,47 @@ def _require_tokens(experiment: Experiment) -> None:
         check_epochs(run, tokens[run.data.store_path])
 
 
-def _print_plan(jobs: list[Job], target: Target, study: Study, said: str) -> None:
+def _plan_dict(
+    jobs: list[Job], target: Target, study: Study, counts: dict[str, int], notes: list[str]
+) -> dict[str, Any]:
+    """What would be paid for and what would be submitted, for programs; seconds, and dollars as listed."""
+    price = target.hardware.price
+    hours = sum(job.chip_hours for job in jobs)
+    rows = [
+        {
+            "name": job.name,
+            "slice": job.slice.vendor_name,
+            "chips": job.slice.chips,
+            "runs": [run.name for run in job.runs],
+            "seconds": job.seconds,
+            "chip_hours": job.chip_hours,
+            "dollars": job.chip_hours * price,
+        }
+        for job in jobs
+    ]
+    steps = ENGINES[target.engine].render(jobs, target, study) if jobs else []
+    return {
+        "experiment": study.name,
+        "target": target.engine,
+        "root": study.root,
+        "spot": target.spot,
+        "counts": {name.replace(" ", "_"): n for name, n in counts.items()},
+        "totals": {"jobs": len(jobs), "chip_hours": hours, "dollars": hours * price},
+        "price": price,
+        "mfu": target.hardware.mfu,
+        "notes": notes,
+        "jobs": rows,
+        "steps": [
+            {"command": list(s.command), "files": {str(k): v for k, v in s.files.items()}}
+            for s in steps
+        ],
+    }
+
+
+def _print_plan(jobs: list[Job], target: Target, study: Study, said: list[str]) -> None:
     """What will be paid for; on stderr, so that what would be submitted stands alone."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    row, lines = target.hardware, [said]
+    row, lines = target.hardware, list(said)
     if jobs:
         console.print(_plan_table(jobs, target, study))
         hours = sum(job.chip_hours for job in jobs)

@@ -29,7 +29,7 @@ class Engine:
     to give where it is empty, and `refuse` raises UserError for fields that cannot be. `check` raises
     UserError for what is missing here, such as tools and accounts. `offered` are the slices that a
     run may get. `render` is what would be submitted; by default `submit` writes its files and runs
-    its commands. `after` is what to type next.
+    its commands. `after` is what to type next. One that `sends_code` has machines get this folder.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Engine:
     needs: Mapping[str, str] = field(default_factory=dict)
     refuse: Callable[[Target], None] = _refuse_nothing
     offered: Callable[[Slice], list[Slice]] = sizes_up_to
+    sends_code: bool = False
     tpus: bool = True
     gpus: bool = True
     submit_by: Callable[[Jobs, Target, Study], None] | None = None

@@ -101,6 +101,7 @@ def dump(value: object) -> str:
 
 
 ENGINE = Engine(
+    sends_code=True,
     name="skypilot",
     about="SkyPilot managed jobs on any cloud, spot with recovery",
     options=("on-demand", "infra", "image", "setup"),

@@ -12,6 +12,8 @@ from gqa_scaling.files.storage import make_folder
 from launch.jobs import Job, label
 
 FOLDER = Path(".launch")  # of the files written for engines, in the checkout
+# What machines are sent of the checkout, beside the experiment.
+CODE = ("gqa_scaling", "launch", "experiments", "pyproject.toml", "requirements.txt", "README.md")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,17 @@ class Step:
         """As --dry-run prints it."""
         shown = [f"# {path}\n{text.rstrip()}\n" for path, text in self.files.items()]
         return "\n".join([*shown, f"$ {shlex.join(self.command)}\n"])
+
+
+def missing_code() -> str:
+    """What machines would lack if they were sent this folder; "" where it is a checkout."""
+    missing = [name for name in CODE if not Path(name).exists()]
+    if not missing:
+        return ""
+    return (
+        f"machines are sent this folder, {Path.cwd()}, which has no {', '.join(missing)}: launch from the "
+        "checkout"
+    )
 
 
 def require_tool(name: str, remedy: str) -> None:

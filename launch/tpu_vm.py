@@ -12,11 +12,10 @@ from gqa_scaling.config import require
 from gqa_scaling.hardware import Slice
 from launch.engines import BUCKET, PROJECT, Engine
 from launch.jobs import Job, by_slice
-from launch.submission import Step, Study, require_google_account
+from launch.submission import CODE, Step, Study, require_google_account
 from launch.targets import TPU_RUNTIME, Target
 from launch.work import LOST, PREEMPTED
 
-CODE = ("gqa_scaling", "launch", "experiments", "pyproject.toml", "requirements.txt", "README.md")
 STARTS_A_DAY = 5
 HOME = "/opt/gqa_scaling"
 
@@ -24,8 +23,6 @@ HOME = "/opt/gqa_scaling"
 def check(target: Target) -> None:
     """Raise UserError for what is missing."""
     require_google_account()
-    missing = [name for name in CODE if not Path(name).exists()]
-    require(not missing, f"no {', '.join(missing)} here: launch tpu-vm from the checkout")
 
 
 def refuse(target: Target) -> None:
@@ -155,6 +152,7 @@ def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
 
 
 ENGINE = Engine(
+    sends_code=True,
     name="tpu-vm",
     about="Cloud TPU queued resources, with nothing but gcloud",
     options=("on-demand", "project", "zone", "setup"),

@@ -8,10 +8,10 @@ import shlex
 import sys
 import traceback
 from collections.abc import Container, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gqa_scaling.cli import exchange, experiment, inference, questions, runs, start, study
-from gqa_scaling.cli.shared import Verb, print_error
+from gqa_scaling.cli.shared import Verb, Version, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
 from gqa_scaling.files.failures import failure
@@ -43,16 +43,6 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-class _Version(argparse.Action):
-    """Says the versions, which are looked up only then, and ends."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from gqa_scaling.versions import said
-
-        print(said())
-        parser.exit()
-
-
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """All that a verb takes but the overrides of fields."""
     VERBS[verb][2](parser)
@@ -66,7 +56,7 @@ def parser_of(verbs: Container[str]) -> argparse.ArgumentParser:
         description="Find the grouped-query transformer that reaches a loss at a context length "
         "for the least cost.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="which code is at work here")
+    parser.add_argument("--version", action=Version, nargs=0, help="which code is at work here")
     choices = parser.add_subparsers(
         dest="verb", metavar="VERB", required=True, parser_class=_Parser
     )

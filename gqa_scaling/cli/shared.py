@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gqa_scaling.config import UserError, require
 
@@ -19,6 +19,16 @@ Verb = tuple[  # what it does, what it is for, its arguments
     str,
     Callable[[argparse.ArgumentParser], None],
 ]
+
+
+class Version(argparse.Action):
+    """Says the versions, which are looked up only then, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from gqa_scaling.versions import said
+
+        print(said())
+        parser.exit()
 
 
 def named_run(source: str, rest: Sequence[str], root: str | None) -> "RunDirectory":

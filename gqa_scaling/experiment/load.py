@@ -248,7 +248,7 @@ def _experiments_hint(spec: str) -> str:
     """What to try instead of an unknown experiment."""
     known = [f"experiments.{p.stem}" for p in sorted(Path("experiments").glob("*.py"))]
     if not known:
-        return "; there is no folder experiments/ here"
+        return f"; there is no folder experiments/ in {Path.cwd()}, where this command was given"
     name = spec.removesuffix(".py").replace("/", ".")
     if f"experiments.{name}" in known:
         return f" (did you mean experiments.{name}?)"

@@ -6,7 +6,7 @@ import pytest
 
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import runs_root
-from launch import cli
+from launch import cli, submission
 
 GRID = str(Path(__file__).parents[2] / "experiments/head_ladder.py")
 
@@ -53,6 +53,7 @@ def bucket(tmp_path, monkeypatch):
     monkeypatch.setenv("GQA_SCALING_RUNS", str(tmp_path / "bucket"))
     monkeypatch.setattr(cli, "runs_root", lambda named=None: runs_root())
     monkeypatch.setattr(cli, "_require_tokens", lambda experiment: None)
+    monkeypatch.setattr(submission, "CODE", ("experiments",))  # the folder passes for a checkout
     return tmp_path / "bucket"
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory, runs_root, write_json
-from launch import tpu_vm, work
+from launch import submission, tpu_vm, work
 from launch.cli import main
 from launch.submission import Study
 
@@ -187,6 +187,40 @@ def test_a_dry_run_leaves_the_bucket_alone_and_says_so(
         f"6 runs: 6 to launch, 0 finished (--dry-run does not look into {root}: it assumes that "
         "nothing is finished there)"
     )
+
+
+def test_machines_are_sent_no_folder_without_the_code(
+    workplace, bucket, tools, capsys, monkeypatch
+):
+    monkeypatch.setattr(submission, "CODE", ("experiments", "gqa_scaling", "pyproject.toml"))
+    tools.add("sky")
+    assert main([*SKY, "--dry-run", *TINY]) == 0
+    said = f"machines are sent this folder, {workplace}, which has no gqa_scaling, pyproject.toml"
+    assert f"WARNING: {said}" in capsys.readouterr().err
+    assert main([*SKY, "--yes", *TINY]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"launch: {said}: launch from the checkout"
+    assert tools.calls() == []
+
+
+def test_programs_are_told_what_a_dry_run_shows(workplace, bucket, tools, capsys):
+    command = [*SKY, *TINY, "--tokens", LONG]
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert (said.err, tools.calls()) == ("", [])
+    assert told["counts"] == {"runs": 6, "to_launch": 6, "finished": 0, "running": 0, "failed": 0}
+    assert told["totals"]["jobs"] == len(told["jobs"]) == len(told["steps"]) == 6
+    hours = sum(job["seconds"] * job["chips"] for job in told["jobs"]) / 3600
+    assert told["totals"]["chip_hours"] == pytest.approx(hours)
+    assert told["totals"]["dollars"] == pytest.approx(hours * told["price"])
+    assert {run for job in told["jobs"] for run in job["runs"]} == {
+        f"L{layers}-h{heads}" for layers in (1, 2) for heads in (1, 2, 4)
+    }
+    for step in told["steps"]:
+        assert shlex.join(step["command"]) in shown
+        assert all(text.rstrip() in shown for text in step["files"].values())
 
 
 @pytest.mark.parametrize("target", [SKY, TPU, XPK, ("slurm", "8xH100", "--bucket", "gs://mine")])
