@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli, hardware
-from gqa_scaling.cli import exchange, questions, study
+from gqa_scaling.cli import exchange, questions, runs, start, study
 from gqa_scaling.config import Question, require
 from gqa_scaling.data.corpus import FETCHED
 from gqa_scaling.experiment.load import load_experiment
@@ -64,6 +64,8 @@ sky jobs queue
 sky status
 squeue --me
 tail -f .launch/head-ladder/
+tar czf study.tar.gz experiments runs/smoke data/stdlib-bytes
+tar xzf study.tar.gz
 tensorboard --logdir runs/
 xpk cluster create --cluster mine --project my-project --zone us-west4-a --tpu-type v5litepod-16
 xpk cluster delete --cluster mine --project my-project --zone us-west4-a
@@ -71,6 +73,7 @@ xpk workload list --cluster mine --project my-project --zone us-west4-a
 """.strip().splitlines()
 # Indented text that is no command, by how it begins.
 NOT_COMMANDS = """
+QUESTION = Question(contexts
 125 jobs, 16.9k chip-hours
 Demonstration, too small to decide by
 Do differences between configurations move with T
@@ -96,6 +99,7 @@ PLACEHOLDERS = {
     ),
     "EXPERIMENT RUN...": "experiments.smoke L2-d24-h1-kv1",
     "VERB ": "plan ",
+    "new NAME --corpus FOLDER": "new own --corpus docs",
     "experiments.NAME": "experiments.smoke",
     "path/to/NAME.py": "experiments/smoke.py",
     "run ... --shard i/n": "run experiments.smoke --shard 0/2",
@@ -168,11 +172,16 @@ def called(shown: list[str], folder: Path) -> list[list[str]]:
 def try_gqa(words: list[str]) -> None:
     """Run what a second is enough for; else parse it and load its experiment."""
     if len(words) == 1:  # the text speaks of a verb
-        assert words[0] in cli.VERBS
+        assert words[0] in (*cli.VERBS, "--version")
         return
     args, rest = cli._parse(words)
     if args.verb == "fetch":
         assert args.corpus in FETCHED
+        return
+    if args.verb == "new":  # not in experiments/, which are those of the checkout here
+        words = [words[0], f"{Path(args.name).stem}.py", *words[2:]]
+    if args.verb in (*start.VERBS, *runs.VERBS):  # they take a moment, and clean asks nobody
+        assert cli.main([*words, "--json"] if args.verb == "clean" else words) == 0
         return
     if args.verb in exchange.VERBS:  # what follows `harness RUN` is lm-eval's
         assert args.verb == "harness" or rest == []

@@ -81,7 +81,7 @@ def _diff(args: argparse.Namespace, rest: Sequence[str]) -> int:
     require(
         not rest,
         f"unexpected argument {rest[0] if rest else ''!r}: fields go in quotes with their experiment, such "
-        "as 'experiments.smoke --seed 1'",
+        "as 'experiments.smoke --tokens 409600'",
     )
     found = compare_sides(read_side(args.first, args.root), read_side(args.second, args.root))
     if args.json:

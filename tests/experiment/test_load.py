@@ -65,7 +65,7 @@ def test_an_unknown_experiment_is_refused_with_the_nearest(workplace, spec, said
 def test_where_there_are_no_experiments_it_says_so(workplace):
     (workplace / "experiments/tiny.py").unlink()
     with pytest.raises(
-        UserError, match="there is no folder experiments/ in .*, where this command was given"
+        UserError, match=r"there is no folder experiments/ in .*, where this command was given"
     ):
         load_experiment("experiments.tiny")
 
