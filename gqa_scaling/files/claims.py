@@ -11,11 +11,9 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +58,7 @@ def claim(file: Path) -> Iterator[bool]:
     it interrupts the main thread.
     """
     pid = os.getpid()
-    mine = Holder(_host(file), pid, _born(pid), uuid.uuid4().hex)
+    mine = Holder(_host(file), pid, _born(pid), os.urandom(16).hex())
     if not _take(file, mine):
         yield False
         return
@@ -207,8 +205,8 @@ def _host(file: Path) -> str:
     """This machine's name; in a bucket, where names may be those of strangers, this boot's too."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not is_remote(file) or not boot.exists():
-        return socket.gethostname()
-    return f"{socket.gethostname()} {boot.read_text().strip()}"
+        return os.uname().nodename
+    return f"{os.uname().nodename} {boot.read_text().strip()}"
 
 
 def _alive(holder: Holder) -> bool:

@@ -10,11 +10,9 @@ import contextlib
 import errno
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import stat
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +63,8 @@ def as_path(place: str | os.PathLike[str]) -> Path:
         importlib.util.find_spec(package) is not None,
         f"{text} needs the package {package}: pip install 'gqa-scaling[{extra}]'",
     )
+    import logging
+
     import fsspec.config
     from etils import epath
 
@@ -117,7 +117,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     if is_remote(path):
         files_of(path).pipe_file(os.fspath(path), data)
         return
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -261,7 +261,7 @@ def remove_folder(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raises UserError where nothing can be written below a remote folder."""
-    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
+    probe = path / f".probe-{os.urandom(4).hex()}"
     try:
         write_atomic(probe, b"")
         probe.unlink()

@@ -8,7 +8,6 @@ renamed into `.removing` beside it, at one stroke, so that a kill leaves it whol
 import contextlib
 import errno
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -241,7 +240,7 @@ def _remove(path: Path, base: Path) -> None:
         return
     aside = path
     if path.name != ASIDE:
-        aside = base / ASIDE / f"{uuid.uuid4().hex[:8]}-{path.name}"
+        aside = base / ASIDE / f"{os.urandom(4).hex()}-{path.name}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(path, aside)

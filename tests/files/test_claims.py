@@ -24,7 +24,7 @@ NOW = 1_800_000_000.0  # what the clock is made to say
 
 def plant(directory: RunDirectory, **changes) -> None:
     """A claim of this very process, or with some of it changed."""
-    holder = {"host": claims.socket.gethostname(), "pid": os.getpid(), "token": "t"}
+    holder = {"host": os.uname().nodename, "pid": os.getpid(), "token": "t"}
     holder["born"] = claims._born(os.getpid())
     write_json(directory.claim_file, holder | changes)
 
@@ -193,7 +193,7 @@ GARBAGE = {
     "a group": json.dumps({**WHOLE, "pid": -7}).encode(),
     "a host that clears the screen": json.dumps({**WHOLE, "host": "h\n\x1b[2J"}).encode(),
     "no such number": json.dumps({**WHOLE, "pid": 10**30}).encode(),
-    "our own": json.dumps({**WHOLE, "host": claims.socket.gethostname(), "pid": 10**30}).encode(),
+    "our own": json.dumps({**WHOLE, "host": os.uname().nodename, "pid": 10**30}).encode(),
 }
 
 
