@@ -46,7 +46,7 @@ from gqa_scaling.training.telemetry import (
     write_further,
     write_hparams,
 )
-from gqa_scaling.versions import versions
+from gqa_scaling.versions import commit, versions
 
 
 def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
@@ -188,6 +188,7 @@ class _Attempt:
                     "damaged_checkpoints": start.damaged,
                     "layout": self.setup.layout,
                     "versions": versions(),
+                    "commit": commit(),
                     "parallel": self.setup.run.parallel.to_dict(),
                     "checkpoint": self.setup.run.checkpoint.to_dict(),
                     **origin,

@@ -205,7 +205,7 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
 ) -> None:
     trained = []
 
-    def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+    def train(run: RunConfig, directory: RunDirectory, store: TokenStore, *_: object) -> None:
         trained.append(run.name)
         if run.name == "bad":
             raise RuntimeError("out of luck")
@@ -220,7 +220,7 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
     assert sweep.run_sweep(grid, tmp_path).exit_code == 1
     assert trained == ["bad", "good"]  # a failed run is not tried again by itself
     monkeypatch.setattr(
-        loop, "train", lambda r, d, s: train(dataclasses.replace(r, name="x"), d, s)
+        loop, "train", lambda r, *rest: train(dataclasses.replace(r, name="x"), *rest)
     )
     sweep.forget_failures(grid, tmp_path)
     assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
@@ -253,7 +253,7 @@ def test_a_run_held_elsewhere_is_said_once_and_looked_for_less_and_less_often(
         looks.append(slept)
         return hold(file)
 
-    def train(run: RunConfig, directory: RunDirectory, store: TokenStore) -> None:
+    def train(run: RunConfig, directory: RunDirectory, store: TokenStore, *_: object) -> None:
         directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
 
     monkeypatch.setattr(loop, "train", train)

@@ -1,0 +1,57 @@
+"""The verb of finished runs as data: a table to read, or files that stay when run directories go."""
+
+import argparse
+from collections.abc import Sequence
+
+from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
+from gqa_scaling.cli.study import SOURCES
+from gqa_scaling.config import require
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=SOURCES)
+    add_json(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FILE.csv",
+        help="write the table there, as every verb of a study reads it; of an experiment also what made "
+        "each run, beside it as FILE.jsonl: config, hashes of the data, versions, attempts",
+    )
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out runs")
+
+
+def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.files.storage import as_path, write_atomic
+    from gqa_scaling.study.records import HEADER, records, runs_table
+    from gqa_scaling.study.report.csv_files import results_csv
+    from gqa_scaling.study.source import read_source
+
+    path = None if args.output is None else as_path(args.output)
+    if path is not None:
+        require(path.suffix == ".csv", f"--output {args.output} must end with .csv")
+        require(
+            not path.exists() or path.read_text().startswith(HEADER),
+            f"--output {args.output} is another file: name one that is not there yet",
+        )
+    source = read_source(args.source, rest, args.root, args.without)
+    written = {}
+    if path is not None:
+        written[path] = results_csv(source.results)
+        if source.experiment is not None:
+            written[path.with_suffix(".jsonl")] = records(source)
+    for file, text in written.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, text)
+    if args.json:
+        print_json({"runs": source.results.rows(), "written": [str(file) for file in written]})
+        return 0
+    if written:
+        print(f"{len(source.results)} runs: {' and '.join(str(file) for file in written)}")
+    else:
+        print_table(runs_table(source.results))
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "results": (_results, "finished runs as a table, or as files to keep", _add_results),
+}
