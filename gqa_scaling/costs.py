@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gqa_scaling.config import Convention, ModelConfig, RunConfig, UserError, require
-from gqa_scaling.context_sharding import mean_keys
+from gqa_scaling.context_sharding import effective_context, mean_keys
+from gqa_scaling.context_sharding import kv_cache_values as allocated
 
 CONVENTIONS: tuple[Convention, ...] = typing.get_args(Convention)
 LOGIT_BYTES = 64 * 2**20  # of float32 logits that a loss forms at once, on each device
@@ -156,6 +157,57 @@ class HardwareCost:
         return (
             self.weight * memory**self.memory_power + (1 - self.weight) * flops**self.compute_power
         )
+
+
+# ------------------------------------------------- inference as it is computed, of a built model
+
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = 4  # of each key and each value of a head that int8 keeps, as float32
+
+
+def weight_bytes(model: ModelConfig) -> int:
+    """Bytes of weights that one step reads: all but the embedding, with the output matrix, in the
+    model's dtype, norms in float32."""
+    p = parameters(model)
+    products = p.attention + p.ffn + model.d_model * model.vocab_size
+    return VALUE_BYTES[model.dtype] * products + 4 * p.norm
+
+
+def cache_bytes(model: ModelConfig, context: int, batch: int, cache: str) -> int:
+    """Bytes of the keys and values that the caches of sequences of T tokens hold in a type."""
+    values = allocated(model.layer_patterns, context, model.head_dim) if context else 0
+    scales = SCALE_BYTES * values // model.head_dim if cache == "int8" else 0
+    return batch * (VALUE_BYTES[cache] * values + scales)
+
+
+def decode_bytes(model: ModelConfig, context: int, batch: int, cache: str) -> int:
+    """Bytes that a step reads which decodes one token of each sequence, the last of T."""
+    return weight_bytes(model) + cache_bytes(model, context, batch, cache)
+
+
+def decode_flops(model: ModelConfig, context: int, batch: int) -> int:
+    """FLOPs of that step: 2 N + 2 d V + 4 T_eff L d_h n_h for each sequence, norms left out."""
+    p = parameters(model)
+    linear = 2 * (p.attention + p.ffn) + 2 * model.d_model * model.vocab_size
+    keys = effective_context(model.layer_patterns, context)
+    return round(batch * (linear + 4 * keys * model.n_layers * model.head_dim * model.n_heads))
+
+
+def prefill_bytes(model: ModelConfig, context: int, batch: int, cache: str, chunk: int) -> int:
+    """Bytes that prompts of T tokens read, taken in chunks: for each of these once the weights, and
+    the cache of those before it."""
+    starts = range(0, context, chunk)
+    held = sum(cache_bytes(model, start, batch, cache) for start in starts)
+    return len(starts) * weight_bytes(model) + held
+
+
+def prefill_flops(model: ModelConfig, context: int, batch: int) -> int:
+    """FLOPs that prompts of T tokens need: 2 N + 4 Tbar L d_h n_h a token, as `training_keys` has Tbar,
+    and for the last of each the output matrix."""
+    p = parameters(model)
+    attention = 4 * model.n_layers * training_keys(model, context) * model.head_dim * model.n_heads
+    each = context * (2 * (p.attention + p.ffn) + attention)
+    return round(batch * (each + 2 * model.d_model * model.vocab_size))
 
 
 # -------------------------------------------------------------------------------- training

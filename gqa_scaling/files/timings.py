@@ -1,0 +1,190 @@
+"""What `bench-inference` measured, as a file: a machine, and how long prefill and decoding take on it.
+
+Nothing of this needs jax: what is fitted to the timings reads them by `read_timings`.
+"""
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from gqa_scaling.config import ModelConfig, UserError, require
+from gqa_scaling.fields import Shape
+from gqa_scaling.files.runs import read_json
+from gqa_scaling.files.storage import make_folder, write_json
+
+SCHEMA = 1
+Phase = Literal["prefill", "decode"]
+CacheName = Literal["float32", "bfloat16", "int8"]
+_MACHINE: Shape = {
+    "device": str,
+    "devices": int,
+    "bandwidth": float,
+    "flops": {"*": float},
+    "memory_bytes": int,
+}
+_ROW: Shape = {
+    "model": dict,
+    "phase": str,
+    "context": int,
+    "batch": int,
+    "cache": str,
+    "seconds": float,
+    "spread": float,
+    "rounds": int,
+    "bytes": int,
+    "flops": float,
+    "memory_bytes": int,
+    "skipped": (str,),
+}
+_FILE: Shape = {
+    "schema": int,
+    "source": str,
+    "machine": _MACHINE,
+    "versions": {"*": str},
+    "rows": [_ROW],
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices that computed, all of them together, as they were measured in the same run.
+
+    `device` is what jax calls one of them, `bandwidth` the bytes a second that they read, `flops` the
+    FLOP/s of a square product in each dtype, `memory_bytes` what they can hold.
+    """
+
+    device: str
+    devices: int
+    bandwidth: float
+    flops: Mapping[str, float]
+    memory_bytes: int
+
+    def __post_init__(self) -> None:
+        rates = {f"flops.{dtype}": rate for dtype, rate in self.flops.items()}
+        sizes = {"devices": self.devices, "memory_bytes": self.memory_bytes}
+        for name, value in {**sizes, "bandwidth": self.bandwidth, **rates}.items():
+            require(value > 0, f"{name}={value} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One step of decoding a batch, or the prefill of its prompts, of a model with random weights.
+
+    `context` is the tokens of each sequence that are there after the step, the new one counted, or
+    of its prompt. `seconds` is the median over `rounds` for the whole batch, `spread` the distance
+    of its quartiles as a fraction of it. `bytes` are those of the weights and the cache that are
+    read, `flops` those that the model needs (`costs`: `decode_bytes`, `decode_flops`,
+    `prefill_bytes`, `prefill_flops`), `memory_bytes` what is held; each of all devices together.
+    `model.dtype` is what was computed in, and `cache` what keys and values are kept in.
+
+    A row that was not timed says in `skipped` why, and has 0 for seconds, spread and rounds.
+    """
+
+    model: ModelConfig
+    phase: Phase
+    context: int
+    batch: int
+    cache: CacheName
+    seconds: float
+    spread: float
+    rounds: int
+    bytes: int
+    flops: float
+    memory_bytes: int
+    skipped: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("phase", Phase), ("cache", CacheName)):
+            value, known = getattr(self, name), typing.get_args(kind)
+            require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
+        for name in ("context", "batch", "bytes", "flops", "memory_bytes"):
+            value = getattr(self, name)
+            require(value > 0, f"{name}={value} must be greater than 0")
+        timed = self.seconds > 0 and self.rounds > 0 and self.spread >= 0
+        require(
+            timed if self.skipped is None else self.seconds == 0,
+            f"seconds={self.seconds}, spread={self.spread} and rounds={self.rounds} are not those of "
+            "a row that was " + ("timed" if self.skipped is None else "skipped"),
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all sequences, or tokens of all prompts, in a second; 0 where skipped."""
+        tokens = self.batch * (self.context if self.phase == "prefill" else 1)
+        return tokens / self.seconds if self.seconds else 0.0
+
+    def bandwidth_share(self, machine: Machine) -> float:
+        """`bytes` a second, as a share of the bandwidth that was measured; 0 where skipped."""
+        return self.bytes / self.seconds / machine.bandwidth if self.seconds else 0.0
+
+    def flops_share(self, machine: Machine) -> float:
+        """`flops` a second, as a share of a product's in the model's dtype; 0 where skipped."""
+        peak = machine.flops[self.model.dtype]
+        return self.flops / self.seconds / peak if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Timings:
+    """All that was timed on a machine. `source` says what was asked for, `versions` by which code."""
+
+    machine: Machine
+    rows: tuple[Timing, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            require(
+                row.model.dtype in self.machine.flops,
+                f"flops.{row.model.dtype} is missing: a row was computed in it",
+            )
+
+    @property
+    def timed(self) -> tuple[Timing, ...]:
+        """The rows that were not skipped."""
+        return tuple(row for row in self.rows if row.skipped is None)
+
+
+def to_json(timings: Timings) -> dict[str, Any]:
+    """The timings as JSON has them."""
+    rows = [{**vars(row), "model": row.model.to_dict()} for row in timings.rows]
+    machine = asdict(timings.machine)
+    said = {"versions": dict(timings.versions), "source": timings.source}
+    return {"schema": SCHEMA, "machine": machine, "rows": rows, **said}
+
+
+def write_timings(path: Path, timings: Timings) -> None:
+    """Replace the file at one stroke."""
+    make_folder(path.parent)
+    write_json(path, json.loads(json.dumps(to_json(timings))))
+
+
+def read_timings(path: Path) -> Timings:
+    """The timings in a file. Raises `UserError` where there is none, or one that is no such file."""
+    remedy = "move it away and time again with `gqa-scaling bench-inference`"
+    try:
+        said = read_json(path, _FILE, remedy)
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {path}: measure this machine with `gqa-scaling bench-inference --out {path}`"
+        ) from None
+    require(
+        said["schema"] == SCHEMA, f"{path} has schema {said['schema']}, this version reads {SCHEMA}"
+    )
+    try:
+        rows = tuple(
+            Timing(**_known(Timing, row) | {"model": ModelConfig.from_dict(row["model"])})
+            for row in said["rows"]
+        )
+        machine = Machine(**_known(Machine, said["machine"]))
+        return Timings(machine, rows, said["versions"], said["source"])
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def _known(kind: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a JSON table a class has a field for: a newer version may say more."""
+    return {each.name: said[each.name] for each in fields(kind) if each.name in said}
