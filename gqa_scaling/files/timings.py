@@ -38,6 +38,8 @@ _ROW: Shape = {
     "flops": float,
     "memory_bytes": int,
     "skipped": (str,),
+    "bandwidth?": float,
+    "peak?": float,
 }
 _FILE: Shape = {
     "schema": int,
@@ -80,6 +82,9 @@ class Timing:
     `prefill_bytes`, `prefill_flops`), `memory_bytes` what is held; each of all devices together.
     `model.dtype` is what was computed in, and `cache` what keys and values are kept in.
 
+    `bandwidth` and `peak` are what the machine did between the rounds, bytes and FLOP/s of a product
+    in the model's dtype: others may keep it busy. 0: not known, and those of the machine count.
+
     A row that was not timed says in `skipped` why, and has 0 for seconds, spread and rounds.
     """
 
@@ -95,6 +100,8 @@ class Timing:
     flops: float
     memory_bytes: int
     skipped: str | None = None
+    bandwidth: float = 0.0
+    peak: float = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in (("phase", Phase), ("cache", CacheName)):
@@ -103,6 +110,9 @@ class Timing:
         for name in ("context", "batch", "bytes", "flops", "memory_bytes"):
             value = getattr(self, name)
             require(value > 0, f"{name}={value} must be greater than 0")
+        for name in ("bandwidth", "peak"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value} must not be negative")
         timed = self.seconds > 0 and self.rounds > 0 and self.spread >= 0
         require(
             timed if self.skipped is None else self.seconds == 0,
@@ -118,11 +128,12 @@ class Timing:
 
     def bandwidth_share(self, machine: Machine) -> float:
         """`bytes` a second, as a share of the bandwidth that was measured; 0 where skipped."""
-        return self.bytes / self.seconds / machine.bandwidth if self.seconds else 0.0
+        bandwidth = self.bandwidth or machine.bandwidth
+        return self.bytes / self.seconds / bandwidth if self.seconds else 0.0
 
     def flops_share(self, machine: Machine) -> float:
         """`flops` a second, as a share of a product's in the model's dtype; 0 where skipped."""
-        peak = machine.flops[self.model.dtype]
+        peak = self.peak or machine.flops[self.model.dtype]
         return self.flops / self.seconds / peak if self.seconds else 0.0
 
 

@@ -170,7 +170,7 @@ class Generation:
         count_B: np.ndarray,
     ) -> tuple[jax.Array, Cache]:
         d = self.decoder
-        tokens_B, new = _next(
+        tokens_B, new = next_tokens(
             d.config, self.sampling, d.vocab_size, d.parameters, cache, tokens_B, seed_B, at_B
         )
         return tokens_B, write(d.config, cache, new, count_B)
@@ -189,7 +189,7 @@ def _choose(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _next(
+def next_tokens(
     config: ModelConfig,
     sampling: Sampling,
     vocab_size: int,
