@@ -20,7 +20,7 @@ PYTHON_OF_LOCK ?= python3.11
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
 .PHONY: smoke test test-compiler test-slow test-tools torch test-transformers test-processors lint
-.PHONY: types bench lock clean
+.PHONY: types bench bench-transformers lock clean
 .PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, forecast, fit and answer the smoke study; the second time only print the answer
@@ -59,6 +59,9 @@ test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of
 test-transformers: $(TORCH)/.ready  ## exports, imports and lm-eval, as PyTorch and transformers have them
 	$(TORCH)/bin/python -m pytest tests/inference
 
+bench-transformers: $(TORCH)/.ready  ## decoding beside transformers
+	$(TORCH)/bin/python benchmarks/generate.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +70,7 @@ types: $(READY)  ## static types of the package, the launchers and the experimen
 	$(BIN)/mypy
 
 bench: $(READY)  ## timed comparisons; read benchmarks/ for single ones
-	for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	for file in $(filter-out benchmarks/generate.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
 
 $(READY): requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "gqa_scaling needs Python 3.11, 3.12 or 3.13, this is %d.%d; try make PYTHON=python3.12" % v[:2])'

@@ -1,6 +1,6 @@
 """Decoding beside transformers: seconds of a token by both, for one model on this CPU.
 
-    make test-transformers && .venv/transformers/bin/python benchmarks/generate.py
+    make bench-transformers
 
 A model of 100M parameters with random weights is exported and read by transformers (PyTorch, float32),
 whose `generate` goes on from a static cache that is full but for the last tokens, and from its default
@@ -21,7 +21,7 @@ try:
     import transformers
 except ModuleNotFoundError as missing:
     sys.exit(
-        f"generate.py needs {missing.name}: run it with what `make test-transformers` installs"
+        f"generate.py needs {missing.name}: `make bench-transformers` installs it and runs this"
     )
 
 from gqa_scaling.devices.host_memory import keep_host_memory
@@ -66,8 +66,8 @@ class Theirs:
         if self.kind == "static":
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(self.kept)
-        else:
-            self.cache.crop(self.kept)
+        elif more := self.cache.get_seq_length() - self.kept:
+            self.cache.crop(-more)
         start = time.perf_counter()
         made = greedy(self.network, self.tokens, TOKENS, past_key_values=self.cache)
         seconds = (time.perf_counter() - start) / TOKENS

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli, hardware
-from gqa_scaling.cli import exchange, questions, runs, start, study
+from gqa_scaling.cli import bench, exchange, questions, runs, start, study
 from gqa_scaling.config import Question, require
 from gqa_scaling.data.corpus import FETCHED
 from gqa_scaling.experiment.load import load_experiment
@@ -185,6 +185,9 @@ def try_gqa(words: list[str]) -> None:
         return
     if args.verb in exchange.VERBS:  # what follows `harness RUN` is lm-eval's
         assert args.verb == "harness" or rest == []
+        return
+    if args.verb == "bench-inference":  # it takes minutes
+        bench._named(args, rest)
         return
     source = getattr(args, "source", None) or args.experiment
     if args.verb == "generate":  # there is no trained run

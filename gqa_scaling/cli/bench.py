@@ -132,7 +132,7 @@ def _named(
 
     models: dict[ModelConfig, None] = {}
     contexts: dict[int, None] = {}
-    experiments = [text for text in args.shapes if "@" not in text]
+    experiments = [text for text in args.shapes if "@" not in text and "," not in text]
     require(
         bool(experiments) or not rest,
         f"unexpected argument {rest[0] if rest else ''!r}: only an experiment has fields",

@@ -243,7 +243,10 @@ def _attend(
     T = q_BKGTH.shape[3]
     t_BT = length_B[:, None] + jnp.arange(T)
     held_BKS = _held(group, slots, length_B)
-    tile = slots if T == 1 else min(TILE, slots)
+    # XLA for CPUs casts a whole int8 cache, all layers of it, before it reads any: 30 times slower.
+    cast = part.v_BKSH.dtype == jnp.int8 and jax.default_backend() == "cpu"
+    whole = T == 1 and not cast
+    tile = slots if whole else min(TILE, slots)
 
     def read(j: jax.Array | int, softmax: Softmax) -> Softmax:
         start = jnp.minimum(j * tile, slots - tile)  # the last tile may begin in the one before
@@ -261,7 +264,7 @@ def _attend(
         return softmax.over(scores, lambda p: _weighed(p, v, v_scale, dtype))
 
     softmax = Softmax.empty(q_BKGTH.shape)
-    if T == 1:
+    if whole:
         softmax = read(0, softmax)
     else:
         filled = jnp.minimum(jnp.max(length_B), slots) if group.kind == DENSE else slots

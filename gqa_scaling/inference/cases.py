@@ -19,6 +19,7 @@ from gqa_scaling.inference.decode import CHUNK
 from gqa_scaling.units import byte_size
 
 FITS = 0.9  # of the free memory: the estimates are not exact
+TOGETHER = 0.5  # of it, for cases that take turns: freed memory of a CPU lies in pieces
 MOST_BATCH = 2**20
 
 Batch = int | Literal["max"]  # "max": as many sequences as fit
@@ -145,7 +146,7 @@ def working_bytes(case: Case) -> int:
     """A bound on what prefill or a step holds beside weights and cache, on all devices together.
 
     The arrays of one layer, scores in float32, the logits, and those of all chunks of a prompt; a
-    layer's cache once more where it is kept in another dtype than is computed in.
+    cache once more where bf16 is kept and float32 computed in, and a layer of one in int8.
     """
     m, width = case.model, VALUE_BYTES[case.model.dtype]
     chunk = min(CHUNK, case.context)
@@ -155,8 +156,8 @@ def working_bytes(case: Case) -> int:
     layer = tokens * (4 * (m.d_model + heads) + 3 * width * m.ffn_dim + 4 * 3 * m.d_model)
     new = 2 * m.n_layers * tokens * width * m.n_kv_heads * m.head_dim
     scores = 3 * 4 * case.batch * m.n_heads * max(case.context, chunk * TILE)
-    other = case.cache != m.dtype
-    cast = 4 * case.batch * 2 * case.context * m.n_kv_heads * m.head_dim if other else 0
+    cast = 4 * case.batch * 2 * case.context * m.n_kv_heads * m.head_dim
+    cast *= {m.dtype: 0, "int8": 1}.get(case.cache, m.n_layers)
     return logits + layer + new + scores + cast
 
 
@@ -195,13 +196,13 @@ def unfit(case: Case, free_bytes: int, devices: int = 1) -> str | None:
 
 
 def packs(cases: Sequence[Case], free_bytes: int, devices: int, most: int) -> list[list[Case]]:
-    """Cases that take turns: of one group, at most so many, and together within the memory."""
+    """Cases that take turns: of one group, at most so many, and together within half the memory."""
     out: list[list[Case]] = []
     for case in cases:
         last = out[-1] if out else []
         together = [*last, case]
         alike = bool(last) and last[0].group == case.group and len(together) <= most
-        if alike and _together(together, devices) <= FITS * free_bytes:
+        if alike and _together(together, devices) <= TOGETHER * free_bytes:
             last.append(case)
         else:
             out.append([case])
