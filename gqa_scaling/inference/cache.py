@@ -243,7 +243,7 @@ def _attend(
     T = q_BKGTH.shape[3]
     t_BT = length_B[:, None] + jnp.arange(T)
     held_BKS = _held(group, slots, length_B)
-    # XLA for CPUs casts a whole int8 cache, all layers of it, before it reads any: 30 times slower.
+    # XLA for CPUs casts a whole int8 cache, all layers of it, before it reads any.
     cast = part.v_BKSH.dtype == jnp.int8 and jax.default_backend() == "cpu"
     whole = T == 1 and not cast
     tile = slots if whole else min(TILE, slots)
