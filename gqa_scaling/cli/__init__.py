@@ -10,7 +10,17 @@ import traceback
 from collections.abc import Container, Sequence
 from typing import NoReturn
 
-from gqa_scaling.cli import bench, exchange, experiment, inference, questions, results, runs, start, study
+from gqa_scaling.cli import (
+    bench,
+    exchange,
+    experiment,
+    inference,
+    questions,
+    results,
+    runs,
+    start,
+    study,
+)
 from gqa_scaling.cli.shared import Verb, Version, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean

@@ -53,7 +53,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="seconds; what would take longer at a time is skipped (default: 3 on a CPU, else 20)",
     )
     add(
-        "--out", help="file of the timings (default: timings/DEVICE.json in the folder of the runs)"
+        "--output", help="file of the timings (default: timings/DEVICE.json in the folder of the runs)"
     )
     add_json(parser)
 
@@ -201,8 +201,8 @@ def _file(args: argparse.Namespace, devices: Sequence[Any]) -> Path:
     many = f" x{len(devices)}" if len(devices) > 1 else ""
     name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(devices[0]) + many).strip("-")
     default = runs_root(args.root) / "timings" / f"{name}.json"
-    path = as_path(args.out) if args.out else default
-    require(path.suffix == ".json", f"--out {path} must end in .json: a .png is put beside it")
+    path = as_path(args.output) if args.output else default
+    require(path.suffix == ".json", f"--output {path} must end in .json: a .png is put beside it")
     return path
 
 
@@ -223,7 +223,7 @@ def _begun(path: Path, devices: Sequence[Any]) -> "Timings | None":
         require(
             old == new,
             f"{path} was timed on other {what} ({_listed(old)}) than these ({_listed(new)}): name "
-            "another file with --out",
+            "another file with --output",
         )
     return known
 

@@ -180,7 +180,7 @@ def read_timings(path: Path) -> Timings:
         said = read_json(path, _FILE, remedy)
     except FileNotFoundError:
         raise UserError(
-            f"there is no {path}: measure this machine with `gqa-scaling bench-inference --out {path}`"
+            f"there is no {path}: measure this machine with `gqa-scaling bench-inference --output {path}`"
         ) from None
     require(
         said["schema"] == SCHEMA, f"{path} has schema {said['schema']}, this version reads {SCHEMA}"

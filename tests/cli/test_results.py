@@ -43,9 +43,7 @@ def grid(workplace):
             directory.begin(run, {"store_hash": "s"})
             began = {"began": 1.8e9, "first_step": 0, "layout": {"device": "cpu"}}
             directory.add_attempt(began | {"commit": "abc"})
-            judged = {
-                run.evaluation_digest: {"loss": (1e6 / n_exact(model)) ** 0.1 + heads / 100}
-            }
+            judged = {run.evaluation_digest: {"loss": (1e6 / n_exact(model)) ** 0.1 + heads / 100}}
             result = {"config": run.to_dict(), "n_exact": n_exact(model), "tokens": 1280}
             directory.finish(result | {"data": {"store_hash": "s"}, "evaluations": judged}, {})
     return workplace

@@ -139,11 +139,11 @@ def test_the_verb_times_shows_and_goes_on_where_it_was_killed(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr("gqa_scaling.inference.timing.time_cases", killed)
-    assert main(["bench-inference", *ASKED, "--out", "t.json"]) != 0
+    assert main(["bench-inference", *ASKED, "--output", "t.json"]) != 0
     first = read_timings(path)
     assert {(row.context, row.phase) for row in first.rows} == {(64, "prefill"), (64, "decode")}
     monkeypatch.setattr("gqa_scaling.inference.timing.time_cases", once)
-    assert main(["bench-inference", *ASKED, "--out", "t.json"]) == 0
+    assert main(["bench-inference", *ASKED, "--output", "t.json"]) == 0
     out, err = capsys.readouterr()
     assert "8 rows are asked for; t.json has 4 of them" in err
     whole = read_timings(path)
@@ -156,7 +156,7 @@ def test_the_verb_times_shows_and_goes_on_where_it_was_killed(
     assert "(2,1)@L1d16" in out
     assert Path("t.png").read_bytes()[:4] == b"\x89PNG"
     before = path.read_bytes()
-    assert main(["bench-inference", *ASKED, "--out", "t.json", "--json"]) == 0
+    assert main(["bench-inference", *ASKED, "--output", "t.json", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == json.loads(before)["rows"]
     assert path.read_bytes() == before
 
@@ -164,7 +164,7 @@ def test_the_verb_times_shows_and_goes_on_where_it_was_killed(
 def test_an_experiment_gives_its_models_and_contexts_and_what_is_too_much_is_skipped(
     workplace, quick, capsys, monkeypatch
 ):
-    asked = ["bench-inference", "experiments.tiny", "--batches", "1", "--out", "t.json"]
+    asked = ["bench-inference", "experiments.tiny", "--batches", "1", "--output", "t.json"]
     monkeypatch.setattr(Meter, "free_bytes", lambda self: 2**16)
     assert main([*asked, "--model.d-model", "16"]) == 0
     rows = read_timings(Path("t.json")).rows
@@ -213,7 +213,7 @@ BAD = {
     "--longest 0.0 must be greater than 0": ["2,1@L1d16", "--longest", "0"],
     "context=1 must be a number from 2": ["2,1@L1d16", "--contexts", "1"],
     "batch=0 must be max, or a number": ["2,1@L1d16", "--batches", "0"],
-    "must end in .json": ["2,1@L1d16", "--out", "timings"],
+    "must end in .json": ["2,1@L1d16", "--output", "timings"],
     "n_kv_heads=2 must divide n_heads=3": ["3,2@L1d16"],
     "invalid number of sequences value: 'many'": ["2,1@L1d16", "--batches", "many"],
 }
@@ -230,7 +230,7 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(workplace, capsys, sai
 
 def test_another_machine_or_other_code_is_refused(workplace, quick, capsys):
     assert main(["bench-inference", *ASKED[:1], "--contexts", "64", "--batches", "1",
-                 "--out", "t.json"]) == 0  # fmt: skip
+                 "--output", "t.json"]) == 0  # fmt: skip
     said = json.loads(Path("t.json").read_text())
     for what, changed in (
         ("other devices", said | {"machine": said["machine"] | {"device": "TPU v9"}}),
@@ -239,7 +239,7 @@ def test_another_machine_or_other_code_is_refused(workplace, quick, capsys):
         Path("t.json").write_text(json.dumps(changed))
         before = Path("t.json").read_bytes()
         capsys.readouterr()
-        assert main(["bench-inference", *ASKED, "--out", "t.json"]) == 2
+        assert main(["bench-inference", *ASKED, "--output", "t.json"]) == 2
         assert what in capsys.readouterr().err
         assert Path("t.json").read_bytes() == before
 
