@@ -8,6 +8,7 @@ parsers and experiments as when it is run; and commands of other tools must be a
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,8 @@ from gqa_scaling.config import Question, require
 from gqa_scaling.data.corpus import FETCHED
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.study import choices
+from gqa_scaling.study.calibrate import calibrate
+from gqa_scaling.study.calibration import write_calibration
 from launch import cli as launching
 from launch import tpu_vm, work
 
@@ -189,6 +192,9 @@ def try_gqa(words: list[str]) -> None:
     if args.verb == "bench-inference":  # it takes minutes
         bench._named(args, rest)
         return
+    if args.verb == "calibrate":
+        assert cli.main(words) == 0
+        return
     source = getattr(args, "source", None) or args.experiment
     if args.verb == "generate":  # there is no trained run
         source, _, name = source.rpartition(":")
@@ -292,13 +298,16 @@ def write_csv(path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A checkout with no runs, no tokens and no environment, and a CSV file of somebody's runs."""
+    """A checkout with no runs, no tokens and no environment, a CSV file of somebody's runs, and timings
+    of a machine with what was calibrated of them."""
     for name in (*tpu_vm.CODE, "benchmarks", "docs", "Makefile"):
         (tmp_path / name).symlink_to(CHECKOUT / name)
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").touch()
     (tmp_path / "runs/smoke").mkdir(parents=True)
     write_csv(tmp_path / "runs.csv")
+    shutil.copy(CHECKOUT / "tests/study/timings.json", tmp_path)
+    write_calibration(tmp_path / "calibration.json", calibrate(tmp_path / "timings.json"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GQA_SCALING_RUNS", "runs")
     monkeypatch.setattr(sys, "path", list(sys.path))

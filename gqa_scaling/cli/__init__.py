@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from gqa_scaling.cli import (
     bench,
+    calibrate,
     exchange,
     experiment,
     inference,
@@ -36,6 +37,7 @@ VERBS: dict[str, Verb] = {
     **questions.VERBS,
     **inference.VERBS,
     **bench.VERBS,
+    **calibrate.VERBS,
     **exchange.VERBS,
     **runs.VERBS,
 }

@@ -53,7 +53,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="seconds; what would take longer at a time is skipped (default: 3 on a CPU, else 20)",
     )
     add(
-        "--output", help="file of the timings (default: timings/DEVICE.json in the folder of the runs)"
+        "--output",
+        help="file of the timings (default: timings/DEVICE.json in the folder of the runs)",
     )
     add_json(parser)
 

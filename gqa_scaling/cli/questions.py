@@ -4,15 +4,14 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gqa_scaling.cli.serving import add_costs, objective_of, serving_of
 from gqa_scaling.cli.shared import Verb, finite, print_json, print_table
 from gqa_scaling.cli.study import (
-    _add_costs,
     _add_source,
     _add_wide,
     _asked,
     _estimates,
     _options,
-    _serving,
     _source,
 )
 from gqa_scaling.config import between, require
@@ -35,7 +34,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="inference context lengths in tokens; that of training is --trained-at",
     )
-    _add_costs(parser)
+    add_costs(parser)
     parser.set_defaults(baseline=None)
 
 
@@ -46,7 +45,7 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
     add("--most", type=int, default=8, help="how many runs at most (default: 8)")
     add("--losses", type=finite, nargs="+", help="target losses in nats")
     add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
-    _add_costs(parser)
+    add_costs(parser)
     parser.set_defaults(baseline=None)
 
 
@@ -66,7 +65,7 @@ def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.sides import side
     from gqa_scaling.study.versus import versus
 
-    serving = _serving(args)
+    serving = serving_of(args)
     source = _source(args, rest)
     question = _asked(args, source.question)
     heads = sorted(set(source.results.heads), key=str)
@@ -76,7 +75,7 @@ def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     # on the scale that `frontier` ranks them on
     two = (first.heads, second.heads)
     among = candidates(source.results, None, args.law, two, source.leaves_out, **_options(args))
-    asked = (first, second, question, args.objective, serving)
+    asked = (first, second, question, objective_of(args), serving)
     told = versus(among.estimates, source.results, *asked, fit=among.fit)
     if args.json:
         print_json(told.to_dict())
@@ -96,7 +95,7 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     between("--most", args.most, 1, 1e6, "runs")
     require(args.budget_flops > 0, f"--budget-flops={args.budget_flops} must be greater than 0")
-    serving = _serving(args)
+    serving = serving_of(args)
     source = _source(args, rest)
     results, question = source.results, _asked(args, source.question)
     if args.context is not None:
@@ -126,13 +125,15 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
             question,
             budget_flops=args.budget_flops,
             most=args.most,
-            objective=args.objective,
+            objective=objective_of(args),
             serving=serving,
         )
-        table = suggest_table(found, args.objective)
+        table = suggest_table(found, objective_of(args))
     # nothing is forecast where nothing can be fitted
     commands = [command_of(source, each.runs[0].run, options, forecast=not small) for each in found]
     flags = [flag for flag in (results.left_out, budget_assumed(results, source.grid)) if flag]
+    if serving.clock:
+        flags += serving.clock.caveats(question.contexts, serving.batch, int(results.head_dim[0]))
     if args.json:
         told = zip(found, commands, strict=True)
         rows = [

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from gqa_scaling.baselines import LLAMA3, written_heads
+from gqa_scaling.cli.serving import add_costs, objective_of, serving_of
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
 from gqa_scaling.config import Question, UserError, between, require
-from gqa_scaling.costs import CONVENTIONS
 from gqa_scaling.files.storage import as_path
-from gqa_scaling.study.choices import OBJECTIVES, PUBLISHED, Law
+from gqa_scaling.study.choices import PUBLISHED, Law
 
 if TYPE_CHECKING:
     from gqa_scaling.study.candidates import Candidates
     from gqa_scaling.study.equal_training import EqualTraining
     from gqa_scaling.study.estimates import Estimates
     from gqa_scaling.study.results import Results
-    from gqa_scaling.study.serving import Serving
     from gqa_scaling.study.source import Source
     from gqa_scaling.study.study import Study
 
@@ -90,7 +89,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         help="what savings are stated against: heads at every size, 8,8; the published family, llama3; "
         "one model, 24,8@L36d1536, whose predicted loss is then the target unless --losses are named",
     )
-    _add_costs(parser)
+    add_costs(parser)
     add(
         "--train-context",
         type=int,
@@ -102,33 +101,6 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         help="parameters and training tokens of the baseline whose training FLOPs all get, such as "
         "1.2e9,24e9 (default: from --losses, else its largest size)",
     )
-
-
-def _add_costs(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--convention", choices=CONVENTIONS, help="of FLOPs")
-    add("--lambda", dest="weight", type=finite, help="weight of memory in Z")
-    add("--alpha", dest="memory_power", type=finite, help="power of memory in Z")
-    add("--beta", dest="compute_power", type=finite, help="power of FLOPs in Z")
-    add(
-        "--objective",
-        choices=tuple(OBJECTIVES),
-        default="z",
-        help="what is to be least; seconds and dollars need --hardware",
-    )
-    add("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
-    add("--price", type=finite, help="dollars a device-hour there")
-    add(
-        "--indifference",
-        type=finite,
-        metavar="PERCENT",
-        help="costs that differ by no more are as good as equal (default: 1)",
-    )
-    add("--batch", type=int, default=1, help="sequences decoded at once")
-    add("--weight-bytes", type=finite, default=2, help="bytes a weight (default: 2)")
-    add("--cache-bytes", type=finite, default=2, help="bytes a cached value")
-    add("--fit-gib", type=finite, help="only models whose weights and cache fit")
-    add("--kv-multiple", type=int, default=1, help="n_kv must be a multiple")
 
 
 def _add_frontier(parser: argparse.ArgumentParser) -> None:
@@ -219,25 +191,6 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
     return replace(question, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _serving(args: argparse.Namespace) -> "Serving":
-    """How the models are to be served; UserError where that or the objective cannot be."""
-    from gqa_scaling.hardware import GIB, changed, hardware
-    from gqa_scaling.study.serving import Serving, require_costs
-
-    if args.fit_gib is not None:
-        between("--fit-gib", args.fit_gib, 1e-6, 1e12, "GiB")
-    serving = Serving(
-        batch=args.batch,
-        weight_bytes=args.weight_bytes,
-        cache_bytes=args.cache_bytes,
-        hardware=changed(hardware(args.hardware), price=args.price) if args.hardware else None,
-        limit_bytes=float("inf") if args.fit_gib is None else args.fit_gib * GIB,
-        kv_multiple=args.kv_multiple,
-    )
-    require_costs(args.objective, serving)
-    return serving
-
-
 def _answer(args: argparse.Namespace, source: "Source") -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.commands import with_training
@@ -246,11 +199,11 @@ def _answer(args: argparse.Namespace, source: "Source") -> "Study":
     from gqa_scaling.study.study import Study
     from gqa_scaling.study.verdict import with_verdict
 
-    serving = _serving(args)
+    serving = serving_of(args)
     question = _asked(args, source.question)  # refused before anything is estimated
     among = _candidates(args, source, question)
     found = among.estimates
-    answer = frontier(among.fit, source.results, question, args.objective, serving, among=among)
+    answer = frontier(among.fit, source.results, question, objective_of(args), serving, among=among)
     options = [] if args.root is None else ["--root", args.root]
     answer = with_training(answer, source, found, options, fit=among.fit)
     found, answer = with_verdict(found, source.results, answer, fit=among.fit)
@@ -288,8 +241,8 @@ def _aligned(
         question,
         train_context=args.train_context,
         baseline_run=run,
-        objective=args.objective,
-        serving=_serving(args),
+        objective=objective_of(args),
+        serving=serving_of(args),
     )
 
 
@@ -328,7 +281,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
         not unused,
         f"--{unused[0].replace('_', '-') if unused else ''} belongs to --align training; add that",
     )
-    _serving(args)  # what cannot be is said before anything is read
+    serving_of(args)  # what cannot be is said before anything is read
     study = _answer(args, _source(args, rest))
     answer, sparse = study.frontier, study.sparsity
     hangs = study.sensitivity if args.sensitivity else None
@@ -338,7 +291,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     tables = [ranking_table(each, answer) for each in answer.answers] if args.ranking else []
     tables += [sensitivity_table(hangs)] if hangs else []
-    tables += [sparsity_table(sparse, args.objective)] if sparse else []
+    tables += [sparsity_table(sparse, objective_of(args))] if sparse else []
     print_table(frontier_answer(answer, tables))
     print(training(answer))
     return 0
@@ -347,7 +300,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _frontier_aligned(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.tradeoffs import aligned_answer
 
-    _serving(args)  # what cannot be is said before anything is estimated
+    serving_of(args)  # what cannot be is said before anything is estimated
     source = _source(args, rest)
     question = _asked(args, source.question)
     aligned = _aligned(args, source.results, question, _estimates(args, source.results))
@@ -376,7 +329,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
         require_page(args.output, path, WRITTEN)
     path = settled(path)
     require_own(path.parent, (path.name, *WRITTEN), as_path(args.source))
-    _serving(args)  # what cannot be is said before anything is read
+    serving_of(args)  # what cannot be is said before anything is read
     source = _source(args, rest)
     _asked(args, source.question)
     try:

@@ -51,6 +51,8 @@ from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import LEVEL, interval
 
+_BOTH: tuple[Objective, ...] = ("z", "seconds")  # what answers on a calibrated machine stand by
+
 
 @dataclass(frozen=True)
 class Choice(Ranked):
@@ -73,6 +75,8 @@ class Choice(Ranked):
     known: Known
     extrapolated: bool
     bytes: float
+    seconds: float
+    dollars: float
     equal_cost: EqualCost
 
 
@@ -136,6 +140,11 @@ class Answer:
         """Of the tied those as good as the cheapest whatever the noise, in 90% of the refits."""
         others = (self.choice(h) for h in self.tied if h != self.best.heads)
         return tuple(c.heads for c in others if c.within >= LEVEL)
+
+    def least(self, kind: Objective) -> Choice:
+        """The configuration that is the cheapest by another cost, of those that reach the loss."""
+        reached = [c for c in self.choices if c.reached]
+        return min(reached or self.choices, key=lambda c: getattr(c, kind))
 
     def choice(self, heads: Heads) -> Choice:
         return next(c for c in self.choices if c.heads == heads)
@@ -278,6 +287,10 @@ def frontier(
         *beyond_training(among.heads, train_context, q),
         *caveats(answers, {h: family.reach(h) for h in among.heads}, label(baseline)),
     ]
+    if s.clock:
+        sizes = [a.least(kind).n for a in answers for kind in _BOTH]
+        asked = q.contexts, s.batch, family.head_dim, among.heads
+        flags += s.clock.caveats(*asked, [n for n in sizes if math.isfinite(n)])
     if not results.n_layers.all():
         flags.append("the data has no layer counts: shapes follow the published ladder")
     return Frontier(
@@ -329,6 +342,8 @@ def _answer(
                 known=known_as(heads[i], trained),
                 extrapolated=not low <= n[0, i] <= high,
                 bytes=float(costs.bytes[0]),
+                seconds=float(costs.seconds[0]),
+                dollars=float(costs.dollars[0]),
                 equal_cost=gained[i] if gained else NOT_SOUGHT,
             )
         )

@@ -137,7 +137,7 @@ def _changes(
         more = replace(s, batch=round(factor * s.batch))
         yield "batch", s.batch, more.batch, served, q, more
     sizes: tuple[Assumption, ...] = ("weight_bytes", "cache_bytes")
-    for size in sizes:
+    for size in () if s.clock else sizes:  # what was timed was timed with these bytes
         for factor in FACTORS:
             value = factor * getattr(s, size)
             if 0.01 <= value <= 100:

@@ -20,8 +20,10 @@ from gqa_scaling.costs import (
 )
 from gqa_scaling.hardware import Hardware
 from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.clock import Clock
 from gqa_scaling.study.results import Heads
-from gqa_scaling.study.shapes import Family, effective_context
+from gqa_scaling.study.roofline import Shape
+from gqa_scaling.study.shapes import Family, effective_context, training_keys
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,18 @@ class Serving:
     `batch` sequences share one copy of the weights. What is held are all weights, embeddings
     included, and the KV caches. Decoding one token of each takes the longer of reading the bytes
     of N (without embeddings) and the caches at the hardware's bandwidth and computing at its peak
-    times its MFU. `limit_bytes`, of what is held, and `kv_multiple` rule configurations out.
+    times its MFU; on a calibrated machine (`Clock`) it takes what its timings say, and where
+    `output_tokens` are named these also pay for the prefill of a prompt that fills the rest of the
+    context. `limit_bytes`, of what is held, and `kv_multiple` rule configurations out.
     """
 
     batch: int = 1
     weight_bytes: float = 2.0
     cache_bytes: float = 2.0
-    hardware: Hardware | None = None
+    hardware: Hardware | Clock | None = None
     limit_bytes: float = math.inf
     kv_multiple: int = 1
+    output_tokens: int | None = None
 
     def __post_init__(self) -> None:
         between("batch", self.batch, 1, 1e9, "sequences")
@@ -49,6 +54,18 @@ class Serving:
         require(self.limit_bytes > 0, f"limit_bytes={self.limit_bytes} must be greater than 0")
         if self.hardware is not None:
             between("price", self.hardware.price, 0, 1e6, "dollars an hour")
+        if self.output_tokens is not None:
+            between("output_tokens", self.output_tokens, 1, 1e9, "tokens")
+            clock = self.clock
+            require(
+                clock is not None and clock.prefill is not None,
+                "output_tokens need the time of prefill: a calibration that has it",
+            )
+
+    @property
+    def clock(self) -> Clock | None:
+        """The calibrated machine, if it is one."""
+        return self.hardware if isinstance(self.hardware, Clock) else None
 
     def allows(self, heads: Heads) -> bool:
         """Whether these heads may be served at all, whatever a model of them holds."""
@@ -64,6 +81,7 @@ class Serving:
     def describe(self) -> str:
         """In words, for what is printed."""
         where = f" on {self.hardware.name}" if self.hardware else ""
+        where += f", prompts read for {self.output_tokens:,} tokens" if self.output_tokens else ""
         limit = f", at most {self.limit_bytes:.4g} bytes" if math.isfinite(self.limit_bytes) else ""
         many = f", n_kv a multiple of {self.kv_multiple}" if self.kv_multiple > 1 else ""
         return f"{self.sizes()}{where}{limit}{many}"
@@ -77,7 +95,7 @@ def require_costs(objective: Objective, serving: Serving) -> None:
     hardware = serving.hardware
     require(
         hardware is not None or objective not in ("seconds", "dollars"),
-        f"objective={objective!r} needs hardware: name a row such as v5e or h100",
+        f"objective={objective!r} needs hardware: name a row such as v5e or h100, or a calibration",
     )
     require(
         objective != "dollars" or (hardware is not None and hardware.price > 0),
@@ -121,6 +139,14 @@ class Deployment:
     objective: Objective = "z"
     serving: Serving = field(default_factory=Serving)
 
+    def __post_init__(self) -> None:
+        tokens = self.serving.output_tokens
+        require(
+            tokens is None or tokens < self.context,
+            f"output_tokens={tokens} must be less than the context, {self.context} tokens: a prompt "
+            "fills the rest of it",
+        )
+
     def costs(self, n: np.ndarray | float, heads: Heads) -> Costs:
         """Costs of N*, of the shape that the family gives it.
 
@@ -143,10 +169,13 @@ class Deployment:
         cached = kv_cache_values(effective, *size, heads[1])
         read = s.weight_bytes * n + s.cache_bytes * s.batch * cached
         seconds = dollars = np.full_like(n, math.nan)
-        if s.hardware:
+        if isinstance(s.hardware, Clock):
+            seconds = self._timed(s.hardware, n, heads, n_layers, d_model, effective)
+        elif s.hardware:
             compute = s.batch * inference_flops(n, effective, *size, n_heads)
             busy = compute / (s.hardware.peak_flops * s.hardware.mfu)
             seconds = np.maximum(busy, read / s.hardware.bandwidth) / s.batch
+        if s.hardware:
             dollars = seconds * s.hardware.price / 3600 * 1e6
         return Costs(
             n_layers=n_layers,
@@ -161,6 +190,20 @@ class Deployment:
             seconds=seconds,
             dollars=dollars,
         )
+
+    def _timed(
+        self, clock: Clock, n: Number, heads: Heads, layers: Number, width: Number, keys: Number
+    ) -> Any:
+        """Seconds of an output token on a calibrated machine."""
+        batch, tokens = self.serving.batch, self.serving.output_tokens
+        output = self.family.template.vocab_size * width
+        shape = Shape(n, output, layers, heads[0], heads[1], self.family.head_dim)
+        seconds = clock.decode_seconds(shape, keys, batch) / batch
+        if tokens is None:
+            return seconds
+        prompt = self.context - tokens
+        read = training_keys(heads, layers, prompt)
+        return seconds + clock.prefill_seconds(shape, prompt, read, batch) / (batch * tokens)
 
     def objective_of(self, costs: Costs) -> Any:
         """The cost that is to be least."""
@@ -204,7 +247,7 @@ def units(
         "bytes": f"bytes held, embeddings included: {s.sizes()}",
         "weight_bytes": f"bytes of the built model, embeddings included: {s.weight_bytes:g} a weight",
         "cache_bytes": f"bytes of {s.batch} KV caches: {s.cache_bytes:g} a value",
-        "seconds": "per decoded token",
+        "seconds": "per decoded token" + (f", {s.clock.how}" if s.clock else ""),
         "dollars": "per million decoded tokens",
         "saving": "1 - cost / baseline's cost",
         "gain": "nats: baseline's loss minus the configuration's, at the largest sizes of that cost",

@@ -182,6 +182,10 @@ def versus(
     gaps = [g for m in matches for g in (*m.itself, *m.equal_loss, m.equal_cost, m.equal_size)]
     if any(any(g.outside) for g in gaps):
         flags.append("~ marks sizes outside those that the configuration was trained at")
+    if s.clock:
+        sizes = [n for gap in gaps for n in gap.n if math.isfinite(n)]
+        asked = q.contexts, s.batch, family.head_dim, [first.heads, second.heads]
+        flags += s.clock.caveats(*asked, sizes)
     return Versus(
         source=fit.source,
         count=fit.count,

@@ -10,6 +10,7 @@ from gqa_scaling.study.baseline import in_words, is_whole, label
 from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.choices import OBJECTIVES, Law, Objective
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
+from gqa_scaling.study.report.clocked import clock_table
 from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.report.table import (
     INTERVAL,
@@ -34,8 +35,10 @@ TARGET = Column("target", lambda answer: f"{answer.loss:g}", "nats")
 def frontier_tables(frontier: Frontier) -> list[Table]:
     """Every table of the answers, in the order they are told."""
     checks = [check_table(frontier)] if frontier.checks else []
-    whole = (frontier_table, saving_table, gain_table, model_table)
-    return [*(table(frontier) for table in whole), *checks]
+    timed = clock_table(frontier)
+    whole = (saving_table, gain_table, model_table)
+    first = [frontier_table(frontier), *([timed] if timed else [])]
+    return [*first, *(table(frontier) for table in whole), *checks]
 
 
 def frontier_answer(frontier: Frontier, more: Sequence[Table] = ()) -> Group:

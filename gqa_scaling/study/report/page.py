@@ -18,6 +18,7 @@ from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.judged import to_dict
 from gqa_scaling.study.report import answers, estimates, tradeoffs
 from gqa_scaling.study.report.assumptions import sensitivity_table
+from gqa_scaling.study.report.clocked import clock_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
 from gqa_scaling.study.report.forecasts import forecast_table
@@ -211,6 +212,8 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
         return [pictures[name] for name in names if name in pictures]
 
     yield "The cheapest configurations", [answers.frontier_table(frontier)]
+    if timed := clock_table(frontier):
+        yield "By Z and by the clock", [timed]
     yield "What they save", [answers.saving_table(frontier)]
     yield "What they gain at equal cost", [answers.gain_table(frontier)]
     yield (
