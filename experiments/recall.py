@@ -1,4 +1,4 @@
-"""What do few KV heads and sparse patterns lose where reading far is what counts? Minutes of CPU.
+"""What do few KV heads and sparse patterns lose where reading far is what counts? An hour of a CPU.
 
     gqa-scaling prepare experiments.recall
     gqa-scaling run experiments.recall --workers 2
@@ -33,13 +33,14 @@ MODELS = {  # <- what is compared: query heads, KV heads, pattern
     "w32s4-h8-kv8": (8, 8, STRIPES),
 }
 STEPS = 600
+SEEDS = (0, 1, 2)
 
 
-def run(name: str, steps: int = STEPS) -> RunConfig:
+def run(name: str, seed: int = 0, steps: int = STEPS) -> RunConfig:
     """Two layers, which recall takes at the least: to find the pair, and to copy from it."""
     n_heads, n_kv_heads, pattern = MODELS[name]
     return RunConfig(
-        name=name if steps == STEPS else f"{name}-untrained",
+        name=name + (f"-seed{seed}" if seed else "") + ("" if steps == STEPS else "-untrained"),
         model=ModelConfig(
             n_layers=2,
             d_model=64,
@@ -64,9 +65,11 @@ def run(name: str, steps: int = STEPS) -> RunConfig:
             needles=NeedleTask(lengths=(32, 64, 96, 128), form="tokens"),
         ),
         checkpoint=CheckpointConfig(every_steps=200),
+        seed=seed,
     )
 
 
 def runs() -> list[RunConfig]:
-    """Every model, and one after its first step: what chance gives."""
-    return [*map(run, MODELS), run("dense-h8-kv8", steps=1)]
+    """Every model with every seed, and one after its first step: what chance gives."""
+    trained = [run(name, seed) for seed in SEEDS for name in MODELS]
+    return [*trained, run("dense-h8-kv8", steps=1)]

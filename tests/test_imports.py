@@ -14,7 +14,8 @@ PACKAGE = CHECKOUT / "gqa_scaling"
 FLOORS = (
     ("cli",),
     ("sweep",),
-    ("inference", "training"),
+    ("training",),
+    ("inference",),
     ("model", "data"),
     ("devices",),
     ("experiment",),

@@ -16,6 +16,7 @@ from gqa_scaling.cli import (
     exchange,
     experiment,
     inference,
+    judge,
     questions,
     results,
     runs,
@@ -38,6 +39,7 @@ VERBS: dict[str, Verb] = {
     **inference.VERBS,
     **bench.VERBS,
     **calibrate.VERBS,
+    **judge.VERBS,
     **exchange.VERBS,
     **runs.VERBS,
 }

@@ -78,6 +78,7 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         seeds=args.seed,
         stop=[tokenizer.eos],
         cache=args.cache,
+        warm=True,
     )
     texts = _write(args.prompt, generation, tokenizer, shown=not args.json)
     error = _cache_error(args, generation) if args.cache_error else None

@@ -143,12 +143,11 @@ def judged_at(run: RunConfig, length: int, devices: int) -> RunConfig:
 
 def check_layout(run: RunConfig, devices: int, platform: str) -> None:
     """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices, also at
-    the other lengths that it is judged at."""
+    the other contexts that its loss is measured at."""
     try:
         axis_sizes(run, devices)
         attention_implementation(run, platform)
-        needles = run.evaluation.needles
-        for length in (*run.evaluation.contexts, *(needles.lengths if needles else ())):
+        for length in run.evaluation.contexts:
             try:
                 judged = judged_at(run, length, devices)
                 axis_sizes(judged, devices)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from gqa_scaling.config import ModelConfig, UserError, require
+from gqa_scaling.devices.mesh import constrain
 from gqa_scaling.fields import round_up
 from gqa_scaling.inference.cache import CacheType
 from gqa_scaling.inference.decode import (
@@ -52,9 +53,9 @@ class Generation:
     Each item has the next token of every prompt, None where its text has ended. `ended` says why,
     when it has. A prompt's tokens depend on its text and seed alone, not on those beside it.
 
-    At most `tokens` are made for each prompt, and none past `context` positions. Compiling takes
-    `compile_seconds`; from then on `first_token_seconds` pass until the first tokens are there, and
-    `seconds` until the latest.
+    At most `tokens` are made for each prompt, and none past `context` positions. It takes
+    `first_token_seconds` until the first tokens are there and `seconds` until the latest; of a
+    `warm` generation these begin once all is compiled, which takes `compile_seconds` before.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Generation:
         seeds: Sequence[int] | int = 0,
         stop: Collection[int] = (),
         cache: CacheType | None = None,
+        warm: bool = False,
     ) -> None:
         """Raises `UserError` for no prompts, an empty one, or one that leaves no room to write."""
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
@@ -82,7 +84,7 @@ class Generation:
                     "shorten it, or make the context longer"
                 )
         self.decoder, self.sampling, self.stop = decoder, sampling, frozenset(stop)
-        self.prompts, self.cache_type = arrays, cache
+        self.prompts, self.cache_type, self.warm = arrays, cache, warm
         self.lengths = np.array([len(each) for each in arrays])
         self.left = np.minimum(tokens, context - self.lengths)
         self.whole = self.left == tokens  # or the context ends first
@@ -98,7 +100,7 @@ class Generation:
     def __iter__(self) -> Iterator[list[int | None]]:
         mesh, began = self.decoder.mesh, time.perf_counter()
         with jax.set_mesh(mesh):
-            steps = self._tokens(self._warm())
+            steps = self._tokens(self._warmed() if self.warm else self._empty())
         start = time.perf_counter()
         self.compile_seconds = start - began
         while not all(self.ended):
@@ -133,11 +135,14 @@ class Generation:
         seeds = np.array([self.seeds[source] for source in order], np.int32)
         return tokens_BT, self.lengths[order].astype(np.int32), seeds
 
-    def _warm(self) -> Cache:
+    def _empty(self) -> Cache:
+        rows = len(self._padded[0])
+        return empty_cache(self.decoder.config, rows, self.max_length, self.cache_type)
+
+    def _warmed(self) -> Cache:
         """An empty cache, once all has been compiled, by tokens of which none counts."""
         tokens_BT, count_B, seed_B = self._padded
-        d, none_B = self.decoder, np.zeros_like(count_B)
-        cache = empty_cache(d.config, len(tokens_BT), self.max_length, self.cache_type)
+        d, none_B, cache = self.decoder, np.zeros_like(count_B), self._empty()
         for _ in range(2):  # the first time the arrays come from elsewhere
             logits_BV, new = read(d.config, d.parameters, cache, tokens_BT[:, :CHUNK], none_B)
             cache = write(d.config, cache, new, none_B)
@@ -185,7 +190,8 @@ def _choose(
     position_B: jax.Array,
 ) -> jax.Array:
     known = jnp.arange(logits_BV.shape[-1]) < vocab_size
-    return choose(sampling, jnp.where(known, logits_BV, MASKED), seed_B, position_B)
+    tokens_B = choose(sampling, jnp.where(known, logits_BV, MASKED), seed_B, position_B)
+    return constrain(tokens_B, None)  # whole on every process of a job
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +19,9 @@ from gqa_scaling.devices.mesh import abstract
 from gqa_scaling.files.checkpoint import load_parameters
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import as_path, expanded
+from gqa_scaling.inference.decode import for_platform, lay_out, serving_mesh
+from gqa_scaling.inference.generate import Decoder
 from gqa_scaling.model.transformer import Transformer, create
-
-if TYPE_CHECKING:
-    from gqa_scaling.inference.generate import Decoder
 
 TOKENIZER_NAME = "tokenizer.json"  # in the directory of a run that was imported
 
@@ -48,21 +47,14 @@ class Trained:
         graph, _ = nnx.split(nnx.eval_shape(lambda: create(self.run.model, 0)))
         return nnx.merge(graph, self.parameters(device))
 
-    def decoder(self, devices: Sequence[jax.Device] | None = None) -> "Decoder":
+    def decoder(self, devices: Sequence[jax.Device] | None = None) -> Decoder:
         """The model laid out for decoding on these devices, by default all.
 
         The mesh that it was trained on does not matter. Raises UserError as `parameters` and
         `tokenizer` do.
         """
-        from gqa_scaling.inference.decode import for_platform, lay_out, serving_mesh
-        from gqa_scaling.inference.generate import Decoder
-
-        config, vocab_size = for_platform(self.run.model), self.tokenizer().vocab_size
-        mesh = serving_mesh(config, devices)
-        with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(lambda: nnx.state(create(self.run.model, self.run.seed)))
-            state = load_parameters(self.directory.parameters, abstract(shapes, mesh))
-            return Decoder(config, lay_out(config, state), mesh, vocab_size)
+        vocab_size = self.tokenizer().vocab_size
+        return load_decoder(self.directory.parameters, self.run.model, vocab_size, devices)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was trained with, told by its hash.
@@ -121,9 +113,23 @@ def open_trained(path: str | Path | RunDirectory) -> Trained:
     return Trained(directory, run, whole["result"])
 
 
+def load_decoder(
+    path: Path, model: ModelConfig, vocab_size: int, devices: Sequence[jax.Device] | None = None
+) -> Decoder:
+    """Parameters that were saved at a path, laid out for decoding on these devices, by default all.
+
+    Raises UserError where they are missing or damaged.
+    """
+    config = for_platform(model)
+    mesh = serving_mesh(config, devices)
+    with jax.set_mesh(mesh):
+        parameters = load_parameters(path, abstract(shapes_of(model), mesh))
+        return Decoder(config, lay_out(config, parameters), mesh, vocab_size)
+
+
 def shapes_of(model: ModelConfig) -> nnx.State:
     """The parameters of a model as abstract arrays."""
-    return nnx.split(nnx.eval_shape(lambda: create(model, 0)))[1]
+    return jax.eval_shape(lambda: nnx.state(create(model, 0)))
 
 
 def name_of(path: Any) -> str:

@@ -46,21 +46,6 @@ def per_position_nll(
     return _nll(hidden_BTD, model.output_table(), targets_BT, None)
 
 
-def per_position_rank(
-    model: Transformer,
-    inputs_BT: jax.Array,
-    targets_BT: jax.Array,
-    *,
-    attention: Implementation = "blockwise",
-) -> jax.Array:
-    """How many tokens are predicted before each target: int32 (B, T), 0 where it is the argmax.
-
-    Of equal logits the lower token is predicted first, as `jnp.argmax` does.
-    """
-    hidden_BTD = model(inputs_BT, attention=attention)
-    return _per_target(_rank, hidden_BTD, model.output_table(), targets_BT, None)
-
-
 def _over_chunks(
     f: Callable, chunk: int | None, V: int, carry: Any, *xs_BT: jax.Array
 ) -> tuple[Any, jax.Array]:
@@ -103,42 +88,18 @@ def _table_here(table_VD: jax.Array, dtype: Any) -> jax.Array:
     return all_gather(table_VD.astype(dtype), 1, "fsdp", "context")
 
 
-def _rank(hidden_ND: jax.Array, table_VD: jax.Array, targets_N: jax.Array) -> jax.Array:
-    """On shards: how many of all logits come before the target's."""
-    logits = einsum_f32("ND,VD->NV", hidden_ND, table_VD)
-    token = jnp.arange(logits.shape[-1]) + axis_index("tensor") * len(table_VD)
-    target_N = psum(jnp.where(token == targets_N[:, None], logits, 0).sum(-1), "tensor")
-    equal = (logits == target_N[:, None]) & (token >= targets_N[:, None])
-    after = (logits < target_N[:, None]) | equal  # nothing is after a NaN, nor a NaN after anything
-    return psum((~after).sum(-1, dtype=jnp.int32), "tensor")
-
-
-def _per_target(
-    of: Callable,
-    hidden_BTD: jax.Array,
-    table_VD: jax.Array,
-    targets_BT: jax.Array,
-    chunk: int | None,
+def _nll(
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None
 ) -> jax.Array:
-    """`of(hidden_ND, table_VD, targets_N)` of every target, in chunks, on shards: (B, T)."""
-
     def here(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         table_VD = _table_here(table_VD, hidden_BTD.dtype)
 
         def part(carry: None, hidden: jax.Array, targets: jax.Array) -> tuple[None, jax.Array]:
-            return carry, of(hidden, table_VD, targets)
+            return carry, _nll_and_softmax(hidden, table_VD, targets)[0]
 
         return _over_chunks(part, chunk, len(table_VD), None, hidden_BTD, targets_BT)[1]
 
     return on_shards(here, (_X, _TABLE, _TOKENS), _TOKENS, hidden_BTD, table_VD, targets_BT)
-
-
-def _nll(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None
-) -> jax.Array:
-    return _per_target(
-        lambda *xs: _nll_and_softmax(*xs)[0], hidden_BTD, table_VD, targets_BT, chunk
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

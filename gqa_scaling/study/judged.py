@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gqa_scaling.config import RunConfig
 from gqa_scaling.study.results import Heads, Results
 
 
@@ -51,6 +52,13 @@ def judged_of(evaluation: dict[str, Any]) -> Judged:
         accuracy={int(k): tuple(v) for k, v in needles["accuracy"].items()},
         form=needles["form"],
     )
+
+
+def judged_row(run: RunConfig, evaluation: dict[str, Any]) -> Row:
+    """One run with one of its evaluations."""
+    heads = run.model.n_heads, run.model.n_kv_heads
+    judged = judged_of(evaluation)
+    return Row(run.name, heads, run.context_length, evaluation["loss"], judged)
 
 
 def judged_rows(results: Results) -> list[Row]:

@@ -78,9 +78,8 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
     """
     import jax
 
-    from gqa_scaling.data.loader import heldout_chunks
-    from gqa_scaling.data.needles import needle_prompt
     from gqa_scaling.devices.processes import is_leader, require_platform
+    from gqa_scaling.training.judging import check_evaluation
     from gqa_scaling.training.loop import check_data
 
     require_platform()
@@ -97,14 +96,8 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         check_profile(run)
         check_epochs(run, stores[path].train_tokens)
         check_data(run, stores[path])
-        heldout_chunks(
-            stores[path], run.context_length, run.evaluation.tokens, run.evaluation_context
-        )
+        check_evaluation(run, stores[path])
         check_average(run)
-        task = run.evaluation.needles
-        if task is not None:
-            for length in task.lengths or (run.context_length,):
-                needle_prompt(stores[path], length, 0.0, task.form, task.seed, 0)
         directory = run_directory(root, experiment.name, run)
         parent = parent_directory(directory, run)
         if parent is not None and parent_of(run, experiment.runs) is None:

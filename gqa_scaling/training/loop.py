@@ -7,9 +7,8 @@ result tells of the steps is saved beside it: the log is for people, and may be 
 
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ from gqa_scaling.training.averaging import averaged_steps, parameters_to_judge
 from gqa_scaling.training.branching import branch_off
 from gqa_scaling.training.evaluation import Evaluation, evaluator
 from gqa_scaling.training.judging import judge
-from gqa_scaling.training.monitor import History, Monitor, NonFiniteLoss, saved_history
+from gqa_scaling.training.monitor import History, Monitor, saved_history
 from gqa_scaling.training.profiler import Profiler
 from gqa_scaling.training.setup import Setup, set_up
 from gqa_scaling.training.speed import Speed
@@ -104,7 +103,6 @@ def train(
             save_parameters(directory.parameters, parameters, position)
         parameters = parameters_to_judge(setup, directory, parameters)
         value = judge(setup, store, directory, evaluate, parameters)
-    require_finite(value)
     if processes.is_leader():
         metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
         write_hparams(directory, setup, metrics)
@@ -115,32 +113,34 @@ def train(
 
 
 def reevaluate(
-    run: RunConfig, directory: RunDirectory, store: TokenStore, trunk: Trunk | None = None
+    run: RunConfig,
+    directory: RunDirectory,
+    store: TokenStore,
+    trunk: Trunk | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> None:
-    """Judge a finished run by a new evaluation; the old values stay, nothing is trained."""
+    """Judge a finished run by a new evaluation, on these devices, by default all; the old values
+    stay, nothing is trained."""
     whole = directory.result()
     if whole is None:
         raise UserError(f"{directory.path} has no result yet; run it first")
-    directory.require_same_data(whole["result"].get("data", {}), store.describe())
-    setup = set_up(run)
+    before, data = whole["result"].get("data", {}), store.describe()
+    if run.imported:  # of what it was trained on, the tokenizer alone is known
+        before = data | before
+    directory.require_same_data(before, data)
+    setup = set_up(run, devices)
     with jax.set_mesh(setup.mesh):
         averaged = run.evaluation.average > 1
         saved = directory.averaged(run) if averaged else directory.parameters
         parameters = load_parameters(saved, setup.parameters)
         value = judge(setup, store, directory, evaluator(setup, store), parameters)
-    require_finite(value)
     if processes.is_leader():
         write_further(directory, value)
         whole["result"]["evaluations"][run.evaluation_digest] = value.to_dict()
         kept = trunk.kept_steps(run) if trunk else ()
         directory.finish(whole["result"], whole.get("timing") or {}, kept)
     processes.wait_for_all("result")
-
-
-def require_finite(value: Evaluation) -> None:
-    """Raise NonFiniteLoss for an evaluation that is no number; results are JSON."""
-    if not math.isfinite(value.loss):
-        raise NonFiniteLoss(f"evaluation loss {value.loss} after the last step")
 
 
 def first_state(setup: Setup, directory: RunDirectory) -> State:

@@ -68,7 +68,7 @@ def arrange(moment: str, how: str) -> None:
             "attempt": (runs.RunDirectory, "add_attempt"),
             "seal": (checkpoint, "seal"),
             "parameters": (loop, "save_parameters"),
-            "evaluation": (loop, "require_finite"),
+            "evaluation": (loop, "judge"),
             "events": (loop, "write_hparams"),
             "result": (runs.RunDirectory, "finish"),
             "end": (runs.RunDirectory, "clean"),

@@ -20,8 +20,9 @@ from gqa_scaling.data.needles import Prompt, needle_prompt
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import Checkpoints, load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory
+from gqa_scaling.inference import needles
 from gqa_scaling.sweep import run as sweep
-from gqa_scaling.training import judging, needles
+from gqa_scaling.training import judging
 from gqa_scaling.training.setup import Setup, set_up
 
 TASK = NeedleTask(lengths=(24, 32), depths=3, trials=3, form="tokens")
@@ -103,24 +104,24 @@ def forbidden(*args: object) -> float:
 
 
 def test_parts_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = judging.needle_accuracy, []
+    real, asked = judging.needles_found, []
 
-    def killed_at_32(
-        setup: Setup, store: TokenStore, task: NeedleTask, length: int, p: object
-    ) -> list:
-        asked.append(length)
-        if len(asked) == 2:
+    def killed_once(decoder: object, store: object, task: object, *at: float) -> float:
+        asked.append(at[:2])
+        if len(asked) == 3:
             raise KeyboardInterrupt
-        return real(setup, store, task, length, p)
+        return real(decoder, store, task, *at)
 
-    monkeypatch.setattr(judging, "needle_accuracy", killed_at_32)
+    monkeypatch.setattr(judging, "needles_found", killed_once)
     with pytest.raises(KeyboardInterrupt):
         evaluate(judged(needles=TASK, contexts=(8,)))
     found = evaluate(judged(needles=TASK, contexts=(8,)))
-    assert asked == [24, 32, 32]
-    monkeypatch.setattr(judging, "needle_accuracy", forbidden)
-    shorter = evaluate(judged(needles=dataclasses.replace(TASK, lengths=(24,))))
-    assert shorter["needles"]["accuracy"]["24"] == found["needles"]["accuracy"]["24"]
+    assert asked == [(24, 0), (24, 0.5), (24, 1), (24, 1), (32, 0), (32, 0.5), (32, 1)]
+    monkeypatch.setattr(judging, "needles_found", forbidden)
+    monkeypatch.setattr(judging, "load_decoder", forbidden)  # nor are the parameters read
+    shorter = evaluate(judged(needles=dataclasses.replace(TASK, lengths=(24,), depths=2)))
+    whole = found["needles"]["accuracy"]["24"]
+    assert shorter["needles"]["accuracy"]["24"] == [whole[0], whole[2]]
 
 
 def test_plain_runs_have_neither_the_file_nor_the_fields(trained: Path) -> None:

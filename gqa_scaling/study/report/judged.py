@@ -70,10 +70,36 @@ def _needles_table(rows: Sequence[Row], lengths: Sequence[int]) -> Table:
     )
 
 
-@draw.styled
+def tables_of_run(row: Row) -> list[Table]:
+    """Of one run: its losses by context, and needles by their depth as well."""
+
+    def at(length: int) -> Column:
+        return Column(f"{length:,}", lambda i: percent(row.judged.accuracy[length][i], 0), "tokens")
+
+    contexts = sorted(row.judged.losses)
+    table = Table(
+        f"Needles found ({row.judged.form}), by depth in the text and by its length",
+        [
+            Column("depth", lambda i: percent(row.judged.depths[i], 0)),
+            *map(at, sorted(row.judged.accuracy)),
+        ],
+        range(len(row.judged.depths)),
+    )
+    return [
+        *([_contexts_table([row], contexts)] if contexts else []),
+        *([table] if row.judged.accuracy else []),
+    ]
+
+
 def needle_maps(results: Results) -> Figure | None:
     """Needles found by length and depth, a map for each run; None where none was asked for one."""
-    rows = [row for row in judged_rows(results) if row.judged.accuracy]
+    return map_of(judged_rows(results))
+
+
+@draw.styled
+def map_of(rows: Sequence[Row]) -> Figure | None:
+    """The same of some runs."""
+    rows = [row for row in rows if row.judged.accuracy]
     if not rows:
         return None
     columns = min(4, len(rows))
