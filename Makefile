@@ -98,7 +98,7 @@ $(TORCH)/.torch:
 $(TORCH)/.ready: $(TORCH)/.torch requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check $(PINNED) \
 		-r requirements.txt -e ".[harness]" pytest pytest-xdist hypothesis \
-		'transformers>=5.23,<6' accelerate safetensors
+		'transformers>=5.23,<6' accelerate
 	touch $@
 
 # Both ask for versions of libraries that are not ours; xpk also for Python 3.12.

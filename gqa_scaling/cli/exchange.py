@@ -94,7 +94,8 @@ def _import(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _add_harness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", help="directory of a finished run; all that follows is lm-eval's own"
+        "run",
+        help="EXPERIMENT:NAME, or the directory of a finished run; all that follows is lm-eval's own",
     )
 
 
@@ -106,12 +107,13 @@ def _harness(args: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     from gqa_scaling.inference.trained import open_trained
 
-    open_trained(args.run)  # refused before lm-eval loads anything
+    directory = named_run(args.run, [], args.root)
+    open_trained(directory)  # refused before lm-eval loads anything
     from lm_eval.__main__ import cli_evaluate
 
     from gqa_scaling.inference.harness import NAME
 
-    model = json.dumps({"run": args.run})
+    model = json.dumps({"run": str(directory.path)})
     sys.argv = ["lm-eval", "run", "--model", NAME, "--model_args", model, *rest]
     cli_evaluate()
     return 0

@@ -60,7 +60,7 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     keep_compiled(cache_folder() / "compiled")
     trained = open_trained(directory)
     tokenizer, decoder = trained.tokenizer(), trained.decoder()
-    prompts = tokenizer.encode(args.prompt)
+    prompts = trained.tokens_of(args.prompt)
     context = args.context or trained.run.context_length
     for number, tokens in enumerate(prompts, 1):
         require(

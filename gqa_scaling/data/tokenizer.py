@@ -53,6 +53,21 @@ class Tokenizer:
         encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, self.dtype) for e in encoded]
 
+    @property
+    def put_before(self) -> list[int]:
+        """What the tokenizer.json itself puts before a text; nothing in training here does."""
+        if self.definition is None:
+            return []
+        alone, whole = (
+            self._library.encode("a", add_special_tokens=added).ids for added in (False, True)
+        )
+        ways = range(len(whole) - len(alone) + 1)
+        return next((whole[:k] for k in ways if whole[k : k + len(alone)] == alone), [])
+
+    def number_of(self, token: str) -> int | None:
+        """The number of a token that is written so; None where there is none."""
+        return None if self.definition is None else self._library.token_to_id(token)
+
     def decode(self, tokens: ArrayLike) -> str:
         """The text of some tokens; EOS and numbers of no token are left out, cut characters become
         U+FFFD."""

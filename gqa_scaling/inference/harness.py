@@ -4,6 +4,10 @@ Importing this registers it: `gqa-scaling harness RUN --tasks ...` does so and t
 `--model gqa_scaling --model_args run=RUN`. A model says the same here and, exported, as lm-eval's `hf`.
 """
 
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval import utils
@@ -17,6 +21,7 @@ from lm_eval.models.utils import (
 )
 
 from gqa_scaling.config import require
+from gqa_scaling.inference.generate import Decoder, Generation
 from gqa_scaling.inference.scoring import Scorer
 from gqa_scaling.inference.trained import open_trained
 
@@ -42,15 +47,39 @@ class RunModel(TemplateLM):  # type: ignore[misc]  # lm-eval may not be installe
         super().__init__()
         unknown = others.keys() - {"device", "max_batch_size"}  # what lm-eval gives every model
         require(not unknown, f"unknown model_args: {', '.join(sorted(unknown))}")
-        rows = ROWS if batch_size in (None, "auto") else int(str(batch_size))
-        trained = open_trained(run)
-        self._text = trained.tokenizer()
-        self.max_length = int(max_length or trained.run.context_length)
-        self._scorer = Scorer(trained.model(), self.max_length, rows)
+        self._rows = ROWS if batch_size in (None, "auto") else int(str(batch_size))
+        self._trained = open_trained(run)
+        self._text = self._trained.tokenizer()
+        self.max_length = int(max_length or self._trained.run.context_length)
+        print(f"{NAME}: {self._limits}", file=sys.stderr, flush=True)
+
+    @property
+    def _limits(self) -> str:
+        return (
+            f"texts of up to {self.max_length:,} tokens, of longer ones the end; continuations are "
+            f"greedy, {self.max_gen_toks:,} tokens at most where a task does not say; "
+            f"{self._rows} texts at a time"
+        )
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self._trained.model(), self.max_length, self._rows)
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        """Any row of the vocabulary may be chosen, also one that no token has, as in `hf`."""
+        vocab_size = self._trained.run.model.vocab_size
+        return dataclasses.replace(self._trained.decoder(), vocab_size=vocab_size)
 
     @property
     def eot_token_id(self) -> int:
         return self._text.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text of which nothing is known."""
+        first = self._trained.first_token
+        return self.eot_token_id if first is None else first
 
     @property
     def max_gen_toks(self) -> int:
@@ -64,8 +93,11 @@ class RunModel(TemplateLM):  # type: ignore[misc]  # lm-eval may not be installe
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **others: Any
     ) -> list[int]:
-        """The tokens of a text; as in training here, nothing is put before it."""
-        return self._text.encode([string])[0].tolist()
+        """The tokens of a text, with the one that the model was trained to see before it, if any,
+        unless special tokens are not to be added."""
+        if add_special_tokens is False:
+            return self._text.encode([string])[0].tolist()
+        return self._trained.tokens_of([string])[0].tolist()
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **others: Any
@@ -106,19 +138,48 @@ class RunModel(TemplateLM):  # type: ignore[misc]  # lm-eval may not be installe
                 "do_sample=True is not supported: continuations are greedy here",
             )
             stops = handle_stop_sequences(asked["until"], eos=None)
-
-            def done(tokens: list[int], stops: list[str] = stops) -> bool:
-                if tokens[-1] == self.eot_token_id:
-                    return True
-                text = self._text.decode(tokens)
-                return any(stop in text for stop in stops if stop)
-
-            prompts = [
-                self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group
-            ]
-            found = self._scorer.continuations(prompts, asked["max_gen_toks"], done)
-            for i, tokens in zip(group, found, strict=True):
-                text = postprocess_generated_text(self._text.decode(tokens), stops, None)
+            texts = self._written(
+                [requests[i].args[0] for i in group], asked["max_gen_toks"], stops
+            )
+            for i, text in zip(group, texts, strict=True):
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
                 out[i] = text
         return [out[i] for i in range(len(requests))]
+
+    def _written(self, prompts: Sequence[str], count: int, stops: Sequence[str]) -> list[str]:
+        """What comes after each prompt, up to a stop or `count` tokens, decoded with a cache.
+
+        Of a prompt the end is read that leaves room for them.
+        """
+        room = self.max_length - count
+        require(
+            count > 0 and room > 0,
+            f"{count} new tokens after a prompt must be above 0 and less than the context of "
+            f"{self.max_length}",
+        )
+        tokens = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in prompts]
+        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+        out = [""] * len(tokens)
+        for start in range(0, len(order), self._rows):
+            batch = order[start : start + self._rows]
+            filled = batch + batch[:1] * (
+                self._rows - len(batch)
+            )  # of the same shape as the others
+            generation = Generation(
+                self._decoder,
+                [tokens[i] for i in filled],
+                tokens=count,
+                context=self.max_length,
+                stop=[self.eot_token_id],
+            )
+            for _ in generation:
+                texts = [self._text.decode(generation.made[row]) for row in range(len(batch))]
+                if all(
+                    ended or any(stop in text for stop in stops if stop)
+                    for text, ended in zip(texts, generation.ended, strict=False)
+                ):
+                    break
+            for row, i in enumerate(batch):
+                text = self._text.decode(generation.made[row])
+                out[i] = postprocess_generated_text(text, list(stops), None)
+        return out

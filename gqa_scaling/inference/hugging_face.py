@@ -92,8 +92,10 @@ def architecture_of(model: ModelConfig) -> Architecture:
     return "MistralForCausalLM" if model.d_model % model.n_heads else "LlamaForCausalLM"
 
 
-def config_of(model: ModelConfig, context_length: int, eos: int, dtype: str) -> dict[str, Any]:
-    """The config.json of a model that was trained at this context length."""
+def config_of(
+    model: ModelConfig, context_length: int, eos: int, dtype: str, bos: int | None = None
+) -> dict[str, Any]:
+    """The config.json of a model that was trained at this context length, with `bos` before a text."""
     architecture = architecture_of(model)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     scaling = model.rope_scaling
@@ -123,7 +125,7 @@ def config_of(model: ModelConfig, context_length: int, eos: int, dtype: str) -> 
         "tie_word_embeddings": model.tie_embeddings,
         "attention_dropout": 0.0,
         "dtype": dtype,
-        "bos_token_id": None,
+        "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": None,
         "use_cache": True,

@@ -1,21 +1,24 @@
 """A trained model as a folder that the tools of Hugging Face, and those built on them, read."""
 
 import json
+import math
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import tokenizers
+from safetensors.numpy import save_file
 
 from gqa_scaling import __version__, costs
 from gqa_scaling.config import require
 from gqa_scaling.data.tokenizer import EOS, Tokenizer
 from gqa_scaling.files.storage import make_folder, require_folder, sync, write_json
-from gqa_scaling.inference import safetensors
 from gqa_scaling.inference.hugging_face import (
     ARRAYS,
     ARRAYS_OF_LAYER,
@@ -30,9 +33,25 @@ from gqa_scaling.inference.trained import Trained, named
 
 SHARD_BYTES = 5 * 10**9  # of one file of weights
 PROVENANCE = "gqa_scaling.json"  # where the model came from, and the sign that a folder is ours
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of the weights
+DTYPES = {  # of the weights
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 # Every attention of vLLM, and of what is derived from it, has taken these; others differ by version.
 COMMON_HEAD_SIZES = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array to be written: its shape is known before it is made."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    def bytes(self, dtype: np.dtype) -> int:
+        return math.prod(self.shape) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,8 @@ def export(
     architecture = architecture_of(run.model)
     tokenizer = trained.tokenizer()
     arrays = _arrays(trained)
-    config = config_of(run.model, run.context_length, tokenizer.eos, dtype)
+    first = trained.first_token
+    config = config_of(run.model, run.context_length, tokenizer.eos, dtype, first)
     notes = notes_on(trained)
     make_folder(output.parent)
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
@@ -67,7 +87,7 @@ def export(
         weight_bytes, files = _write_weights(aside, arrays, DTYPES[dtype], shard_bytes)
         write_json(aside / "config.json", config)
         write_json(aside / "generation_config.json", _generation_config(tokenizer))
-        _write_tokenizer(aside, tokenizer, run.context_length, whole=bool(run.imported))
+        _write_tokenizer(aside, tokenizer, run.context_length, bool(run.imported), first)
         provenance = _provenance(trained, architecture, dtype)
         write_json(aside / PROVENANCE, provenance)
         (aside / "README.md").write_text(_readme(provenance, notes), encoding="utf-8")
@@ -104,12 +124,12 @@ def _put(aside: Path, output: Path) -> None:
 # --------------------------------------------------------------------------------- the weights
 
 
-def _arrays(trained: Trained) -> list[safetensors.Array]:
+def _arrays(trained: Trained) -> list[_Array]:
     """The arrays of the format, layer by layer, each made from ours when it is written."""
     ours = {name: np.asarray(value) for name, value in named(trained.parameters()).items()}
 
-    def of(place: Place, name: str, values: np.ndarray) -> safetensors.Array:
-        return safetensors.Array(name, place.shape(values.shape), lambda: place.theirs(values))
+    def of(place: Place, name: str, values: np.ndarray) -> _Array:
+        return _Array(name, place.shape(values.shape), lambda: place.theirs(values))
 
     whole = {
         name: of(place, place.name, ours[name]) for name, place in ARRAYS.items() if name in ours
@@ -124,10 +144,10 @@ def _arrays(trained: Trained) -> list[safetensors.Array]:
 
 
 def _write_weights(
-    folder: Path, arrays: list[safetensors.Array], dtype: str, shard_bytes: int
+    folder: Path, arrays: list[_Array], dtype: np.dtype, shard_bytes: int
 ) -> tuple[int, int]:
     """Files of at most `shard_bytes`, but for an array that is larger; their bytes and number."""
-    shards: list[list[safetensors.Array]] = [[]]
+    shards: list[list[_Array]] = [[]]
     held = 0
     for array in arrays:
         if shards[-1] and held + array.bytes(dtype) > shard_bytes:
@@ -137,36 +157,50 @@ def _write_weights(
         held += array.bytes(dtype)
     total, count = sum(array.bytes(dtype) for array in arrays), len(shards)
     if count == 1:
-        safetensors.write(folder / WHOLE, arrays, dtype)
+        _write(folder / WHOLE, arrays, dtype)
         return total, count
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        safetensors.write(folder / name, shard, dtype)
+        _write(folder / name, shard, dtype)
         where |= {array.name: name for array in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     return total, count
 
 
+def _write(path: Path, arrays: list[_Array], dtype: np.dtype) -> None:
+    made = {array.name: np.ascontiguousarray(array.make().astype(dtype)) for array in arrays}
+    save_file(made, path, metadata={"format": "pt"})
+
+
 # ------------------------------------------------------------------------------- the tokenizer
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int, whole: bool) -> None:
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, context_length: int, whole: bool, first: int | None
+) -> None:
     """tokenizer.json and what transformers must know beside it.
 
     Training here puts nothing before a text, so what would is taken out of the tokenizer, but for
-    one that came with an imported model, which is left `whole`.
+    one that came with an imported model, which is left `whole`: `first` is put before a text then.
     """
     definition = json.loads(tokenizer.definition or bytes_definition(tokenizer.eos))
     definition |= {"truncation": None, "padding": None}
     if not whole:
         definition["post_processor"] = None
     write_json(folder / "tokenizer.json", definition)
-    eos = tokenizers.Tokenizer.from_str(json.dumps(definition)).id_to_token(tokenizer.eos)
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    eos = library.id_to_token(tokenizer.eos)
+    before: dict[str, Any] = {}
+    if whole:
+        before["add_bos_token"] = first is not None
+    if first is not None:
+        before["bos_token"] = library.id_to_token(first)
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            **before,
             "eos_token": eos,
             "pad_token": eos,
             "model_max_length": context_length,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from gqa_scaling import costs
 from gqa_scaling.config import (
@@ -29,7 +30,6 @@ from gqa_scaling.files.checkpoint import save_parameters
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
 from gqa_scaling.files.storage import expanded, write_atomic
-from gqa_scaling.inference import safetensors
 from gqa_scaling.inference.hugging_face import (
     ARRAYS,
     ARRAYS_OF_LAYER,
@@ -45,6 +45,7 @@ from gqa_scaling.inference.trained import TOKENIZER_NAME, name_of, named, shapes
 
 EXPERIMENT = "imported"  # the folder of such runs below the root
 READERS = 8  # files hashed at once
+DTYPES = ("F32", "F16", "BF16")  # of weights, as the format calls them
 IGNORED = ("rotary_emb.inv_freq",)  # tables that the config defines, kept by some older files
 
 
@@ -68,10 +69,11 @@ def import_folder(
     config = read_json(file)
     architecture_named(config, file)
     weights = weight_files(folder)
-    arrays = _opened(weights)
+    arrays = Weights(weights)
     model = model_of(config, file, dtype or _dtype_of(arrays))
     check_arrays(arrays, model, folder)
     tokenizer = _tokenizer(folder, model)
+    bos = first_token(folder, tokenizer)
     run = _run(name, model, config["max_position_embeddings"], _hash(weights))
     directory = run_directory(root, EXPERIMENT, run)
     with claim(directory.claim_file) as mine:
@@ -84,7 +86,7 @@ def import_folder(
         assert definition is not None
         write_atomic(directory.path / TOKENIZER_NAME, definition)
         save_parameters(directory.parameters, _parameters(arrays, run))
-        directory.finish(_result(run, config, weights, data), {})
+        directory.finish(_result(run, config, weights, data, bos), {})
     return directory, True
 
 
@@ -114,14 +116,44 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _opened(files: list[Path]) -> dict[str, np.ndarray]:
-    out: dict[str, np.ndarray] = {}
-    for file in files:
-        arrays = safetensors.read(file)
-        twice = sorted(out.keys() & arrays.keys())
-        require(not twice, f"{file} holds {twice[:1]}, and so does another file of the folder")
-        out |= arrays
-    return out
+class Weights:
+    """The arrays of all files by their names, read when they are asked for.
+
+    Raises UserError where a file is damaged or cut short, holds an array of another dtype than
+    `DTYPES`, or one that another file holds as well.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._file: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: set[str] = set()
+        for path in files:
+            try:
+                file = safe_open(path, framework="np")
+            except SafetensorError as error:
+                raise UserError(
+                    f"{path} is damaged or cut short, or no safetensors file ({error})"
+                ) from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            for name in file.keys():  # noqa: SIM118  # it is no dict
+                require(
+                    name not in self._file,
+                    f"{path} holds {[name]}, and so does another file of the folder",
+                )
+                entry = file.get_slice(name)
+                kind = entry.get_dtype()
+                require(
+                    kind in DTYPES,
+                    f"{path}: {name} is of dtype {kind}; only {', '.join(DTYPES)} are read, no "
+                    "quantized weights",
+                )
+                self._file[name] = file
+                self.shapes[name] = tuple(entry.get_shape())
+                self.dtypes.add(kind)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file[name].get_tensor(name)
 
 
 def _hash(files: list[Path]) -> str:
@@ -135,9 +167,8 @@ def _hash(files: list[Path]) -> str:
         return hashlib.sha256(b"".join(pool.map(of, files))).hexdigest()
 
 
-def _dtype_of(arrays: Mapping[str, np.ndarray]) -> Literal["bfloat16", "float32"]:
-    kinds = {array.dtype for array in arrays.values()}
-    return "bfloat16" if kinds == {safetensors.DTYPES["BF16"]} else "float32"
+def _dtype_of(arrays: Weights) -> Literal["bfloat16", "float32"]:
+    return "bfloat16" if arrays.dtypes == {"BF16"} else "float32"
 
 
 def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
@@ -153,6 +184,35 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
         "of config.json",
     )
     return tokenizer
+
+
+def first_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The token that the model was trained to see before a text; None for none.
+
+    As transformers has it: what `add_bos_token` of tokenizer_config.json says, and where that says
+    nothing, what tokenizer.json itself puts before a text. Raises UserError where that is several tokens, or
+    where the one that is named is none.
+    """
+    file = folder / "tokenizer_config.json"
+    said = read_json(file) if file.is_file() else {}
+    if said.get("add_bos_token") is None:
+        before = tokenizer.put_before
+        require(
+            len(before) <= 1,
+            f"{folder / 'tokenizer.json'} puts {len(before)} tokens before a text; one at most is "
+            "supported",
+        )
+        return before[0] if before else None
+    if said["add_bos_token"] is not True:
+        return None
+    named = said.get("bos_token")
+    token = named.get("content") if isinstance(named, dict) else named
+    found = tokenizer.number_of(token) if isinstance(token, str) else None
+    require(
+        found is not None,
+        f"{file} asks for a bos_token before a text, and {token!r} is no token of tokenizer.json",
+    )
+    return found
 
 
 # ------------------------------------------------------------------------------ the parameters
@@ -175,18 +235,18 @@ def _names(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in named(shapes_of(model)).items()}
 
 
-def check_arrays(arrays: Mapping[str, np.ndarray], model: ModelConfig, folder: Path) -> None:
+def check_arrays(arrays: Weights, model: ModelConfig, folder: Path) -> None:
     """Refuse weights of which one is missing, has another shape, or has no place in the model."""
     shapes, known = _names(model), set()
     for name, place, layer, ours in _expected(model):
         known.add(name)
-        require(name in arrays, f"{folder} lacks the array {name}")
+        require(name in arrays.shapes, f"{folder} lacks the array {name}")
         wanted = place.shape(shapes[ours][layer is not None :])
         require(
-            arrays[name].shape == wanted,
-            f"{folder}: {name} has shape {arrays[name].shape}, where config.json asks for {wanted}",
+            arrays.shapes[name] == wanted,
+            f"{folder}: {name} has shape {arrays.shapes[name]}, where config.json asks for {wanted}",
         )
-    more = sorted(n for n in arrays if n not in known and not n.endswith(IGNORED))
+    more = sorted(n for n in arrays.shapes if n not in known and not n.endswith(IGNORED))
     head = ARRAYS["output_VD"].name
     if more == [head] and np.array_equal(arrays[head], arrays[ARRAYS["embedding_VD"].name]):
         return  # tied, and written twice
@@ -196,7 +256,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], model: ModelConfig, folder: P
     )
 
 
-def _parameters(arrays: Mapping[str, np.ndarray], run: RunConfig) -> Any:
+def _parameters(arrays: Weights, run: RunConfig) -> Any:
     """The parameters as a run's are saved: layers stacked, float32."""
     filled = {n: np.empty(shape, np.float32) for n, shape in _names(run.model).items()}
     for name, place, layer, ours in _expected(run.model):
@@ -230,7 +290,11 @@ def _run(name: str, model: ModelConfig, context_length: Any, weights: str) -> Ru
 
 
 def _result(
-    run: RunConfig, config: Mapping[str, Any], weights: list[Path], data: dict[str, Any]
+    run: RunConfig,
+    config: Mapping[str, Any],
+    weights: list[Path],
+    data: dict[str, Any],
+    bos: int | None,
 ) -> dict[str, Any]:
     parameters = costs.parameters(run.model)
     return {
@@ -245,5 +309,6 @@ def _result(
             "model_type": config.get("model_type"),
             "files": [file.name for file in weights],
             "sha256": run.imported,
+            "bos": bos,
         },
     }

@@ -1,14 +1,13 @@
-"""How likely a model finds given tokens, and which it would write next, for batches of any lengths.
+"""How likely a model finds given tokens, for batches of any lengths.
 
 By whole forward passes, so that every pattern and every platform serves. Sequences are sorted by
 length and filled up behind their end, where causal attention does not look, to powers of two: a
 program is compiled for each of these lengths, not for each sequence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -48,13 +47,7 @@ class Scorer:
             likely_N, best_N = jax.lax.map(of_one, tokens_N, batch_size=at_once)
             return likely_N.reshape(targets_BT.shape), best_N.reshape(targets_BT.shape)
 
-        def follow(parameters: nnx.State, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
-            """The likeliest token after the one at position `last_B` of each sequence."""
-            model = nnx.merge(graph, parameters)
-            hidden_B1D = model(tokens_BT)[jnp.arange(len(last_B)), last_B][:, None]
-            return model.logits(hidden_B1D)[:, 0].argmax(-1)
-
-        self._score, self._follow = jax.jit(score), jax.jit(follow)
+        self._score = jax.jit(score)
 
     def loglikelihoods(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -89,39 +82,6 @@ class Scorer:
                 mine = slice(end - len(requests[i][1]), end)
                 total = float(likely_BT[row, mine].sum(dtype=np.float64))
                 out[i] = total, bool(best_BT[row, mine].all())
-        return out
-
-    def continuations(
-        self, prompts: Sequence[Sequence[int]], count: int, done: Callable[[list[int]], bool]
-    ) -> list[list[int]]:
-        """Up to `count` likeliest tokens after each prompt, fewer once they are `done`.
-
-        Of a prompt the end is read that leaves room for `count` tokens within `longest`. Raises
-        UserError where none does.
-        """
-        room = self.longest - count
-        require(
-            count > 0 and room > 0,
-            f"{count} new tokens after a prompt must be above 0 and less than the context of "
-            f"{self.longest}",
-        )
-        require(all(prompts), "a prompt must hold at least one token")
-        out: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for batch in _batches(order, self.rows):
-            held = {i: list(prompts[i][-room:]) for i in batch}
-            active = list(batch)
-            while active:
-                time = self._length(max(len(held[i]) for i in active))
-                tokens_BT, last_B = np.zeros((self.rows, time), np.int32), np.zeros(self.rows, int)
-                for row, i in enumerate(active):
-                    tokens_BT[row, : len(held[i])] = held[i]
-                    last_B[row] = len(held[i]) - 1
-                found_B = jax.device_get(self._follow(self._parameters, tokens_BT, last_B))
-                for i, token in zip(active, found_B, strict=False):
-                    held[i].append(int(token))
-                    out[i].append(int(token))
-                active = [i for i in active if len(out[i]) < count and not done(out[i])]
         return out
 
     def _length(self, tokens: int) -> int:

@@ -76,6 +76,20 @@ class Trained:
         )
         return found
 
+    @property
+    def first_token(self) -> int | None:
+        """The token that stands before every text: for models trained here none, for one that was
+        imported what its tokenizer asks for."""
+        return self.result.get("imported", {}).get("bos")
+
+    def tokens_of(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of texts as the model is to read them, `first_token` before each."""
+        before = [] if self.first_token is None else [self.first_token]
+        return [
+            np.concatenate([before, tokens]).astype(np.int32)
+            for tokens in self.tokenizer().encode(list(texts))
+        ]
+
     def _kept_tokenizer(self) -> tuple[Tokenizer, str]:
         """The tokenizer and where it was found."""
         named, store = self.run.data.tokenizer, as_path(self.run.data.store_path)

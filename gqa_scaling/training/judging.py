@@ -20,7 +20,7 @@ from gqa_scaling.files.runs import RunDirectory, read_json
 from gqa_scaling.files.storage import write_json
 from gqa_scaling.inference.generate import Decoder
 from gqa_scaling.inference.needles import needles_found
-from gqa_scaling.inference.trained import load_decoder
+from gqa_scaling.inference.trained import load_decoder, open_trained
 from gqa_scaling.training.averaging import averaged_steps
 from gqa_scaling.training.evaluation import Evaluation, Found, evaluator
 from gqa_scaling.training.monitor import NonFiniteLoss
@@ -81,6 +81,7 @@ def _needles(run: RunConfig, store: TokenStore, directory: RunDirectory, kept: "
     task, averaged = run.evaluation.needles, averaged_steps(run)
     assert task is not None
     saved = directory.averaged(run) if averaged else directory.parameters
+    first = open_trained(directory).first_token if run.imported else None
 
     @functools.cache
     def decoder() -> Decoder:
@@ -91,7 +92,7 @@ def _needles(run: RunConfig, store: TokenStore, directory: RunDirectory, kept: "
         what = {"needles at": length, "depth": depth, "averaged": averaged, **prompts}
         tokens = run.batch_tokens // run.parallel.accumulation
         return kept.value(
-            what, lambda: needles_found(decoder(), store, task, length, depth, tokens)
+            what, lambda: needles_found(decoder(), store, task, length, depth, tokens, first)
         )
 
     accuracy = {

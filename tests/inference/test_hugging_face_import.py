@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hugging_face_kit import MODELS, make_run, model, random_parameters, some_tokens
+from hugging_face_kit import (
+    BOS,
+    BOS_CASES,
+    MODELS,
+    ask_for_bos,
+    make_run,
+    model,
+    random_parameters,
+    some_tokens,
+)
 from numpy_hugging_face import logits
 
 from gqa_scaling import cli
@@ -153,6 +162,26 @@ def test_a_tied_head_may_be_written_twice(tmp_path):
     assert import_folder(tmp_path / "untied", "x", tmp_path)[1]
 
 
+@pytest.mark.parametrize("case", BOS_CASES)
+def test_texts_begin_with_the_token_that_the_tokenizer_puts_there(case, tmp_path, folder):
+    says, expected = BOS_CASES[case]
+    ask_for_bos(folder, **says)
+    back = open_trained(import_folder(folder, "back", tmp_path)[0].path)
+    (tokens,) = back.tokens_of(["ab"])
+    assert tokens.tolist() == ([BOS] if expected else []) + [97, 98]
+    export(back, tmp_path / "again")
+    again = open_trained(import_folder(tmp_path / "again", "again", tmp_path)[0].path)
+    assert again.first_token == back.first_token
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config["bos_token_id"] == back.first_token
+
+
+def test_models_trained_here_begin_with_nothing(tmp_path):
+    trained = make_run(tmp_path, model(n_layers=1))
+    assert trained.first_token is None
+    assert trained.tokens_of(["ab"])[0].tolist() == [97, 98]
+
+
 # ------------------------------------------------------------------------------------ refusals
 
 
@@ -192,7 +221,7 @@ def unnamed_end(folder):
 
 REFUSED = {
     "a missing shard": (drop_shard, "model-00002-of-00003.safetensors", "is missing"),
-    "a shard cut short": (cut_shard, "model-00002-of-00003.safetensors is cut short"),
+    "a shard cut short": (cut_shard, "model-00002-of-00003.safetensors is damaged or cut short"),
     "a damaged header": (cut_header, "model-00001-of-00003.safetensors", "no safetensors file"),
     "no safetensors": (drop_weights, "only weights as safetensors are read"),
     "a shard twice": (double_shard, "so does another file"),
@@ -202,6 +231,10 @@ REFUSED = {
     "a tokenizer of another kind": (
         lambda f: (f / "tokenizer.json").write_text("{}"),
         "must be one that `tokenizers` reads",
+    ),
+    "a first token that is none": (
+        lambda f: edit(f, "tokenizer_config.json", add_bos_token=True, bos_token="<begin>"),
+        "asks for a bos_token before a text, and '<begin>' is no token",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "a damaged config": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),

@@ -6,17 +6,26 @@ installed this is skipped, and `make test-transformers` runs it in an environmen
 
 import numpy as np
 import pytest
-from hugging_face_kit import ARCHITECTURES, MODELS, make_run, model, our_logits, some_tokens
+from hugging_face_kit import (
+    ARCHITECTURES,
+    BOS_CASES,
+    MODELS,
+    ask_for_bos,
+    make_run,
+    model,
+    our_logits,
+    some_tokens,
+)
+from safetensors.numpy import load_file
 
 from gqa_scaling.data.tokenizer import bytes_tokenizer
 from gqa_scaling.inference.hugging_face_export import export
 from gqa_scaling.inference.hugging_face_import import import_folder
-from gqa_scaling.inference.trained import named, open_trained
+from gqa_scaling.inference.trained import open_trained
 
 MISSING = "needs PyTorch and transformers: make test-transformers has them"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
-load_file = pytest.importorskip("safetensors.numpy", reason=MISSING).load_file
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 
 
@@ -112,9 +121,13 @@ def test_what_transformers_saves_comes_in_to_the_bit(kind, tmp_path):
     )
 
 
-def test_the_librarys_own_reader_agrees(tmp_path):
-    trained = make_run(tmp_path, model())
-    export(trained, tmp_path / "out")
-    found = load_file(tmp_path / "out/model.safetensors")
-    table = np.asarray(named(trained.parameters())["embedding_VD"])
-    np.testing.assert_array_equal(found["model.embed_tokens.weight"], table)
+@pytest.mark.parametrize("case", BOS_CASES)
+def test_texts_begin_as_its_tokenizer_has_them_begin(case, tmp_path):
+    export(make_run(tmp_path, model()), tmp_path / "folder")
+    ask_for_bos(tmp_path / "folder", **BOS_CASES[case][0])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    back = open_trained(import_folder(tmp_path / "folder", "back", tmp_path)[0].path)
+    export(back, tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    (ours,) = back.tokens_of(["some text"])
+    assert ours.tolist() == theirs("some text")["input_ids"] == again("some text")["input_ids"]

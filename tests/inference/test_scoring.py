@@ -1,4 +1,4 @@
-"""Log-likelihoods and greedy continuations, against the NumPy transformer of tests/model."""
+"""Log-likelihoods, against the NumPy transformer of tests/model."""
 
 import sys
 from pathlib import Path
@@ -55,28 +55,6 @@ def test_loglikelihoods_are_sums_over_the_continuation(scored):
     assert not found[2][1]
 
 
-def test_continuations_are_the_likeliest_tokens(scored):
-    trained, scorer = scored
-    tokens = some_tokens(80).tolist()
-    prompts = [tokens[:3], tokens[3:70], tokens[70:71], tokens[71:80]]
-    found = scorer.continuations(prompts, 9, lambda out: False)
-    for prompt, continuation in zip(prompts, found, strict=True):
-        whole = prompt[-(LONGEST - 9) :] + continuation
-        z = reference(trained, whole)[-10:-1]
-        assert continuation == z.argmax(-1).tolist()
-
-
-def test_a_continuation_ends_when_it_is_done(scored):
-    _, scorer = scored
-    prompts = [some_tokens(4).tolist(), some_tokens(9).tolist()]
-    long = scorer.continuations(prompts, 6, lambda out: False)
-    stop = long[0][2]
-    short = scorer.continuations(prompts, 6, lambda out: out[-1] == stop)
-    first = long[0].index(stop)
-    assert short[0] == long[0][: first + 1]
-    assert short[1] == (long[1][: long[1].index(stop) + 1] if stop in long[1] else long[1])
-
-
 def test_lengths_are_rounded_up_so_that_few_programs_are_compiled(tmp_path):
     trained = make_run(tmp_path, model(n_layers=1))
     scorer = Scorer(trained.model(), 100, rows=2)
@@ -90,8 +68,6 @@ def test_lengths_are_rounded_up_so_that_few_programs_are_compiled(tmp_path):
     [
         (lambda s: s.loglikelihoods([([], [1])]), "at least one token"),
         (lambda s: s.loglikelihoods([([1], [2] * 51)]), "must hold 1 to 50"),
-        (lambda s: s.continuations([[1]], 50, lambda out: False), "less than the context of 50"),
-        (lambda s: s.continuations([[]], 5, lambda out: False), "at least one token"),
     ],
 )
 def test_what_does_not_fit_is_refused(scored, call, part):
