@@ -13,6 +13,7 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_kit import tiny_run
 
+from gqa_scaling import cli
 from gqa_scaling.config import NeedleTask, Question, RunConfig, UserError
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.data.loader import heldout_chunks
@@ -130,6 +131,53 @@ def test_plain_runs_have_neither_the_file_nor_the_fields(trained: Path) -> None:
     text = json.dumps(whole)
     for name in ("needles", "contexts", "average", "start_from", "loss_by_context"):
         assert name not in text
+
+
+# ------------------------------------------------------------------------------------ the verb
+
+
+def test_a_finished_run_is_judged_beyond_its_context(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = finished().result()["result"]["evaluations"]
+    words = ["judge", str(finished().path), "--contexts", "8,64", "--needles", "tokens"]
+    words += ["--lengths", "24,64", "--depths", "2", "--trials", "2", "--json"]
+    assert cli.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    value = found["evaluation"]
+    assert value["loss_by_context"].keys() == {"8", "64"}
+    assert value["needles"]["accuracy"].keys() == {"24", "64"}
+    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+    after = finished().result()["result"]["evaluations"]
+    assert {digest: after[digest] for digest in before} == before
+    monkeypatch.setattr("gqa_scaling.training.loop.reevaluate", forbidden)
+    assert cli.main(words) == 0  # known
+    assert json.loads(capsys.readouterr().out) == found
+    assert cli.main(words[:-1]) == 0
+    said = capsys.readouterr().out
+    assert "Loss by context" in said
+    assert "Needles found (tokens), by depth in the text and by its length" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--contexts 24", "contexts=24 must divide the longest context of the evaluation, 32"),
+        ("--needles number --lengths 8", "lengths=8 is too short"),
+        ("--trials 0", "trials=0 must be greater than 0"),
+        ("--contexts x", "invalid list of whole numbers value: 'x'"),
+        ("--contexts 8 --store elsewhere", "there is no token store at elsewhere"),
+    ],
+)
+def test_the_verb_refuses_in_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = finished().result_file.read_bytes()
+    assert cli.main(["judge", str(finished().path), *words.split()]) == 2
+    out = capsys.readouterr().err
+    assert said in out
+    assert out.count("\n") == 1
+    assert finished().result_file.read_bytes() == before
 
 
 # ----------------------------------------------------------------------------------- averages
