@@ -64,10 +64,6 @@ class Tokenizer:
         ways = range(len(whole) - len(alone) + 1)
         return next((whole[:k] for k in ways if whole[k : k + len(alone)] == alone), [])
 
-    def number_of(self, token: str) -> int | None:
-        """The number of a token that is written so; None where there is none."""
-        return None if self.definition is None else self._library.token_to_id(token)
-
     def decode(self, tokens: ArrayLike) -> str:
         """The text of some tokens; EOS and numbers of no token are left out, cut characters become
         U+FFFD."""

@@ -182,7 +182,7 @@ def _write_tokenizer(
     """tokenizer.json and what transformers must know beside it.
 
     Training here puts nothing before a text, so what would is taken out of the tokenizer, but for
-    one that came with an imported model, which is left `whole`: `first` is put before a text then.
+    one that came with an imported model, which is left `whole`, and puts `first` there.
     """
     definition = json.loads(tokenizer.definition or bytes_definition(tokenizer.eos))
     definition |= {"truncation": None, "padding": None}
@@ -191,11 +191,7 @@ def _write_tokenizer(
     write_json(folder / "tokenizer.json", definition)
     library = tokenizers.Tokenizer.from_str(json.dumps(definition))
     eos = library.id_to_token(tokenizer.eos)
-    before: dict[str, Any] = {}
-    if whole:
-        before["add_bos_token"] = first is not None
-    if first is not None:
-        before["bos_token"] = library.id_to_token(first)
+    before = {} if first is None else {"bos_token": library.id_to_token(first)}
     write_json(
         folder / "tokenizer_config.json",
         {

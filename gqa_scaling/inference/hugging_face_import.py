@@ -73,7 +73,6 @@ def import_folder(
     model = model_of(config, file, dtype or _dtype_of(arrays))
     check_arrays(arrays, model, folder)
     tokenizer = _tokenizer(folder, model)
-    bos = first_token(folder, tokenizer)
     run = _run(name, model, config["max_position_embeddings"], _hash(weights))
     directory = run_directory(root, EXPERIMENT, run)
     with claim(directory.claim_file) as mine:
@@ -86,7 +85,7 @@ def import_folder(
         assert definition is not None
         write_atomic(directory.path / TOKENIZER_NAME, definition)
         save_parameters(directory.parameters, _parameters(arrays, run))
-        directory.finish(_result(run, config, weights, data, bos), {})
+        directory.finish(_result(run, config, weights, data), {})
     return directory, True
 
 
@@ -129,7 +128,7 @@ class Weights:
         self.dtypes: set[str] = set()
         for path in files:
             try:
-                file = safe_open(path, framework="np")
+                file: Any = safe_open(path, framework="np")
             except SafetensorError as error:
                 raise UserError(
                     f"{path} is damaged or cut short, or no safetensors file ({error})"
@@ -183,36 +182,12 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
         f"{file} has {tokenizer.vocab_size:,} tokens, more than the vocab_size={model.vocab_size:,} "
         "of config.json",
     )
-    return tokenizer
-
-
-def first_token(folder: Path, tokenizer: Tokenizer) -> int | None:
-    """The token that the model was trained to see before a text; None for none.
-
-    As transformers has it: what `add_bos_token` of tokenizer_config.json says, and where that says
-    nothing, what tokenizer.json itself puts before a text. Raises UserError where that is several tokens, or
-    where the one that is named is none.
-    """
-    file = folder / "tokenizer_config.json"
-    said = read_json(file) if file.is_file() else {}
-    if said.get("add_bos_token") is None:
-        before = tokenizer.put_before
-        require(
-            len(before) <= 1,
-            f"{folder / 'tokenizer.json'} puts {len(before)} tokens before a text; one at most is "
-            "supported",
-        )
-        return before[0] if before else None
-    if said["add_bos_token"] is not True:
-        return None
-    named = said.get("bos_token")
-    token = named.get("content") if isinstance(named, dict) else named
-    found = tokenizer.number_of(token) if isinstance(token, str) else None
+    before = tokenizer.put_before
     require(
-        found is not None,
-        f"{file} asks for a bos_token before a text, and {token!r} is no token of tokenizer.json",
+        len(before) <= 1,
+        f"{file} puts {len(before)} tokens before a text; one at most is supported",
     )
-    return found
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------ the parameters
@@ -294,7 +269,6 @@ def _result(
     config: Mapping[str, Any],
     weights: list[Path],
     data: dict[str, Any],
-    bos: int | None,
 ) -> dict[str, Any]:
     parameters = costs.parameters(run.model)
     return {
@@ -309,6 +283,5 @@ def _result(
             "model_type": config.get("model_type"),
             "files": [file.name for file in weights],
             "sha256": run.imported,
-            "bos": bos,
         },
     }

@@ -79,8 +79,9 @@ class Trained:
     @property
     def first_token(self) -> int | None:
         """The token that stands before every text: for models trained here none, for one that was
-        imported what its tokenizer asks for."""
-        return self.result.get("imported", {}).get("bos")
+        imported what its tokenizer.json puts there, as transformers does."""
+        before = self.tokenizer().put_before if self.run.imported else []
+        return before[0] if before else None
 
     def tokens_of(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of texts as the model is to read them, `first_token` before each."""

@@ -1,7 +1,5 @@
 """Runs with random parameters, made as training leaves them, and the shapes that are compared."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,32 +93,20 @@ def make_run(root, config: ModelConfig, name="random", done=True, **fields) -> T
 BOS = 257  # of a tokenizer that puts one before a text; bytes and EOS are the tokens before it
 
 
-def ask_for_bos(folder, post_processor=True, **says) -> None:
-    """Have the tokenizer of an export put "<s>" before a text, as those of Llama do: by itself, or
-    as far as what tokenizer_config.json `says` asks for it."""
+def ask_for_bos(folder) -> None:
+    """Have the tokenizer of an export put "<s>" before a text, as those of Llama do."""
     path = folder / "tokenizer.json"
     library = tokenizers.Tokenizer.from_file(str(path))
     library.add_special_tokens(["<s>"])
     assert library.token_to_id("<s>") == BOS
-    if post_processor:
-        library.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
-        )
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
+    )
     path.write_text(library.to_str())
-    config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | says))
 
 
 def some_tokens(count: int = POSITIONS, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCABULARY, count)
-
-
-BOS_CASES = {  # what the tokenizer says, and whether texts then begin with BOS
-    "the tokenizer's own": ({}, True),
-    "added": ({"post_processor": False, "add_bos_token": True, "bos_token": "<s>"}, True),
-    "left out": ({"add_bos_token": False, "bos_token": "<s>"}, False),
-    "none": ({"post_processor": False, "bos_token": "<s>"}, False),
-}
 
 
 def our_logits(trained: Trained, tokens_T: np.ndarray) -> np.ndarray:
