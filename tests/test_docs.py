@@ -196,7 +196,7 @@ def try_gqa(words: list[str]) -> None:
         assert cli.main(words) == 0
         return
     source = getattr(args, "source", None) or args.experiment
-    if args.verb == "generate":  # there is no trained run
+    if args.verb in ("generate", "judge"):  # there is no trained run
         source, _, name = source.rpartition(":")
         assert name in {run.name for run in load_experiment(source, rest).runs}
         return
