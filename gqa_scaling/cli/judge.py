@@ -126,7 +126,7 @@ def _evaluate(trained: "Trained", run: RunConfig) -> None:
     check_layout(run, len(devices), jax.default_backend())
     with claim(trained.directory.claim_file) as mine:
         require(mine, f"{trained.directory.path} is in use by another process: wait for it to end")
-        reevaluate(run, trained.directory, store, devices)
+        reevaluate(run, trained.directory, store, devices=devices)
 
 
 def _store(run: RunConfig) -> "TokenStore":
