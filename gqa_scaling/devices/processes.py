@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.devices.compiler_flags import keep_native_atomics
 
 EXIT_MENDABLE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>
@@ -58,6 +59,7 @@ def require_platform() -> None:
     Where a machine has no such accelerator jax goes on with the next platform of the list, or
     raises, and a job that is paid for an accelerator would train on the CPU.
     """
+    keep_native_atomics()  # the compiler reads its flags when jax starts
     named = os.environ.get("JAX_PLATFORMS", "")
     wanted = named.partition(",")[0]
     try:

@@ -2,6 +2,12 @@
 
 The partitioner would replicate the result or the gradient's updates, each as large as all
 activations; here only the table moves, and its gradient is summed where it is kept.
+
+On GPUs the gradient of a small table is a matrix product with ones where a token has that row. A
+scatter adds by atomic operations there: their order, and so the last bits, differ each time, and
+jaxlib 0.10.2 to 0.11.0 writes most of them as loops that try again (xla issue 46225), hundreds of
+times slower where many tokens share a row, as with bytes all do. On an H100 only rows of an odd
+width are written so; on an A100 all are.
 """
 
 import functools
@@ -18,6 +24,10 @@ from gqa_scaling.devices.mesh import (
     psum,
     reduce_scatter,
 )
+
+# Rows of a table whose gradient is a product on GPUs: it takes as many FLOPs as the logits, and its
+# ones, written to memory for all tokens, stay smaller than the activations of a layer.
+PRODUCT_UP_TO = 1024
 
 _TABLE, _TOKENS, _X = ("vocab", "embed"), ("batch", "time"), ("batch", "time", None)
 
@@ -50,11 +60,27 @@ def _forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> tuple[jax
 def _backward(dtype: Any, residuals: Any, dx_BTD: jax.Array) -> tuple[jax.Array, None]:
     tokens_BT, V = residuals
 
-    def add_up(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
-        rows = V // axis_size("tensor")
+    rows = V // axis_size("tensor")
+
+    def by_scatter(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
         row_BT, mine_BT1 = _here(tokens_BT, rows)
         dx_BTD = jnp.where(mine_BT1, dx_BTD.astype(jnp.float32), 0)
-        dtable_VD = jnp.zeros((rows, dx_BTD.shape[-1])).at[row_BT].add(dx_BTD)
+        return jnp.zeros((rows, dx_BTD.shape[-1])).at[row_BT].add(dx_BTD)
+
+    def by_product(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+        here_V = jnp.arange(rows) + axis_index("tensor") * rows
+        ones_BTV = (tokens_BT[..., None] == here_V).astype(dx_BTD.dtype)
+        return jnp.einsum(
+            "BTV,BTD->VD",
+            ones_BTV,
+            dx_BTD,
+            precision=jax.lax.Precision.HIGHEST,  # of float32: no TF32
+            preferred_element_type=jnp.float32,
+        )
+
+    def add_up(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+        on_gpu = {"cuda": by_product, "rocm": by_product} if rows <= PRODUCT_UP_TO else {}
+        dtable_VD = jax.lax.platform_dependent(tokens_BT, dx_BTD, default=by_scatter, **on_gpu)
         return psum(reduce_scatter(dtable_VD, 1, "fsdp", "context"), "data")
 
     return on_shards(add_up, (_TOKENS, _X), _TABLE, tokens_BT, dx_BTD), None

@@ -88,7 +88,8 @@ def evaluator(
     ) -> tuple[jax.Array, jax.Array]:
         """Summed over positions, (B,), and over the rows that count, (T,)."""
         model = nnx.merge(setup.graph, parameters)
-        nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=setup.attention)
+        with setup.precision():
+            nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=setup.attention)
         counted = jnp.arange(rows)[:, None] < rows_left
         return nll_BT.sum(1), jnp.where(counted, nll_BT, 0).sum(0)
 

@@ -1,5 +1,6 @@
 """What follows from a run's config and the devices it is on, worked out once and passed down."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,9 +9,10 @@ import jax
 import optax
 from flax import nnx
 
-from gqa_scaling.config import Implementation, RunConfig
+from gqa_scaling.config import Implementation, RunConfig, require
 from gqa_scaling.costs import training_steps
 from gqa_scaling.devices import mesh as parallel
+from gqa_scaling.devices.compiler_flags import overlap_fault
 from gqa_scaling.devices.layout import attention_implementation, judged_at
 from gqa_scaling.hardware import cores
 from gqa_scaling.model.transformer import create
@@ -53,6 +55,18 @@ class Setup:
         return step <= 10 or step == self.steps or step % every == 0
 
     @property
+    def platform(self) -> str:
+        """What JAX calls its devices: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The precision to trace the model in. By default accelerators round the float32 operands
+        of products, TPUs to bfloat16 and GPUs to TF32, which has as few digits: a model that is to
+        be computed in float32 would not be."""
+        exact = self.run.model.dtype == "float32" and self.platform != "cpu"
+        return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What a run's files record of its devices."""
         return {
@@ -67,9 +81,14 @@ class Setup:
 def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup:
     """The run on these devices, by default all of all processes; nothing is allocated there.
 
-    Raises UserError where they cannot hold the run's mesh or compute its attention.
+    Raises UserError where they cannot hold the run's mesh or compute its attention, or where flags
+    are set under which they compute it wrongly.
     """
     mesh, steps = parallel.make_mesh(run, devices), training_steps(run)
+    device = mesh.devices.flat[0]
+    attention = attention_implementation(run, device.platform)
+    fault = overlap_fault(device.device_kind, attention, mesh.shape["context"])
+    require(not fault, fault)
     schedule = learning_rate_schedule(run.optimizer, steps, run.batch_tokens)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: create(run.model, run.seed)))
     return Setup(
@@ -87,5 +106,4 @@ def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup
 def at_length(setup: Setup, length: int) -> Setup:
     """The setup of a run that is judged, not trained, at another context length."""
     run = judged_at(setup.run, length, setup.mesh.size)
-    platform = setup.mesh.devices.flat[0].platform
-    return replace(setup, run=run, attention=attention_implementation(run, platform))
+    return replace(setup, run=run, attention=attention_implementation(run, setup.platform))
