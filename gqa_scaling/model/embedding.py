@@ -57,30 +57,34 @@ def _forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> tuple[jax
     return x_BTD, (tokens_BT, len(table_VD))
 
 
+def _by_scatter(V: int, tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+    """On shards: for each of the V rows that lie here the sum of its tokens' gradients, float32."""
+    row_BT, mine_BT1 = _here(tokens_BT, V)
+    dx_BTD = jnp.where(mine_BT1, dx_BTD.astype(jnp.float32), 0)
+    return jnp.zeros((V, dx_BTD.shape[-1])).at[row_BT].add(dx_BTD)
+
+
+def _by_product(V: int, tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+    """The same."""
+    here_V = jnp.arange(V) + axis_index("tensor") * V
+    return jnp.einsum(
+        "BTV,BTD->VD",
+        (tokens_BT[..., None] == here_V).astype(dx_BTD.dtype),
+        dx_BTD,
+        precision=jax.lax.Precision.HIGHEST,  # of float32: no TF32
+        preferred_element_type=jnp.float32,
+    )
+
+
 def _backward(dtype: Any, residuals: Any, dx_BTD: jax.Array) -> tuple[jax.Array, None]:
     tokens_BT, V = residuals
 
     rows = V // axis_size("tensor")
 
-    def by_scatter(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
-        row_BT, mine_BT1 = _here(tokens_BT, rows)
-        dx_BTD = jnp.where(mine_BT1, dx_BTD.astype(jnp.float32), 0)
-        return jnp.zeros((rows, dx_BTD.shape[-1])).at[row_BT].add(dx_BTD)
-
-    def by_product(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
-        here_V = jnp.arange(rows) + axis_index("tensor") * rows
-        ones_BTV = (tokens_BT[..., None] == here_V).astype(dx_BTD.dtype)
-        return jnp.einsum(
-            "BTV,BTD->VD",
-            ones_BTV,
-            dx_BTD,
-            precision=jax.lax.Precision.HIGHEST,  # of float32: no TF32
-            preferred_element_type=jnp.float32,
-        )
-
     def add_up(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
-        on_gpu = {"cuda": by_product, "rocm": by_product} if rows <= PRODUCT_UP_TO else {}
-        dtable_VD = jax.lax.platform_dependent(tokens_BT, dx_BTD, default=by_scatter, **on_gpu)
+        scatter, product = (functools.partial(f, rows) for f in (_by_scatter, _by_product))
+        on_gpu = {"cuda": product, "rocm": product} if rows <= PRODUCT_UP_TO else {}
+        dtable_VD = jax.lax.platform_dependent(tokens_BT, dx_BTD, default=scatter, **on_gpu)
         return psum(reduce_scatter(dtable_VD, 1, "fsdp", "context"), "data")
 
     return on_shards(add_up, (_TOKENS, _X), _TABLE, tokens_BT, dx_BTD), None
