@@ -13,6 +13,7 @@ PACKAGE = CHECKOUT / "gqa_scaling"
 # From the top down. A room may import the rooms below it.
 FLOORS = (
     ("cli",),
+    ("doctor",),
     ("sweep",),
     ("training",),
     ("inference",),

@@ -13,6 +13,7 @@ from typing import NoReturn
 from gqa_scaling.cli import (
     bench,
     calibrate,
+    doctor,
     exchange,
     experiment,
     inference,
@@ -42,6 +43,7 @@ VERBS: dict[str, Verb] = {
     **judge.VERBS,
     **exchange.VERBS,
     **runs.VERBS,
+    **doctor.VERBS,
 }
 OVERRIDES = """\
 Any field of a run can be changed for the whole grid, after the other arguments:
