@@ -1,0 +1,400 @@
+"""Is everything right and fast on this machine's GPU or TPU? One command for a bare machine:
+
+    make accelerator
+
+or, where jax is installed already, in calls of any length:
+
+    python benchmarks/accelerator.py --only right --minutes 8
+    python benchmarks/accelerator.py --minutes 9
+
+First whether all is right: what `gqa-scaling doctor` says, every attention kernel against the
+reference, training against the CPU, gradients, a resumed run. Then how fast: attention and training
+beside PyTorch, where a Python with torch is named by --torch or is this one. Each part runs in a
+process of its own and is kept when it ends: killed at any point, the same command goes on. A part
+that was wrong is tried again, and so is one whose code has changed. Ends with a table and pictures in docs/accelerators/DEVICE.md, and with 1
+where something is wrong, 75 where time ran out.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+from gqa_scaling.devices.compiler_flags import keep_native_atomics  # noqa: E402
+from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory  # noqa: E402
+from gqa_scaling.files.storage import cache_folder, write_atomic  # noqa: E402
+
+RIGHT, FAST = "right", "fast"
+LEAST_MINUTES = 0.5  # with less left no part is started
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function of `accelerator_parts`, or of `torch_llama` where it is `torch`'s."""
+
+    name: str
+    kind: str
+    function: str
+    minutes: float  # after which it is given up
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    torch: bool = False
+
+    @property
+    def file(self):
+        return re.sub(r"\W+", "-", self.name.lower()) + ".json"
+
+
+def _training(size, context, remat, pattern=False):
+    name = f"training {size} {context // 1024}K {remat}" + (" pattern" if pattern else "")
+    asked = {"size": size, "context": context, "remat": remat, "pattern": pattern}
+    return Part(name, FAST, "training", 5, asked)
+
+
+def _torch_training(size, context, remat):
+    shapes = {"150M": (12, 1024, 16, 4), "470M": (24, 1280, 20, 5), "1.2B": (36, 1536, 24, 8)}
+    name = f"PyTorch {size} {context // 1024}K" + (" remat" if remat else "")
+    asked = {"size": shapes[size], "context": context, "remat": remat}
+    return Part(name, FAST, "training", 5, asked, torch=True)
+
+
+PARTS = (
+    Part("doctor", RIGHT, "doctor", 3),
+    Part("attention", RIGHT, "attention", 5),
+    Part("steps", RIGHT, "steps", 3),
+    Part("gradients", RIGHT, "gradients", 3),
+    Part("resume", RIGHT, "resume", 4),
+    _training("1.2B", 8192, "dots"),
+    _torch_training("1.2B", 8192, False),
+    Part("speed of attention, d_h 64", FAST, "speed", 5, {"head_dim": 64}),
+    Part("FlashAttention, d_h 64", FAST, "speed", 2, {"head_dim": 64}, torch=True),
+    _training("150M", 8192, "none"),
+    _torch_training("150M", 8192, False),
+    _training("470M", 8192, "dots"),
+    _torch_training("470M", 8192, False),
+    _training("1.2B", 32768, "dots"),
+    _torch_training("1.2B", 32768, True),
+    _training("1.2B", 32768, "dots", pattern=True),
+    _training("150M", 8192, "dots"),
+    _training("470M", 8192, "none"),
+    _training("1.2B", 8192, "full"),
+    Part("speed of attention, d_h 128", FAST, "speed", 5, {"head_dim": 128}),
+    Part("FlashAttention, d_h 128", FAST, "speed", 2, {"head_dim": 128}, torch=True),
+    Part("decoding", FAST, "decode", 6),
+)
+
+
+def main(words=None):
+    args = _arguments(words)
+    if args.part:
+        return _child(args)
+    if computes_on_cpu() and not args.small:
+        print("this machine has no accelerator: --small runs a shrunken set on the CPU")
+        return 2
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {*args.only} or {RIGHT, FAST}
+    parts = [part for part in PARTS if names & {part.kind, part.name}]
+    ends = time.monotonic() + 60 * args.minutes
+    for part in parts:
+        there = folder / part.file
+        if there.exists() and _read(there).get("source") == source(part) and right(_read(there)):
+            continue
+        left = (ends - time.monotonic()) / 60
+        if left < LEAST_MINUTES:
+            break
+        found = _start(part, args, min(left, part.minutes))
+        if found is None:  # this call's time is up, not the part's
+            break
+        write_atomic(there, json.dumps({**found, "source": source(part)}, indent=1))
+        print(f"{part.name}: {summary(found)}", flush=True)
+    done = {part: _read(folder / part.file) for part in PARTS if (folder / part.file).exists()}
+    page = write_page(done, Path(args.docs), args.small)
+    missing = [part.name for part in parts if part not in done]
+    wrong = [part.name for part in parts if part in done and not right(done[part])]
+    for name in wrong:
+        print(f"WRONG {name}: {summary(done[next(p for p in parts if p.name == name)])}")
+    print(
+        f"{len(parts) - len(missing)} of {len(parts)} parts are done, {len(wrong)} of them wrong: {page}"
+    )
+    if missing:
+        print(f"the same command goes on with {missing[0]}")
+    return 1 if wrong else 75 if missing else 0
+
+
+def _arguments(words):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--only", nargs="+", default=[], help="right, fast, or names of parts")
+    add("--minutes", type=float, default=60.0, help="stop before they are over (default: 60)")
+    add("--small", action="store_true", help="a shrunken set, also on a CPU")
+    add("--out", default=str(CHECKOUT / ".cache/accelerator"), help="where finished parts are kept")
+    add("--docs", default=str(CHECKOUT / "docs/accelerators"), help="where the page is written")
+    add("--torch", help="a Python that has torch (default: this one, if it has)")
+    add("--part", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+# ------------------------------------------------------------------------------- running parts
+
+
+@functools.cache
+def source(part):
+    """What a part's result hangs on: the code that it runs."""
+    here = CHECKOUT / "benchmarks"
+    files = [here / "torch_llama.py"] if part.torch else [here / "accelerator_parts.py"]
+    files += [] if part.torch else sorted((CHECKOUT / "gqa_scaling").rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _start(part, args, minutes):
+    """What a part found, {"failed": why}, or None where it was cut short by the call's time."""
+    python = sys.executable
+    began = time.monotonic()
+    if part.torch:
+        has_torch = importlib.util.find_spec("torch") is not None
+        python = args.torch or (sys.executable if has_torch else None)
+        if python is None or args.small:
+            return {"rows": [], "note": "no torch"}
+        asked = {"part": part.function, **part.arguments}
+        command = [python, str(CHECKOUT / "benchmarks/torch_llama.py"), json.dumps(asked)]
+    else:
+        command = [python, __file__, "--part", part.name, *(["--small"] if args.small else [])]
+    environment = dict(os.environ)
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms:
+        environment["JAX_PLATFORMS"] = f"{platforms},cpu"  # whose results are the reference
+    if part.function in ("doctor", "resume", "decode"):
+        environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, said = process.communicate(timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        if minutes < part.minutes:
+            return None
+        return {"failed": f"not done after {minutes:.0f} minutes"}
+    except BaseException:
+        _end(process)
+        raise
+    seconds = time.monotonic() - began
+    if process.returncode:
+        return {
+            "failed": f"ended with {process.returncode}: {said.strip()[-600:]}",
+            "seconds": seconds,
+        }
+    rows = json.loads(out.strip().splitlines()[-1])
+    return {**(rows if isinstance(rows, dict) else {"rows": rows}), "seconds": seconds}
+
+
+def _end(process):
+    """With all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _child(args):
+    from gqa_scaling.devices.processes import end_with
+
+    end_with(os.getppid())
+    part = next(part for part in PARTS if part.name == args.part)
+    print(json.dumps(_call(part, small=args.small)))
+    return 0
+
+
+def _call(part, small):
+    keep_native_atomics()
+    if computes_on_cpu():
+        keep_host_memory()
+    sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+    import accelerator_parts
+
+    from gqa_scaling.devices.compilation_cache import keep_compiled
+
+    if not small:
+        keep_compiled(cache_folder() / "compiled")
+    try:
+        rows = getattr(accelerator_parts, part.function)(small, **part.arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {str(error)[-600:]}"}
+    if part.function in ("doctor", "resume", "decode"):
+        return {"rows": rows}
+    import jax
+
+    return {"rows": rows, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def _read(path):
+    return json.loads(path.read_text())
+
+
+def checks(found):
+    return [row for row in found.get("rows", []) if "limit" in row]
+
+
+def right(found):
+    """Whether a part ended and all its checks hold; a NaN holds nowhere."""
+    return "failed" not in found and all(row["found"] < row["limit"] for row in checks(found))
+
+
+def summary(found):
+    """A finished part in a line."""
+    if "failed" in found:
+        return f"failed, {found['failed']}"
+    rows = checks(found)
+    bad = [row for row in rows if not row["found"] < row["limit"]]
+    if bad:
+        worst = max(bad, key=lambda row: row["found"] / row["limit"])
+        return f"{len(bad)} of {len(rows)} wrong: {worst['what']} {worst['found']:.2g}, not below {worst['limit']:g}"
+    if rows:
+        return f"{len(rows)} checks are right"
+    return found.get("note") or "; ".join(_measured(row) for row in found["rows"][:4])
+
+
+def _measured(row):
+    shown = {
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+        "GiB": "{:.1f} GiB",
+        "forward": "{:.2f} ms",
+        "both": "{:.2f} ms with gradients",
+    }
+    cells = [form.format(row[key]) for key, form in shown.items() if row.get(key) is not None]
+    return f"{row['what']}: {', '.join(cells) or row.get('note', '')}"
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+def write_page(done, folder, small):
+    """docs/accelerators/DEVICE.md and its pictures; where it is."""
+    device = next((found["device"] for found in done.values() if found.get("device")), "unknown")
+    version = next((found["jax"] for found in done.values() if found.get("jax")), "unknown")
+    name = re.sub(r"\W+", "-", device.lower()) + ("-small" if small else "")
+    lines = [f"# {device}", ""]
+    lines.append(
+        f"Written by `python benchmarks/accelerator.py` with jax {version}; what it measures stands in "
+        "[accelerators.md](../accelerators.md)."
+    )
+    good = [part for part in done if part.kind == RIGHT]
+    lines += ["", "## Right", "", "| part | found |", "|---|---|"]
+    lines += [f"| {part.name} | {_cell(summary(done[part]))} |" for part in good]
+    wrong = [row for part in good for row in checks(done[part]) if not row["found"] < row["limit"]]
+    if wrong:
+        lines += ["", "| wrong | found | must be below |", "|---|---:|---:|"]
+        lines += [f"| {_cell(r['what'])} | {r['found']:.3g} | {r['limit']:g} |" for r in wrong]
+    training = [
+        row
+        for part, found in done.items()
+        if part.function == "training"
+        for row in _named(part, found)
+    ]
+    if training:
+        lines += ["", "## Training", ""]
+        lines += ["| model | tokens/s | MFU | GiB at most | |", "|---|---:|---:|---:|---|"]
+        for row in training:
+            mfu = "-" if row.get("mfu") is None else f"{row['mfu']:.1%}"
+            rate = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "-"
+            size = f"{row['GiB']:.1f}" if row.get("GiB") else "-"
+            lines.append(
+                f"| {_cell(row['what'])} | {rate} | {mfu} | {size} | {_cell(row.get('note', ''))} |"
+            )
+    attention = [
+        row
+        for part, found in done.items()
+        if part.function == "speed"
+        for row in found.get("rows", [])
+    ]
+    if attention:
+        lines += ["", "## Attention", "", "Milliseconds, batch 1.", ""]
+        lines += ["| | forward | and backward | as fast as the fastest dense of ours | 1/density |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row in attention:
+            times = [
+                f"{row[k]:.3g}" if k in row else "-" for k in ("forward", "both", "faster", "ideal")
+            ]
+            lines.append(f"| {_cell(row['what'])} | {' | '.join(times)} |")
+    folder.mkdir(parents=True, exist_ok=True)
+    if attention or any("tokens_per_second" in row for row in training):
+        draw(training, attention, folder / f"{name}.png")
+        lines += ["", f"![Training and attention on {device}]({name}.png)"]
+    failed = [part for part, found in done.items() if "failed" in found]
+    if failed:
+        lines += ["", "## Failed", ""]
+        lines += [f"* {part.name}: {_cell(done[part]['failed'])}" for part in failed]
+    path = folder / f"{name}.md"
+    write_atomic(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _cell(text):
+    return " ".join(str(text).replace("|", "\\|").split())
+
+
+def _named(part, found):
+    """Rows of training; those of PyTorch say which model they are of."""
+    rows = found.get("rows", [])
+    return [
+        {**row, "what": f"{part.name}, compiled" if part.torch else row["what"]} for row in rows
+    ]
+
+
+def draw(training, attention, path):
+    """Tokens a second of each model, and times of attention against T, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle) = plt.subplots(1, 2, figsize=(13, 5))
+    bars = [row for row in training if "tokens_per_second" in row]
+    colours = ["C1" if "PyTorch" in row["what"] else "C0" for row in bars]
+    left.barh(
+        [row["what"] for row in bars], [row["tokens_per_second"] for row in bars], color=colours
+    )
+    for i, row in enumerate(bars):
+        label = "" if row.get("mfu") is None else f" MFU {row['mfu']:.0%}"
+        left.text(row["tokens_per_second"], i, label, va="center", fontsize="small")
+    left.invert_yaxis()
+    left.set(xlabel="tokens/s", title="Training step")
+    left.margins(x=0.2)
+    by_name = {}
+    for row in attention:
+        name, _, rest = row["what"].partition(", T ")
+        T, _, rest = rest.partition(", d_h ")
+        by_name.setdefault(f"{name}, d_h {rest.split(',')[0]}", []).append(
+            (int(T.replace(",", "")), row["both"])
+        )
+    for name, points in by_name.items():
+        middle.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+    middle.set(xscale="log", yscale="log", xlabel="context length T", ylabel="ms")
+    middle.set_title("Attention, forward and backward")
+    if by_name:
+        middle.legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
