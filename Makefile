@@ -8,6 +8,8 @@ TWO    := -n 2 --dist worksteal
 # With LOCKED=1 the versions that were tested, of every library; else the newest that the ranges allow.
 PINNED := $(if $(LOCKED),--constraint requirements.lock)
 TPU    := $(abspath $(VENV))/tpu-compiler
+GPU    := $(abspath $(VENV))/gpu-compiler
+FLASH  := $(abspath $(VENV))/torch-for-gpus
 TOOLS  := $(abspath $(VENV))/launch-tools
 TORCH  := $(abspath $(VENV))/transformers
 # The build for CPUs, 0.2 GB; PyTorch's own index, where it is, must be among those of pip. The build for
@@ -20,7 +22,7 @@ PYTHON_OF_LOCK ?= python3.11
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
 .PHONY: smoke test test-compiler test-slow test-tools torch test-transformers test-processors lint
-.PHONY: types bench bench-transformers lock clean
+.PHONY: types bench bench-transformers lock clean accelerator
 .PHONY: test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, forecast, fit and answer the smoke study; the second time only print the answer
@@ -36,8 +38,8 @@ test: $(READY)  ## the tests, about five minutes
 test-compiler: $(READY)  ## the golden steps and a run that is killed, as users compile them
 	XLA_FLAGS= $(PYTEST) $(addprefix tests/training/test_training_,golden.py kill.py)
 
-test-slow: $(READY) $(TPU)/.ready test-processors  ## the tests that take minutes each, with the TPU compiler
-	XLA_FLAGS= JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) $(PYTEST) -m slow
+test-slow: $(READY) $(TPU)/.ready $(GPU)/.ready test-processors  ## the tests that take minutes each, with the compilers for TPUs and GPUs
+	XLA_FLAGS= JAX_PLATFORMS=cpu PYTHONPATH=$(TPU) GQA_SCALING_GPU_COMPILER=$(GPU) $(PYTEST) -m slow
 
 # OpenBLAS, NumPy and XLA choose their code by the processor, and each choice rounds in its own way.
 test-processors: test-haswell $(SKYLAKE) test-zen test-sse test-avx2  ## the numbers, as other processors compute them
@@ -77,6 +79,27 @@ $(READY): requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PINNED) -r requirements.txt
 	$(PIP) $(PINNED) -e ".[dev]"
+	touch $@
+
+# What is measured beside ours is another framework, in an environment of its own; without it, all the
+# rest is measured all the same.
+accelerator: $(READY)  ## whether this machine's GPU or TPU is right, then how fast: docs/accelerators.md
+	$(if $(wildcard /dev/nvidia[0-9]*),$(PIP) $(PINNED) -e ".[cuda]",$(if $(wildcard /dev/accel* /dev/vfio/[0-9]*),$(PIP) $(PINNED) -e ".[tpu]"))
+	$(BIN)/python benchmarks/accelerator.py --only right --minutes 8
+	$(if $(wildcard /dev/nvidia[0-9]*),-$(MAKE) $(FLASH)/.ready)
+	$(BIN)/python benchmarks/accelerator.py $(if $(wildcard /dev/nvidia[0-9]*),$$(test -e $(FLASH)/.ready && echo --torch $(FLASH)/bin/python))
+
+$(FLASH)/.ready:
+	rm -rf $(FLASH)
+	$(PYTHON) -m venv $(FLASH)
+	$(FLASH)/bin/python -m pip install --quiet --disable-pip-version-check torch
+	touch $@
+
+# XLA for NVIDIA GPUs, of this jaxlib's version: it compiles without a GPU and without CUDA's libraries.
+$(GPU)/.ready: $(READY)
+	rm -rf $(GPU)
+	$(PIP) --no-deps --target $(GPU) \
+		$$($(BIN)/python -c 'from jaxlib import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")')
 	touch $@
 
 # The libtpu that this jax names, beside the environment: inside it, jax would look for a TPU.

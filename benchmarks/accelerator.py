@@ -209,7 +209,7 @@ def _start(part, args, minutes):
 def _end(process):
     """With all that it started."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def _child(args):

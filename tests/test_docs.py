@@ -178,6 +178,8 @@ def try_gqa(words: list[str]) -> None:
         assert words[0] in (*cli.VERBS, "--version")
         return
     args, rest = cli._parse(words)
+    if args.verb == "doctor":  # tests/doctor runs it
+        return
     if args.verb == "fetch":
         assert args.corpus in FETCHED
         return

@@ -1,0 +1,131 @@
+"""benchmarks/accelerator.py: parts that are kept, told and drawn; none of them needs a device."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import accelerator
+from accelerator import Part
+
+GOOD = {"rows": [{"what": "a", "found": 0.1, "limit": 1}], "device": "NVIDIA H200", "jax": "1"}
+BAD = {"rows": [{"what": "a|b", "found": float("nan"), "limit": 1}]}
+SLEEPS = "import sys, time; print(sys.argv[1]); time.sleep(60)"
+
+
+def run(tmp_path, *words):
+    return accelerator.main(
+        ["--small", "--out", f"{tmp_path}/out", "--docs", f"{tmp_path}/docs", *words]
+    )
+
+
+def test_kernels_are_checked_in_a_process_and_kept(tmp_path, capsys):
+    assert run(tmp_path, "--only", "attention") == 0
+    assert "attention: 4 checks are right" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "out/attention.json").read_text())
+    assert {row["what"].split(",")[0] for row in kept["rows"]} == {"blockwise"}
+    assert all(0 < row["found"] < row["limit"] for row in kept["rows"])
+    kept["rows"] = kept["rows"][:1]
+    (tmp_path / "out/attention.json").write_text(json.dumps(kept))
+    assert run(tmp_path, "--only", "attention") == 0  # nothing is done again
+    assert len(json.loads((tmp_path / "out/attention.json").read_text())["rows"]) == 1
+    assert "| attention | 1 checks are right |" in (tmp_path / "docs/cpu-small.md").read_text()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of parts as they are started; each finds what it is told to."""
+    found, names = {}, []
+
+    def start(part, args, minutes):
+        names.append(part.name)
+        return found.get(part.name, GOOD)
+
+    monkeypatch.setattr(accelerator, "_start", start)
+    return names, found
+
+
+def test_parts_that_were_wrong_or_whose_code_changed_are_tried_again(
+    tmp_path, started, monkeypatch
+):
+    names, found = started
+    found["steps"], found["gradients"] = BAD, {"failed": "it burnt"}
+    assert run(tmp_path, "--only", "right") == 1
+    assert names == [part.name for part in accelerator.PARTS if part.kind == "right"]
+    names.clear()
+    found.clear()
+    assert run(tmp_path, "--only", "right") == 0
+    assert names == ["steps", "gradients"]
+    names.clear()
+    monkeypatch.setattr(accelerator, "source", lambda part: "other")
+    assert run(tmp_path, "--only", "attention") == 0
+    assert names == ["attention"]
+
+
+def test_a_call_that_has_no_time_goes_on_the_next_time(tmp_path, started, capsys):
+    names, _ = started
+    assert run(tmp_path, "--minutes", "0.1") == 75
+    assert names == []
+    assert "goes on with doctor" in capsys.readouterr().out
+
+
+def test_a_part_is_given_up_by_its_own_time_and_kept_open_by_that_of_the_call(tmp_path):
+    script = tmp_path / "sleeps.sh"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{SLEEPS}' x\n")
+    script.chmod(0o755)
+    args = argparse.Namespace(torch=str(script), small=False)
+    part = Part("slow", "fast", "speed", 0.02, torch=True)
+    assert accelerator._start(part, args, 0.02) == {"failed": "not done after 0 minutes"}
+    assert accelerator._start(part, args, 0.01) is None
+
+
+def test_a_part_that_dies_says_why(tmp_path):
+    script = tmp_path / "dies.sh"
+    script.write_text("#!/bin/sh\necho no memory >&2\nexit 9\n")
+    script.chmod(0o755)
+    args = argparse.Namespace(torch=str(script), small=False)
+    found = accelerator._start(Part("a", "fast", "speed", 1, torch=True), args, 1)
+    assert found["failed"] == "ended with 9: no memory"
+
+
+def test_nothing_that_is_no_number_is_right():
+    assert accelerator.right(GOOD)
+    assert not accelerator.right(BAD)
+    assert not accelerator.right({"failed": "", "rows": []})
+    assert "1 of 1 wrong" in accelerator.summary(BAD)
+
+
+def test_the_page_has_a_table_and_a_picture(tmp_path):
+    parts = {part.name: part for part in accelerator.PARTS}
+    rate = {"what": "1.2B, triton", "tokens_per_second": 5e4, "mfu": 0.55, "GiB": 60.0}
+    times = {"forward": 1.0, "both": 3.0, "faster": 1.0, "ideal": 1.0}
+    done = {
+        parts["steps"]: GOOD,
+        parts["gradients"]: BAD,
+        parts["training 1.2B 8K dots"]: {"rows": [rate]},
+        parts["PyTorch 1.2B 8K"]: {"rows": [{"what": "PyTorch", "tokens_per_second": 4e4, "GiB": 70}]},
+        parts["speed of attention, d_h 64"]: {
+            "rows": [{"what": f"triton, T {T}, d_h 64, heads 8x3", **times} for T in ("2,048", "8,192")]
+        },
+        parts["decoding"]: {"failed": "no such verb"},
+    }  # fmt: skip
+    page = accelerator.write_page(done, tmp_path, small=False)
+    assert page.name == "nvidia-h200.md"
+    text = page.read_text()
+    assert "| 1.2B, triton | 50,000 | 55.0% | 60.0 |  |" in text
+    assert "| PyTorch 1.2B 8K, compiled | 40,000 | - | 70.0 |  |" in text
+    assert "| a\\|b | nan | 1 |" in text
+    assert "* decoding: no such verb" in text
+    assert (tmp_path / "nvidia-h200.png").stat().st_size > 10_000
+
+
+def test_a_machine_without_an_accelerator_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(os.environ, "JAX_PLATFORMS", "cpu")
+    assert accelerator.main(["--out", str(tmp_path)]) == 2
+    assert "--small" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
