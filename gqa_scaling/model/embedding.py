@@ -6,8 +6,8 @@ activations; here only the table moves, and its gradient is summed where it is k
 On GPUs the gradient of a small table is a matrix product with ones where a token has that row. A
 scatter adds by atomic operations there: their order, and so the last bits, differ each time, and
 jaxlib 0.10.2 to 0.11.0 writes most of them as loops that try again (xla issue 46225), hundreds of
-times slower where many tokens share a row, as with bytes all do. On an H100 only rows of an odd
-width are written so; on an A100 all are.
+times slower where many tokens share a row, as with bytes all do: for an A100 always, for an H100 in
+those programs where it does not use additions of vectors.
 """
 
 import functools
