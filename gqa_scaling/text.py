@@ -134,8 +134,9 @@ class EvaluationConfig(Json):
 
     At most `tokens` targets are used, trimmed to a multiple of `longest_context`, the longest
     context length of the experiment (None: the run's own), so that every run of an experiment
-    is judged on the same targets. `every_steps` > 0 also evaluates during training; those
-    values are logged and never enter the result.
+    is judged on the same targets. The loss is also measured at a few points during training, on a part
+    of the targets that costs no more than 2% of it; `every_steps` > 0 measures it that often, on all of
+    them. Those values are logged and never enter the result.
 
     What follows is judged only when asked for: the same targets with the text cut into `contexts` of
     other lengths; `needles`; and with `average` > 1 the mean of the parameters after the last step

@@ -31,7 +31,7 @@ from launch.jobs import Job, by_slice, group
 from launch.submission import Study, missing_code
 from launch.targets import PRICES, Target, startable
 
-ENGINES = {e.name: e for e in (skypilot.ENGINE, xpk.ENGINE, slurm.ENGINE, tpu_vm.ENGINE)}
+ENGINES = {module.ENGINE.name: module.ENGINE for module in (skypilot, xpk, slurm, tpu_vm)}
 USAGE = """\
 Overrides of the runs' fields come last, as for gqa-scaling run, and go with every job:
   python -m launch skypilot v5e-64 experiments.head_ladder --bucket gs://mine \\
@@ -180,7 +180,7 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
     engine = ENGINES[args.target]
     experiment = load_experiment(args.experiment, args.overrides, states).select(args.only)
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
-    if target.engine != "slurm":
+    if not engine.shares_files:
         _require_to_travel(experiment, study, target)
     left, counts = _left_to_launch(experiment, states, args.retry_failed)
     said = _counts_said(counts)

@@ -29,7 +29,8 @@ class Engine:
     to give where it is empty, and `refuse` raises UserError for fields that cannot be. `check` raises
     UserError for what is missing here, such as tools and accounts. `offered` are the slices that a
     run may get. `render` is what would be submitted; by default `submit` writes its files and runs
-    its commands. `after` is what to type next. One that `sends_code` has machines get this folder.
+    its commands. `after` is what to type next. One that `sends_code` has machines get this folder. Jobs of
+    one that does not share this machine's files get this folder and the bucket alone.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Engine:
     sends_code: bool = False
     tpus: bool = True
     gpus: bool = True
+    shares_files: bool = False
     submit_by: Callable[[Jobs, Target, Study], None] | None = None
 
     def has(self, place: Slice) -> bool:

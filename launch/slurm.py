@@ -270,6 +270,7 @@ ENGINE = Engine(
     about="a SLURM cluster with GPUs, as array jobs that are requeued",
     options=("partition", "account", "setup", "sbatch"),
     tpus=False,
+    shares_files=True,
     refuse=refuse,
     check=check,
     render=render,

@@ -12,6 +12,7 @@ PACKAGE = CHECKOUT / "gqa_scaling"
 
 # From the top down. A room may import the rooms below it.
 FLOORS = (
+    ("api",),
     ("cli",),
     ("doctor",),
     ("sweep",),
@@ -40,7 +41,7 @@ STUDY = {
     "units",
     "versions",
 }
-MAY_IMPORT_STUDY = {"cli"}
+MAY_IMPORT_STUDY = {"api", "cli"}
 EXPERIMENTS = {"experiment", "config", "context_sharding"}
 ARRAYS_ON_DEVICES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 
@@ -203,7 +204,15 @@ def test_declaring_planning_and_studying_load_no_jax():
 def test_declaring_loads_no_arrays_at_all():
     modules = [
         f"gqa_scaling.{m}"
-        for m in ("cli", "experiment.load", "experiment.grid", "files.runs", "costs", "config")
+        for m in (
+            "api",
+            "cli",
+            "experiment.load",
+            "experiment.grid",
+            "files.runs",
+            "costs",
+            "config",
+        )
     ]
     heavy = ARRAYS_ON_DEVICES | {"numpy", "scipy", "matplotlib", "rich"}
     assert brought_in(heavy, modules) == []

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb, named_run
+from gqa_scaling.cli.shared import Verb
 from gqa_scaling.config import require
 from gqa_scaling.units import byte_size
 
@@ -46,6 +46,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment.load import named_run
     from gqa_scaling.inference.hugging_face_export import export
     from gqa_scaling.inference.trained import open_trained
 
@@ -105,6 +106,7 @@ def _harness(args: argparse.Namespace, rest: Sequence[str]) -> int:
         importlib.util.find_spec("lm_eval") is not None,
         "the evaluation harness is not installed: pip install 'gqa-scaling[harness]'",
     )
+    from gqa_scaling.experiment.load import named_run
     from gqa_scaling.inference.trained import open_trained
 
     directory = named_run(args.run, [], args.root)

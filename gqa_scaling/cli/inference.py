@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gqa_scaling.cli.shared import Verb, add_json, finite, named_run, print_json
+from gqa_scaling.cli.shared import Verb, add_json, finite, print_json
 from gqa_scaling.config import require
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if computes_on_cpu():
         keep_host_memory()  # before jax is imported
+    from gqa_scaling.experiment.load import named_run
     from gqa_scaling.inference.sampling import Sampling
 
     for name, value in (("--tokens", args.tokens), ("--context", args.context)):
@@ -95,33 +96,29 @@ def _write(
 ) -> list[str]:
     """The texts after the prompts. One after another is shown, as it comes: a later one begins when
     those before it have ended."""
-    from gqa_scaling.inference.text import TextStream
+    from gqa_scaling.inference.text import texts_of
 
-    streams = [TextStream(tokenizer, tokens) for tokens in generation.prompts]
-    texts, shown_of = list(prompts), [0] * len(prompts)
+    written, shown_of = [""] * len(prompts), [0] * len(prompts)
     row = 0
 
     def show() -> None:
         nonlocal row
-        while row < len(texts):
-            new = texts[row][shown_of[row] :]
-            shown_of[row] = len(texts[row])
-            print(_printable(new), end="", flush=True)
+        while row < len(prompts):
+            text = prompts[row] + written[row]
+            print(_printable(text[shown_of[row] :]), end="", flush=True)
+            shown_of[row] = len(text)
             if generation.ended[row] is None:
                 return
-            print("\n" if row + 1 < len(texts) else "", flush=True)
+            print("\n" if row + 1 < len(prompts) else "", flush=True)
             row += 1
 
     if shown:
         show()
-    for tokens in generation:
-        for i, token in enumerate(tokens):
-            texts[i] += "" if token is None else streams[i].add(token)
-            if generation.ended[i] is not None:
-                texts[i] += streams[i].end()
+    for texts in texts_of(generation, tokenizer):
+        written = texts
         if shown:
             show()
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    return written
 
 
 def _printable(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
-from gqa_scaling.cli.shared import Verb, add_json, named_run, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.config import NeedleTask, ParallelConfig, RunConfig, require
 from gqa_scaling.text import NeedleForm
 
@@ -56,6 +56,8 @@ def _judge(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if computes_on_cpu():
         keep_host_memory()  # before jax is imported
+    from gqa_scaling.experiment.load import named_run
+
     directory = named_run(args.source, rest, args.root)
     run = _asked(directory.config(), args)
 

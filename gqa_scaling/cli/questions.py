@@ -10,6 +10,7 @@ from gqa_scaling.cli.study import (
     _add_source,
     _add_wide,
     _asked,
+    _changes,
     _estimates,
     _options,
     _source,
@@ -60,23 +61,14 @@ def _add_forecast(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.study.candidates import candidates
+    from gqa_scaling.study.ask import compare_two
     from gqa_scaling.study.report.compared import compared
-    from gqa_scaling.study.sides import side
-    from gqa_scaling.study.versus import versus
 
     serving = serving_of(args)
-    source = _source(args, rest)
-    question = _asked(args, source.question)
-    heads = sorted(set(source.results.heads), key=str)
-    first, second = side(args.first, heads), side(args.second, heads)
-    if args.losses is None and (first.shape or second.shape):
-        question = replace(question, losses=None)  # a whole model has a loss of its own
-    # on the scale that `frontier` ranks them on
-    two = (first.heads, second.heads)
-    among = candidates(source.results, None, args.law, two, source.leaves_out, **_options(args))
-    asked = (first, second, question, objective_of(args), serving)
-    told = versus(among.estimates, source.results, *asked, fit=among.fit)
+    source, changes = _source(args, rest), _changes(args)
+    how = _options(args) | {"law": args.law}
+    objective = objective_of(args)
+    told = compare_two(source, args.first, args.second, changes, objective, serving, **how)
     if args.json:
         print_json(told.to_dict())
     else:

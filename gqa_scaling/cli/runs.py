@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb, add_json, find_run, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.config import require
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _add_clean(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.experiment.load import find_run
     from gqa_scaling.sweep.details import details
     from gqa_scaling.sweep.run_views import config_table, details_lines
 

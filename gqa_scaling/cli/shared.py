@@ -6,13 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from gqa_scaling.config import UserError, require
-
-if TYPE_CHECKING:
-    from gqa_scaling.config import RunConfig
-    from gqa_scaling.files.runs import RunDirectory
+from typing import Any, NoReturn
 
 Verb = tuple[  # what it does, what it is for, its arguments
     Callable[[argparse.Namespace, Sequence[str]], int],
@@ -29,57 +23,6 @@ class Version(argparse.Action):
 
         print(said())
         parser.exit()
-
-
-def named_run(source: str, rest: Sequence[str], root: str | None) -> "RunDirectory":
-    """The directory of the run that `source` names as in `find_run`; it must have been started."""
-    run, directory = find_run(source, rest, root)
-    spec = source.rpartition(":")[0]
-    require(
-        directory.config_file.exists(),
-        f"{run.name} has not been started: there is no {directory.path}; train it with `gqa-scaling run "
-        f"{spec} --only {run.name}`",
-    )
-    return directory
-
-
-def find_run(
-    source: str, rest: Sequence[str], root: str | None
-) -> "tuple[RunConfig, RunDirectory]":
-    """The run that `source` names: its directory, here or in a bucket, or EXPERIMENT:NAME, begun or not.
-
-    `rest` are overrides of an experiment's fields. Raises `UserError` where it names no run.
-    """
-    from gqa_scaling.experiment.load import load_experiment
-    from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
-    from gqa_scaling.files.storage import as_path, is_remote
-
-    path = as_path(source)
-    if is_remote(path) or path.is_dir():
-        require(not rest, f"{path} is a directory: {' '.join(rest[:1])} changes runs of a grid")
-        if (path / "config.json").exists():
-            found = RunDirectory(path)
-            return found.config(), found
-        inside = sorted(file.parent.name for file in path.glob("*/config.json"))
-        some = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
-        hint = f"it holds {len(inside)}: name one of {some}" if inside else "it has no config.json"
-        raise UserError(f"{path} is no run: {hint}")
-    spec, colon, name = source.rpartition(":")
-    require(
-        bool(spec and colon and name),
-        f"{source!r} names no run: give its directory, or EXPERIMENT:NAME, such as "
-        "experiments.smoke:L2-d24-h4-kv4",
-    )
-    folder = runs_root(root)
-    experiment = load_experiment(spec, rest, folder)
-    run = next((run for run in experiment.runs if run.name == name), None)
-    if run is None:
-        from gqa_scaling.fields import did_you_mean
-
-        names = [each.name for each in experiment.runs]
-        hint = did_you_mean(name, names) or f"; it has {', '.join(names[:3])}, ..."
-        raise UserError(f"{spec} has no run named {name!r}{hint}")
-    return run, run_directory(folder, experiment.name, run)
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import PUBLISHED, Law
 
 if TYPE_CHECKING:
-    from gqa_scaling.study.candidates import Candidates
+    from gqa_scaling.study.candidates import Which
     from gqa_scaling.study.equal_training import EqualTraining
     from gqa_scaling.study.estimates import Estimates
     from gqa_scaling.study.results import Results
@@ -146,19 +146,13 @@ def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
     return estimate(results, law=args.law or "separate", **_options(args))
 
 
-def _candidates(args: argparse.Namespace, source: "Source", question: Question) -> "Candidates":
-    """What is to be ranked, and the curves for it and for the baseline."""
-    from gqa_scaling.study.baseline import curves_for, named_baseline
-    from gqa_scaling.study.candidates import WHICH, candidates
+def _which(args: argparse.Namespace) -> "Which | list[tuple[int, int]] | None":
+    """What --candidates names."""
+    from gqa_scaling.study.candidates import WHICH
 
     words = args.candidates or []
-    which = words[0] if len(words) == 1 and words[0] in WHICH else None
-    heads = [_heads("--candidates", word) for word in words] if words and not which else None
-    baseline = named_baseline(question)
-    also = curves_for(baseline) if baseline else ()
-    return candidates(
-        source.results, which or heads, args.law, also, source.leaves_out, **_options(args)
-    )
+    named = next((which for which in WHICH if words == [which]), None)
+    return named or [_heads("--candidates", word) for word in words] or None
 
 
 def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
@@ -171,12 +165,19 @@ def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
 
 def _asked(args: argparse.Namespace, question: Question) -> Question:
     """The question with what the command line changes."""
+    from gqa_scaling.study.ask import asked
+
+    return asked(question, **_changes(args))
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the question that the command line names, None for the others."""
     baseline: Any = args.baseline
     if baseline is not None and baseline != LLAMA3 and "@" not in baseline:
         baseline = _heads("--baseline", baseline, f", {LLAMA3}, or one model such as 24,8@L36d1536")
     if args.indifference is not None:
         between("--indifference", args.indifference, 0, 100, "percent")
-    changes = {
+    return {
         "losses": tuple(args.losses) if args.losses else None,
         "contexts": tuple(args.contexts) if args.contexts else None,
         "baseline": baseline,
@@ -186,31 +187,24 @@ def _asked(args: argparse.Namespace, question: Question) -> Question:
         "compute_power": args.compute_power,
         "indifference": None if args.indifference is None else args.indifference / 100,
     }
-    if isinstance(baseline, str) and "@" in baseline and not args.losses:
-        question = replace(question, losses=None)  # the model's own loss is the target
-    return replace(question, **{k: v for k, v in changes.items() if v is not None})
 
 
 def _answer(args: argparse.Namespace, source: "Source") -> "Study":
     """The whole study but for equal training FLOPs."""
-    from gqa_scaling.study.commands import with_training
-    from gqa_scaling.study.frontier import frontier
-    from gqa_scaling.study.scores import NO_FORECASTS, score_forecasts
-    from gqa_scaling.study.study import Study
-    from gqa_scaling.study.verdict import with_verdict
+    from gqa_scaling.study.ask import answer
 
     serving = serving_of(args)
     question = _asked(args, source.question)  # refused before anything is estimated
-    among = _candidates(args, source, question)
-    found = among.estimates
-    answer = frontier(among.fit, source.results, question, objective_of(args), serving, among=among)
-    options = [] if args.root is None else ["--root", args.root]
-    answer = with_training(answer, source, found, options, fit=among.fit)
-    found, answer = with_verdict(found, source.results, answer, fit=among.fit)
-    forecasts = NO_FORECASTS
-    if source.root is not None and source.experiment is not None:
-        forecasts = score_forecasts(source.root, source.experiment.name)
-    return Study(source.results, found, answer, candidates=among, forecasts=forecasts)
+    return answer(
+        source,
+        question,
+        objective_of(args),
+        serving,
+        which=_which(args),
+        law=args.law,
+        ending=[] if args.root is None else ["--root", args.root],
+        **_options(args),
+    )
 
 
 def _aligned(

@@ -108,7 +108,7 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
     or its layout rules out.
     """
     wanted = run.parallel.attention
-    if wanted in ("reference", "blockwise"):
+    if wanted != "auto" and wanted not in KERNEL_PLATFORM:
         return wanted
     if wanted != "auto":
         reason = _unfit(wanted, run, platform)

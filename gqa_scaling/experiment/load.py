@@ -25,13 +25,15 @@ from gqa_scaling.experiment.overrides import apply_overrides, parse_overrides
 from gqa_scaling.experiment.starts import parents_first, relinked, with_digest
 from gqa_scaling.fields import did_you_mean
 from gqa_scaling.files.failures import failure
+from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
+from gqa_scaling.files.storage import as_path, is_remote
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A named list of runs and the question they are to answer.
 
-    Where `runs` are selected, `declared` are all that they were selected from.
+    `runs` are those that are asked for, some of the `declared` ones or all.
     """
 
     name: str
@@ -100,7 +102,7 @@ def load_experiment(
     is_one = isinstance(question, Question)
     require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
     about = (module.__doc__ or "").strip().split("\n")[0]
-    return Experiment(name, tuple(runs), question, about)
+    return Experiment(name, tuple(runs), question, about, tuple(runs))
 
 
 def split_variant(spec: str) -> tuple[str, str]:
@@ -133,6 +135,62 @@ def named_runs(text: str, root: Path | None = None) -> tuple[Experiment, bool]:
         require(name in known, f"{spec} declares no run {name!r}{did_you_mean(name, known)}")
     runs = tuple(known[name] for name in wanted)
     return replace(experiment, runs=runs, declared=experiment.runs), True
+
+
+def named_run(source: str, rest: Sequence[str], root: str | None) -> RunDirectory:
+    """The directory of the run that `source` names as in `find_run`; it must have been started."""
+    run, directory = find_run(source, rest, root)
+    spec = source.rpartition(":")[0]
+    return _begun(run, directory, f"`gqa-scaling run {spec} --only {run.name}`")
+
+
+def find_run(source: str, rest: Sequence[str], root: str | None) -> tuple[RunConfig, RunDirectory]:
+    """The run that `source` names: its directory, here or in a bucket, or EXPERIMENT:NAME, begun or not.
+
+    `rest` are overrides of an experiment's fields. Raises `UserError` where it names no run.
+    """
+    path = as_path(source)
+    if is_remote(path) or path.is_dir():
+        require(not rest, f"{path} is a directory: {' '.join(rest[:1])} changes runs of a grid")
+        if (path / "config.json").exists():
+            found = RunDirectory(path)
+            return found.config(), found
+        inside = sorted(file.parent.name for file in path.glob("*/config.json"))
+        some = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
+        hint = f"it holds {len(inside)}: name one of {some}" if inside else "it has no config.json"
+        raise UserError(f"{path} is no run: {hint}")
+    spec, colon, name = source.rpartition(":")
+    require(
+        bool(spec and colon and name),
+        f"{source!r} names no run: give its directory, or EXPERIMENT:NAME, such as "
+        "experiments.smoke:L2-d24-h4-kv4",
+    )
+    folder = runs_root(root)
+    experiment = load_experiment(spec, rest, folder)
+    run = _named(experiment, name, spec)
+    return run, run_directory(folder, experiment.name, run)
+
+
+def run_of(experiment: Experiment, name: str, root: Path, called: str, remedy: str) -> RunDirectory:
+    """The run of that name, below `root`, the folder of all runs. Raises UserError where the experiment,
+    which is `called` so, has none, or where it has not been started, which `remedy` does."""
+    run = _named(experiment, name, called)
+    return _begun(run, run_directory(root, experiment.name, run), remedy)
+
+
+def _named(experiment: Experiment, name: str, called: str) -> RunConfig:
+    known = {run.name: run for run in experiment.runs}
+    hint = did_you_mean(name, known) or f"; it has {', '.join(list(known)[:3])}, ..."
+    require(name in known, f"{called} has no run named {name!r}{hint}")
+    return known[name]
+
+
+def _begun(run: RunConfig, directory: RunDirectory, remedy: str) -> RunDirectory:
+    require(
+        directory.config_file.exists(),
+        f"{run.name} has not been started: there is no {directory.path}; train it with {remedy}",
+    )
+    return directory
 
 
 def words_of(text: str) -> list[str]:

@@ -1,10 +1,14 @@
 """Text as its tokens come: a character that tokens cut is held back until it is whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gqa_scaling.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gqa_scaling.inference.generate import Generation
 
 CUT = "�"  # what `Tokenizer.decode` makes of a character that is not whole
 BEFORE = 8  # tokens of a prompt that the first new one is decoded with
@@ -36,3 +40,15 @@ class TextStream:
             return ""
         self._begin, self._said = self._said, len(self._tokens)
         return text[len(before) :]
+
+
+def texts_of(generation: "Generation", tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """What has been written after each prompt, each time that the next tokens are there."""
+    streams = [TextStream(tokenizer, tokens) for tokens in generation.prompts]
+    texts = [""] * len(streams)
+    for tokens in generation:
+        for i, token in enumerate(tokens):
+            texts[i] += "" if token is None else streams[i].add(token)
+            if generation.ended[i] is not None:
+                texts[i] += streams[i].end()
+        yield list(texts)

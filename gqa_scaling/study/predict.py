@@ -17,7 +17,7 @@ from gqa_scaling.study.build import run_interval
 from gqa_scaling.study.candidates import candidates, sizes_of
 from gqa_scaling.study.choices import Law
 from gqa_scaling.study.estimates import Estimates
-from gqa_scaling.study.fitted import Fit, plain
+from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads, Results, heads_of, pairs, pattern_of
 from gqa_scaling.study.uncertainty import interval
@@ -28,14 +28,14 @@ _SIZE = ("n_heads", "n_kv_heads", "n_layers", "d_model")
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The loss expected of a run, in nats, with the central 90% of a run and of its curve.
+class Expected:
+    """The loss expected of one size of a configuration, in nats, with the central 90% of a run and of
+    its curve.
 
-    `n` is counted as the fit counts. `beyond` says what the run goes beyond: "sizes" outside those
+    `n` is counted as the fit counts. `beyond` says what the size goes beyond: "sizes" outside those
     of its heads' curve, "heads" that no finished run has; "" where it lies among the finished runs.
     """
 
-    run: RunConfig
     heads: Heads
     n: float
     law: Law
@@ -43,6 +43,13 @@ class Prediction:
     run_interval: Interval
     curve_interval: Interval
     beyond: Beyond
+
+
+@dataclass(frozen=True)
+class Prediction(Expected):
+    """What is expected of a run."""
+
+    run: RunConfig
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, with all that tells this run from others."""
@@ -81,18 +88,18 @@ def predict(
         _require_like(run, results, finished)
         _require_reached(run, found, results)
     new = sorted({_heads(run) for run in runs} - set(found.fit.heads), key=str)
-    among = replace(found, fit=_of_new_heads(found.fit, results, new)) if new else found
+    among = of_new_heads(found, results, new) if new else found
     return tuple(_of_curve(run, among if _heads(run) in new else found) for run in runs)
 
 
-def _of_new_heads(fit: Fit, results: Results, new: Sequence[Heads]) -> Fit:
+def of_new_heads(found: Estimates, results: Results, new: Sequence[Heads]) -> Estimates:
     """The curves of heads that nobody trained, by one law for all and how far heads stray from it."""
     require(
         not any(map(pattern_of, new)),
         f"{results.source}: no finished run attends as {pairs(new)}: train that pattern once",
     )
-    how = {k: getattr(fit, k) for k in ("refits", "seed", "context_length")}
-    return candidates(results, new, **how).fit
+    how = {k: getattr(found.fit, k) for k in ("refits", "seed", "context_length")}
+    return replace(found, fit=candidates(results, new, **how).fit)
 
 
 def _heads(run: RunConfig) -> Heads:
@@ -154,27 +161,48 @@ def _require_reached(run: RunConfig, found: Estimates, results: Results) -> None
 
 def _of_curve(run: RunConfig, found: Estimates) -> Prediction:
     """From the curve of its own heads."""
-    fitted, n, heads = found.fit, float(n_exact(run.model)), _heads(run)
+    size = _heads(run), float(n_exact(run.model))
+    return Prediction(
+        **vars(expected(found, *size, run.context_length, float(training_tokens(run)))), run=run
+    )
+
+
+def expected(
+    found: Estimates,
+    heads: Heads,
+    n: float,
+    train_context: int | None = None,
+    tokens: float | None = None,
+) -> Expected:
+    """The loss at N = n, counted as the fit counts, on the curve of these heads, which it must have.
+
+    `train_context` and `tokens` are those of training, where runs tell what they do: by default those
+    that the curves are shown at. Raises UserError for heads or a context length without a curve.
+    """
+    fitted = found.fit
     k = fitted.index(heads)
     best, draws = fitted.curves.loss(k, n), fitted.draws.loss(k, n)
-    if found.context:
-        at = found.context.lengths.index(run.context_length)
+    if found.context and train_context is not None:
+        lengths = found.context.lengths
+        require(
+            train_context in lengths,
+            f"no finished run has a context length of {train_context:,} tokens, only "
+            f"{', '.join(f'{t:,}' for t in lengths)}",
+        )
+        at = lengths.index(train_context)
         best = best + found.context.delta[at]
         draws = draws + found.context.delta_draws[:, at]
-    if found.tokens:
-        tokens = float(training_tokens(run))
+    if found.tokens and tokens is not None:
         best = found.tokens.best.loss(k, n, tokens)[0]
         draws = found.tokens.draws.loss(k, n, tokens)
     low, high = sizes_of(fitted, k)
     known = (fitted.points.curve == k).any()
-    beyond: Beyond = "heads" if not known else "" if low <= n <= high else "sizes"
-    return Prediction(
-        run=run,
+    return Expected(
         heads=heads,
         n=n,
         law=fitted.law,
         loss=float(best),
         run_interval=run_interval(fitted, draws),
         curve_interval=interval(draws),
-        beyond=beyond,
+        beyond="heads" if not known else "" if low <= n <= high else "sizes",
     )

@@ -28,7 +28,8 @@ class Source:
     """The finished runs that a name stands for, and the question that they come with.
 
     `name` and `overrides` are as they were given. `experiment`, and `root`, the folder of all runs,
-    are None for runs of others. `without` is what was left out of both runs and grid, as it was named.
+    are None for runs of others; `root` also for an experiment without a module, which no command can
+    name. `without` is what was left out of both runs and grid, as it was named.
     """
 
     name: str
@@ -61,11 +62,14 @@ def named(what: str, name: str, heads: Heads) -> bool:
 
 
 def read_source(
-    name: str, overrides: Sequence[str], folder: str | None, without: Sequence[str] = ()
+    name: str | Experiment,
+    overrides: Sequence[str],
+    folder: str | None,
+    without: Sequence[str] = (),
 ) -> Source:
     """Read the runs of an experiment, of a CSV file, or the published ones.
 
-    `overrides` change an experiment's fields. `folder` is that of the runs that was given, as in
+    `name` is as on the command line, or an experiment that was declared in Python. `overrides` change an experiment's fields. `folder` is that of the runs that was given, as in
     `runs_root`: others' data needs none, and is read where there can be none. `without` names runs and
     configurations to leave out (`named`); what that leaves out is said in the flags of every fit.
     Raises UserError as `load_experiment`, `from_runs` and `from_csv` do, for overrides of anything but
@@ -80,11 +84,11 @@ def read_source(
         fewer = replace(whole, without=(what,)).grid != whole.grid
         require(
             any(found) or fewer,
-            f"{name}: --without {what} names no run or configuration; there are "
+            f"{whole.name}: --without {what} names no run or configuration; there are "
             f"{pairs(sorted(set(r.heads), key=str))} and runs such as {r.name[0]}",
         )
     keep = ~np.any(marks, axis=0)
-    require(bool(keep.any()), f"{name}: --without {' '.join(without)} leaves out every run")
+    require(bool(keep.any()), f"{whole.name}: --without {' '.join(without)} leaves out every run")
     gone, known = r.name[~keep].tolist(), {run.name for run in source.grid}
     left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))
     said = f"left out by --without {' '.join(without)}: {len(gone)} runs ({listed(gone, 4)})"
@@ -95,7 +99,13 @@ def read_source(
     return replace(source, results=replace(left, left_out=said), question=question)
 
 
-def _read(name: str, overrides: Sequence[str], folder: str | None) -> Source:
+def _read(name: str | Experiment, overrides: Sequence[str], folder: str | None) -> Source:
+    if isinstance(name, Experiment):
+        require(
+            not overrides, f"{name.name} is declared here: change its runs instead of overrides"
+        )
+        results = from_runs(runs_root(folder), name.name, name.runs)
+        return Source(name.name, (), results, name.question, name)
     if is_experiment(name):
         root = runs_root(folder)
         experiment = load_experiment(name, overrides, root)

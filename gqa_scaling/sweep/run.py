@@ -145,6 +145,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     stores = check(experiment, root)
     keep_compiled(cache_folder() / "compiled" if is_remote(root) else root / ".compiled")
     left, done, failed, found = list(experiment.runs), 0, 0, experiment.trunks
+    grid = experiment.declared or experiment.runs
     longest = LONGEST_PAUSE if is_remote(root) else 1
     pause, announced = 1, set[str]()
     while left:
@@ -167,7 +168,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             with claim(directory.claim_file) if leads else nullcontext(False) as mine:
                 if not processes.leaders(mine):
                     elsewhere.append(run)
-                elif _finish(run, directory, stores[run.data.store_path], trunk):
+                elif _finish(run, directory, stores[run.data.store_path], trunk, grid):
                     done += 1
                 else:
                     failed += 1
@@ -230,9 +231,13 @@ def _stop_if_told(run: RunConfig) -> None:
 
 
 def _finish(
-    run: RunConfig, directory: RunDirectory, store: TokenStore, trunk: Trunk | None
+    run: RunConfig,
+    directory: RunDirectory,
+    store: TokenStore,
+    trunk: Trunk | None,
+    grid: tuple[RunConfig, ...],
 ) -> bool:
-    """Do what is left of one run; whether it then has its result. Raises as `run_sweep` does."""
+    """Do what is left of one run of a grid; whether it then has its result. Raises as `run_sweep` does."""
     from gqa_scaling.devices import processes
     from gqa_scaling.training.loop import reevaluate, train
 
@@ -241,7 +246,7 @@ def _finish(
         return False
     try:
         if left == _Left.TRAINING:
-            train(run, directory, store, trunk)
+            train(run, directory, store, trunk, grid=grid)
         elif left == _Left.EVALUATION:
             reevaluate(run, directory, store, trunk)
         if processes.is_leader():

@@ -22,6 +22,10 @@ from gqa_scaling.text import NeedleForm
 from gqa_scaling.training.setup import Setup, at_length
 
 POSITION_PARTS = 32  # of the context, for which losses are told apart
+# What is measured during training, where a run does not say how often: the last of the points is the
+# result itself. Together they cost no more than this share of the training, on two cores as on a pod.
+POINTS = 8
+SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,29 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+def is_measured(setup: Setup, step: int) -> bool:
+    """Whether the loss is measured after this step, counted from 1, while the run trains."""
+    every = setup.run.evaluation.every_steps or -(-setup.steps // POINTS)
+    return step % every == 0 and step < setup.steps
+
+
+def targets_of_a_point(setup: Setup) -> int | None:
+    """How many targets one such measurement may take; None for all, as where a run says how often.
+
+    A target costs a third of what training on a token does.
+    """
+    if setup.run.evaluation.every_steps:
+        return None
+    return math.floor(SHARE * 3 * setup.tokens / (POINTS - 1))
+
+
 def evaluator(
     setup: Setup, store: TokenStore, context: int | None = None
-) -> Callable[[Any], Evaluation]:
+) -> Callable[..., Evaluation]:
     """A function from parameters to the loss on the run's evaluation stream, compiled once.
 
-    The stream is cut into the run's context length, or into another `context`: the same targets,
+    Its second argument is how many targets to measure at most, spread evenly over the stream, though
+    never less than a batch; None: all. The stream is cut into the run's context length, or into another `context`: the same targets,
     each counted once. Batches are as large as a training microbatch, the last one filled up
     with a repeated row that is not counted. Sums are taken on the host in float64, in order.
     """
@@ -73,7 +94,6 @@ def evaluator(
     chunks = heldout_chunks(store, run.context_length, judged.tokens, longest)
     stream = evaluation_hash(store, judged.tokens, longest)
     rows = run.batch_size // run.parallel.accumulation  # a batch this size is known to fit
-    targets = len(chunks) * run.context_length
 
     layout = BatchLayout(mesh, rows, run.context_length)
     order = zigzag(np.arange(run.context_length), mesh.shape["context"])
@@ -93,21 +113,26 @@ def evaluator(
         counted = jnp.arange(rows)[:, None] < rows_left
         return nll_BT.sum(1), jnp.where(counted, nll_BT, 0).sum(0)
 
-    def evaluate(parameters: Any) -> Evaluation:
+    def evaluate(parameters: Any, most: int | None = None) -> Evaluation:
         total, by_position = 0.0, np.zeros(run.context_length)
-        for start in range(0, len(chunks), rows):
-            index = np.arange(start, start + rows).clip(max=len(chunks) - 1)
+        count = len(chunks)
+        if most is not None:
+            count = min(count, max(rows, most // run.context_length))
+        chosen = np.linspace(0, len(chunks) - 1, count).round().astype(int)
+        for start in range(0, count, rows):
+            index = chosen[np.arange(start, start + rows).clip(max=count - 1)]
             tokens = [
                 chunks[index[of.start : of.stop], time.start : time.stop + 1]
                 for of, time in layout.pieces
             ]
-            left = len(chunks) - start
+            left = count - start
             sums, column_sums = jax.device_get(nll(parameters, left, *layout.place(tokens)))
             total += float(sums[:left].sum(dtype=np.float64))
             by_position[order] += column_sums
+        targets = count * run.context_length
         loss = total / targets
         bits = loss / math.log(2) / store.heldout_bytes_per_token
-        parts = np.array_split(by_position / len(chunks), min(POSITION_PARTS, run.context_length))
+        parts = np.array_split(by_position / count, min(POSITION_PARTS, run.context_length))
         means = tuple(float(part.mean()) for part in parts)
         return Evaluation(loss, bits, targets, stream, run.context_length, means)
 

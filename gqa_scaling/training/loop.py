@@ -32,7 +32,12 @@ from gqa_scaling.files.checksums import is_saved
 from gqa_scaling.files.runs import RunDirectory, parent_directory
 from gqa_scaling.training.averaging import averaged_steps, parameters_to_judge
 from gqa_scaling.training.branching import branch_off
-from gqa_scaling.training.evaluation import Evaluation, evaluator
+from gqa_scaling.training.evaluation import (
+    Evaluation,
+    evaluator,
+    is_measured,
+    targets_of_a_point,
+)
 from gqa_scaling.training.judging import judge
 from gqa_scaling.training.monitor import History, Monitor, saved_history
 from gqa_scaling.training.profiler import Profiler
@@ -64,11 +69,12 @@ def train(
     store: TokenStore,
     trunk: Trunk | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    grid: Sequence[RunConfig] = (),
 ) -> None:
     """Train and evaluate the run in its directory, from its last checkpoint if there is one, else from
     a state that another run of its `trunk` keeps.
 
-    Its result.json is then on disk. Called by every process of a job; the first one writes. Raises
+    Its result.json is then on disk. `grid` are the runs that TensorBoard is to compare it with. Called by every process of a job; the first one writes. Raises
     UserError when run, data and directory do not go together, NonFiniteLoss or LastingSpike when
     training diverges, Preempted once the state is saved. Speeds are measured by the clock, in
     seconds.
@@ -94,7 +100,7 @@ def train(
             always = [*averaged_steps(run), *shared]
             with open_checkpoints(directory.checkpoints, keep, always) as checkpoints:
                 attempt = _Attempt(
-                    setup, directory, store, data, checkpoints, evaluate, clock, trunk
+                    setup, directory, store, data, checkpoints, evaluate, grid, clock, trunk
                 )
                 parameters, history = attempt.train(began)
             position = _position(run, setup.steps, history)
@@ -105,7 +111,7 @@ def train(
         value = judge(setup, store, directory, evaluate, parameters)
     if processes.is_leader():
         metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
-        write_hparams(directory, setup, metrics)
+        write_hparams(directory, setup, metrics, grid)
         write_further(directory, value)
         result = _result(setup, store, history, value)
         directory.finish(result, _timing(setup, directory), trunk.kept_steps(run) if trunk else ())
@@ -170,7 +176,8 @@ class _Attempt:
     store: TokenStore
     data: TrainingData
     checkpoints: Checkpoints
-    evaluate: Callable[[Any], Evaluation]
+    evaluate: Callable[..., Evaluation]
+    grid: Sequence[RunConfig]
     clock: Callable[[], float]
     trunk: Trunk | None
 
@@ -231,7 +238,7 @@ class _Attempt:
             Telemetry(self.directory, start.step, leader) as telemetry,
             Profiler(run, self.directory, leader) as profiler,
         ):
-            telemetry.introduce(setup)
+            telemetry.introduce(setup, self.grid)
             speed = Speed(setup, self.clock)
             monitor = Monitor(
                 setup, self.data, self.checkpoints, telemetry, speed, history, start.step
@@ -243,10 +250,9 @@ class _Attempt:
                 self.checkpoints.check()
                 monitor.dispatched(step, metrics)
                 stop = processes.preempted() and step < steps
-                every = run.evaluation.every_steps
-                if every and step % every == 0 and step < steps:
+                if is_measured(setup, step):
                     with monitor.outside_steps("evaluation"):
-                        loss = self.evaluate(state[0]).loss
+                        loss = self.evaluate(state[0], targets_of_a_point(setup)).loss
                     telemetry.log(step, {"evaluation/loss": loss})
                 due = step % run.checkpoint.every_steps == 0 and step < steps
                 if stop or due or step in shared:

@@ -3,17 +3,19 @@
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams, scalar
 
-from gqa_scaling.costs import n_exact
+from gqa_scaling.config import RunConfig
+from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import SCHEMES, GrowingFile, as_path, is_remote
@@ -21,6 +23,7 @@ from gqa_scaling.training.evaluation import Evaluation
 from gqa_scaling.training.setup import Setup
 
 FLUSH_SECONDS = 5.0
+FIRST_COLUMNS = ("n_heads", "n_kv_heads", "N")  # of the HParams tab
 FINAL_METRICS = ("evaluation/loss", "evaluation/bits_per_byte")
 REMOTE_FLUSH_SECONDS = 30.0  # a flush puts the whole file there again
 
@@ -92,10 +95,10 @@ class Telemetry:
             self._file = GrowingFile(file) if self._remote else open(file, "ab")  # noqa: SIM115
             self._board = TensorBoard(directory, start_step + 1 if start_step else None)
 
-    def introduce(self, setup: Setup) -> None:
-        """Have TensorBoard's HParams tab show the run while it trains."""
+    def introduce(self, setup: Setup, grid: Sequence[RunConfig] = ()) -> None:
+        """Have TensorBoard's HParams tab show the run while it trains, beside those of its grid."""
         if self._writes:
-            for summary in hparams(_hyperparameters(setup), dict.fromkeys(FINAL_METRICS, 0.0))[:2]:
+            for summary in _compared(setup.run, grid)[:2]:
                 self._board.summary(summary)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -134,10 +137,15 @@ class Telemetry:
         self._board.close()
 
 
-def write_hparams(directory: RunDirectory, setup: Setup, metrics: Mapping[str, float]) -> None:
-    """Write what TensorBoard's HParams tab compares runs by, and the final metrics."""
+def write_hparams(
+    directory: RunDirectory,
+    setup: Setup,
+    metrics: Mapping[str, float],
+    grid: Sequence[RunConfig] = (),
+) -> None:
+    """Write what TensorBoard's HParams tab compares the runs of a grid by, and the final metrics."""
     board = TensorBoard(directory)
-    for summary in hparams(_hyperparameters(setup), dict(metrics)):
+    for summary in _compared(setup.run, grid):
         board.summary(summary)
     board.scalars(setup.steps, metrics)
     board.close()
@@ -158,19 +166,53 @@ def write_further(directory: RunDirectory, value: Evaluation) -> None:
     board.close()
 
 
-def _hyperparameters(setup: Setup) -> dict[str, Any]:
-    run, model = setup.run, setup.run.model
+def _compared(run: RunConfig, grid: Sequence[RunConfig]) -> tuple[Summary, Summary, Summary]:
+    """What the HParams tab is told: its columns, this run's values, and that it has ended.
+
+    It takes its columns from one run, any, and shows five of them and the metrics: those marked as
+    differing, then the rest, each by name. So all runs of a grid name the same ones, and mark
+    `FIRST_COLUMNS`.
+    """
+    own = _hyperparameters(run)
+    told = _columns([_hyperparameters(other) for other in grid]) or list(own)
+    metrics = dict.fromkeys(FINAL_METRICS, 0.0)
+    columns, _, ended = hparams({name: own[name] for name in told}, metrics)
+    plugin = columns.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in FIRST_COLUMNS
+    plugin.content = content.SerializeToString()
+    return columns, hparams(own, {})[1], ended
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells runs apart: of `FIRST_COLUMNS` those that differ, and what else differs between runs of
+    one size and heads. What follows from the size, as learning rates mostly do, would hide the loss."""
+    alike: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row[name] for name in FIRST_COLUMNS), []).append(row)
+
+    def differs(name: str) -> bool:
+        groups = [rows] if name in FIRST_COLUMNS else alike.values()
+        return any(len({row[name] for row in group}) > 1 for group in groups)
+
+    return [name for name in (rows[0] if rows else ()) if differs(name)]
+
+
+def _hyperparameters(run: RunConfig) -> dict[str, Any]:
+    """What runs are told apart by."""
+    model = run.model
     return {
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
         "n_heads": model.n_heads,
         "n_kv_heads": model.n_kv_heads,
+        "N": n_exact(model),
         "pattern": model.pattern.label if model.pattern else "dense",
-        "head_dim": model.head_dim,
         "context_length": run.context_length,
-        "batch_tokens": run.batch_tokens,
-        "tokens": setup.tokens,
+        "tokens": training_tokens(run),
         "learning_rate": run.optimizer.learning_rate,
-        "n_exact": n_exact(model),
         "seed": run.seed,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "head_dim": model.head_dim,
+        "batch_tokens": run.batch_tokens,
     }

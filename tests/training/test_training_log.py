@@ -51,7 +51,13 @@ def train_and_copy(name: str, old: bool) -> None:
     def copying_evaluator(*args: object) -> Callable:
         evaluate = make(*args)
         judged = f"{name}-judged"
-        return lambda parameters: (shutil.copytree(directory.path, judged), evaluate(parameters))[1]
+
+        def copying(parameters: object, *most: int) -> object:
+            if not most:  # as it is called during training
+                shutil.copytree(directory.path, judged)
+            return evaluate(parameters, *most)
+
+        return copying
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", copying_save)

@@ -29,6 +29,7 @@ from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import make_folder
+from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop, step
 from gqa_scaling.training.evaluation import evaluator
@@ -104,7 +105,7 @@ def test_loss_is_the_mean_over_every_held_out_target() -> None:
 
 
 def test_training_lowered_the_loss() -> None:
-    lines = finished().metrics()
+    lines = [line for line in finished().metrics() if "learning/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert lines[-1]["learning/loss"] < 0.8 * lines[0]["learning/loss"]
     assert lines[0]["learning/loss"] == pytest.approx(math.log(264), abs=1)
@@ -116,17 +117,28 @@ def test_tensorboard_shows_the_known_tags_and_hparams() -> None:
     for tag in ("learning/loss", "learning/grad_norm", "perf/step_time_seconds", "evaluation/loss"):
         assert tag in tags
     losses = [e.value for e in events.Scalars("learning/loss")]
-    assert losses == pytest.approx([m["learning/loss"] for m in finished().metrics()])
+    logged = [m["learning/loss"] for m in finished().metrics() if "learning/loss" in m]
+    assert losses == pytest.approx(logged)
+    measured = events.Scalars("evaluation/loss")  # seven while it trained, then the result
+    assert [e.step for e in measured] == [*range(3, 24, 3), 24]
+    value = finished().result()["result"]["evaluations"][tiny_run().evaluation_digest]
+    assert measured[-1].value == pytest.approx(value["loss"])
+    assert measured[-2].value == pytest.approx(value["loss"], abs=0.2)
+    assert measured[-2].value < measured[0].value
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
-def test_tracing_steps_changes_no_result() -> None:
-    run = tiny_run(profile="12:14")
+def test_tracing_steps_and_measuring_nothing_on_the_way_change_no_result() -> None:
+    never = dataclasses.replace(tiny_run().evaluation, every_steps=1000)
+    run = tiny_run(profile="12:14", evaluation=never)
     traced = dataclasses.replace(experiment(run), name="traced")
     assert sweep.run_sweep(traced, Path("runs")).exit_code == 0
     directory = run_directory("runs", "traced", run)
     assert traced_steps(directory.path) == [12, 13, 14]
-    assert directory.result()["result"] == finished().result()["result"]
+    assert not any("evaluation/loss" in line for line in directory.metrics())
+    result = directory.result()["result"]
+    result["config"]["evaluation"]["every_steps"] = 0
+    assert result == finished().result()["result"]
 
 
 def test_a_second_sweep_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +181,20 @@ def test_runs_of_all_context_lengths_are_judged_by_the_same_targets() -> None:
     assert values[0].hash == values[1].hash == evaluation_hash(store(), 1000, 256)
 
 
+def test_a_part_of_the_targets_is_spread_evenly_and_holds_a_batch_at_least() -> None:
+    setup = set_up(tiny_run())
+    with jax.set_mesh(setup.mesh):
+        evaluate, parameters = evaluator(setup, store()), initial_state(setup)[0]
+        whole, part, least = (evaluate(parameters, most) for most in (None, 320, 1))
+        assert evaluate(parameters, 1024) == whole
+    rows = heldout_chunks(store(), 32, 1024, 32)
+    assert (whole.targets, part.targets, least.targets) == (1024, 320, 4 * 32)
+    chosen = [0, 3, 7, 10, 14, 17, 21, 24, 28, 31]  # of 32 rows
+    model = nnx.merge(setup.graph, parameters)
+    nll = per_position_nll(model, rows[chosen, :-1], rows[chosen, 1:])
+    assert part.loss == pytest.approx(float(nll.mean()), rel=1e-5)
+
+
 def test_a_torn_compiled_program_is_removed(tmp_path: Path) -> None:
     whole, torn = tmp_path / "a-cache", tmp_path / "b-cache"
     for entry in (whole, torn):
@@ -205,7 +231,9 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
 ) -> None:
     trained = []
 
-    def train(run: RunConfig, directory: RunDirectory, store: TokenStore, *_: object) -> None:
+    def train(
+        run: RunConfig, directory: RunDirectory, store: TokenStore, *_: object, **__: object
+    ) -> None:
         trained.append(run.name)
         if run.name == "bad":
             raise RuntimeError("out of luck")
@@ -220,7 +248,7 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
     assert sweep.run_sweep(grid, tmp_path).exit_code == 1
     assert trained == ["bad", "good"]  # a failed run is not tried again by itself
     monkeypatch.setattr(
-        loop, "train", lambda r, *rest: train(dataclasses.replace(r, name="x"), *rest)
+        loop, "train", lambda r, d, s, *_, **__: train(dataclasses.replace(r, name="x"), d, s)
     )
     sweep.forget_failures(grid, tmp_path)
     assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
@@ -253,7 +281,9 @@ def test_a_run_held_elsewhere_is_said_once_and_looked_for_less_and_less_often(
         looks.append(slept)
         return hold(file)
 
-    def train(run: RunConfig, directory: RunDirectory, store: TokenStore, *_: object) -> None:
+    def train(
+        run: RunConfig, directory: RunDirectory, store: TokenStore, *_: object, **__: object
+    ) -> None:
         directory.finish({"evaluations": {run.evaluation_digest: {}}}, {})
 
     monkeypatch.setattr(loop, "train", train)

@@ -183,7 +183,7 @@ def test_a_study_is_read_and_written_there(bucket):
 
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_trained(place, capsys, monkeypatch):
-    monkeypatch.setattr("gqa_scaling.training.loop.train", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr("gqa_scaling.training.loop.train", lambda *a, **k: pytest.fail("trained"))
     monkeypatch.setattr("gqa_scaling.devices.processes.join", lambda alone: None)  # once a process
     monkeypatch.setenv("GQA_SCALING_RUNS", "s3://nowhere-at-all/runs")
     assert (

@@ -14,8 +14,9 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 from training_kit import tiny_run, traced_steps
 
-from gqa_scaling.config import UserError
+from gqa_scaling.config import OptimizerConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.costs import n_exact
 from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.files.storage import sizes
 from gqa_scaling.sweep.plan import check_profile
@@ -24,13 +25,26 @@ from gqa_scaling.training.setup import set_up
 from gqa_scaling.training.telemetry import FINAL_METRICS, Telemetry, write_hparams
 
 
-def session_groups(folder):
-    """What the backend of the HParams tab tells of a folder of runs, by the run's name."""
+def backend(folder):
+    """The backend of the HParams tab, reading a folder of runs."""
     runs = EventMultiplexer().AddRunsFromDirectory(str(folder))
     runs.Reload()
-    told = Context(
+    return Context(
         SimpleNamespace(data_provider=MultiplexerDataProvider(runs, str(folder)), sampling_hints={})
     )
+
+
+def columns(folder):
+    """The columns that it shows: what runs are told apart by, and by what they are judged."""
+    told, context = backend(folder), RequestContext()
+    tags = told.hparams_metadata(context, "")
+    found = told.experiment_from_metadata(context, "", True, tags, None)
+    return [i.name for i in found.hparam_infos], [i.name.tag for i in found.metric_infos]
+
+
+def session_groups(folder):
+    """What it tells of the runs, by name."""
+    told = backend(folder)
     every = api_pb2.ListSessionGroupsRequest(
         start_index=0, slice_size=100, allowed_statuses=api_pb2.Status.values()
     )
@@ -44,7 +58,7 @@ def test_hparams_of_all_runs_of_a_folder_are_shown_together(tmp_path):
     for name, run, loss in (("dense", dense, 2.25), ("sparse", sparse, 2.5)):
         directory = RunDirectory(tmp_path / name)
         directory.path.mkdir()
-        write_hparams(directory, set_up(run), dict.fromkeys(FINAL_METRICS, loss))
+        write_hparams(directory, set_up(run), dict.fromkeys(FINAL_METRICS, loss), (dense, sparse))
     (tmp_path / "training").mkdir()
     with Telemetry(RunDirectory(tmp_path / "training"), 0) as telemetry:
         telemetry.introduce(set_up(replace(dense, seed=2)))
@@ -65,6 +79,39 @@ def test_hparams_of_all_runs_of_a_folder_are_shown_together(tmp_path):
     ended = {name: group.sessions[0].status for name, group in found.items()}
     assert ended["dense"] == api_pb2.STATUS_SUCCESS
     assert ended["training"] == api_pb2.STATUS_UNKNOWN  # it has not ended
+
+
+@pytest.mark.parametrize("only", [range(4), [0], [3, 1]])
+def test_hparams_of_a_grid_are_its_heads_size_and_loss_without_what_is_the_same(tmp_path, only):
+    small, model = tiny_run(), tiny_run().model
+    grid = [
+        replace(
+            small,
+            name=f"{d}-{kv}",
+            model=replace(model, d_model=d, n_kv_heads=kv),
+            optimizer=OptimizerConfig(learning_rate=1 / d),
+        )
+        for d in (16, 32)
+        for kv in (1, 2)
+    ]
+    grid.append(replace(grid[0], name="again", optimizer=OptimizerConfig(learning_rate=0.5)))
+    for i in only:
+        directory = RunDirectory(tmp_path / grid[i].name)
+        directory.path.mkdir()
+        with Telemetry(directory, 0) as telemetry:
+            telemetry.introduce(set_up(grid[i]), grid)
+        assert columns(tmp_path) == (["N", "n_kv_heads", "learning_rate"], list(FINAL_METRICS))
+        write_hparams(directory, set_up(grid[i]), dict.fromkeys(FINAL_METRICS, 2.0), grid)
+    assert columns(tmp_path) == (["N", "n_kv_heads", "learning_rate"], list(FINAL_METRICS))
+    assert FINAL_METRICS[0] == "evaluation/loss"
+    sizes = {name: g.hparams["N"].number_value for name, g in session_groups(tmp_path).items()}
+    assert sizes == {grid[i].name: n_exact(grid[i].model) for i in only}
+
+
+def test_hparams_of_a_run_without_a_grid_are_all_its_size_and_heads_first(tmp_path):
+    write_hparams(RunDirectory(tmp_path), set_up(tiny_run()), {})
+    assert columns(tmp_path)[0][:3] == ["N", "n_heads", "n_kv_heads"]
+    assert "head_dim" in columns(tmp_path)[0]
 
 
 # -------------------------------------------------------------------------------------- traces

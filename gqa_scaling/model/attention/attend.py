@@ -11,10 +11,10 @@ are gathered, and each device answers its own queries.
 """
 
 import functools
+import importlib
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -119,19 +119,17 @@ class _Plan:
     interpret: bool
 
     def function(self, name: str, kind: HeadPattern) -> Callable:
-        """The function called `name`, forward or backward, for heads of one kind (see `shard`)."""
+        """The function called `name`, forward or backward, for heads of one kind (see `shard`).
+
+        An implementation is the module of its name, loaded when it is asked for.
+        """
         if self.implementation == "blockwise":
             return getattr(blockwise if kind == DENSE else sparse, name)
-        kernels: ModuleType
-        if self.implementation == "splash":
-            from gqa_scaling.model.attention import splash
-
-            kernels = splash
-        else:
-            from gqa_scaling.model.attention import triton
-
-            kernels = triton
-        return functools.partial(getattr(kernels, name), interpret=self.interpret)
+        module = importlib.import_module(f"{__package__}.{self.implementation}")
+        function = getattr(module, name)
+        if self.implementation not in KERNEL_PLATFORM:
+            return function
+        return functools.partial(function, interpret=self.interpret)
 
 
 def _plan(

@@ -24,6 +24,13 @@ from gqa_scaling.study.uncertainty import LEVEL
 @draw.styled
 def heat_map(among: Candidates, results: Results, answers: Frontier) -> Figure:
     """The cheapest configuration over loss and context, written into the map of its saving."""
+    figure, axis = draw.frame(8.6, 4.4)
+    heat_map_on(axis, among, results, answers)
+    return figure
+
+
+def heat_map_on(axis: Axes, among: Candidates, results: Results, answers: Frontier) -> None:
+    """The same on given axes, from whose figure its colour bar takes a strip."""
     name = OBJECTIVES[answers.objective]
     fit = among.fit
     ends = [fit.curves.loss(k, np.array(fit.points.range_n(k))) for k in trained_curves(fit)]
@@ -36,7 +43,6 @@ def heat_map(among: Candidates, results: Results, answers: Frontier) -> Figure:
     cells = [[whole.at(loss, context) for context in contexts] for loss in losses]
     saved = 100 * np.array([[a.best.saving[answers.objective] for a in row] for row in cells])
     short, codes = draw.short_names(among.heads)
-    figure, axis = draw.frame(8.6, 4.4)
     shown = np.ma.masked_invalid(saved)
     bottom, top = colour_scale(shown.compressed())
     image = axis.imshow(shown, aspect="auto", origin="lower", cmap="cividis", vmin=bottom, vmax=top)
@@ -59,10 +65,9 @@ def heat_map(among: Candidates, results: Results, answers: Frontier) -> Figure:
         title=f"Cheapest (heads, KV) by {name}, its probability, and how many tie with it\n"
         "~ its size lies outside the fitted ones",
     )
-    bar = figure.colorbar(image, ax=axis, pad=0.01)
+    bar = axis.figure.colorbar(image, ax=axis, pad=0.01)
     bar.set_label(f"{name} saved against {label(answers.baseline)} (%)")
     bar.outline.set_visible(False)
-    return figure
 
 
 def spread(first: int, last: int, most: int = 9) -> list[int]:
@@ -168,10 +173,16 @@ def _stacked_bars(
 @draw.styled
 def probabilities(fit: Fit, answers: Frontier) -> Figure:
     """How probable each configuration is to be the cheapest, one bar for each answer."""
+    figure, axis = draw.frame(8.2, 1.5 + 0.32 * len(answers.answers))
+    probabilities_on(axis, fit, answers)
+    return figure
+
+
+def probabilities_on(axis: Axes, fit: Fit, answers: Frontier) -> None:
+    """The same on given axes."""
     look = draw.looks([c.heads for c in answers.answers[0].choices])
     shown: list[Answer] = sorted(answers.answers, key=lambda a: (a.context, -a.loss))
     short, codes = draw.short_names(list(look))
-    figure, axis = draw.frame(8.2, 1.5 + 0.32 * len(shown))
     for i, answer in enumerate(shown):
         left = 0.0
         for choice in sorted(answer.choices, key=lambda c: -c.probability):
@@ -193,4 +204,3 @@ def probabilities(fit: Fit, answers: Frontier) -> Figure:
         xlabel=draw.explained("probability of being the cheapest (%)", codes),
         title=f"Decision probability over {fit.refits} refits, seed {fit.seed}",
     )
-    return figure

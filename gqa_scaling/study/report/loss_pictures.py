@@ -19,17 +19,15 @@ from gqa_scaling.study.sparsity import Sparsity
 from gqa_scaling.study.uncertainty import LEVEL, interval
 from gqa_scaling.units import quantity
 
+LOSS = "evaluation loss (nats per token)"
+
 
 @draw.styled
 def loss_curves(fit: Fit) -> Figure:
     """Loss against N by configuration, with fits and their 90% bands."""
     figure, axis = draw.frame(7.4, 4.2)
-    _curves(axis, fit, lambda n, heads: n)
-    axis.set(
-        xlabel=f"parameters N without embeddings ({fit.count})",
-        ylabel="evaluation loss (nats per token)",
-        title=f"Loss curves, law {fit.law}, with {LEVEL:.0%} bands of the curves",
-    )
+    losses_on(axis, fit)
+    axis.set_title(f"Loss curves, law {fit.law}, with {LEVEL:.0%} bands of the curves")
     draw.legend(figure, fit.heads, draw.looks(fit.heads))
     return figure
 
@@ -37,20 +35,27 @@ def loss_curves(fit: Fit) -> Figure:
 @draw.styled
 def loss_against_costs(fit: Fit, results: Results, answers: Frontier) -> Figure:
     """Loss against memory, FLOPs and Z at the longest context of the question."""
-    q = answers.question
-    context = max(q.contexts)
-    deployment = Deployment(family_of(results), q, context)
     figure, axes = draw.frames(10.4, 3.7, 3, share_y=True)
     for axis, kind in zip(axes, draw.COST_LABELS, strict=True):
-
-        def to_cost(n: np.ndarray, heads: Heads, kind: str = kind) -> np.ndarray:
-            return getattr(deployment.costs(n, heads), kind)
-
-        _curves(axis, fit, to_cost)
-        axis.set_xlabel(draw.COST_LABELS[kind].format(convention=q.convention))
-    axes[0].set(ylabel="evaluation loss (nats per token)", title=f"at context {context:,} tokens")
+        losses_against(kind, axis, fit, results, answers)
+        axis.set_ylabel("")
+    axes[0].set(ylabel=LOSS, title=f"at context {max(answers.question.contexts):,} tokens")
     draw.legend(figure, fit.heads, draw.looks(fit.heads))
     return figure
+
+
+def losses_on(axis: Axes, fit: Fit) -> None:
+    """Runs, fitted curves and bands of every configuration over N, labelled with its heads."""
+    _curves(axis, fit, lambda n, heads: n)
+    axis.set(xlabel=f"parameters N without embeddings ({fit.count})", ylabel=LOSS)
+
+
+def losses_against(kind: str, axis: Axes, fit: Fit, results: Results, answers: Frontier) -> None:
+    """The same over a cost, "memory", "flops" or "z", at the longest context of the question."""
+    q = answers.question
+    deployment = Deployment(family_of(results), q, max(q.contexts))
+    _curves(axis, fit, lambda n, heads: getattr(deployment.costs(n, heads), kind))
+    axis.set(xlabel=draw.COST_LABELS[kind].format(convention=q.convention), ylabel=LOSS)
 
 
 def _curves(axis: Axes, fit: Fit, to_x: Callable[[np.ndarray, Heads], np.ndarray]) -> None:
@@ -63,7 +68,7 @@ def _curves(axis: Axes, fit: Fit, to_x: Callable[[np.ndarray, Heads], np.ndarray
         axis.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
         axis.plot(x, fit.curves.loss(k, n), color=style["color"], linestyle=style["linestyle"])
         dots = style | {"linestyle": "none", "markeredgecolor": "white", "markeredgewidth": 0.5}
-        axis.plot(to_x(fit.points.n[mine], heads), fit.points.loss[mine], **dots)
+        axis.plot(to_x(fit.points.n[mine], heads), fit.points.loss[mine], label=pair(heads), **dots)
         edges += [float(x.min()), float(x.max())]
     axis.set_xlim(min(edges) / 1.12, max(edges) * 1.12)
     draw.decades_axis(axis)
@@ -113,23 +118,28 @@ def loss_against_heads(fit: Fit) -> Figure | None:
 @draw.styled
 def residuals(fit: Fit) -> Figure:
     """Loss minus curve of every point, with the noise of one run as a band."""
-    look = draw.looks(fit.heads)
     figure, axis = draw.frame(7.4, 3.6)
+    residuals_on(axis, fit)
+    axis.set_title("Residuals; grey: one standard deviation of a run")
+    draw.legend(figure, fit.heads, draw.looks(fit.heads))
+    return figure
+
+
+def residuals_on(axis: Axes, fit: Fit) -> None:
+    """The residuals of every configuration over N, labelled with its heads."""
+    look = draw.looks(fit.heads)
     axis.axhspan(-1e3 * fit.sigma, 1e3 * fit.sigma, color="#eeeeee", zorder=0)
     draw.zero_line(axis)
     for k, heads in enumerate(fit.heads):
         mine = fit.points.curve == k
-        dots = look[heads] | {"linestyle": "none"}
+        dots = look[heads] | {"linestyle": "none", "label": pair(heads)}
         axis.plot(fit.points.n[mine], 1e3 * fit.residual[mine], **dots)
     axis.set_xlim(fit.points.n.min() / 1.12, fit.points.n.max() * 1.12)
     draw.decades_axis(axis)
     axis.set(
         xlabel=f"parameters N without embeddings ({fit.count})",
         ylabel="loss minus curve (millinats)",
-        title="Residuals; grey: one standard deviation of a run",
     )
-    draw.legend(figure, fit.heads, look)
-    return figure
 
 
 @draw.styled

@@ -23,7 +23,14 @@ from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
 from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
 from gqa_scaling.study.report.forecasts import forecast_table
 from gqa_scaling.study.report.judged import judged_tables, needle_maps
-from gqa_scaling.study.report.pictures import NEEDLES, PICTURES, SHAPES, all_figures, rendered
+from gqa_scaling.study.report.pictures import (
+    NEEDLES,
+    PICTURES,
+    SHAPES,
+    all_figures,
+    cards,
+    rendered,
+)
 from gqa_scaling.study.report.sentences import model_text, sentence
 from gqa_scaling.study.report.shape_axes import loss_against_shape, shape_tables
 from gqa_scaling.study.report.table import Column, Table
@@ -64,14 +71,14 @@ def write_report(path: Path | str, study: Study, command: str = "") -> Path:
     """
     path = settled(as_path(path))
     written: dict[str, bytes] = {}
-    pictures, images = {}, {}
+    pictures = {}
     for name, (figure, caption) in all_figures(study).items():
         svg, png = rendered(figure)
         written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": png}
-        pictures[name], images[name] = _picture(svg, caption), png
+        pictures[name] = _picture(svg, caption)
     told = list(sections(study, pictures))
     tables = {heading: _markdown(parts) for heading, parts in told}
-    now, events = events_file(images, {name: text for name, text in tables.items() if text})
+    now, events = events_file(cards(study), {name: text for name, text in tables.items() if text})
     written[TENSORBOARD + now] = events
     written["results.csv"] = results_csv(study.results).encode()
     written["frontier.csv"] = frontier_csv(study.frontier).encode()
