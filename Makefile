@@ -17,13 +17,14 @@ TORCH  := $(abspath $(VENV))/transformers
 TORCH_OF_CPU ?= torch==2.13.0+cpu
 PYTHON_OF_XPK ?= python3.12
 PYTHON_OF_LOCK ?= python3.11
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
 
 # Linear algebra written for processors with AVX-512 cannot run on others.
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
 .PHONY: smoke test test-compiler test-slow test-tools torch test-transformers test-processors lint
 .PHONY: types bench bench-transformers lock clean accelerator
-.PHONY: test-haswell test-skylake test-zen test-sse test-avx2
+.PHONY: test-browser test-haswell test-skylake test-zen test-sse test-avx2
 
 smoke: $(READY)  ## train, forecast, fit and answer the smoke study; the second time only print the answer
 	$(BIN)/gqa-scaling prepare experiments.smoke
@@ -57,6 +58,11 @@ test-avx2: $(READY)
 
 test-tools: $(READY) $(TOOLS)/.ready  ## what SkyPilot and xpk themselves say of the renderings
 	GQA_SCALING_TOOLS=$(TOOLS) $(PYTEST) -m tools
+
+test-browser: $(READY)  ## the page of a report, moved in a browser without a window; needs Chromium or Chrome
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	echo "test-browser needs a browser on PATH, one of $(BROWSERS): apt install chromium"; exit 2
+	$(PYTEST) -m browser
 
 test-transformers: $(TORCH)/.ready  ## exports, imports and lm-eval, as PyTorch and transformers have them
 	$(TORCH)/bin/python -m pytest tests/inference

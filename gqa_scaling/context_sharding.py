@@ -199,11 +199,11 @@ class ContextSharding(Json):
             f"a pattern may have at most {MOST_PATTERN_HEADS:,} KV heads in all layers, not n_layers="
             f"{n_layers} times n_kv_heads={n_kv_heads}",
         )
-        sparse = itertools.cycle(self._sparse_layers(n_kv_heads))
+        sparse = itertools.cycle(self.sparse_layers(n_kv_heads))
         every_head_dense = (None,) * n_kv_heads
         return tuple(every_head_dense if k in dense else next(sparse) for k in range(n_layers))
 
-    def _sparse_layers(self, n_kv_heads: int) -> Iterator[LayerPattern]:
+    def sparse_layers(self, n_kv_heads: int) -> Iterator[LayerPattern]:
         """The sparse layers one after another, until they repeat."""
         n, stride = n_kv_heads - self.dense_kv_heads, self.stride or 1
         # The last heads of equal parts are dense, so that devices which share them have equal work.

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli, hardware
-from gqa_scaling.cli import bench, exchange, questions, runs, start, study
+from gqa_scaling.cli import bench, exchange, questions, report, runs, start, study
 from gqa_scaling.config import require
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.data.corpus import FETCHED
@@ -207,12 +207,14 @@ def try_gqa(words: list[str]) -> None:
         assert cli.main(words) == 0
         return
     source = getattr(args, "source", None) or args.experiment
+    if args.verb == "report" and source.endswith("/"):  # there are no pages
+        return
     if args.verb in ("generate", "judge"):  # there is no trained run
         source, _, name = source.rpartition(":")
         assert name in {run.name for run in load_experiment(source, rest).runs}
         return
     is_experiment = choices.is_experiment(source) and not Path(source).is_dir()
-    decides = args.verb in (*study.VERBS, *questions.VERBS)
+    decides = args.verb in (*study.VERBS, *report.VERBS, *questions.VERBS)
     quick = args.verb in ("plan", "status", "learning-rates") or decides
     if getattr(args, "compile", None) or getattr(args, "watch", False):
         quick = False

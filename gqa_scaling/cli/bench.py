@@ -115,7 +115,7 @@ def _bench(args: argparse.Namespace, rest: Sequence[str]) -> int:
         write_timings(path, timings)
         for row in rows:
             _say(row_line(row, machine))
-    write_atomic(path.with_suffix(".png"), rendered(timings_picture(timings))[1])
+    write_atomic(path.with_suffix(".png"), rendered(timings_picture(timings), "png"))
     shown = [row for row in timings.rows if key_of(row, row.phase) in asked]
     if args.json:
         print_json(to_json(replace(timings, rows=tuple(shown))))

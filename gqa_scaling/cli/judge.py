@@ -159,14 +159,14 @@ def _sentence(row: "Row") -> str:
 def _draw(row: "Row", directory: "RunDirectory") -> str | None:
     """The map of needles as a PNG file beside the result; None where none were asked for."""
     from gqa_scaling.files.storage import write_atomic
-    from gqa_scaling.study.report.judged import map_of
+    from gqa_scaling.study.report.loss_pictures import map_of
     from gqa_scaling.study.report.pictures import rendered
 
     figure = map_of([row])
     if figure is None:
         return None
     path = directory.path / PICTURE
-    write_atomic(path, rendered(figure)[1])
+    write_atomic(path, rendered(figure, "png"))
     return str(path)
 
 

@@ -1,16 +1,13 @@
-"""The verbs of a study: finished runs to a decision; its questions are in `questions`."""
+"""The verbs of a study: finished runs to a decision; its page is in `report`, questions in `questions`."""
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from gqa_scaling.baselines import LLAMA3, written_heads
 from gqa_scaling.cli.serving import add_costs, objective_of, serving_of
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
 from gqa_scaling.config import Question, UserError, between, require
-from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import PUBLISHED, Law
 
 if TYPE_CHECKING:
@@ -116,13 +113,6 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         action="store_true",
         help="the answer with lambda, alpha, beta, batch and bytes changed, one at a time",
-    )
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    _add_question(parser)
-    parser.add_argument(
-        "--output", help="the page (default: runs/NAME/report.html, or NAME-report/ beside a CSV)"
     )
 
 
@@ -305,73 +295,7 @@ def _frontier_aligned(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.study.judged import to_dict
-    from gqa_scaling.study.report.answers import frontier_answer
-    from gqa_scaling.study.report.estimates import wide_law_tables
-    from gqa_scaling.study.report.files import require_own, require_page, settled
-    from gqa_scaling.study.report.forecasts import forecast_table
-    from gqa_scaling.study.report.judged import judged_tables
-    from gqa_scaling.study.report.page import WRITTEN, write_judged, write_report
-    from gqa_scaling.study.report.sentences import training
-    from gqa_scaling.study.report.shape_axes import shape_tables
-    from gqa_scaling.study.report.table import shown
-    from gqa_scaling.study.report.tradeoffs import aligned_answer
-
-    path = _default_page(args) if args.output is None else as_path(args.output)
-    if args.output is not None:
-        require_page(args.output, path, WRITTEN)
-    path = settled(path)
-    require_own(path.parent, (path.name, *WRITTEN), as_path(args.source))
-    serving_of(args)  # what cannot be is said before anything is read
-    source = _source(args, rest)
-    _asked(args, source.question)
-    try:
-        study = _answer(args, source)
-    except UserError as error:  # too few runs for a law may still be worth reading
-        judged = [*shape_tables(source.results), *judged_tables(source.results)]
-        if not judged:
-            raise
-        write_judged(path, source.results, source.question, str(error), command=args.command)
-        if args.json:
-            print_json({"report": str(path), "judged": to_dict(source.results)})
-            return 0
-        print_table(shown(judged, [f"no law is fitted: {error}"]))
-        print(f"report: {path}")
-        return 0
-    found, answer = study.estimates, study.frontier
-    if found.tokens or args.train_context is not None or args.baseline_run is not None:
-        study = replace(study, aligned=_aligned(args, study.results, answer.question, found))
-    write_report(path, study, command=args.command)
-    if args.json:
-        whole = {"report": str(path), "frontier": answer.to_dict()}
-        print_json(whole | study.estimated())
-        return 0
-    for table in wide_law_tables(found):
-        print_table(table, "")
-    print_table(*([aligned_answer(study.aligned), ""] if study.aligned else []))
-    further = [*shape_tables(study.results), *judged_tables(study.results)]
-    print_table(frontier_answer(answer, further))
-    print(training(answer))
-    if study.forecasts:
-        print_table("", forecast_table(study.forecasts))
-    print(f"report: {path}")
-    return 0
-
-
-def _default_page(args: argparse.Namespace) -> Path:
-    """Where the page goes that no --output names: with the runs, or in a folder of the CSV file's."""
-    from gqa_scaling.experiment.load import folder_of
-    from gqa_scaling.files.runs import runs_root
-
-    path = as_path(args.source)
-    if path.suffix == ".csv":
-        return path.with_name(f"{path.stem}-report") / "report.html"
-    return runs_root(args.root) / folder_of(args.source) / "report.html"
-
-
 VERBS: dict[str, Verb] = {
     "fit": (_fit, "fit the loss laws to finished runs", _add_fit),
     "frontier": (_frontier, "the cheapest configuration for a loss and a context", _add_frontier),
-    "report": (_report, "write the study as one HTML page", _add_report),
 }

@@ -139,10 +139,7 @@ def _llama3(
         )
         raise AssertionError
     family = deployment.family
-    ends = np.log(backbone_size(*np.array(family.ladder, float).T))
-    reach = np.log(family.reach((_LLAMA3_KV, _LLAMA3_KV)))
-    x = np.linspace(reach[0], min(reach[1], ends.max() + 12), _GRID)
-    layers, width = shapes(np.exp(x), (0, 0), family.head_dim, family.ladder)
+    x, layers, width = llama3_sizes(family)
     n_heads = width / family.head_dim
     heads = np.stack([n_heads, np.minimum(n_heads, _LLAMA3_KV)], 1)
     losses = scale.losses(heads, np.exp(x), LLAMA3)
@@ -154,6 +151,14 @@ def _llama3(
     layers, width = (np.where(np.isfinite(n), v, np.inf) for v in (layers, width))
     costs = deployment.costs_of_shape(n, own, layers, width, deployment.context)
     return Reference(n, targets, costs)
+
+
+def llama3_sizes(family: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sizes of the published family within reach: ln N_b, ascending, and their layers and widths."""
+    ends = np.log(backbone_size(*np.array(family.ladder, float).T))
+    reach = np.log(family.reach((_LLAMA3_KV, _LLAMA3_KV)))
+    x = np.linspace(reach[0], min(reach[1], ends.max() + 12), _GRID)
+    return x, *shapes(np.exp(x), (0, 0), family.head_dim, family.ladder)
 
 
 def _crossing(x: np.ndarray, losses: np.ndarray, target: float) -> float:

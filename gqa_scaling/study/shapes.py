@@ -69,7 +69,7 @@ class Family:
         """`n_formula` of a model of this shape."""
         return n_formula(n_layers, d_model, heads[0], heads[1], self.head_dim)
 
-    def _ratio(self, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
+    def ratio(self, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
         """ln N, ascending, and the ratio of `n_formula` to N there."""
         if heads in self.ratios:
             return self.ratios[heads]
@@ -87,12 +87,12 @@ class Family:
 
     def to_formula(self, n: np.ndarray | float, heads: Heads) -> np.ndarray:
         """`n_formula` of a model that the fit counts as n."""
-        log_n, formula = self._ratio(heads)
+        log_n, formula = self.ratio(heads)
         return n * np.interp(np.log(np.where(np.isfinite(n), n, 1.0)), log_n, formula)
 
     def from_formula(self, n: np.ndarray | float, heads: Heads) -> np.ndarray:
         """The fit's own count of a model whose `n_formula` is n."""
-        log_n, formula = self._ratio(heads)
+        log_n, formula = self.ratio(heads)
         return n / np.interp(np.log(n), log_n + np.log(formula), formula)
 
     def shape(self, n: np.ndarray | float, heads: Heads) -> tuple[np.ndarray, np.ndarray]:

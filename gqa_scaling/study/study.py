@@ -9,6 +9,7 @@ from gqa_scaling.study.equal_training import EqualTraining
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
+from gqa_scaling.study.histories import NO_HISTORIES, Histories
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.scores import NO_FORECASTS, Forecasts
 from gqa_scaling.study.sensitivity import Sensitivity, sensitivity
@@ -20,7 +21,7 @@ class Study:
     """All that is shown of a study; `aligned` are its answers at equal training FLOPs, if any.
 
     `candidates` have the curves of what is ranked, where these are more than were estimated.
-    `forecasts` are those of the experiment's runs; others' runs have none.
+    `forecasts` and `histories` are those of the experiment's runs; others' runs have none.
     """
 
     results: Results
@@ -29,6 +30,7 @@ class Study:
     aligned: EqualTraining | None = None
     candidates: Candidates | None = None
     forecasts: Forecasts = NO_FORECASTS
+    histories: Histories = NO_HISTORIES
 
     @property
     def fit(self) -> Fit:

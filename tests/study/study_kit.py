@@ -23,9 +23,9 @@ from gqa_scaling.study.models import LAWS, Model
 from gqa_scaling.study.points import Points
 from gqa_scaling.study.reading import from_text
 from gqa_scaling.study.report import answers, estimates
-from gqa_scaling.study.report.page import write_report
 from gqa_scaling.study.report.sentences import training
 from gqa_scaling.study.report.tradeoffs import aligned_answer, sparsity_table
+from gqa_scaling.study.report.write import write_report
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.solver import refit, solve_point

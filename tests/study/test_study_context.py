@@ -20,7 +20,6 @@ from gqa_scaling.study.flatness import flatness
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import cells
 from gqa_scaling.study.reading import published
-from gqa_scaling.study.report import page
 from gqa_scaling.study.results import table
 
 TRUTH = {(1, 1): (1.3e8, 0.20), (4, 1): (9.0e7, 0.215), (8, 8): (7.5e7, 0.227)}
@@ -300,15 +299,14 @@ def test_one_named_length_is_fitted_alone_and_still_tested(csv, capsys):
     assert "12 points" in out
 
 
-def test_frontier_and_report_take_runs_of_several_lengths(csv, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "all_figures", lambda *_: {})  # they take seconds
+def test_frontier_and_report_take_runs_of_several_lengths(csv, capsys, tmp_path):
     ask = ["--refits", "100", "--contexts", "131072"]
     assert cli.main(["frontier", str(csv), *ask]) == 0
     assert "every run brought there by its delta(T)" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["frontier", str(csv), *ask, "--align", "training"]) == 2
     assert "need a token law" in capsys.readouterr().err
     path = tmp_path / "report.html"
-    assert cli.main(["report", str(csv), *ask, "--output", str(path)]) == 0
+    assert cli.main(["report", str(csv), *ask, "--data", "--output", str(path)]) == 0
     text = path.read_text()
     assert "Context and training tokens" in text
     assert "F-test of configuration x T" in text

@@ -1,6 +1,7 @@
 """What models were judged by beside their loss, in the report: with a law and without."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.judged import Judged, judged_rows
 from gqa_scaling.study.reading import from_runs, published
-from gqa_scaling.study.report.judged import judged_tables, needle_maps
-from gqa_scaling.study.report.page import write_report
+from gqa_scaling.study.report.judged import judged_tables
+from gqa_scaling.study.report.loss_pictures import needle_maps
+from gqa_scaling.study.report.write import Beside, write_report
 from gqa_scaling.study.study import Study
 
 NEEDLES = {
@@ -64,7 +66,7 @@ def test_the_map_has_lengths_from_left_to_right_and_the_beginning_of_the_text_on
 
 
 def test_runs_that_no_law_fits_are_reported_by_what_they_were_judged_by(runs, capsys):
-    assert cli.main(["report", EXPERIMENT]) == 0
+    assert cli.main(["report", EXPERIMENT, "--data", "--figures", "svg"]) == 0
     out = capsys.readouterr().out
     assert "Needles found" in out
     assert "! no law is fitted: " in out
@@ -72,7 +74,7 @@ def test_runs_that_no_law_fits_are_reported_by_what_they_were_judged_by(runs, ca
     assert f"report: {page}" in out
     with open(page) as file:
         text = file.read()
-    assert text.count("<figure>") == 1
+    assert os.path.exists("runs/tiny/figures/needles.svg")
     assert "No law is fitted to these runs" in text
     with open("runs/tiny/judged.json") as file:
         (told,) = json.load(file)
@@ -93,7 +95,9 @@ def test_a_page_with_a_law_shows_them_too(tmp_path):
     r = replace(r, judged=judged)
     f = fit(r, refits=100)
     q = Question(contexts=(131072,), losses=(3.0,), convention="per_sequence")
-    page = write_report(tmp_path / "report.html", Study(r, Estimates(f), frontier(f, r, q)))
+    study = Study(r, Estimates(f), frontier(f, r, q))
+    beside = Beside(figures="pdf", data=True)
+    page = write_report(tmp_path / "report.html", study, beside=beside)
     assert "What else they were judged by" in page.read_text()
-    assert (tmp_path / "figures/needles.png").exists()
+    assert (tmp_path / "figures/needles.pdf").exists()
     assert json.loads((tmp_path / "judged.json").read_text())[0]["accuracy"] == {"64": [0.25, 0.75]}

@@ -12,11 +12,11 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import published
-from gqa_scaling.study.report import files, page
+from gqa_scaling.study.report import files, page, pictures
 from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.report.files import MANIFEST, TENSORBOARD, require_own, write_files
-from gqa_scaling.study.report.page import WRITTEN, write_report
 from gqa_scaling.study.report.pictures import PICTURES, all_figures
+from gqa_scaling.study.report.write import Beside, write_report
 from gqa_scaling.study.study import Study
 
 
@@ -28,10 +28,14 @@ def study():
     return Study(r, Estimates(found), frontier(found, r, asked))
 
 
+BESIDE_ALL = ("--data", "--figures", "svg", "--tensorboard")
+BESIDE = Beside(data=True, tensorboard=True)
+
+
 @pytest.fixture
 def light(monkeypatch):
     """Reports without their pictures and the comparison of laws, which take the time."""
-    monkeypatch.setattr(page, "all_figures", lambda *_: {})
+    monkeypatch.setattr(pictures, "all_figures", lambda *_: {})
     monkeypatch.setattr(page, "_compared", lambda *_: [])
 
 
@@ -63,7 +67,7 @@ def test_the_input_is_never_an_output(tmp_path, capsys, link):
         source = tmp_path / "other" / "linked.csv"
         source.parent.mkdir()
         link(file, source)
-    said = refused(capsys, source, "--output", tmp_path / "report.html")
+    said = refused(capsys, source, "--data", "--output", tmp_path / "report.html")
     assert "results.csv is what this report is made from" in said
     assert "--output" in said
     assert contents(tmp_path).items() >= before.items()
@@ -83,12 +87,14 @@ def test_a_way_back_through_a_folder_to_be_made_hides_no_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["report.html", "results.csv", "fit.json", "token_law.json", "figures/gains.png"]
+    "name", ["report.html", "results.csv", "fit.json", "token_law.json", "figures/gains.svg"]
 )
 def test_a_file_of_somebody_elses_is_refused_before_anything_is_computed(tmp_path, capsys, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    said = refused(capsys, "chen2025", "--output", tmp_path / "report.html")
+    said = refused(
+        capsys, "chen2025", "--data", "--figures", "svg", "--output", tmp_path / "report.html"
+    )
     assert f"{name} would be replaced" in said
     assert contents(tmp_path) == {name: b"mine"}
 
@@ -128,39 +134,39 @@ def test_a_place_that_cannot_take_a_report_is_refused_in_one_line(tmp_path, caps
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / MANIFEST).write_text('{"files": {}}')
     before = contents(tmp_path)
-    assert word in refused(capsys, "chen2025", "--output", place.format(tmp_path))
+    assert word in refused(capsys, "chen2025", *BESIDE_ALL, "--output", place.format(tmp_path))
     assert contents(tmp_path) == before
 
 
 def test_a_report_replaces_its_own_files_and_leaves_all_others(study, tmp_path, light):
-    path = write_report(tmp_path / "report.html", study)
+    path = write_report(tmp_path / "report.html", study, beside=BESIDE)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "study" / "events.out.tfevents.17.host").write_text("mine")
     first = contents(tmp_path)
-    write_report(path, study, command="again")
+    write_report(path, study, command="again", beside=BESIDE)
     second = contents(tmp_path)
     mine = {"notes.txt", "study/events.out.tfevents.17.host"}
     assert {name: second[name] for name in mine} == {name: first[name] for name in mine}
     assert b"again" in second["report.html"]
     assert sum(name.startswith(TENSORBOARD) for name in second) == 2  # mine, and the newest
     listed = json.loads(second[MANIFEST])["files"]
-    assert set(listed) == set(second) - mine - {MANIFEST}
+    assert set(listed) == set(second) - mine - {MANIFEST, "report.html"}
 
 
 def test_a_file_edited_since_is_somebodys(study, tmp_path, light):
-    path = write_report(tmp_path / "report.html", study)
+    path = write_report(tmp_path / "report.html", study, beside=BESIDE)
     (tmp_path / "results.csv").write_text("# my runs\n" + (tmp_path / "results.csv").read_text())
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"results\.csv would be replaced"):
-        write_report(path, study)
+        write_report(path, study, beside=BESIDE)
     assert contents(tmp_path) == before
     (tmp_path / "results.csv").unlink()
-    write_report(path, study)
+    write_report(path, study, beside=BESIDE)
 
 
 def test_two_pages_share_a_folder(study, tmp_path, light):
     for name in ("a.html", "b.html", "a.html"):
-        write_report(tmp_path / name, study)
+        write_report(tmp_path / name, study, beside=BESIDE)
     assert {"a.html", "b.html"} < set(contents(tmp_path))
 
 
@@ -187,14 +193,14 @@ def test_a_report_that_was_killed_half_way_is_given_again(tmp_path, monkeypatch,
 
 
 def test_a_bucket_is_no_different(study, bucket, light):
-    path = write_report(bucket / "report.html", study)
-    write_report(path, study)
+    path = write_report(bucket / "report.html", study, beside=BESIDE)
+    write_report(path, study, beside=BESIDE)
     (bucket / "frontier.csv").write_text("mine")
     with pytest.raises(UserError, match=r"frontier\.csv would be replaced"):
-        write_report(path, study)
+        write_report(path, study, beside=BESIDE)
     assert (bucket / "frontier.csv").read_text() == "mine"
 
 
 def test_every_name_that_a_report_may_write_is_known_before(study):
     assert set(all_figures(study)) <= set(PICTURES)
-    assert {f"figures/{name}.svg" for name in PICTURES} < set(WRITTEN)
+    assert {f"figures/{name}.pdf" for name in PICTURES} == set(Beside("pdf").names(PICTURES))

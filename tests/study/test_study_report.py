@@ -1,6 +1,5 @@
 """The report: one page that stands alone, its data beside it."""
 
-import base64
 import csv
 import io
 import json
@@ -22,12 +21,12 @@ from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.decision_pictures import colour_scale, gains, spread
-from gqa_scaling.study.report.drawing import looks
 from gqa_scaling.study.report.files import TENSORBOARD, write_files
-from gqa_scaling.study.report.page import page as page_text
-from gqa_scaling.study.report.page import sections, write_report
-from gqa_scaling.study.report.table import Column, Table, shown
+from gqa_scaling.study.report.looks import looks
+from gqa_scaling.study.report.page import sections, study_page
+from gqa_scaling.study.report.table import Column, Table, card_styles, shown
 from gqa_scaling.study.report.tensorboard import events_file
+from gqa_scaling.study.report.write import Beside, write_report
 from gqa_scaling.study.study import Study
 
 
@@ -44,25 +43,26 @@ def study():
 @pytest.fixture(scope="module")
 def page(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    return write_report(folder / "report.html", study, command="gqa-scaling report <x>")
+    command, beside = "gqa-scaling report <x>", Beside("svg", data=True, tensorboard=True)
+    return write_report(folder / "report.html", study, command, beside=beside)
 
 
 def test_laws_of_many_configurations_are_compared_only_when_asked(study, monkeypatch):
     monkeypatch.setattr("gqa_scaling.study.report.page.MOST_COMPARED", 6)
     said = "Laws are not compared: with 7 configurations that takes minutes; fit --compare does it"
-    (told,) = [parts for heading, parts in sections(study, {}) if heading == "The loss curves"]
+    (told,) = [parts for heading, parts in sections(study) if heading == "The fit"]
     assert told[1].notes == [said]
 
 
 class _Balance(HTMLParser):
-    void = ("meta", "img")
+    void = ("meta", "img", "input")
 
     def __init__(self):
         super().__init__()
         self.open, self.sources = [], []
 
     def handle_starttag(self, tag, attrs):
-        self.sources += [v for k, v in attrs if k in ("src", "href")]
+        self.sources += [v for k, v in attrs if k in ("src", "href", "action", "data", "srcset")]
         if tag not in self.void:
             self.open.append(tag)
 
@@ -75,13 +75,12 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     parser = _Balance()
     parser.feed(text)
     assert parser.open == []
-    assert len(parser.sources) == 8
-    for source in parser.sources:
-        kind, data = source.split(",", 1)
-        assert kind == "data:image/svg+xml;base64"
-        assert b"</svg>" in base64.b64decode(data)
-    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
-    assert "$" not in re.sub(r"base64,[^\"]*", "", text)
+    assert [source.partition(",")[0] for source in parser.sources] == ["data:text/csv;base64"]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in text  # so that a browser would refuse whatever is asked for
+    assert "$" not in text[: text.index("<script")]
 
 
 def test_the_page_answers_with_units_interval_and_label(page, study):
@@ -92,13 +91,13 @@ def test_the_page_answers_with_units_interval_and_label(page, study):
     assert "per_sequence: T (N + 2 T L d_h n_h)" in text
     assert f"E = {study.fit.floor:.4f} nats" in text
     assert "gqa-scaling report &lt;x&gt;" in text
-    assert text.count("L12-d768-h8-kv8") == 1
+    assert text.count('data-label="run">L12-d768-h8-kv8<') == 1
 
 
 def test_no_label_without_a_demonstration(study):
     asked = Question(contexts=(8192,), losses=(2.8,))
     plain = replace(study, frontier=frontier(study.fit, study.results, asked))
-    assert "demonstration" not in page_text(plain, sections(plain, {}), "")
+    assert 'class="demo"' not in study_page(plain)
 
 
 def test_data_lies_beside_the_page(page, study):
@@ -113,9 +112,7 @@ def test_data_lies_beside_the_page(page, study):
     assert json.loads((folder / "frontier.json").read_text())["baseline"] == [8, 8]
     assert len(from_csv(folder / "results.csv")) == 40
     names = {p.name for p in (folder / "figures").iterdir()}
-    assert {
-        f"{n}.{k}" for n in ("loss_curves", "heat_map", "savings") for k in ("png", "svg")
-    } <= names
+    assert {f"{n}.svg" for n in ("loss_curves", "heat_map", "savings")} <= names
     assert not list(folder.rglob(".*"))  # nothing half written
 
 
@@ -141,7 +138,7 @@ def test_tensorboard_shows_every_figure_as_wide_as_a_card_where_text_can_be_read
     (file,) = (page.parent / "study").iterdir()
     assert "tfevents" in file.name
     found = images(page.parent / "study")
-    figures = {p.stem for p in (page.parent / "figures").glob("*.png")}
+    figures = {p.stem for p in (page.parent / "figures").glob("*.svg")}
     figures -= {"loss_curves", "loss_against_costs"}  # one set of axes for each of these
     assert set(found) == {f"study/{n}" for n in figures | {"losses", "memory", "flops", "z"}}
     for step, size, picture in found.values():
@@ -152,7 +149,7 @@ def test_tensorboard_shows_every_figure_as_wide_as_a_card_where_text_can_be_read
 def test_tensorboard_shows_the_tables(page, study):
     events = EventAccumulator(str(page.parent / "study"))
     events.Reload()
-    tag = "study/What they save/text_summary"
+    tag = "study/The answers as they were asked for/text_summary"
     assert tag in events.Tags()["tensors"]
     (event,) = events.Tensors(tag)
     text = event.tensor_proto.string_val[0].decode()
@@ -272,19 +269,21 @@ def test_a_terminal_shows_what_fits_and_says_what_it_left_out():
     assert "222" not in narrower
 
 
-def test_the_page_shows_every_column_on_one_line():
+def test_the_page_shows_every_column_with_its_heading_beside_it():
     text = SAMPLE.html()
     assert "<th>of the run (nats)</th>" in text
-    assert "<td>&lt;c&gt;</td>" in text
-    assert f"<td>{'3' * 90}</td>" in text
-    assert text.index("what it says") < text.index("<table>") < text.index("a note [of brackets]")
-    assert text.count("<td>") == 2 * 5
+    assert ">&lt;c&gt;</td>" in text
+    assert f">{'3' * 90}</td>" in text
+    assert text.index("what it says") < text.index("<table") < text.index("a note [of brackets]")
+    assert text.count("<td") == text.count("data-label=") == 2 * 5
+    (width,) = re.findall(r'<table class="w(\d+)">', text)
+    assert f"@container (max-width:{int(width) - 1}px){{table.w{width}," in card_styles()
 
 
 def test_a_table_without_rows_is_its_title_and_its_notes():
     empty = replace(SAMPLE, items=[])
     assert on_terminal(80, empty).split("\n") == ["Sizes", "a note [of brackets]", ""]
-    assert "<table>" not in empty.html()
+    assert "<table" not in empty.html()
 
 
 def test_sentence_tables_and_flags_are_parted():

@@ -26,16 +26,16 @@ from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import from_csv, published
-from gqa_scaling.study.report import page
+from gqa_scaling.study.report import pictures
 from gqa_scaling.study.report.answers import frontier_answer, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
-from gqa_scaling.study.report.drawing import looks
 from gqa_scaling.study.report.estimates import fit_table
+from gqa_scaling.study.report.looks import looks
 from gqa_scaling.study.report.loss_pictures import loss_by_position
-from gqa_scaling.study.report.page import write_report
 from gqa_scaling.study.report.pictures import all_figures
 from gqa_scaling.study.report.sentences import model_text
 from gqa_scaling.study.report.tradeoffs import sparsity_table
+from gqa_scaling.study.report.write import Beside, write_report
 from gqa_scaling.study.results import COLUMNS, heads_of, pair, pairs, table
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import effective_context, family_of, training_keys
@@ -476,11 +476,12 @@ def test_a_pattern_without_a_dense_twin_has_no_cost_and_no_saving():
 
 
 def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "rendered", lambda _: (b"<svg/>", bytes(24)))  # takes seconds
+    monkeypatch.setattr(pictures, "rendered", lambda *_: b"<svg/>")  # takes seconds
     r = study((None, HYBRID, WINDOW), heads=((8, 2),), noise=0.001)
     found = fit(r, refits=100)
     answers = frontier(found, r, Question(contexts=(T, 65536), losses=(2.8,)))
-    text = write_report(tmp_path / "report.html", Study(r, Estimates(found), answers)).read_text()
+    whole, beside = Study(r, Estimates(found), answers), Beside(figures="svg", data=True)
+    text = write_report(tmp_path / "report.html", whole, beside=beside).read_text()
     assert "<h2>Dense and sharded</h2>" in text
     assert "(8,2) b64 w4 s8 +dense every 2" in text
     assert "each halving of density multiplies the excess loss over E by exp(r) = 1.0" in text

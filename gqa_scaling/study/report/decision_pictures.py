@@ -16,6 +16,7 @@ from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Answer, Choice, Frontier, frontier
 from gqa_scaling.study.report import drawing as draw
+from gqa_scaling.study.report.looks import OKABE_ITO, looks, short_names
 from gqa_scaling.study.report.table import percent
 from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.uncertainty import LEVEL
@@ -42,7 +43,7 @@ def heat_map_on(axis: Axes, among: Candidates, results: Results, answers: Fronti
     whole = frontier(fit, results, asked, by, answers.serving, among=among, gains=False)
     cells = [[whole.at(loss, context) for context in contexts] for loss in losses]
     saved = 100 * np.array([[a.best.saving[answers.objective] for a in row] for row in cells])
-    short, codes = draw.short_names(among.heads)
+    short, codes = short_names(among.heads)
     shown = np.ma.masked_invalid(saved)
     bottom, top = colour_scale(shown.compressed())
     image = axis.imshow(shown, aspect="auto", origin="lower", cmap="cividis", vmin=bottom, vmax=top)
@@ -94,7 +95,7 @@ def colour_scale(percentages: np.ndarray) -> tuple[float, float]:
 @draw.styled
 def gains(answers: Frontier) -> Figure:
     """What each configuration gains in loss at the baseline's cost, against the context."""
-    look = draw.looks(answers.told)
+    look = looks(answers.told)
     middle, base = answers.headline.loss, label(answers.baseline)
     shown = sorted((a for a in answers.answers if a.loss == middle), key=lambda a: a.context)
     figure, axis = draw.frame(7.4, 3.9)
@@ -129,7 +130,7 @@ def savings(answers: Frontier) -> Figure:
     answer = answers.headline
     choices = [answer.choice(heads) for heads in answers.told]
     choices = [c for c in choices if math.isfinite(c.n)]
-    short, codes = draw.short_names([c.heads for c in choices])
+    short, codes = short_names([c.heads for c in choices])
     figure, axes = draw.frames(9.4, 3.8, 2)
     for axis, kind in zip(axes, ("memory", "flops"), strict=True):
         whole = getattr(answer.baseline, kind)
@@ -150,12 +151,12 @@ def _stacked_bars(
     unit = 100 / whole if math.isfinite(whole) else 1.0
     fixed = np.array([getattr(c, f"{kind}_fixed") for c in choices]) * unit
     total = np.array([getattr(c, kind) for c in choices]) * unit
-    axis.bar(names, fixed, color=draw.OKABE_ITO[0], label="time-invariant (parameters)")
+    axis.bar(names, fixed, color=OKABE_ITO[0], label="time-invariant (parameters)")
     axis.bar(
         names,
         total - fixed,
         bottom=fixed,
-        color=draw.OKABE_ITO[4],
+        color=OKABE_ITO[4],
         hatch="///",
         edgecolor="white",
         linewidth=0,
@@ -180,9 +181,9 @@ def probabilities(fit: Fit, answers: Frontier) -> Figure:
 
 def probabilities_on(axis: Axes, fit: Fit, answers: Frontier) -> None:
     """The same on given axes."""
-    look = draw.looks([c.heads for c in answers.answers[0].choices])
+    look = looks([c.heads for c in answers.answers[0].choices])
     shown: list[Answer] = sorted(answers.answers, key=lambda a: (a.context, -a.loss))
-    short, codes = draw.short_names(list(look))
+    short, codes = short_names(list(look))
     for i, answer in enumerate(shown):
         left = 0.0
         for choice in sorted(answer.choices, key=lambda c: -c.probability):

@@ -1,8 +1,4 @@
-"""What all pictures share: style, frames, axes, the look of a configuration, and its legend.
-
-Colours are Okabe and Ito's, safe for colour-blind readers; markers and line styles repeat what
-they say, so the pictures survive a grey printer.
-"""
+"""What all static pictures share: style, frames, axes, and the legend of the configurations."""
 
 import functools
 import math
@@ -21,12 +17,9 @@ from matplotlib.typing import RcKeyType
 from gqa_scaling.study.results import Heads, pair, pattern_of
 from gqa_scaling.units import quantity
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DARK = ("#0072B2", "#000000", "#D55E00", "#009E73")  # of these, where white letters are read best
 GREY = "#888888"
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}  # of a text around its place
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 DPI = 160  # of the PNG files
 STYLE: dict[RcKeyType, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -134,35 +127,6 @@ def short_quantity(value: float) -> str:
 # ---------------------------------------------------------------------------- configurations
 
 
-def looks(heads: Sequence[Heads]) -> dict[Heads, dict[str, Any]]:
-    """Colour, marker and line for each configuration.
-
-    Up to seven have a colour each; more take their colour from n_heads and the rest from n_kv, or,
-    where some have patterns, their colour from the heads and the rest from the pattern.
-    """
-    ordered = sorted(set(heads))
-    several = sorted({h[:2] for h in ordered})
-    sparse = any(map(pattern_of, ordered)) and len(several) > 1
-    if len(ordered) <= len(OKABE_ITO) or (any(map(pattern_of, ordered)) and not sparse):
-        keys = {h: (i, i) for i, h in enumerate(ordered)}
-    elif sparse:
-        kinds = sorted({h[2:] for h in ordered})
-        keys = {h: (several.index(h[:2]), kinds.index(h[2:])) for h in ordered}
-    else:
-        queries, values = (sorted({h[i] for h in ordered}) for i in (0, 1))
-        keys = {h: (queries.index(h[0]), values.index(h[1])) for h in ordered}
-    return {h: style(i, j) for h, (i, j) in keys.items()}
-
-
-def style(i: int, j: int) -> dict[str, Any]:
-    """The i-th colour with the j-th marker and line."""
-    return {
-        "color": OKABE_ITO[i % len(OKABE_ITO)],
-        "marker": MARKERS[j % len(MARKERS)],
-        "linestyle": LINES[j % len(LINES)],
-    }
-
-
 def legend(
     figure: Figure, heads: Sequence[Heads], look: dict[Heads, dict[str, Any]] | None = None
 ) -> None:
@@ -181,14 +145,6 @@ def legend(
     named = any(axis.get_legend_handles_labels()[1] for axis in figure.axes)
     if named or look:  # nothing is drawn where no configuration has an answer
         figure.legend(handlelength=3, **where)
-
-
-def short_names(heads: Sequence[Heads]) -> tuple[dict[Heads, str], str]:
-    """Names short enough to write into a picture, and the line that explains them."""
-    patterns = sorted({pattern for h in heads if (pattern := pattern_of(h))})
-    letters = {p: chr(ord("a") + i % 26) * (1 + i // 26) for i, p in enumerate(patterns)}
-    short = {h: pair(h[:2]) + (letters[p] if (p := pattern_of(h)) else "") for h in heads}
-    return short, "; ".join(f"{letter}: {p.label}" for p, letter in letters.items())
 
 
 def explained(label: str, names: str) -> str:

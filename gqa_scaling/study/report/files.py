@@ -1,7 +1,8 @@
-"""Which files of a folder the report wrote itself: those it replaces, and never any other.
+"""Which files the report wrote itself: those it replaces, and never any other.
 
-A manifest beside the page lists every file with the SHA-256 of what was written. A file that is
-not listed is somebody else's, and so is one that was edited since: both are refused before anything
+A page ends in a line with the SHA-256 of all before it. What is written beside it on request cannot
+say so of itself: a manifest lists every such file with its SHA-256. A page without its line, a file that is
+not listed, and one that was edited since are somebody else's: they are refused before anything
 is computed, and once more before anything is written. The manifest is written before the files, with
 the old and the new hashes, so that a report that was killed half way can be given again.
 """
@@ -17,6 +18,7 @@ from gqa_scaling.files.storage import absolute, is_remote, make_folder, write_at
 
 MANIFEST = "report-manifest.json"
 TENSORBOARD = "study/events.out.tfevents."  # for TensorBoard; the time follows
+_SIGNED = b"<!-- written by gqa-scaling report; SHA-256 of all above: "
 _ABOUT = "files that gqa-scaling report wrote in this folder; it replaces these and no others"
 _ELSEWHERE = "name a page in another folder with --output"
 
@@ -61,14 +63,37 @@ def require_own(folder: Path, names: Iterable[str], source: Path | None = None) 
             source is None or not _same(path, source),
             f"{path} is what this report is made from and would be replaced: {_ELSEWHERE}",
         )
-        if not path.is_file() or _hash(path.read_bytes()) not in known.get(name, ()):
+        if not path.is_file() or not _own(path.read_bytes(), known.get(name, ())):
             foreign.append(path)
     more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
     require(
         not foreign,
-        f"{foreign[0] if foreign else ''}{more} would be replaced, but no {MANIFEST} says that report "
-        f"wrote it as it is: move it away, or {_ELSEWHERE}",
+        f"{foreign[0] if foreign else ''}{more} would be replaced, but nothing says that report wrote it "
+        f"as it is: move it away, or {_ELSEWHERE}",
     )
+
+
+def signed(page: str) -> bytes:
+    """The page with a last line by which it is known again."""
+    text = page.rstrip().encode() + b"\n"
+    return text + _SIGNED + _hash(text).encode() + b" -->\n"
+
+
+def is_page(data: bytes) -> bool:
+    """Whether this is a page of the report, and as it wrote it."""
+    text, mark, rest = data.rpartition(_SIGNED)
+    return bool(mark) and rest == _hash(text).encode() + b" -->\n"
+
+
+def _own(data: bytes, known: Iterable[str]) -> bool:
+    return is_page(data) or _hash(data) in known
+
+
+def write_page(path: Path, data: bytes) -> None:
+    """Write the page, whole; raises UserError as `require_own`."""
+    require_own(path.parent, [path.name])
+    make_folder(path.parent)
+    write_atomic(path, data)
 
 
 def _require_room(folder: Path, within: Iterable[Path]) -> None:

@@ -1,13 +1,9 @@
-"""The tables and the picture of what models were judged by beside their loss."""
+"""The tables of what models were judged by beside their loss."""
 
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from gqa_scaling.study.judged import Row, judged_rows
-from gqa_scaling.study.report import drawing as draw
 from gqa_scaling.study.report.table import Column, Table, percent
 from gqa_scaling.study.results import Results, pair
 
@@ -89,40 +85,3 @@ def tables_of_run(row: Row) -> list[Table]:
         *([_contexts_table([row], contexts)] if contexts else []),
         *([table] if row.judged.accuracy else []),
     ]
-
-
-def needle_maps(results: Results) -> Figure | None:
-    """Needles found by length and depth, a map for each run; None where none was asked for one."""
-    return map_of(judged_rows(results))
-
-
-@draw.styled
-def map_of(rows: Sequence[Row]) -> Figure | None:
-    """The same of some runs."""
-    rows = [row for row in rows if row.judged.accuracy]
-    if not rows:
-        return None
-    columns = min(4, len(rows))
-    lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(0.6 + 2.3 * columns, 0.9 + 1.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    images = []
-    for axis, row in zip(axes.flat, rows, strict=False):
-        lengths = sorted(row.judged.accuracy)
-        share = 100 * np.array([row.judged.accuracy[length] for length in lengths]).T
-        images.append(axis.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=100))
-        for (i, j), value in np.ndenumerate(share):
-            ink = "black" if value > 50 else "white"
-            axis.text(j, i, f"{value:.0f}", fontsize=8, color=ink, **draw.CENTRED)
-        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axis.set_yticks(range(len(row.judged.depths)), [f"{d:.0%}" for d in row.judged.depths])
-        axis.grid(False)
-        axis.set_title(row.name, fontsize=8.5)
-    for axis in axes.flat[len(rows) :]:
-        axis.set_visible(False)
-    figure.supxlabel("length of the text (tokens)", fontsize=9.5)
-    figure.supylabel("depth of the needle", fontsize=9.5)
-    bar = figure.colorbar(images[0], ax=axes, pad=0.01)
-    bar.set_label("needles found (%)")
-    bar.outline.set_visible(False)
-    return figure

@@ -10,10 +10,13 @@ from matplotlib.figure import Figure
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.heads import common_n, head_laws
+from gqa_scaling.study.judged import Row, judged_rows
 from gqa_scaling.study.report import drawing as draw
+from gqa_scaling.study.report.looks import looks, style
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.scores import Forecasts
 from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shape_axes import shape_axes
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sparsity import Sparsity
 from gqa_scaling.study.uncertainty import LEVEL, interval
@@ -28,7 +31,7 @@ def loss_curves(fit: Fit) -> Figure:
     figure, axis = draw.frame(7.4, 4.2)
     losses_on(axis, fit)
     axis.set_title(f"Loss curves, law {fit.law}, with {LEVEL:.0%} bands of the curves")
-    draw.legend(figure, fit.heads, draw.looks(fit.heads))
+    draw.legend(figure, fit.heads, looks(fit.heads))
     return figure
 
 
@@ -40,7 +43,7 @@ def loss_against_costs(fit: Fit, results: Results, answers: Frontier) -> Figure:
         losses_against(kind, axis, fit, results, answers)
         axis.set_ylabel("")
     axes[0].set(ylabel=LOSS, title=f"at context {max(answers.question.contexts):,} tokens")
-    draw.legend(figure, fit.heads, draw.looks(fit.heads))
+    draw.legend(figure, fit.heads, looks(fit.heads))
     return figure
 
 
@@ -60,7 +63,7 @@ def losses_against(kind: str, axis: Axes, fit: Fit, results: Results, answers: F
 
 def _curves(axis: Axes, fit: Fit, to_x: Callable[[np.ndarray, Heads], np.ndarray]) -> None:
     """Points, fitted curves and bands of every configuration over a function of N."""
-    look, edges = draw.looks(fit.heads), []
+    look, edges = looks(fit.heads), []
     for k, heads in enumerate(fit.heads):
         n, mine = np.geomspace(*fit.points.range_n(k), 60), fit.points.curve == k
         x, style = to_x(n, heads), look[heads]
@@ -88,21 +91,21 @@ def loss_against_heads(fit: Fit) -> Figure | None:
     figure, axis = draw.frame(6.6, 3.9)
     values = sorted({kv for _, kv in heads.values()})
     for i, kv in enumerate(values):
-        inside, style = [k for k, h in heads.items() if h[1] == kv], draw.style(i, i)
+        inside, look = [k for k, h in heads.items() if h[1] == kv], style(i, i)
         x = np.array([fit.heads[k][0] for k in inside], float)
         draw.error_bars(
             axis,
             x * draw.side_by_side(i, len(values), 1.02),
             np.array([float(fit.curves.loss(k, n)) for k in inside]),
             [interval(fit.draws.loss(k, n)) for k in inside],
-            **style | ({"linestyle": "none"} if kv in powers else {}),
+            **look | ({"linestyle": "none"} if kv in powers else {}),
             capsize=3,
             label=f"{kv}",
         )
         if kv in powers:
             law, fine = powers[kv], np.geomspace(x.min(), x.max(), 80)
             label = f"{law.a:.3f} n_h^{law.b:.3f} + {law.c:.3f}"
-            axis.plot(fine, law.loss(fine), label=label, **style | {"marker": ""})
+            axis.plot(fine, law.loss(fine), label=label, **look | {"marker": ""})
     queries = sorted({h for h, _ in heads.values()})
     limits = queries[0] / 1.3, queries[-1] * 1.3
     draw.doublings_axis(axis, queries, [str(h) for h in queries], limits)
@@ -121,13 +124,13 @@ def residuals(fit: Fit) -> Figure:
     figure, axis = draw.frame(7.4, 3.6)
     residuals_on(axis, fit)
     axis.set_title("Residuals; grey: one standard deviation of a run")
-    draw.legend(figure, fit.heads, draw.looks(fit.heads))
+    draw.legend(figure, fit.heads, looks(fit.heads))
     return figure
 
 
 def residuals_on(axis: Axes, fit: Fit) -> None:
     """The residuals of every configuration over N, labelled with its heads."""
-    look = draw.looks(fit.heads)
+    look = looks(fit.heads)
     axis.axhspan(-1e3 * fit.sigma, 1e3 * fit.sigma, color="#eeeeee", zorder=0)
     draw.zero_line(axis)
     for k, heads in enumerate(fit.heads):
@@ -151,7 +154,7 @@ def forecast_errors(forecasts: Forecasts, heads: Sequence[Heads]) -> Figure | No
     scores = sorted(forecasts.judged, key=lambda score: score.n)
     if not scores:
         return None
-    look = draw.looks([*heads, *(score.heads for score in scores)])
+    look = looks([*heads, *(score.heads for score in scores)])
     figure, axis = draw.frame(7.4, 1.4 + 0.3 * min(len(scores), 40))
     axis.axvline(0, color=draw.GREY, linewidth=1)
     for i, score in enumerate(scores):
@@ -182,7 +185,7 @@ def loss_against_density(fit: Fit, found: Sparsity | None) -> Figure | None:
     rows = [row for row in found.rows if math.isfinite(row.loss)] if found else []
     if not found or not rows:
         return None
-    look, least = draw.looks(fit.heads), min(row.density for row in rows) / 1.1
+    look, least = looks(fit.heads), min(row.density for row in rows) / 1.1
     figure, axis = draw.frame(7.4, 3.9)
     draw.zero_line(axis)
     for row in rows:
@@ -224,7 +227,7 @@ def loss_by_position(results: Results) -> Figure | None:
         return None
     runs = max(whole, key=lambda runs: max(results.n_params[i] for i in runs.values()))
     dense = runs.pop(next(h for h in runs if not pattern_of(h)))
-    look = draw.looks([*runs, results.heads[dense]])
+    look = looks([*runs, results.heads[dense]])
     base = np.array(results.positions[str(results.name[dense])])
     T = int(results.context_length[dense])
     places = (np.arange(len(base)) + 0.5) * T / len(base)
@@ -242,4 +245,74 @@ def loss_by_position(results: Results) -> Figure | None:
         title=f"Loss by position against dense {pair(results.heads[dense])}, {size}",
     )
     draw.legend(figure, list(runs))
+    return figure
+
+
+@draw.styled
+def needle_maps(results: Results) -> Figure | None:
+    """Needles found by length and depth, a map for each run; None where none was asked for one."""
+    return map_of(judged_rows(results))
+
+
+@draw.styled
+def map_of(rows: Sequence[Row]) -> Figure | None:
+    """The same of some runs."""
+    rows = [row for row in rows if row.judged.accuracy]
+    if not rows:
+        return None
+    columns = min(4, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(0.6 + 2.3 * columns, 0.9 + 1.9 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    images = []
+    for axis, row in zip(axes.flat, rows, strict=False):
+        lengths = sorted(row.judged.accuracy)
+        share = 100 * np.array([row.judged.accuracy[length] for length in lengths]).T
+        images.append(axis.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=100))
+        for (i, j), value in np.ndenumerate(share):
+            ink = "black" if value > 50 else "white"
+            axis.text(j, i, f"{value:.0f}", fontsize=8, color=ink, **draw.CENTRED)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axis.set_yticks(range(len(row.judged.depths)), [f"{d:.0%}" for d in row.judged.depths])
+        axis.grid(False)
+        axis.set_title(row.name, fontsize=8.5)
+    for axis in axes.flat[len(rows) :]:
+        axis.set_visible(False)
+    figure.supxlabel("length of the text (tokens)", fontsize=9.5)
+    figure.supylabel("depth of the needle", fontsize=9.5)
+    bar = figure.colorbar(images[0], ax=axes, pad=0.01)
+    bar.set_label("needles found (%)")
+    bar.outline.set_visible(False)
+    return figure
+
+
+@draw.styled
+def loss_against_shape(results: Results) -> Figure | None:
+    """A frame for each axis, a line for each size; None where there is nothing to show."""
+    points = shape_axes(results)
+    axes_found = list(dict.fromkeys(p.axis for p in points))
+    if not points:
+        return None
+    figure, axes = draw.frames(3.4 * len(axes_found), 3.2, len(axes_found), share_y=True)
+    sizes = sorted({p.n_params for p in points})
+    for axis, name in zip(axes, axes_found, strict=True):
+        for i, n in enumerate(sizes):
+            on = [p for p in points if p.axis == name and p.n_params == n]
+            x = np.array([p.value for p in on])
+            y = np.array([1000 * p.difference for p in on])
+            bars = np.array([1000 * (p.half or 0.0) for p in on])
+            axis.errorbar(
+                x,
+                y,
+                bars,
+                **style(i, i),
+                capsize=2,
+                label=f"N = {quantity(n)}",
+            )
+        axis.axhline(0, color=draw.GREY, linewidth=0.7)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel(name)
+    axes[0].set_ylabel("loss minus the middle's (millinats)")
+    axes[-1].legend()
     return figure

@@ -1,158 +1,53 @@
-"""One HTML page that answers the question, its figures inside it; data and pictures beside it."""
+"""The page: one HTML file that answers the question, and can be asked others, with no server."""
 
 import base64
+import functools
 import html
+import importlib.util
 import json
+import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from gqa_scaling import __version__
 from gqa_scaling.config import Question, UserError, require
-from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.compare import compare
 from gqa_scaling.study.frontier import Frontier
-from gqa_scaling.study.judged import to_dict
 from gqa_scaling.study.report import answers, estimates, tradeoffs
 from gqa_scaling.study.report.assumptions import sensitivity_table
+from gqa_scaling.study.report.carried import Again, carried
+from gqa_scaling.study.report.charts import charts
 from gqa_scaling.study.report.clocked import clock_table
-from gqa_scaling.study.report.csv_files import frontier_csv, results_csv
-from gqa_scaling.study.report.files import TENSORBOARD, settled, write_files
+from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.report.forecasts import forecast_table
-from gqa_scaling.study.report.judged import judged_tables, needle_maps
-from gqa_scaling.study.report.pictures import (
-    NEEDLES,
-    PICTURES,
-    SHAPES,
-    all_figures,
-    cards,
-    rendered,
-)
+from gqa_scaling.study.report.judged import judged_tables
 from gqa_scaling.study.report.sentences import model_text, sentence
-from gqa_scaling.study.report.shape_axes import loss_against_shape, shape_tables
-from gqa_scaling.study.report.table import Column, Table
-from gqa_scaling.study.report.tensorboard import events_file
+from gqa_scaling.study.report.shape_axes import shape_tables
+from gqa_scaling.study.report.table import Column, Table, card_styles
 from gqa_scaling.study.results import Results, flags, pair
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
 
-DATA = (
-    "judged",
-    "fit",
-    "frontier",
-    "context_law",
-    "token_law",
-    "flatness",
-    "aligned",
-    "sparsity",
-    "sensitivity",
-    "forecasts",
-)
-# Every file that a report may write into the page's folder; TensorBoard's by how its name begins.
-WRITTEN = (
-    "results.csv",
-    "frontier.csv",
-    *(f"{name}.json" for name in DATA),
-    *(f"figures/{name}.{kind}" for name in PICTURES for kind in ("svg", "png")),
-    TENSORBOARD,
-)
 MOST_COMPARED = 40  # configurations: each is left out in turn, of every law, of all the others
-
-
-def write_report(path: Path | str, study: Study, command: str = "") -> Path:
-    """Write the page to `path` and its data into the same folder; every file appears whole.
-
-    The pictures and tables are also written to study/ for TensorBoard. `command` is what reproduces
-    the study and is printed on the page. Returns the page's path. Raises UserError, and writes nothing,
-    where it would replace a file that no report wrote (`files`).
-    """
-    path = settled(as_path(path))
-    written: dict[str, bytes] = {}
-    pictures = {}
-    for name, (figure, caption) in all_figures(study).items():
-        svg, png = rendered(figure)
-        written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": png}
-        pictures[name] = _picture(svg, caption)
-    told = list(sections(study, pictures))
-    tables = {heading: _markdown(parts) for heading, parts in told}
-    now, events = events_file(cards(study), {name: text for name, text in tables.items() if text})
-    written[TENSORBOARD + now] = events
-    written["results.csv"] = results_csv(study.results).encode()
-    written["frontier.csv"] = frontier_csv(study.frontier).encode()
-    data = {"fit": study.fit.to_dict(), "frontier": study.frontier.to_dict()} | study.estimated()
-    data |= {"forecasts": study.forecasts.to_dict()} if study.forecasts else {}
-    data |= {"sparsity": study.sparsity.to_dict()} if study.sparsity else {}
-    data |= {"sensitivity": study.sensitivity.to_dict()} if study.sensitivity else {}
-    data |= {"judged": judged} if (judged := to_dict(study.results)) else {}
-    written |= {f"{name}.json": _json(value) for name, value in data.items()}
-    written[path.name] = page(study, told, command).encode()
-    write_files(path.parent, written)
-    return path
-
-
-def write_judged(
-    path: Path | str, results: Results, question: Question, reason: str, command: str = ""
-) -> Path:
-    """The page of runs that no law can be fitted to, for this reason: what each was judged by.
-
-    Otherwise as `write_report`.
-    """
-    path = settled(as_path(path))
-    written = {"results.csv": results_csv(results).encode()}
-    written["judged.json"] = _json(to_dict(results))
-    images: dict[str, bytes] = {}
-    pictures: dict[str, list[str]] = {"needles": [], "loss_against_shape": []}
-    drawn = {"needles": (needle_maps(results), NEEDLES)}
-    drawn["loss_against_shape"] = (loss_against_shape(results), SHAPES)
-    for name, (figure, caption) in drawn.items():
-        if figure is not None:
-            svg, images[name] = rendered(figure)
-            written |= {f"figures/{name}.svg": svg, f"figures/{name}.png": images[name]}
-            pictures[name].append(_picture(svg, caption))
-    told: list[Section] = [
-        ("Shape at the same N", [*shape_tables(results), *pictures["loss_against_shape"]]),
-        ("What they were judged by", [*judged_tables(results), *pictures["needles"]]),
-        ("Every run", [runs_table(results)]),
-    ]
-    now, events = events_file(images, {heading: _markdown(parts) for heading, parts in told})
-    written[TENSORBOARD + now] = events
-    text = _filled(
-        title=results.source,
-        asked="What are these models worth?",
-        demonstration=question.demonstration,
-        answer=f"No law is fitted to these runs, and none is the cheapest: {reason}.",
-        flags=flags(results),
-        told=told,
-        command=command,
-    )
-    written[path.name] = text.encode()
-    write_files(path.parent, written)
-    return path
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _picture(svg: bytes, caption: str) -> str:
-    data, text = base64.b64encode(svg).decode(), html.escape(caption)
-    return (
-        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
-
-
-# ----------------------------------------------------------------------------------- the page
-
+_BOKEH = ("bokeh.min.js", "bokeh-api.min.js")  # of its wheel: plots, and how to describe them
+NUMERICS = ("patterns.js", "numerics.js", "words.js", "question.js")  # these know of no page
+SCRIPTS = (*NUMERICS, "drawing.js", "pictures.js", "page.js")
+SUMMARY = "summary"  # the element that tells an index of several pages what this one says
 
 Section = tuple[str, Sequence[Table | str]]  # a heading, then tables and HTML
 
 
-def page(study: Study, told: Iterable[Section], command: str) -> str:
-    """The HTML text around the sections of a study."""
+def study_page(study: Study, command: str = "", again: Again | None = None) -> str:
+    """The page of a study; the same for the same study.
+
+    `command` is what wrote it, and `again` the command that prints the same answer to the question
+    that is asked on the page.
+    """
     frontier = study.frontier
     contexts = ", ".join(f"{c:,}" for c in frontier.question.contexts)
     return _filled(
@@ -163,9 +58,37 @@ def page(study: Study, told: Iterable[Section], command: str) -> str:
         demonstration=frontier.question.demonstration,
         answer=sentence(frontier),
         flags=frontier.flags,
+        told=sections(study),
+        command=command,
+        decide=part("decide.html"),
+        carried=carried(study, again or Again("", Question())),
+        charts=charts(study),
+    )
+
+
+def judged_page(results: Results, question: Question, reason: str, command: str = "") -> str:
+    """The page of runs that no law can be fitted to, for this reason: what each was judged by."""
+    told: list[Section] = [
+        *judged_sections(results),
+        ("Every run", [runs_table(results), _download(results)]),
+    ]
+    return _filled(
+        title=results.source,
+        asked="What are these models worth?",
+        demonstration=question.demonstration,
+        answer=f"No law is fitted to these runs, and none is the cheapest: {reason}.",
+        flags=flags(results),
         told=told,
         command=command,
     )
+
+
+def judged_sections(results: Results) -> list[Section]:
+    """What runs are worth without a law."""
+    return [
+        ("Shape at the same N", shape_tables(results)),
+        ("What they were judged by", judged_tables(results)),
+    ]
 
 
 def _filled(
@@ -177,68 +100,126 @@ def _filled(
     flags: Iterable[str],
     told: Iterable[Section],
     command: str,
+    decide: str = "",
+    carried: dict[str, Any] | None = None,
+    charts: dict[str, Any] | None = None,
 ) -> str:
     """The template with these texts in it."""
-    template = resources.files(__package__) / "page.html"
     label = (
         '<p><span class="demo">demonstration</span> These models are too small and too few to decide '
         "anything by.</p>"
     )
-    known = "".join(f"<li>{html.escape(flag)}</li>" for flag in flags)
-    return string.Template(template.read_text(encoding="utf-8")).substitute(
+    known = [html.escape(flag) for flag in flags]
+    items = "".join(f"<li>{flag}</li>" for flag in known)
+    care = f"<b>Read with care</b> ({len(known)}), of the question as the page opens"
+    summary = {"title": title, "question": asked, "answer": answer}
+    return string.Template(part("page.html")).substitute(
         title=html.escape(f"Cost-optimal GQA: {title}"),
+        source=html.escape(title),
+        style=f"{part('page.css')}\n{card_styles()}",
         question=html.escape(asked),
         label=label if demonstration else "",
         answer=html.escape(answer),
-        flags=f'<div class="flags"><b>Read with care</b><ul>{known}</ul></div>' if known else "",
+        flags=f'<details class="flags"><summary>{care}</summary><ul>{items}</ul></details>'
+        if known
+        else "",
+        decide=decide,
         sections="\n".join(
-            f"<h2>{html.escape(heading)}</h2>\n" + "\n".join(map(_html, parts))
+            f"<details><summary><h2>{html.escape(heading)}</h2></summary>\n"
+            + "\n".join(map(_html, parts))
+            + "\n</details>"
             for heading, parts in told
             if parts
         ),
-        command=html.escape(command or "gqa_scaling.study.report.page.write_report"),
+        command=" ".join(
+            f'<span class="option">{html.escape(part)}</span>'
+            for part in re.split(r" (?=--)", command or "gqa_scaling.study.report")
+        ),
+        scripts=_json(SUMMARY, summary) + (_scripts(carried, charts or {}) if carried else ""),
     )
+
+
+def _scripts(carried: dict[str, Any], charts: dict[str, Any]) -> str:
+    """What the page computes with and draws with; Bokeh is a third of a library, and all of it local."""
+    code = [*map(_bokeh, _BOKEH), *map(part, SCRIPTS)]
+    return "\n".join(
+        [
+            _json("carried", carried),
+            _json("charts", charts),
+            *(f"<script>\n{_in_a_script(text)}\n</script>" for text in code),
+        ]
+    )
+
+
+def _json(name: str, value: Any) -> str:
+    """A value in the page, as data: nothing in it can end its element."""
+    text = json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    text = text.replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def _in_a_script(code: str) -> str:
+    """JavaScript that cannot end the element that it stands in."""
+    return re.sub(r"<(?=/script|!--)", r"\\x3c", code, flags=re.IGNORECASE)
+
+
+def part(name: str) -> str:
+    """A file that lies beside this module, as text."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _bokeh(name: str) -> str:
+    """A file of BokehJS, out of Bokeh's wheel; Bokeh itself, which takes a second to load, is not."""
+    found = importlib.util.find_spec("bokeh")
+    if found is None or found.origin is None:
+        raise UserError("the page draws with bokeh, which is not installed: pip install bokeh")
+    folder = Path(found.origin).parent / "server" / "static" / "js"
+    text = (folder / name).read_text(encoding="utf-8")
+    return re.sub(r"^//# sourceMappingURL=.*$", "", text, flags=re.MULTILINE)
 
 
 def _html(part: Table | str) -> str:
     return part.html() if isinstance(part, Table) else part
 
 
-def _markdown(parts: Iterable[Table | str]) -> str:
-    return "\n\n".join(part.markdown() for part in parts if isinstance(part, Table))
-
-
-def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
-    """Every section of the page; `pictures` are whole <figure> elements by name.
-
-    A table or a picture of its own is one function and a line here.
-    """
+def sections(study: Study) -> Iterator[Section]:
+    """Every section below the answer. A table of its own is one function and a line here."""
     frontier, sparse, aligned = study.frontier, study.sparsity, study.aligned
+    there = charts(study)
 
-    def shown(*names: str) -> list[str]:
-        return [pictures[name] for name in names if name in pictures]
+    def chart(name: str) -> list[str]:
+        return [f'<div class="chart plot" data-chart="{name}"></div>'] if name in there else []
 
-    yield "The cheapest configurations", [answers.frontier_table(frontier)]
+    yield "Loss curves of all runs", [*chart("loss_curves"), *chart("residuals")]
+    yield (
+        "The answers as they were asked for",
+        [
+            answers.frontier_table(frontier),
+            answers.saving_table(frontier),
+            answers.gain_table(frontier),
+        ],
+    )
     if timed := clock_table(frontier):
         yield "By Z and by the clock", [timed]
-    yield "What they save", [answers.saving_table(frontier)]
-    yield "What they gain at equal cost", [answers.gain_table(frontier)]
     yield (
         "Models to build",
         [
             answers.model_table(frontier),
             _training(frontier),
             *([answers.check_table(frontier)] if frontier.checks else []),
-            *shown("heat_map", "savings", "gains", "probabilities", "loss_against_costs"),
         ],
     )
     if study.sensitivity:
         yield "What the answer hangs on", [sensitivity_table(study.sensitivity)]
     if study.forecasts:
-        yield "Forecasts", [forecast_table(study.forecasts), *shown("forecasts")]
+        yield (
+            "Forecasts, and how they fared",
+            [*chart("forecasts"), forecast_table(study.forecasts)],
+        )
     if sparse:
         table = tradeoffs.sparsity_table(sparse, frontier.objective)
-        yield "Dense and sharded", [table, *shown("loss_against_density", "loss_by_position")]
+        yield "Dense and sharded", [table, *chart("positions")]
     yield (
         "Context and training tokens",
         [
@@ -246,18 +227,23 @@ def sections(study: Study, pictures: Mapping[str, str]) -> Iterator[Section]:
             *(tradeoffs.aligned_tables(aligned) if aligned else []),
         ],
     )
-    yield "Shape at the same N", [*shape_tables(study.results), *shown("loss_against_shape")]
-    yield "What else they were judged by", [*judged_tables(study.results), *shown("needles")]
-    yield (
-        "The loss curves",
-        [
-            estimates.fit_table(study.fit),
-            *_compared(study),
-            *shown("loss_curves", "loss_against_heads", "residuals"),
-        ],
-    )
-    yield "The runs", [runs_table(study.results)]
-    yield "How this was made", [_made(study)]
+    yield "Shape at the same N", shape_tables(study.results)
+    yield "What else they were judged by", judged_tables(study.results)
+    yield "The fit", [estimates.fit_table(study.fit), *_compared(study)]
+    yield "Training curves", chart("training")
+    if study.histories.unfinished:
+        yield "What failed or is not finished", [_unfinished_table(study)]
+    yield "The runs", [runs_table(study.results), _download(study.results)]
+    yield "How this was made", [_made(study), *_config(study)]
+
+
+def markdown(told: Iterable[Section]) -> dict[str, str]:
+    """The tables of every section, for TensorBoard."""
+    tables = {
+        heading: "\n\n".join(part.markdown() for part in parts if isinstance(part, Table))
+        for heading, parts in told
+    }
+    return {heading: text for heading, text in tables.items() if text}
 
 
 def _training(frontier: Frontier) -> str:
@@ -338,6 +324,7 @@ def _made(study: Study) -> Table:
         ("training time, all runs", f"{seconds:,.0f} s" if seconds else ""),
         ("corpus hash", r.corpus[0]),
         ("tokenizer hash", r.tokenizer[0]),
+        ("commit", commit()),
         ("vocabulary", f"{r.vocab_size[0]:,} tokens" if r.vocab_size[0] else ""),
         ("evaluation hash", r.evaluation[0]),
         ("training seeds", ", ".join(map(str, sorted(set(r.seed.tolist()))))),
@@ -345,3 +332,49 @@ def _made(study: Study) -> Table:
     ]
     known = [(name, str(value)) for name, value in facts if value]
     return Table("", [Column("", lambda fact: fact[0]), Column("", lambda fact: fact[1])], known)
+
+
+def _unfinished_table(study: Study) -> Table:
+    """Every declared run without a result, and why."""
+    return Table(
+        "",
+        [
+            Column("run", lambda u: u.name),
+            Column("state", lambda u: u.state),
+            Column("error", lambda u: u.kind or "-"),
+            Column("what it said", lambda u: u.why or "-", fold=True),
+        ],
+        study.histories.unfinished,
+        about="They enter no curve. The same command that ran the grid goes on with them.",
+    )
+
+
+def _config(study: Study) -> list[str]:
+    """What all runs of an experiment share, as JSON."""
+    if not study.histories.config:
+        return []
+    text = html.escape(json.dumps(study.histories.config, indent=1, sort_keys=True))
+    return [f'<p class="quiet">What all runs were asked for alike:</p><pre>{text}</pre>']
+
+
+def _download(results: Results) -> str:
+    """The runs as a CSV file that every verb reads, inside the page."""
+    data = base64.b64encode(results_csv(results).encode()).decode()
+    return (
+        f'<p><a download="results.csv" href="data:text/csv;base64,{data}">Download the runs</a> as the '
+        "CSV file that every verb reads.</p>"
+    )
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout that this package lies in; "" where it is installed elsewhere."""
+    here = Path(__file__).parents[3]
+    if not (here / ".git").exists():
+        return ""
+    words = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # no git here: nothing is known
+        return ""
+    return found.stdout.strip()

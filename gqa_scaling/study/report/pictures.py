@@ -4,9 +4,11 @@ import functools
 import io
 import textwrap
 from collections.abc import Callable
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -20,20 +22,20 @@ from gqa_scaling.study.report.decision_pictures import (
     savings,
 )
 from gqa_scaling.study.report.drawing import COST_LABELS, DPI, frame, styled
-from gqa_scaling.study.report.judged import needle_maps
 from gqa_scaling.study.report.loss_pictures import (
     forecast_errors,
     loss_against_costs,
     loss_against_density,
     loss_against_heads,
+    loss_against_shape,
     loss_by_position,
     loss_curves,
     losses_against,
     losses_on,
+    needle_maps,
     residuals,
     residuals_on,
 )
-from gqa_scaling.study.report.shape_axes import loss_against_shape
 from gqa_scaling.study.study import Study
 
 
@@ -117,20 +119,24 @@ def all_figures(study: Study) -> dict[str, tuple[Figure, str]]:
 
 
 @styled
-def rendered(figure: Figure) -> tuple[bytes, bytes]:
-    """The picture as an SVG and as a PNG file, the same for the same figure.
+def rendered(figure: Figure, kind: Literal["svg", "pdf", "png"]) -> bytes:
+    """The picture as a file of this kind, the same for the same figure.
 
-    `savefig` would lay the figure out and draw it twice for each of them; here it is laid out once.
+    `savefig` would lay the figure out each time; here it is laid out once.
     """
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
         figure.set_layout_engine("none")
-    svg, png = io.BytesIO(), io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
-    figure.set_dpi(DPI)
-    FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
-    return svg.getvalue(), png.getvalue()
+    out = io.BytesIO()
+    if kind == "svg":
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    elif kind == "pdf":
+        FigureCanvasPdf(figure).print_pdf(out, metadata={"CreationDate": None})  # type: ignore[no-untyped-call]
+    else:
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]
+    return out.getvalue()
 
 
 # ------------------------------------------------------------------------------------ TensorBoard

@@ -1,9 +1,5 @@
-"""The table and the picture of loss against shape at one N."""
+"""The table of loss against shape at one N; its picture is among `loss_pictures`."""
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from gqa_scaling.study.report import drawing as draw
 from gqa_scaling.study.report.table import Column, Table
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.shape_axes import OnAxis, shape_axes
@@ -40,37 +36,3 @@ def _difference(p: OnAxis) -> str:
         return "the middle"
     interval = "" if p.half is None else f" ± {1000 * p.half:.1f}"
     return f"{1000 * p.difference:+.1f}{interval}"
-
-
-@draw.styled
-def loss_against_shape(results: Results) -> Figure | None:
-    """A frame for each axis, a line for each size; None where there is nothing to show."""
-    points = shape_axes(results)
-    axes_found = list(dict.fromkeys(p.axis for p in points))
-    if not points:
-        return None
-    figure, axes = draw.frames(3.4 * len(axes_found), 3.2, len(axes_found), share_y=True)
-    sizes = sorted({p.n_params for p in points})
-    for axis, name in zip(axes, axes_found, strict=True):
-        for i, n in enumerate(sizes):
-            on = [p for p in points if p.axis == name and p.n_params == n]
-            x = np.array([p.value for p in on])
-            y = np.array([1000 * p.difference for p in on])
-            bars = np.array([1000 * (p.half or 0.0) for p in on])
-            axis.errorbar(
-                x,
-                y,
-                bars,
-                color=draw.OKABE_ITO[i % len(draw.OKABE_ITO)],
-                marker=draw.MARKERS[i % len(draw.MARKERS)],
-                linestyle=draw.LINES[i % len(draw.LINES)],
-                capsize=2,
-                label=f"N = {quantity(n)}",
-            )
-        axis.axhline(0, color=draw.GREY, linewidth=0.7)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xlabel(name)
-    axes[0].set_ylabel("loss minus the middle's (millinats)")
-    axes[-1].legend()
-    return figure

@@ -95,10 +95,11 @@ class Table:
         return shown, left_out
 
     def html(self) -> str:
-        """On the page: every column, units in the headings."""
+        """On the page: every column, units in the headings.
 
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        The class says below which width, in pixels, a row is shown as a card (`card_styles`): every
+        cell carries its heading for that.
+        """
 
         def quiet(text: str) -> str:
             return f'<p class="quiet">{html.escape(text)}</p>'
@@ -107,9 +108,21 @@ class Table:
         out += quiet(self.about) if self.about else ""
         if self.items:
             head, *rows = self._rows()
-            body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-            whole = f"<thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody>"
-            out += f'<div class="scroll"><table>{whole}</table></div>'
+            folded = [c.fold for c in self.columns if not c.terminal_only]
+            kinds = [' class="words"' if fold else "" for fold in folded]
+            headings = "".join(
+                f"<th{kind}>{html.escape(cell)}</th>"
+                for kind, cell in zip(kinds, head, strict=True)
+            )
+
+            def cell(text: str, i: int) -> str:
+                words = ' class="words"' if folded[i] or len(text) > _WORDS else ""
+                return f'<td{words} data-label="{html.escape(head[i])}">{html.escape(text)}</td>'
+
+            lines = ("".join(cell(text, i) for i, text in enumerate(row)) for row in rows)
+            body = "".join(f"<tr>{line}</tr>" for line in lines)
+            whole = f"<thead><tr>{headings}</tr></thead><tbody>{body}</tbody>"
+            out += f'<table class="w{_page_width(head, rows, folded)}">{whole}</table>'
         return out + "".join(map(quiet, self.notes))
 
     def markdown(self) -> str:
@@ -135,6 +148,43 @@ def shown(tables: Iterable[Table], flags: Iterable[str] = (), sentence: str = ""
     for table in tables:
         parts += ["", table] if parts else [table]
     return Group(*parts, *(Text(f"! {flag}", style="yellow") for flag in flags))
+
+
+# ------------------------------------------------------------------------- tables on the page
+
+_WORDS = 34  # letters: a longer cell may break over lines on the page
+_LETTER, _SPACE, _STEP, _WIDEST = 7.2, 18, 100, 3000  # pixels: a letter, around a cell, widths
+
+
+def _page_width(head: Sequence[str], rows: Sequence[Sequence[str]], folded: Sequence[bool]) -> int:
+    """The width in pixels that a table needs on the page, up to the next `_STEP`; -1 for never."""
+    width = 0.0
+    for i, heading in enumerate(head):
+        words = max(map(len, heading.split()), default=0)
+        cells = (len(row[i]) for row in rows)
+        letters = max(20 if folded[i] or n > _WORDS else n for n in cells)
+        width += _LETTER * max(words, letters) + _SPACE
+    return min(math.ceil(width / _STEP) * _STEP, _WIDEST)
+
+
+def card_styles() -> str:
+    """The style sheet that shows rows as cards where the page is narrower than a table needs."""
+    card = (
+        "{t},{t} tbody{{display:block;width:100%}}{t} thead{{display:none}}"
+        "{t} tr{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(9.5em,100%),1fr));"
+        "gap:2px 14px;padding:.5em .2em;border-bottom:1px solid var(--rule)}}"
+        "{t} td{{display:block;text-align:left;white-space:normal;border:0;padding:1px 0;"
+        "overflow-wrap:anywhere;min-width:0}}"
+        "{t} td:first-child{{grid-column:1/-1;font-weight:600}}"
+        "{t} td:first-child:not([data-label^='run'])::before{{content:attr(data-label) ' ';"
+        "font-weight:400;color:var(--quiet)}}"
+        "{t} td:not(:first-child):not([data-label=''])::before{{content:attr(data-label);"
+        "display:block;font-size:.85em;color:var(--quiet);font-weight:400}}"
+    )
+    widths = range(_STEP, _WIDEST + 1, _STEP)
+    return "\n".join(
+        f"@container (max-width:{w - 1}px){{{card.format(t=f'table.w{w}')}}}" for w in widths
+    )
 
 
 # ---------------------------------------------------------------------------- numbers in cells

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.files.timings import Machine, Phase, Timing, Timings
 from gqa_scaling.study.report import drawing as draw
+from gqa_scaling.study.report.looks import LINES, style
 from gqa_scaling.study.report.table import Column, Table, percent
 from gqa_scaling.units import byte_size, quantity
 
@@ -147,7 +148,7 @@ def _looks(rows: Iterable[Timing]) -> dict[tuple[int, int, str], dict[str, Any]]
     heads = sorted({(row.model.n_heads, row.model.n_kv_heads) for row in rows})
     caches = ["float32", "bfloat16", "int8"]
     return {
-        (*each, cache): draw.style(i, j)
+        (*each, cache): style(i, j)
         for i, each in enumerate(heads)
         for j, cache in enumerate(caches)
     }
@@ -169,7 +170,7 @@ def _panel(
         axis.set_xscale("log")
         return
     ends = np.array([min(map(work, rows)) / 2, max(map(work, rows)) * 2])
-    for (label, rate), line in zip(rates.items(), draw.LINES, strict=False):
+    for (label, rate), line in zip(rates.items(), LINES, strict=False):
         axis.plot(ends, ends / rate, color=draw.GREY, linestyle=line, label=label)
         axis.plot(ends, 2 * ends / rate, color=draw.GREY, linestyle=line, alpha=0.4)
     axis.set_xlim(*ends)
