@@ -5,12 +5,16 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gqa_scaling.cli import study
 from gqa_scaling.cli.serving import serving_of
 from gqa_scaling.cli.shared import Verb, print_json, print_table
-from gqa_scaling.config import UserError, require
+from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.files.storage import as_path
+
+if TYPE_CHECKING:
+    from gqa_scaling.study.report.carried import Again
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,6 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.histories import histories
     from gqa_scaling.study.judged import to_dict
     from gqa_scaling.study.report.answers import frontier_answer
-    from gqa_scaling.study.report.carried import Again
     from gqa_scaling.study.report.estimates import wide_law_tables
     from gqa_scaling.study.report.files import require_own, require_page, settled
     from gqa_scaling.study.report.forecasts import forecast_table
@@ -76,7 +79,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     root = [] if args.root is None else ["--root", args.root]
     one = shlex.join(["gqa-scaling", "run", args.source, *rest, *root, "--only"])
     whole = replace(whole, histories=histories(source, one))
-    again = Again(_again(args, rest), source.question, tuple(args.candidates or ()))
+    again = again_of(args, rest, source.question)
     write_report(path, whole, args.command, again, beside)
     if args.json:
         told = {"report": str(path), "frontier": answer.to_dict()}
@@ -100,8 +103,18 @@ def _pictures() -> Iterable[str]:
     return PICTURES
 
 
-def _again(args: argparse.Namespace, rest: Sequence[str]) -> str:
+def again_of(args: argparse.Namespace, rest: Sequence[str], question: Question) -> "Again":
     """The command that prints an answer from the same curves, less what the page can move."""
+    from gqa_scaling.study.report.carried import Again
+
+    cost = [] if args.cost is None else ["--cost", args.cost]
+    if args.output_tokens is not None:
+        cost += ["--output-tokens", str(args.output_tokens)]
+    candidates = tuple(args.candidates or ())
+    return Again(_command(args, rest), question, candidates, shlex.join(cost))
+
+
+def _command(args: argparse.Namespace, rest: Sequence[str]) -> str:
     words = ["gqa-scaling", "frontier", args.source, *rest]
     for name in ("law", "context", "flat_from", "at_tokens", "root"):
         value = getattr(args, name)

@@ -9,7 +9,7 @@ from py_mini_racer import MiniRacer
 from gqa_scaling import cli
 from gqa_scaling.cli import report
 from gqa_scaling.cli import study as verbs
-from gqa_scaling.study.report.carried import Again, carried
+from gqa_scaling.study.report.carried import carried
 from gqa_scaling.study.report.page import NUMERICS, part
 
 
@@ -48,8 +48,7 @@ def answered(command):
     args, rest = cli._parse(shlex.split(command)[1:])
     source = verbs._source(args, rest)
     study = verbs._answer(args, source)
-    again = Again(report._again(args, rest), source.question, tuple(args.candidates or ()))
-    return study, carried(study, again)
+    return study, carried(study, report.again_of(args, rest, source.question))
 
 
 def printed(command, capsys):

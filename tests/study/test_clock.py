@@ -101,7 +101,7 @@ def test_the_frontier_is_by_the_clock_and_beside_it_by_z(machine, chen):
     assert f"{seconds.dollars:.3g}" in rows[1]
     assert rows[1][-1] == "yes"
     json.dumps(found.to_dict(), allow_nan=False)
-    told = sections(Study(published(), Estimates(chen), found), {})
+    told = sections(Study(published(), Estimates(chen), found))
     assert "By Z and by the clock" in [heading for heading, _ in itertools.islice(told, 3)]
     assert clock_table(frontier(chen, published(), QUESTION)) is None
 

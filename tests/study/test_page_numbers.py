@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+from calibrate_kit import calibrated_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_kit import Engine, agree, answered, printed
@@ -57,6 +58,19 @@ def test_whatever_is_moved_the_command_prints_the_same(chen, capsys, changes):
     told = chen[1].asked(**changes)
     assert told["again"] == told["state"]  # by the way of the address
     agree(told["answer"], printed(told["command"], capsys))
+
+
+@pytest.mark.parametrize("output", ["", " --output-tokens 512"])
+def test_a_machine_that_was_timed_is_priced_as_on_the_command_line(tmp_path, capsys, output):
+    asked = f"--losses 2.8 --contexts 8192 --price 3 --cost {calibrated_file(tmp_path)}{output}"
+    _, held = answered(f"gqa-scaling frontier chen2025 {REFITS} {asked}")
+    engine = Engine(held)
+    for changes in ({}, {"batch": 16, "objective": "dollars"}, {"objective": "z"}):
+        told = engine.asked(**changes)
+        assert "--cost" in told["command"]
+        agree(told["answer"], printed(told["command"], capsys))
+    assert "was timed with" in engine.asked(weight_bytes=1)["wrong"]
+    assert "--cost" not in engine.asked(hardware="h100")["command"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from scipy.stats import t as student
 from gqa_scaling import costs
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.study.reading import from_text
-from gqa_scaling.study.report.shape_axes import loss_against_shape, shape_tables
+from gqa_scaling.study.report.loss_pictures import loss_against_shape
+from gqa_scaling.study.report.shape_axes import shape_tables
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.shape_axes import AXES, shape_axes
 

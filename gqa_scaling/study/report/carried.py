@@ -15,14 +15,16 @@ from gqa_scaling.baselines import LLAMA3, WholeModel
 from gqa_scaling.config import LOSSES, MOST_CONTEXT, POWERS, Question
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import n_formula
-from gqa_scaling.hardware import GIB, HARDWARE
+from gqa_scaling.hardware import GIB, HARDWARE, Hardware
 from gqa_scaling.study.baseline import Baseline, baseline_of, llama3_sizes
 from gqa_scaling.study.baseline import label as baseline_label
 from gqa_scaling.study.candidates import KNOWN, known_as, sizes_of
 from gqa_scaling.study.choices import OBJECTIVES, Objective
+from gqa_scaling.study.clock import Clock
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.report.looks import looks
 from gqa_scaling.study.results import Heads, pair, pattern_of
+from gqa_scaling.study.roofline import Roofline, Shape, decode_work
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.shapes import Family, family_of
 from gqa_scaling.study.strays import Scale
@@ -41,12 +43,14 @@ def packed(values: np.ndarray, kind: str = "f8") -> dict[str, str]:
 class Again:
     """The command that prints an answer, less what the page can move, and the question it comes with.
 
-    `candidates` are those that were named for it, as they were typed.
+    `candidates` are those that were named for it, as they were typed, and `cost` the options of the
+    machine that was timed, where there is one.
     """
 
     command: str
     question: Question
     candidates: tuple[str, ...] = ()
+    cost: str = ""
 
 
 def carried(study: Study, again: Again) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def carried(study: Study, again: Again) -> dict[str, Any]:
     Configurations are those that have a curve; `ranked` marks those that the study ranks, in whose
     order they stand. `configurations[k]` owns the k-th stretch of the draws of u and of b.
     """
-    frontier, among = study.frontier, study.ranked
+    frontier, among, clock = study.frontier, study.ranked, study.frontier.serving.clock
     fit, family, trained = among.fit, family_of(study.results), among.estimates.fit.heads
     order = [*among.heads, *(h for h in fit.heads if h not in among.heads)]
     places = [fit.index(heads) for heads in order]
@@ -102,13 +106,16 @@ def carried(study: Study, again: Again) -> dict[str, Any]:
         "candidates": list(again.candidates),
         "contexts": list(frontier.question.contexts),
         "hardware": {
-            row.name: {
-                "peak_flops": row.peak_flops,
-                "bandwidth": row.bandwidth,
-                "mfu": row.mfu,
-                "price": row.price,
-            }
-            for row in HARDWARE.values()
+            **({_machine(clock): _timed(clock, frontier.serving, again, family)} if clock else {}),
+            **{
+                row.name: {
+                    "peak_flops": row.peak_flops,
+                    "bandwidth": row.bandwidth,
+                    "mfu": row.mfu,
+                    "price": row.price,
+                }
+                for row in HARDWARE.values()
+            },
         },
         "objectives": OBJECTIVES,
         "limits": {"loss": LOSSES, "context": [1, MOST_CONTEXT], "power": POWERS},
@@ -118,6 +125,37 @@ def carried(study: Study, again: Again) -> dict[str, Any]:
         "covered": _covered(fit, places, order, trained),
         "count": frontier.count,
         "law": frontier.law,
+    }
+
+
+def _machine(row: Hardware | Clock) -> str:
+    """What a machine is called on the page; one that was timed may have the name of a data sheet's."""
+    return f"{row.name}, timed" if isinstance(row, Clock) else row.name
+
+
+def _timed(clock: Clock, s: Serving, again: Again, family: Family) -> dict[str, Any]:
+    """The machine that was timed: what its steps are put together from (`study/roofline.py`)."""
+
+    def law(found: Roofline) -> dict[str, Any]:
+        own = {name.partition(" ")[0]: name for name in found.seconds_per if " " not in name}
+        own |= {name: f"{name} {clock.cache}" for name in ("cache", "attention")}
+        rates = {name: found.seconds_per.get(term, 0.0) for name, term in own.items()}
+        return {"form": found.form, "seconds_per": rates}
+
+    # what one cached value takes, its share of an int8 cache's scales included
+    one = decode_work(Shape(0, 0, 1, 1, 1, family.head_dim), 1, 1, clock.dtype, clock.cache).cache
+    return {
+        "price": clock.price,
+        "option": again.cost,
+        "timed": {
+            "decode": law(clock.decode),
+            "prefill": law(clock.prefill) if clock.prefill and s.output_tokens else None,
+            "output_tokens": s.output_tokens,
+            "weight_bytes": s.weight_bytes,
+            "cache_bytes": s.cache_bytes,
+            "value_bytes": float(one) / (2 * family.head_dim),
+            "vocab_size": family.template.vocab_size,
+        },
     }
 
 
@@ -205,7 +243,7 @@ def _asked(q: Question, s: Serving, objective: Objective) -> dict[str, Any]:
         "cache_bytes": s.cache_bytes,
         "limit_gib": s.limit_bytes / GIB if math.isfinite(s.limit_bytes) else None,
         "kv_multiple": s.kv_multiple,
-        "hardware": s.hardware.name if s.hardware else None,
+        "hardware": _machine(s.hardware) if s.hardware else None,
         "price": s.hardware.price if s.hardware else None,
     }
 

@@ -182,7 +182,10 @@ const Numerics = (() => {
       out.flops[i] = flops;
       out.z[i] = asked.lambda * memory ** asked.alpha + (1 - asked.lambda) * flops ** asked.beta;
       out.bytes[i] = read + asked.weight_bytes * (model.embeddings * width[i]);
-      const seconds = hardware ? decodeSeconds(hardware, asked.batch, token, read) : NaN;
+      const shape = { n: n[i], L, d, heads: heads[i], kv: kv[i], width: width[i], keys: keys[i] };
+      const seconds = !hardware ? NaN
+        : hardware.timed ? timedSeconds(hardware.timed, asked, shape)
+        : decodeSeconds(hardware, asked.batch, token, read);
       out.seconds[i] = seconds;
       out.dollars[i] = hardware ? ((seconds * asked.price) / 3600) * 1e6 : NaN;
     }
@@ -191,11 +194,33 @@ const Numerics = (() => {
 
   /**
    * Seconds per decoded token: what takes longer of computing and of reading (serving.py).
-   * A calibration measured on own hardware is one more of the page's `hardware`, with its own rates.
    */
   function decodeSeconds(rates, batch, flopsOfToken, bytesRead) {
     const busy = (batch * flopsOfToken) / (rates.peak_flops * rates.mfu);
     return Math.max(busy, bytesRead / rates.bandwidth) / batch;
+  }
+
+  /** Seconds of a step on a machine that was timed, each term at its own rate (roofline.py). */
+  function stepSeconds({ form, seconds_per }, work) {
+    const part = (name) => (seconds_per[name] ? seconds_per[name] * work[name] : 0);
+    const joined = (a, b) => (form === "max" ? Math.max(part(a), part(b)) : part(a) + part(b));
+    return joined("weights", "linear") + joined("cache", "attention") + part("step") + part("layer");
+  }
+
+  /** Seconds per output token there, with its share of the prefill of dense heads (Deployment._timed). */
+  function timedSeconds(timed, { batch, context }, { n, L, d, heads, kv, width, keys }) {
+    const output = timed.vocab_size * width, read = n + output, each = 4 * L * d * heads;
+    const decode = stepSeconds(timed.decode, {
+      weights: timed.weight_bytes * read, cache: timed.value_bytes * batch * 2 * keys * L * d * kv,
+      linear: 2 * batch * read, attention: batch * keys * each, step: 1, layer: L,
+    });
+    if (!timed.output_tokens) return decode / batch;
+    const prompt = context - timed.output_tokens;
+    const prefill = stepSeconds(timed.prefill, {
+      weights: 0, cache: 0, linear: 2 * batch * (prompt * n + output),
+      attention: batch * prompt * (prompt / 2) * each, step: 1, layer: L,
+    });
+    return decode / batch + prefill / (batch * timed.output_tokens);
   }
 
   /** Costs of a configuration at sizes N (Deployment.costs). */

@@ -40,6 +40,11 @@ function Asking(carried, model) {
     }
     if (!s.candidates.length) return ["", "rank at least one configuration"];
     if (["seconds", "dollars"].includes(s.objective) && !s.hardware) return ["hardware", `${carried.objectives[s.objective]} need hardware: name it under “How it is served”`];
+    const timed = s.hardware && carried.hardware[s.hardware].timed;
+    for (const name of ["weight_bytes", "cache_bytes"])
+      if (timed && s[name] !== timed[name]) return [name, `${s.hardware} was timed with ${timed[name]} ${NAMES[name]}`];
+    if (timed && timed.output_tokens >= s.context) return ["context", `context must be more than the ${timed.output_tokens} tokens of output`];
+    if (timed && timed.output_tokens && !dense) return ["hardware", "the prefill of patterns is counted by the command line alone"];
     if (s.objective === "dollars" && !(asked(s).price > 0)) return ["price", "dollars need a price above 0 an hour"];
     if (!carried.baselines.some((b) => b.name === s.baseline) && !Numerics.wholeModel(model, s.baseline))
       return ["whole-text", "one model is written 24,8@L36d1536, of heads that have a curve here"];
@@ -101,12 +106,15 @@ function Asking(carried, model) {
     if (s.loss !== null) words.push("--losses", s.loss);
     const plain = carried.defaults;
     const add = (flag, value) => words.push(`--${flag}`, value);
+    const row = s.hardware && carried.hardware[s.hardware];
     for (const name of ["lambda", "alpha", "beta", "batch", "weight_bytes", "cache_bytes", "limit_gib", "kv_multiple"])
-      if (!same(s[name], plain[name])) add(NUMBERS[name].flag, s[name]);
+      if (!same(s[name], plain[name]) && !(row?.timed && name.endsWith("_bytes"))) add(NUMBERS[name].flag, s[name]);
     if (!same(s.indifference, plain.indifference)) add("indifference", Number((100 * s.indifference).toPrecision(12)));
-    for (const name of ["convention", "objective"]) if (s[name] !== plain[name]) add(name, s[name]);
-    if (s.hardware) add("hardware", s.hardware);
-    if (s.hardware && s.price !== null && s.price !== carried.hardware[s.hardware].price) add("price", s.price);
+    if (s.convention !== plain.convention) add("convention", s.convention);
+    if (row?.timed || s.objective !== plain.objective) add("objective", s.objective);
+    if (row?.timed) words.push(row.option);
+    else if (s.hardware) add("hardware", s.hardware);
+    if (s.hardware && s.price !== null && (row.timed ? s.price > 0 : s.price !== row.price)) add("price", s.price);
     if (s.baseline !== plain.baseline) add("baseline", bare(s.baseline));
     let note = "";
     if (same(s.candidates, everyone)) {
