@@ -86,18 +86,24 @@ def read(
     return read_source(what, overrides, None if root is None else str(root), without)
 
 
-def columns(source: "Source") -> "dict[str, np.ndarray]":
+def _runs(source: "Source | str | Path | Experiment") -> "Source":
+    from gqa_scaling.study.source import Source
+
+    return source if isinstance(source, Source) else read(source)
+
+
+def columns(source: "Source | str | Path | Experiment") -> "dict[str, np.ndarray]":
     """The table of the runs, an array for each column, in the units of docs/api.md."""
     import numpy as np
 
-    rows = source.results.rows()
+    rows = _runs(source).results.rows()
     return {
         name: np.array([np.nan if row[name] is None else row[name] for row in rows])
         for name in rows[0]
     }
 
 
-def frame(source: "Source") -> "pandas.DataFrame":
+def frame(source: "Source | str | Path | Experiment") -> "pandas.DataFrame":
     """The same as a pandas frame. Raises UserError where pandas is not installed."""
     try:
         import pandas
@@ -109,7 +115,9 @@ def frame(source: "Source") -> "pandas.DataFrame":
 # -------------------------------------------------------------------------------- what they say
 
 
-def fit(source: "Source", *, law: "Law" = "separate", **options: Any) -> "Estimates":
+def fit(
+    source: "Source | str | Path | Experiment", *, law: "Law" = "separate", **options: Any
+) -> "Estimates":
     """The loss laws that the runs allow, with `refits` (1000) bootstrap draws.
 
     Options: refits, seed, context_length (runs of one training context alone), flat_from, at_tokens.
@@ -117,11 +125,11 @@ def fit(source: "Source", *, law: "Law" = "separate", **options: Any) -> "Estima
     """
     from gqa_scaling.study.estimates import estimate
 
-    return estimate(source.results, law=law, **options)
+    return estimate(_runs(source).results, law=law, **options)
 
 
 def predict(
-    source: "Source",
+    source: "Source | str | Path | Experiment",
     found: "Estimates",
     model: str,
     n: float | None = None,
@@ -137,15 +145,15 @@ def predict(
     """
     from gqa_scaling.study.ask import predict_one
 
-    return predict_one(source, found, model, n, train_context, tokens)
+    return predict_one(_runs(source), found, model, n, train_context, tokens)
 
 
 def frontier(
-    source: "Source",
+    source: "Source | str | Path | Experiment",
     *,
     losses: Sequence[float] | None = None,
     contexts: Sequence[int] | None = None,
-    candidates: "Which | Sequence[Heads] | None" = None,
+    candidates: "Which | Sequence[Heads | str] | None" = None,
     objective: "Objective" = "z",
     serving: "Serving | None" = None,
     law: "Law | None" = None,
@@ -157,18 +165,21 @@ def frontier(
 
     What is not named is as the source's question has it. `question` are its other fields: baseline,
     convention, weight, memory_power, compute_power, indifference (0.01 is 1%). `candidates` are
-    "all", "measured" or heads [(8, 1), (4, 1)]. Raises UserError for what cannot be answered.
+    "all", "measured" or heads [(8, 1), "4,1"]. Raises UserError for what cannot be answered.
     """
     from gqa_scaling.study.ask import answer, asked
 
     changes = {**_question(losses, contexts), **question}
     how: dict[str, Any] = {"refits": refits, "context_length": context_length}
-    asking = asked(source.question, **changes)
-    return answer(source, asking, objective, serving, which=candidates, law=law, **how)
+    runs = _runs(source)
+    named = candidates is None or isinstance(candidates, str)
+    which: Any = candidates if named else [_heads(heads) for heads in candidates or ()]
+    asking = asked(runs.question, **changes)
+    return answer(runs, asking, objective, serving, which=which, law=law, **how)
 
 
 def compare(
-    source: "Source",
+    source: "Source | str | Path | Experiment",
     first: str,
     second: str,
     *,
@@ -189,7 +200,17 @@ def compare(
 
     changes = {**_question(losses, contexts), **question}
     how: dict[str, Any] = {"refits": refits, "context_length": context_length}
-    return compare_two(source, first, second, changes, objective, serving, law=law, **how)
+    return compare_two(_runs(source), first, second, changes, objective, serving, law=law, **how)
+
+
+def _heads(heads: "Heads | str") -> "Heads":
+    """Heads as (8, 1) or as they are typed, 8,1."""
+    from gqa_scaling.baselines import written_heads
+
+    found = written_heads(heads) if isinstance(heads, str) else heads
+    if found is None:
+        raise UserError(f"candidates={heads!r} must be heads such as (8, 1) or '8,1'")
+    return found
 
 
 def _question(

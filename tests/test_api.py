@@ -166,3 +166,29 @@ def test_what_cannot_be_is_refused_in_one_line(call, said, tmp_path, monkeypatch
     with pytest.raises(UserError, match=said) as refused:
         call(runs, found)
     assert "\n" not in str(refused.value)
+
+
+def test_what_cannot_be_is_said_in_one_line():
+    chen = api.read("chen2025")
+    quick = {"refits": 100, "losses": [2.8], "contexts": [8192]}
+    for words, ask in {
+        "candidates='al' must be all or measured": lambda: api.frontier(chen, candidates="al"),
+        "must be heads such as": lambda: api.frontier(chen, candidates=["8"]),
+        "no 'context' (did you mean contexts?)": lambda: api.frontier(chen, context=[8192]),
+        "no runs at context length 4096; there are 8,192": lambda: api.frontier(
+            chen, context_length=4096
+        ),
+        "2.7 nats at 8192 tokens was not asked for": lambda: api.frontier(
+            chen, **quick
+        ).frontier.at(2.7, 8192),
+    }.items():
+        with pytest.raises(UserError, match=re.escape(words)):
+            ask()
+
+
+def test_a_source_may_be_named_and_heads_be_typed():
+    asked = {"refits": 100, "losses": [2.8], "contexts": [8192]}
+    named = api.frontier("chen2025", candidates=["8,1", (4, 1)], **asked)
+    read = api.frontier(api.read("chen2025"), candidates=[(8, 1), (4, 1)], **asked)
+    assert named.frontier.to_dict() == read.frontier.to_dict()
+    assert api.columns("chen2025")["loss"][0] == 3.1184

@@ -141,8 +141,9 @@ def _named(
     for text in args.shapes:
         if text in experiments:
             from gqa_scaling.experiment.load import load_experiment
+            from gqa_scaling.files.runs import runs_root
 
-            experiment = load_experiment(text, rest)
+            experiment = load_experiment(text, rest, runs_root(args.root))
             models |= dict.fromkeys(run.model for run in experiment.runs)
             contexts |= dict.fromkeys(experiment.question.contexts)
         else:

@@ -102,14 +102,15 @@ def _add_harness(parser: argparse.ArgumentParser) -> None:
 
 def _harness(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """lm-eval's own command, which knows the run as a model."""
+    from gqa_scaling.experiment.load import named_run
+
+    directory = named_run(args.run, [], args.root)
     require(
         importlib.util.find_spec("lm_eval") is not None,
         "the evaluation harness is not installed: pip install 'gqa-scaling[harness]'",
     )
-    from gqa_scaling.experiment.load import named_run
     from gqa_scaling.inference.trained import open_trained
 
-    directory = named_run(args.run, [], args.root)
     open_trained(directory)  # refused before lm-eval loads anything
     from lm_eval.__main__ import cli_evaluate
 

@@ -20,27 +20,22 @@ _TASK = ("lengths", "depths", "trials", "seed")
 PICTURE = "needles.png"  # in the directory of the run
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-_numbers.__name__ = "list of whole numbers"
-
-
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="directory of a finished run, or EXPERIMENT:NAME of one of its runs")
     add(
         "--contexts",
-        type=_numbers,
-        metavar="T,T,...",
+        type=int,
+        nargs="+",
+        metavar="T",
         help="the loss of the same targets with the text cut into these lengths",
     )
     add("--needles", choices=get_args(NeedleForm), help="what is hidden in a text and asked for")
     add(
         "--lengths",
-        type=_numbers,
-        metavar="T,T,...",
+        type=int,
+        nargs="+",
+        metavar="T",
         help="of the texts with needles, also beyond the training context (default: that)",
     )
     add("--depths", type=int, help="places of the needle in the text (default: 5)")
@@ -97,7 +92,7 @@ def _asked(run: RunConfig, args: argparse.Namespace) -> RunConfig:
     asked = run.evaluation
     if args.contexts is not None:
         longest = max(run.evaluation_context, *args.contexts)
-        asked = replace(asked, contexts=args.contexts, longest_context=longest)
+        asked = replace(asked, contexts=tuple(args.contexts), longest_context=longest)
     task = {"form": args.needles} | {n: getattr(args, n) for n in _TASK}
     task = {name: value for name, value in task.items() if value is not None}
     if task:

@@ -48,7 +48,7 @@ def speeds() -> list[Speed]:
     name = f"product {side:,} x {side:,} {jnp.dtype(dtype)}"
     return [
         Speed(name, "FLOP/s", 2 * side**3 / _seconds(product, a), peaks[0]),
-        Speed("memory", "B/s", 2 * x.nbytes / _seconds(move, x), peaks[1]),
+        Speed("memory", "bytes/s", 2 * x.nbytes / _seconds(move, x), peaks[1]),
     ]
 
 

@@ -1,10 +1,11 @@
 """What is asked of finished runs, and their whole answer: the same from the command line and from Python."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from gqa_scaling.config import Question, require
+from gqa_scaling.fields import did_you_mean
 from gqa_scaling.study.baseline import curves_for, named_baseline
 from gqa_scaling.study.candidates import Candidates, Which, candidates
 from gqa_scaling.study.choices import Law, Objective
@@ -27,8 +28,11 @@ def asked(question: Question, **changes: Any) -> Question:
     """The question with these fields changed; None leaves a field as it is.
 
     A baseline that is one whole model has a loss of its own, which is the target where no losses are
-    given. Raises UserError for a value that cannot be.
+    given. Raises UserError for a name or value that cannot be.
     """
+    known = [each.name for each in fields(Question)]
+    for name in changes:
+        require(name in known, f"a question has no {name!r}{did_you_mean(name, known)}")
     given = {name: value for name, value in changes.items() if value is not None}
     baseline = given.get("baseline")
     if isinstance(baseline, str) and "@" in baseline and "losses" not in given:

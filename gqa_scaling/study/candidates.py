@@ -55,8 +55,12 @@ def heads_to_rank(
     """The configurations to rank: "all" the published ones, "measured", or those that are named.
 
     By default powers of two up to the largest head counts that were trained. Trained ones are
-    always among them, unless others are named.
+    always among them, unless others are named. Raises UserError for another word.
     """
+    require(
+        not isinstance(which, str) or which in WHICH,
+        f"candidates={which!r} must be {' or '.join(WHICH)}, or a list of heads such as (8, 1)",
+    )
     if which == "measured":
         return tuple(trained)
     if isinstance(which, str | None):
@@ -112,6 +116,12 @@ def candidates(
     """
     context = options.get("context_length")
     chosen = results if context is None else results.select(results.context_length == context)
+    known = ", ".join(f"{length:,}" for length in sorted(set(results.context_length.tolist())))
+    require(
+        len(chosen) > 0,
+        f"{results.source}: no runs at context length {context}; there are {known}. The contexts that "
+        "models are served at are --contexts",
+    )
     trained, also = tuple(sorted(set(chosen.heads))), tuple(also)
     heads = heads_to_rank(trained, which)
     if isinstance(which, str | None):  # what is named is ranked, whatever was left out

@@ -55,6 +55,11 @@ def estimate(
     if at_tokens is not None:
         between("at_tokens", at_tokens, 1, MOST_TOKENS, "tokens")
     r = results
+    require(
+        not r.mixed,
+        f"{r.source}: the runs mix architectures ({r.mixed}); fit one architecture at a time, as with "
+        "--without",
+    )
     chosen = r if context_length is None else r.select(r.context_length == context_length)
     wide = spans_contexts(chosen) or spans_budgets(chosen)
     require(

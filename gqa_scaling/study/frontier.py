@@ -199,7 +199,14 @@ class Frontier:
         return units(self.question, self.serving, self.sharded)
 
     def at(self, loss: float, context: int) -> Answer:
-        return next(a for a in self.answers if a.loss == loss and a.context == context)
+        """The answer for a target loss in nats at a context; UserError for one that was not asked for."""
+        found = [a for a in self.answers if a.loss == loss and a.context == context]
+        asked = ", ".join(f"({a.loss:g}, {a.context})" for a in self.answers[:6])
+        require(
+            bool(found),
+            f"{loss:g} nats at {context} tokens was not asked for; the first that were are {asked}",
+        )
+        return found[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

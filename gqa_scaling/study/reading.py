@@ -109,6 +109,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         missing=tuple(missing),
         provenance=_provenance(experiment, finished),
         template=_template([run for run, _ in finished], experiment),
+        mixed=_mixed([run for run, _ in finished]),
         positions={row["name"]: row["positions"] for row in rows if row["positions"]},
         judged=further,
     )
@@ -170,15 +171,20 @@ def _template(runs: Sequence[RunConfig], experiment: str) -> ModelConfig:
     """The first model; UserError when others differ in what a built model's size follows from."""
     first, *rest = runs
     for run in rest:
-        for field in ("tie_embeddings", "qk_norm", "d_ff"):
+        for field in ("tie_embeddings", "qk_norm"):
             one, other = (getattr(r.model, field) for r in (first, run))
-            same = (one is None) == (other is None) if field == "d_ff" else one == other
             require(
-                same,
+                one == other,
                 f"{experiment}: the runs mix architectures ({first.name}: {field}={one}, {run.name}: "
                 f"{field}={other}); fit one architecture at a time",
             )
     return first.model
+
+
+def _mixed(runs: Sequence[RunConfig]) -> str:
+    """Two runs of which one alone has an FFN width of its own; "" where there are none."""
+    widths = {run.model.d_ff is None: f"{run.name}: d_ff={run.model.d_ff}" for run in runs}
+    return ", ".join(widths.values()) if len(widths) > 1 else ""
 
 
 def _value(values: Any, key: str, where: str) -> Any:

@@ -68,7 +68,8 @@ class Results:
     model of one of our runs, whose architecture all of them share; `positions` holds, by name, the
     losses in nats of equal parts of the context, where a run's evaluation has told them apart, and
     `judged` what else each run was judged by (a `judged.Judged`);
-    `left_out` says which runs were left out on request.
+    `left_out` says which runs were left out on request; `mixed` names runs whose FFN widths follow
+    different rules, so that no law in N holds for all.
     """
 
     source: str
@@ -96,6 +97,7 @@ class Results:
     template: ModelConfig | None = None
     positions: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     left_out: str = ""
+    mixed: str = ""
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:

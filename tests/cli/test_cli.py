@@ -537,14 +537,16 @@ def test_a_model_that_the_study_has_trained_is_named(small):
 
 def test_the_report_holds_every_command_and_its_pictures(small, workplace):
     losses = ("--losses", "1.8", "2")
-    code, out, _ = small("report", *ASKED, *losses, "--json")
+    code, out, _ = small("report", *ASKED, *losses, "--tensorboard", "--json")
     assert code == 0
     answers = json.loads(out)["frontier"]["answers"]
     text = html.unescape((workplace / "runs/small/report.html").read_text())
     for answer in answers:
         assert answer["model"]["command"] in text
     assert len(list((workplace / "runs/small/study").iterdir())) == 1
-    _, out, _ = small("report", *ASKED, *losses)  # writes again, into the same folder
+    _, out, _ = small(
+        "report", *ASKED, *losses, "--tensorboard"
+    )  # writes again, into the same folder
     assert "The commands of the other models are in the report" in out
     assert len(list((workplace / "runs/small/study").iterdir())) == 1
     _, out, _ = small("status", "experiments.small", "--json")

@@ -82,13 +82,13 @@ def test_a_forecast_is_sealed_trained_and_scored(call, workplace):
     for row, said in zip(scored["runs"], told["runs"], strict=True):
         assert row["predicted_nats"] == said["predicted_nats"]
         assert row["inside"] == (said["low_nats"] <= row["observed_nats"] <= said["high_nats"])
-    code, out, _ = call("report", NAME, *FEW)
+    code, out, _ = call("report", NAME, *FEW, "--data", "--figures", "svg")
     assert code == 0
     assert "Forecasts sealed before training" in out
     page = (workplace / "runs/grid/report.html").read_text()
     assert page.count(LARGE[0]) > 1
     assert json.loads((workplace / "runs/grid/forecasts.json").read_text()) == scored
-    assert (workplace / "runs/grid/figures/forecasts.png").exists()
+    assert (workplace / "runs/grid/figures/forecasts.svg").exists()
     code, _, err = call("forecast", NAME, *FEW)
     assert code == 2
     assert "all 10 runs of grid have begun: a forecast is made before" in err
@@ -131,7 +131,7 @@ def test_a_forecast_that_was_altered_is_damage(call, workplace):
     assert "No forecast counts." in out
     code, out, _ = call("status", NAME, "--json")
     assert (code, len(json.loads(out)["forecasts"]["altered"])) == (1, 1)
-    code, out, _ = call("report", NAME, *FEW)
+    code, out, _ = call("report", NAME, *FEW, "--data", "--figures", "svg")
     assert "is not what was sealed" in " ".join(out.split())
 
 

@@ -161,7 +161,7 @@ def test_a_run_waits_for_the_state_that_another_process_is_about_to_keep(
     """Not for the result: while one process is in the decay, the other goes on with the trunk."""
     order: list[str] = []
 
-    def train(run: RunConfig, directory: RunDirectory, store: object, trunk: object) -> None:
+    def train(run: RunConfig, directory: RunDirectory, *_: object, **__: object) -> None:
         order.append(run.name)
         directory.finish({"evaluations": {run.evaluation_digest: {"loss": 1.0}}}, {})
 

@@ -57,7 +57,7 @@ def test_no_run_is_blamed_and_none_tried_after_it(
 ) -> None:
     tried = []
 
-    def train(run: object, *_: object) -> None:
+    def train(run: object, *_: object, **__: object) -> None:
         tried.append(run)
         raise error
 

@@ -140,8 +140,8 @@ def test_a_finished_run_is_judged_beyond_its_context(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = finished().result()["result"]["evaluations"]
-    words = ["judge", str(finished().path), "--contexts", "8,64", "--needles", "tokens"]
-    words += ["--lengths", "24,64", "--depths", "2", "--trials", "2", "--json"]
+    words = ["judge", str(finished().path), "--contexts", "8", "64", "--needles", "tokens"]
+    words += ["--lengths", "24", "64", "--depths", "2", "--trials", "2", "--json"]
     assert cli.main(words) == 0
     found = json.loads(capsys.readouterr().out)
     value = found["evaluation"]
@@ -165,7 +165,7 @@ def test_a_finished_run_is_judged_beyond_its_context(
         ("--contexts 24", "contexts=24 must divide the longest context of the evaluation, 32"),
         ("--needles number --lengths 8", "lengths=8 is too short"),
         ("--trials 0", "trials=0 must be greater than 0"),
-        ("--contexts x", "invalid list of whole numbers value: 'x'"),
+        ("--contexts x", "invalid int value: 'x'"),
         ("--contexts 8 --store elsewhere", "there is no token store at elsewhere"),
     ],
 )

@@ -33,6 +33,7 @@ from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import loop, step
 from gqa_scaling.training.evaluation import evaluator
+from gqa_scaling.training.monitor import NonFiniteLoss
 from gqa_scaling.training.setup import Setup, set_up
 
 
@@ -343,9 +344,7 @@ def test_the_first_step_that_is_not_finite_stops_the_run(
     directory = RunDirectory(tmp_path / "run")
     chunks = loop.check_data(run, store()).chunks(12)
     message = f"loss nan and gradient norm nan at step 13, chunks {chunks} of the data; the last"
-    with pytest.raises(
-        loop.NonFiniteLoss, match=re.escape(message) + " good checkpoint is step 10"
-    ):
+    with pytest.raises(NonFiniteLoss, match=re.escape(message) + " good checkpoint is step 10"):
         loop.train(run, directory, store())
     assert [m["step"] for m in directory.metrics() if "skipped" in m] == [13]
 
@@ -399,7 +398,7 @@ def test_as_many_in_a_row_as_allowed_stop_the_run_also_after_a_resume(
     directory = RunDirectory(tmp_path / "run")
     message = r"at step 17, .*; 5 such steps in a row; the last good checkpoint is step 15 "
     for _ in range(2):  # the second time from step 15, where there had been three
-        with pytest.raises(loop.NonFiniteLoss, match=message):
+        with pytest.raises(NonFiniteLoss, match=message):
             loop.train(run, directory, store())
     assert [m["step"] for m in directory.metrics() if "skipped" in m] == [3, 13, 14, 15, 16, 17]
 
@@ -409,7 +408,7 @@ def test_a_run_that_took_no_step_is_no_result(
 ) -> None:
     run = tiny_run(max_nonfinite_steps=1000)
     spoil(monkeypatch, run, set(range(1, 1000)), np.nan)
-    with pytest.raises(loop.NonFiniteLoss, match="every logged step was skipped"):
+    with pytest.raises(NonFiniteLoss, match="every logged step was skipped"):
         loop.train(run, RunDirectory(tmp_path / "run"), store())
     assert not RunDirectory(tmp_path / "run").result_file.exists()
 

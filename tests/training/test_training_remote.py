@@ -171,7 +171,8 @@ def test_preempted_it_saves_and_continues(place, undisturbed):
 def test_a_study_is_read_and_written_there(bucket):
     csv = resources.files("gqa_scaling.study") / "chen2025.csv"
     write_atomic(bucket / "runs.csv", csv.read_bytes())
-    assert cli.main(["report", str(bucket / "runs.csv"), "--refits", "100"]) == 0
+    beside = ["--data", "--figures", "svg", "--tensorboard"]
+    assert cli.main(["report", str(bucket / "runs.csv"), "--refits", "100", *beside]) == 0
     names = sizes(bucket / "runs-report")
     assert {"report.html", "fit.json", "results.csv"} <= names.keys()
     assert any(name.startswith("figures/") and name.endswith(".svg") for name in names)

@@ -99,7 +99,7 @@ def device(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
 def train(device: Device, name: str, **changes: object) -> tuple[dict[int, dict], dict]:
     """The logged lines of a run by step, evaluations aside, and its timing."""
     run, directory = tiny_run(**changes), RunDirectory(Path(name))
-    loop.train(run, directory, open_store(run.data), device.clock)
+    loop.train(run, directory, open_store(run.data), clock=device.clock)
     lines = {line["step"]: line for line in directory.metrics() if "learning/loss" in line}
     return lines, directory.result()["timing"]
 

@@ -89,7 +89,7 @@ def test_a_child_is_trained_once_its_parent_is(monkeypatch: pytest.MonkeyPatch) 
     late = dataclasses.replace(CHILD, start_from=start_of(other, "tiny"))
     order = []
 
-    def train(run: RunConfig, directory: RunDirectory, *_: object) -> None:
+    def train(run: RunConfig, directory: RunDirectory, *_: object, **__: object) -> None:
         order.append(run.name)
         if run.name == "other" and len(order) == 1:
             raise ValueError("no")

@@ -12,6 +12,7 @@
   const { NUMBERS, everyone, opening, dense } = asking;
   const pictures = Pictures(carried, model, asking, move), { contextText } = pictures;
   const [lowLoss] = carried.limits.loss;
+  const ZPOWERS = ["lambda", "alpha", "beta"]; // of Z; shown to four digits
   let state = { ...opening };
 
   /** Charts are drawn when their fold is opened, and again when colours change. */
@@ -101,12 +102,12 @@
   function fill(s) {
     for (const [name, rule] of Object.entries(NUMBERS)) {
       const value = s[name];
-      if (document.activeElement !== by(name)) by(name).value = value === null ? "" : rule.percent ? Number((100 * value).toPrecision(12)) : value;
+      if (document.activeElement !== by(name)) by(name).value = value === null ? "" : rule.percent ? Number((100 * value).toPrecision(12)) : ZPOWERS.includes(name) ? Number(value.toPrecision(4)) : value;
     }
     if (document.activeElement !== by("price")) by("price").value = s.price ?? (s.hardware ? carried.hardware[s.hardware].price : "");
     by("context-slide").value = Math.log2(s.context);
     if (s.loss !== null) by("loss-slide").value = s.loss;
-    for (const name of ["lambda", "alpha", "beta"]) by(`${name}-slide`).value = s[name];
+    for (const name of ZPOWERS) by(`${name}-slide`).value = s[name];
     by("context-told").textContent = s.context >= 1024 && s.context % 1024 === 0 ? contextText(s.context) : "";
     for (const name of ["convention", "objective"]) by(name).value = s[name];
     by("hardware").value = s.hardware || "";
@@ -178,7 +179,7 @@
     for (const name of Object.keys(NUMBERS)) by(name).addEventListener("input", (e) => move({ [name]: number(name, e.target.value) }));
     by("context-slide").addEventListener("input", (e) => move({ context: 2 ** Number(e.target.value) }));
     by("loss-slide").addEventListener("input", (e) => move({ loss: Number(e.target.value) }));
-    for (const name of ["lambda", "alpha", "beta"]) by(`${name}-slide`).addEventListener("input", (e) => move({ [name]: Number(e.target.value) }));
+    for (const name of ZPOWERS) by(`${name}-slide`).addEventListener("input", (e) => move({ [name]: Number(e.target.value) }));
     for (const name of ["convention", "objective"]) by(name).addEventListener("change", (e) => move({ [name]: e.target.value }));
     by("hardware").addEventListener("change", (e) => move({ hardware: e.target.value || null, price: null }));
     by("baseline").addEventListener("change", (e) => {

@@ -9,8 +9,8 @@ function Pictures(carried, model, asking, move) {
   const by = (id) => document.getElementById(id);
   const { dense } = asking, point = Numerics.pointOnly(model);
 
-  /** The height of a picture that follows, from its width. */
-  const tall = (place) => Math.min(420, Math.max(250, 0.55 * place.clientWidth));
+  /** The height of a picture that follows, from its width; as tall as the controls where all stand in a row. */
+  const tall = (place) => (innerWidth >= 1900 ? 520 : Math.min(420, Math.max(250, 0.55 * place.clientWidth)));
 
   /** What each configuration costs, in percent of the baseline. */
   function cost(a, s) {
@@ -103,7 +103,7 @@ function Pictures(carried, model, asking, move) {
     const base = baselineLabel(carried, s), kind = carried.objectives[s.objective], narrow = by("map-picture").clientWidth < 480;
     const short = new Map(carried.configurations.map((c, i) => [c.name, c.pattern ? `${c.n_heads},${c.n_kv_heads}${String.fromCharCode(97 + i)}` : `${c.n_heads},${c.n_kv_heads}`]));
     const f = figure({
-      place: by("map-picture"), title: `Cheapest (heads, KV) by ${kind}`, x: "inference context (tokens)", y: "target loss (nats)", height: Math.max(110 + 27 * losses.length, Math.min(320, tall(by("map-picture")))),
+      place: by("map-picture"), title: `Cheapest (heads, KV) by ${kind}`, x: "inference context (tokens)", y: "target loss (nats)", height: Math.max(110 + 27 * losses.length, innerWidth >= 1900 ? 560 : Math.min(320, tall(by("map-picture")))),
       x_range: new (Bokeh.Models.get("FactorRange"))({ factors: contexts.map(contextText) }),
       y_range: new (Bokeh.Models.get("FactorRange"))({ factors: losses.map(String) }),
     });

@@ -61,6 +61,11 @@ def sentence(frontier: Frontier) -> str:
             )
     if best.extrapolated:
         said.append("Its size lies outside the fitted ones.")
+    clock = frontier.serving.clock
+    if clock and frontier.objective in ("seconds", "dollars"):
+        said.append(
+            f"Intervals and refits know nothing of the error of the clock: {clock.ratio_error}."
+        )
     if pattern and answer.context > frontier.train_context:
         said.append(
             f"That its pattern costs no more loss there than at the {frontier.train_context:,} tokens "
