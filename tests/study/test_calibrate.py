@@ -239,15 +239,16 @@ def test_a_cache_of_which_there_is_too_little_is_left_out(tmp_path):
     assert any("cache in int8 is left out: one context" in flag for flag in found.flags)
 
 
-def test_a_recording_of_a_busy_cpu():
-    """Decode steps of 10 models, timed on a CPU that others used: far from exact, and better than Z."""
+def test_a_recording_of_a_cpu():
+    """90 decode steps of 15 models: what `bench-inference` wrote, judged on models held out."""
     found = calibrate(Path(__file__).with_name("timings.json"), hardware("cpu"))
-    assert (len(found.held_out), found.error.shapes, found.error.pairs) == (5, 20, 24)
-    assert found.error.rank > 0.9
+    assert (len(found.held_out), found.error.shapes, found.error.pairs) == (7, 42, 24)
+    assert found.error.rank > 0.99
+    assert found.error.median < 0.1 < law(found, "z_one").median
     assert found.error.regret < 0.5 * law(found, "z_one").regret
     assert found.error.rank_within > law(found, "z_one").rank_within
-    worst = next(m for m in found.misled if (m.batch, m.context) == (8, 8192))
-    assert (worst.chosen, worst.faster) == ("(8,8)@L4d256", "(8,2)@L8d512")
+    worst = next(m for m in found.misled if (m.batch, m.context) == (1, 8192))
+    assert (worst.chosen, worst.faster) == ("(16,1)@L12d768", "(8,8)@L8d512")
 
 
 # ------------------------------------------------------------------------------------- the file
