@@ -254,7 +254,7 @@ def plot(axes: "Axes", found: "Study | Estimates", what: str = "losses") -> None
     from gqa_scaling.study.report.pictures import ON_AXES
     from gqa_scaling.study.study import Study
 
-    known = ON_AXES if isinstance(found, Study) else {"losses", "residuals"}
+    known = ON_AXES if isinstance(found, Study) else ("losses", "residuals")
     require(what in known, f"{what!r} cannot be drawn of this; take one of {', '.join(known)}")
     draw: Callable[[Axes, Any], None] = ON_AXES[what]
     draw(axes, found)
