@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa_scaling.config import RunConfig, require
-from gqa_scaling.devices.compilation_cache import compiler_options
+from gqa_scaling.devices.compilation_cache import run_once_options
 from gqa_scaling.devices.host_memory import keep_host_memory
 from gqa_scaling.devices.layout import AXES, axis_sizes, zigzag
 
@@ -181,7 +181,7 @@ def abstract(shapes: Any, mesh: Mesh) -> Any:
 def create_sharded(build: Callable[[], Any], mesh: Mesh) -> Any:
     """The pytree that `build()` returns, each device computing just the part it holds."""
     with jax.set_mesh(mesh):
-        options = compiler_options(mesh.devices.flat[0].platform, runs_once=True)
+        options = run_once_options(mesh.devices.flat[0].platform)
         out = shardings(jax.eval_shape(build), mesh)
         return jax.jit(build, out_shardings=out, compiler_options=options)()
 

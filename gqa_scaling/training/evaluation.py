@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
-from gqa_scaling.devices.compilation_cache import compiler_options
 from gqa_scaling.devices.layout import zigzag
 from gqa_scaling.devices.mesh import BatchLayout
 from gqa_scaling.model.loss import per_position_nll
@@ -98,11 +97,7 @@ def evaluator(
     layout = BatchLayout(mesh, rows, run.context_length)
     order = zigzag(np.arange(run.context_length), mesh.shape["context"])
 
-    @functools.partial(
-        jax.jit,
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def nll(
         parameters: Any, rows_left: int, inputs_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,6 @@ from flax import nnx
 
 from gqa_scaling.config import RunConfig
 from gqa_scaling.devices import mesh as parallel
-from gqa_scaling.devices.compilation_cache import compiler_options
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.setup import Setup, set_up
@@ -114,12 +113,12 @@ def train_step(setup: Setup) -> Any:
 
 
 def _compiler_options(setup: Setup) -> dict[str, Any] | None:
-    """As all programs are compiled, but for what the compiler must not do on a TPU with accumulation: move sums over devices out
+    """What the compiler of TPU programs must not do with accumulation: move sums over devices out
     of the loop over microbatches. Under some versions of libtpu that corrupts an embedding's
     gradient (xla issue 49143). In the steps that were looked at it moved the gradients of norms,
     a few kilobytes; the large ones stayed in the loop either way."""
     if setup.platform != "tpu" or setup.run.parallel.accumulation == 1:
-        return compiler_options(setup.platform)
+        return None
     return {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
 
 
