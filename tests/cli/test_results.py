@@ -6,8 +6,8 @@ import json
 import pytest
 
 from gqa_scaling import cli
-from gqa_scaling.config import ModelConfig, RunConfig
 from gqa_scaling.costs import n_exact
+from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory
 
 GRID = """
@@ -33,19 +33,15 @@ def runs():
 def grid(workplace):
     """experiments.grid, all of whose runs but the last are finished, on the same data."""
     (workplace / "experiments" / "grid.py").write_text(GRID)
-    for layers in (1, 2, 4, 8):
-        for heads in (2, 4):
-            model = ModelConfig(layers, 32, heads, 1, head_dim=8, vocab_size=264)
-            run = RunConfig(f"L{layers}-h{heads}", model, 32, 128, tokens=1280)
-            directory = run_directory("runs", "grid", run)
-            if (layers, heads) == (8, 4):
-                continue
-            directory.begin(run, {"store_hash": "s"})
-            began = {"began": 1.8e9, "first_step": 0, "layout": {"device": "cpu"}}
-            directory.add_attempt(began | {"commit": "abc"})
-            judged = {run.evaluation_digest: {"loss": (1e6 / n_exact(model)) ** 0.1 + heads / 100}}
-            result = {"config": run.to_dict(), "n_exact": n_exact(model), "tokens": 1280}
-            directory.finish(result | {"data": {"store_hash": "s"}, "evaluations": judged}, {})
+    for run in load_experiment("experiments.grid").runs[:-1]:
+        directory = run_directory("runs", "grid", run)
+        directory.begin(run, {"store_hash": "s"})
+        began = {"began": 1.8e9, "first_step": 0, "layout": {"device": "cpu"}}
+        directory.add_attempt(began | {"commit": "abc"})
+        n = n_exact(run.model)
+        judged = {run.evaluation_digest: {"loss": (1e6 / n) ** 0.1 + run.model.n_heads / 100}}
+        result = {"config": run.to_dict(), "n_exact": n, "tokens": 1280}
+        directory.finish(result | {"data": {"store_hash": "s"}, "evaluations": judged}, {})
     return workplace
 
 
