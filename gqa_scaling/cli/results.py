@@ -15,15 +15,18 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE.csv",
         help="write the table there, as every verb of a study reads it; of an experiment also what made "
-        "each run, beside it as FILE.jsonl: config, hashes of the data, versions, attempts",
+        "each run and what was asked and forecast, beside it as FILE.jsonl",
     )
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out runs")
 
 
 def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.files.storage import as_path, write_atomic
-    from gqa_scaling.study.records import HEADER, records, runs_table
-    from gqa_scaling.study.report.csv_files import results_csv
+    from gqa_scaling.study.records import beside, records
+    from gqa_scaling.study.report.csv_files import HEADER, results_csv
+    from gqa_scaling.study.report.forecasts import forecast_table
+    from gqa_scaling.study.report.runs import made_by, runs_table
+    from gqa_scaling.study.scores import forecasts_of
     from gqa_scaling.study.source import read_source
 
     path = None if args.output is None else as_path(args.output)
@@ -34,21 +37,35 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
             f"--output {args.output} is another file: name one that is not there yet",
         )
     source = read_source(args.source, rest, args.root, args.without)
-    written = {}
+    results, forecasts, written = source.results, forecasts_of(source), {}
     if path is not None:
-        written[path] = results_csv(source.results)
-        if source.experiment is not None:
-            written[path.with_suffix(".jsonl")] = records(source)
+        written[path] = results_csv(results)
+        if source.root is not None and source.experiment is not None:
+            names = set(results.name.tolist())
+            runs = [run for run in source.experiment.runs if run.name in names]
+            kept = records(source.root, source.experiment.name, source.question, runs)
+            written[beside(path)] = kept
     for file, text in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text)
     if args.json:
-        print_json({"runs": source.results.rows(), "written": [str(file) for file in written]})
+        print_json(
+            {
+                "runs": results.rows(),
+                "made": results.provenance,
+                "forecasts": forecasts.to_dict()["runs"],
+                "written": [str(file) for file in written],
+            }
+        )
         return 0
     if written:
-        print(f"{len(source.results)} runs: {' and '.join(str(file) for file in written)}")
+        print(f"{len(results)} runs: {' and '.join(str(file) for file in written)}")
     else:
-        print_table(runs_table(source.results))
+        print_table(runs_table(results), "")
+        for name, value in made_by(results):
+            print(f"{name}: {value}")
+        if forecasts:
+            print_table("", forecast_table(forecasts))
     return 0
 
 

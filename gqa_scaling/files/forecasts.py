@@ -114,6 +114,11 @@ def _read(path: Path) -> Sealed:
         said = read_json(path, _FORECAST)
     except UserError:
         return _altered(path)
+    return unsealed(path, said)
+
+
+def unsealed(path: Path, said: dict[str, Any]) -> Sealed:
+    """The forecast that a file of this name says, if it is what was sealed."""
     digest = _digest({key: value for key, value in said.items() if key != "sha256"})
     named = re.fullmatch(r"\d{8}T\d{6}Z-([0-9a-f]{12})", path.stem)
     if said.get("sha256") != digest or named is None or named[1] != digest[:12]:

@@ -58,7 +58,7 @@ _FURTHER: Shape = {
     "loss_by_context?": {"*": float},
     "needles?": {"form": str, "trials": int, "depths": [float], "accuracy": {"*": [float]}},
 }
-_RESULT: Shape = {
+RESULT: Shape = {
     "result": {
         "evaluations": {
             "*": {"loss": float, "hash?": str, "loss_by_position?": [float], **_FURTHER}
@@ -75,7 +75,7 @@ _CONFIG: Shape = {"schema": int, "config": dict, "data": dict}
 _FAILURE: Shape = {"kind": str, "traceback": str, "time": float}
 
 
-def _parse(text: bytes, shape: Shape) -> tuple[Any, str]:
+def parse_json(text: bytes, shape: Shape) -> tuple[Any, str]:
     """The JSON value, and what is wrong with it in words."""
     try:
         value = json.loads(text.decode())
@@ -106,7 +106,7 @@ def _read(path: Path) -> bytes:
 
 def read_json(path: Path, shape: Shape = dict, remedy: str = "remove it and run again") -> Any:
     """The JSON in a file; UserError names a damaged one, what is wrong, and the remedy."""
-    value, wrong = _parse(_read(path), shape)
+    value, wrong = parse_json(_read(path), shape)
     require(not wrong, f"{path} is damaged ({wrong}); {remedy}")
     return value
 
@@ -117,7 +117,7 @@ def _json_lines(path: Path, shape: Shape) -> list[dict[str, Any]]:
         return []
     lines, out = _read(path).splitlines(), []
     for number, line in enumerate(lines, 1):
-        value, wrong = _parse(line, shape)
+        value, wrong = parse_json(line, shape)
         cut_short = value is None and number == len(lines)
         damaged = f"{path} line {number} is damaged ({wrong}); remove that line from the file"
         require(not wrong or cut_short, damaged)
@@ -155,7 +155,7 @@ class RunDirectory:
         if not self.result_file.exists():
             return None
         made_anew = f"remove it, and the run makes it anew from {self.parameters}"
-        return read_json(self.result_file, _RESULT, made_anew)
+        return read_json(self.result_file, RESULT, made_anew)
 
     def failure(self) -> dict[str, Any] | None:
         """Why the run stopped, or None where it has not failed."""
@@ -225,7 +225,7 @@ class RunDirectory:
         with _reading(self.metrics_file):
             lines = tail(self.metrics_file, 8192).splitlines()
         for i, line in reversed(list(enumerate(lines))):
-            values, wrong = _parse(line, _LINE)
+            values, wrong = parse_json(line, _LINE)
             if not wrong and tag in values:
                 return values
             if wrong and 0 < i < len(lines) - 1:  # the first and the last may be cut short

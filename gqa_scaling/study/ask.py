@@ -14,7 +14,7 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.predict import Expected, expected, of_new_heads
 from gqa_scaling.study.results import Heads
-from gqa_scaling.study.scores import NO_FORECASTS, score_forecasts
+from gqa_scaling.study.scores import forecasts_of
 from gqa_scaling.study.serving import Serving, require_costs
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sides import Side, side
@@ -80,10 +80,7 @@ def answer(
     told = frontier(among.fit, source.results, question, objective, serving, among=among)
     told = with_training(told, source, found, ending, fit=among.fit)
     found, told = with_verdict(found, source.results, told, fit=among.fit)
-    forecasts = NO_FORECASTS
-    if source.root is not None and source.experiment is not None:
-        forecasts = score_forecasts(source.root, source.experiment.name)
-    return Study(source.results, found, told, candidates=among, forecasts=forecasts)
+    return Study(source.results, found, told, candidates=among, forecasts=forecasts_of(source))
 
 
 def sides(source: Source, *texts: str) -> tuple[Side, ...]:

@@ -7,6 +7,7 @@ run would bend every curve: it is refused with its place, as is whatever contrad
 import csv
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -80,16 +81,26 @@ _PATTERN = dict.fromkeys(PATTERN_COLUMNS, Column(int)) | {
 
 
 def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> Results:
-    """Read what `runs/<experiment>` holds for these runs, each judged by its own evaluation.
+    """Read what `runs/<experiment>` holds for these runs, as `from_results`.
 
-    Runs without a result, or not yet judged by this evaluation, are listed in `missing`.
-    Raises UserError for a damaged file, a loss that is not a number, or runs that cannot be
-    compared.
+    Raises UserError for a damaged file, too.
+    """
+    directories = [(run, run_directory(root, experiment, run)) for run in runs]
+    found = [(str(each.result_file), run, each.result()) for run, each in directories]
+    return from_results(experiment, str(as_path(root) / experiment), found)
+
+
+def from_results(
+    experiment: str, folder: str, found: Iterable[tuple[str, RunConfig, dict[str, Any] | None]]
+) -> Results:
+    """Each run judged by its own evaluation; `found` are file, config and result.json of runs.
+
+    Runs without a result, or not yet judged by this evaluation, are listed in `missing`. Raises UserError for
+    a loss that is not a number, runs that cannot be compared, and where none is finished in `folder`.
     """
     finished, rows, missing, further = [], [], [], {}
-    for run in runs:
-        directory = run_directory(root, experiment, run)
-        where, whole = f"{directory.result_file}: run {run.name}", directory.result()
+    for file, run, whole in found:
+        where = f"{file}: run {run.name}"
         judged = whole and _evaluations(whole, where).get(run.evaluation_digest)
         if not whole or not judged:
             missing.append(run.name)
@@ -99,10 +110,10 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         further[run.name] = judged_of(judged)
     require(
         bool(rows),
-        f"no finished runs under {as_path(root) / experiment}"
+        f"no finished runs under {folder}"
         + (f"; missing: {listed(missing)}" if missing else "; the experiment declares none"),
     )
-    found = table(
+    results = table(
         rows,
         source=f"{experiment} ({len(rows)} runs)",
         count="n_exact",
@@ -113,7 +124,7 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
         positions={row["name"]: row["positions"] for row in rows if row["positions"]},
         judged=further,
     )
-    return check(found)
+    return check(results)
 
 
 def _evaluations(whole: dict[str, Any], where: str) -> dict[str, Any]:
@@ -146,15 +157,21 @@ def _finished(
 def _provenance(
     experiment: str, finished: Sequence[tuple[RunConfig, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """The versions, devices, seconds and skipped steps behind these result files."""
+    """What is behind these result files: versions, devices, seconds, skipped steps, how many runs each
+    commit finished ("" where it was not noted), and when the first and the last of them began."""
     versions: dict[str, dict[str, None]] = {}
+    commits: Counter[str] = Counter()
+    began = []
     devices: dict[str | None, None] = {}
     seconds, skipped = 0.0, {}
     for run, whole in finished:
         for package, version in (whole["result"].get("versions") or {}).items():
             versions.setdefault(package, {})[str(version)] = None
-        for attempt in whole.get("attempts") or []:
+        attempts = whole.get("attempts") or []
+        for attempt in attempts:
             devices[attempt.get("layout", {}).get("device")] = None
+        commits[attempts[-1].get("commit") or "" if attempts else ""] += 1
+        began += [attempt["began"] for attempt in attempts if "began" in attempt]
         seconds += (whole.get("timing") or {}).get("training_seconds") or 0.0
         if steps := whole["result"].get("skipped_steps"):
             skipped[run.name] = steps
@@ -163,6 +180,8 @@ def _provenance(
         "versions": {package: " and ".join(each) for package, each in versions.items()},
         "devices": [device for device in devices if device],
         "training_seconds": seconds,
+        "commits": dict(commits),
+        "began": [min(began), max(began)] if began else [],
         "skipped_steps": skipped,
     }
 

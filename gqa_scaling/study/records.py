@@ -1,43 +1,107 @@
-"""Finished runs as a table, and the record of each: everything that made its result."""
+"""A study that is kept: beside its CSV file the record of everything that made it.
+
+    studies/linux.csv     a row for each finished run, as every verb of a study reads it
+    studies/linux.jsonl   the question and the sealed forecasts, then the whole result.json of each run
+
+Where the second file lies beside the first, the study is what it was among its run directories: its
+question, losses by position, other evaluations, versions and forecasts.
+"""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from gqa_scaling.files.runs import run_directory
-from gqa_scaling.study.report.table import Column, Table
-from gqa_scaling.study.results import Results, listed, pair
-from gqa_scaling.study.source import Source
-from gqa_scaling.units import quantity
+from gqa_scaling.config import Question, RunConfig, UserError, require
+from gqa_scaling.fields import Shape
+from gqa_scaling.files.forecasts import Sealed, read_forecasts, unsealed
+from gqa_scaling.files.runs import RESULT, parse_json, run_directory
+from gqa_scaling.study.results import Results
 
-HEADER = "name,n_heads,n_kv_heads,"  # what a CSV file of runs begins with
-
-
-def records(source: Source) -> str:
-    """A line of JSON for each finished run of an experiment: its whole result.json.
-
-    That is the config, digest, hashes of corpus, tokenizer and evaluation, losses, the attempts with
-    the versions and the commit of each, and the speed.
-    """
-    assert source.experiment is not None
-    assert source.root is not None
-    names = set(source.results.name.tolist())
-    runs = [run for run in source.experiment.runs if run.name in names]
-    folders = [run_directory(source.root, source.experiment.name, run) for run in runs]
-    return "".join(json.dumps(folder.result(), sort_keys=True) + "\n" for folder in folders)
+SCHEMA = 1
+_STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
 
 
-def runs_table(results: Results) -> Table:
-    """A row for each run, in the order in which they were declared."""
-    rows = list(range(len(results)))
-    columns = [
-        Column("run", lambda i: str(results.name[i])),
-        Column("heads", lambda i: pair(results.heads[i])),
-        Column("L x d", lambda i: f"{results.n_layers[i]}x{results.d_model[i]}"),
-        Column("N", lambda i: quantity(results.n_params[i]), "parameters"),
-        Column("T", lambda i: f"{results.context_length[i]:,}", "tokens"),
-        Column("trained on", lambda i: quantity(results.tokens[i]), "tokens"),
-        Column("seed", lambda i: f"{results.seed[i]}"),
-        Column("loss", lambda i: f"{results.loss[i]:.4f}", "nats"),
-    ]
-    notes = [f"N: {results.count}, without embeddings."]
-    notes += [f"Not finished: {listed(results.missing)}."] if results.missing else []
-    return Table(results.source, columns, rows, notes)
+@dataclass(frozen=True)
+class Records:
+    """What is kept of an experiment in `path`: `results` are the result.json of its finished runs, in the
+    order of their declaration, and `runs` their configs."""
+
+    path: Path
+    experiment: str
+    question: Question
+    forecasts: tuple[Sealed, ...]
+    runs: tuple[RunConfig, ...]
+    results: tuple[dict[str, Any], ...]
+
+    def result(self, digest: str) -> dict[str, Any] | None:
+        """The result.json of the run with this digest; None where it is not kept."""
+        return next((r for r in self.results if r["result"].get("digest") == digest), None)
+
+
+def records(root: Path, experiment: str, question: Question, runs: Sequence[RunConfig]) -> str:
+    """The text of the file: a line for the study, and one for each of these finished runs."""
+    sealed = read_forecasts(root, experiment)
+    study = {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "question": question.to_dict(),
+        "forecasts": {each.path.name: each.said for each in sealed if not each.altered},
+    }
+    results = [run_directory(root, experiment, run).result() for run in runs]
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in (study, *results))
+
+
+def beside(csv_file: Path) -> Path:
+    """Where the record of a CSV file of runs lies."""
+    return csv_file.with_suffix(".jsonl")
+
+
+def read_records(path: Path) -> Records:
+    """The study in this file. Raises UserError where a line of it is damaged, named by its number."""
+    first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    study, wrong = parse_json(first.encode(), _STUDY)
+    _require_whole(path, 1, wrong)
+    require(
+        study["schema"] == SCHEMA,
+        f"{path} has schema {study['schema']}, this version reads {SCHEMA}",
+    )
+    runs, results = [], []
+    for number, line in enumerate(lines, 2):
+        result, wrong = parse_json(line.encode(), RESULT)
+        _require_whole(path, number, wrong)
+        try:
+            runs.append(RunConfig.from_dict(result["result"].get("config")))
+        except UserError as error:
+            _require_whole(path, number, str(error))
+        results.append(result)
+    question = Question.from_dict(study["question"])
+    forecasts = [unsealed(path / name, said) for name, said in study["forecasts"].items()]
+    return Records(
+        path, study["experiment"], question, tuple(forecasts), tuple(runs), tuple(results)
+    )
+
+
+def _require_whole(path: Path, number: int, wrong: str) -> None:
+    require(
+        not wrong,
+        f"{path} line {number} is damaged ({wrong}); write it again with `gqa-scaling results`, or move it "
+        "away to read the CSV file alone",
+    )
+
+
+def require_equal(kept: Results, rows: Results, path: Path) -> None:
+    """Raise UserError where a CSV file and the record beside it are not of the same runs."""
+    names = [set(each.name.tolist()) for each in (kept, rows)]
+    other = sorted(names[0] ^ names[1])
+    if not other:
+        loss = dict(zip(kept.name.tolist(), kept.loss.tolist(), strict=True))
+        pairs = zip(rows.name.tolist(), rows.loss.tolist(), strict=True)
+        other = [name for name, each in pairs if each != loss[name]]
+    require(
+        not other and len(kept) == len(rows),
+        f"{path} is not the record of {path.with_suffix('.csv').name}: they differ in "
+        f"{other[0] if other else 'the number of runs'}; write both again with `gqa-scaling results`, or "
+        "move it away to read the CSV file alone",
+    )

@@ -6,17 +6,20 @@ measured on the data that the forecast speaks of.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gqa_scaling.config import UserError
 from gqa_scaling.files.forecasts import Sealed, read_forecasts
-from gqa_scaling.files.runs import RunDirectory, directory_of
+from gqa_scaling.files.runs import directory_of
 from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.points import Interval
+from gqa_scaling.study.records import Records
+from gqa_scaling.study.source import Source
 from gqa_scaling.study.uncertainty import LEVEL
 
 # "begun": sealed when the run had begun, or nobody knows when that was; "other data" and "other
@@ -132,24 +135,61 @@ class Forecasts:
 NO_FORECASTS = Forecasts()
 
 
+def forecasts_of(source: Source) -> Forecasts:
+    """The forecasts of the runs that a source stands for, scored: in their folder, or as they were kept."""
+    if source.root is not None and source.experiment is not None:
+        return score_forecasts(source.root, source.experiment.name)
+    return NO_FORECASTS if source.kept is None else score_kept(source.kept)
+
+
 def score_forecasts(root: Path, experiment: str) -> Forecasts:
     """The forecasts of the experiment's runs, scored. Only reads, and may be called while they are trained."""
-    sealed = read_forecasts(root, experiment)
+
+    def outcome(run: dict[str, Any]) -> _Outcome | None:
+        directory = directory_of(root, experiment, run["name"], run["digest"])
+        try:
+            return _Outcome(directory.result(), directory.attempts())
+        except UserError:  # what is wrong with the file, and the remedy, `status` says
+            return None
+
+    return _scored(read_forecasts(root, experiment), outcome)
+
+
+def score_kept(kept: Records) -> Forecasts:
+    """Those of a study that is kept. A run whose result is not kept counts as not finished."""
+
+    def outcome(run: dict[str, Any]) -> _Outcome:
+        whole = kept.result(run["digest"])
+        return _Outcome(whole, whole["attempts"] if whole else [])
+
+    return _scored(kept.forecasts, outcome)
+
+
+class _Outcome(NamedTuple):
+    """What is known of a run that was forecast: its result.json if there is one, and its attempts."""
+
+    whole: dict[str, Any] | None
+    attempts: list[dict[str, Any]]
+
+
+def _scored(
+    sealed: Sequence[Sealed], outcome: Callable[[dict[str, Any]], _Outcome | None]
+) -> Forecasts:
+    """`outcome` tells of a run in a forecast what came of it, None where its files are damaged."""
     first: dict[str, Score] = {}
     for each in sealed:
         for run in each.said.get("runs", ()):
             if run["digest"] not in first:
-                directory = directory_of(root, experiment, run["name"], run["digest"])
-                first[run["digest"]] = _score(directory, each, run)
+                first[run["digest"]] = _score(outcome(run), each, run)
     altered = tuple(each.altered for each in sealed if each.altered)
     return Forecasts(tuple(first.values()), altered)
 
 
-def _score(directory: RunDirectory, sealed: Sealed, run: dict[str, Any]) -> Score:
-    try:
-        state, observed = _observed(directory, sealed.said, run["evaluation_digest"])
-    except UserError:  # what is wrong with the file, and the remedy, `status` says
-        state, observed = "damaged", None
+def _score(found: _Outcome | None, sealed: Sealed, run: dict[str, Any]) -> Score:
+    state: State = "damaged"
+    observed = None
+    if found is not None:
+        state, observed = _observed(found, sealed.said, run["evaluation_digest"])
     return Score(
         name=run["name"],
         digest=run["digest"],
@@ -169,20 +209,18 @@ def _score(directory: RunDirectory, sealed: Sealed, run: dict[str, Any]) -> Scor
     )
 
 
-def _observed(
-    directory: RunDirectory, said: dict[str, Any], evaluation: str
-) -> tuple[State, float | None]:
+def _observed(found: _Outcome, said: dict[str, Any], evaluation: str) -> tuple[State, float | None]:
     """The loss that the run came to, where that is the one which was forecast."""
-    began = _began(directory)
+    began = _began(found)
     if began is not None and not said["sealed"] < began:
         return "begun", None
-    whole = directory.result()
-    if whole is None:
+    if found.whole is None:
         return "waiting", None
-    judged = whole["result"]["evaluations"].get(evaluation)
+    result = found.whole["result"]
+    judged = result["evaluations"].get(evaluation)
     if judged is None:
         return "waiting", None
-    data = whole["result"].get("data", {})
+    data = result.get("data", {})
     if judged.get("hash", "") != said["evaluation_hash"]:
         return "other evaluation", None
     if (data.get("corpus_hash") or data.get("store_hash", "")) != said["corpus_hash"]:
@@ -190,8 +228,8 @@ def _observed(
     return "scored", float(judged["loss"])
 
 
-def _began(directory: RunDirectory) -> float | None:
+def _began(found: _Outcome) -> float | None:
     """When the first attempt at the run began; None where none did, long ago if nobody knows when."""
-    began = [attempt["began"] for attempt in directory.attempts()]
-    unknown = -math.inf if directory.result_file.exists() else None
-    return began[0] if began else unknown
+    if found.attempts:
+        return float(found.attempts[0]["began"])
+    return None if found.whole is None else -math.inf

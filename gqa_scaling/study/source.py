@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from gqa_scaling.baselines import bare
 from gqa_scaling.config import Question, RunConfig, require
 from gqa_scaling.experiment.load import Experiment, load_experiment
 from gqa_scaling.files.runs import runs_root
+from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import PUBLISHED, is_experiment
-from gqa_scaling.study.reading import from_csv, from_runs, published
+from gqa_scaling.study.reading import from_csv, from_results, from_runs, published
+from gqa_scaling.study.records import Records, beside, read_records, require_equal
 from gqa_scaling.study.results import Heads, Results, heads_of, listed, pair, pairs
 
 PUBLISHED_QUESTION = Question(
@@ -29,7 +32,8 @@ class Source:
 
     `name` and `overrides` are as they were given. `experiment`, and `root`, the folder of all runs,
     are None for runs of others; `root` also for an experiment without a module, which no command can
-    name. `without` is what was left out of both runs and grid, as it was named.
+    name. `without` is what was left out of both runs and grid, as it was named. `kept` is the record
+    beside a CSV file.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Source:
     experiment: Experiment | None = None
     root: Path | None = None
     without: tuple[str, ...] = ()
+    kept: Records | None = None
 
     @property
     def grid(self) -> tuple[RunConfig, ...]:
@@ -117,4 +122,16 @@ def _read(name: str | Experiment, overrides: Sequence[str], folder: str | None) 
     )
     if name == PUBLISHED:
         return Source(name, (), published(), PUBLISHED_QUESTION)
-    return Source(name, (), from_csv(name), Question())
+    return _from_file(name)
+
+
+def _from_file(name: str) -> Source:
+    """The runs of a CSV file; with all that was kept of them where its record lies beside it."""
+    rows, record = from_csv(name), beside(as_path(name))
+    if not record.exists():
+        return Source(name, (), rows, Question())
+    kept = read_records(record)
+    found = zip(repeat(str(record)), kept.runs, kept.results, strict=False)
+    results = replace(from_results(kept.experiment, str(record), found), source=name)
+    require_equal(results, rows, record)
+    return Source(name, (), results, kept.question, kept=kept)

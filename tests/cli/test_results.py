@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,12 @@ from gqa_scaling import cli
 from gqa_scaling.costs import n_exact
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory
+from gqa_scaling.study.source import read_source
 
 GRID = """
-from gqa_scaling.config import ModelConfig, RunConfig
+from gqa_scaling.config import ModelConfig, Question, RunConfig
+
+QUESTION = Question(contexts=(512,), losses=(3.5,), baseline=(2, 1))
 
 
 def runs():
@@ -34,15 +38,22 @@ def grid(workplace):
     """experiments.grid, all of whose runs but the last are finished, on the same data."""
     (workplace / "experiments" / "grid.py").write_text(GRID)
     for run in load_experiment("experiments.grid").runs[:-1]:
-        directory = run_directory("runs", "grid", run)
-        directory.begin(run, {"store_hash": "s"})
-        began = {"began": 1.8e9, "first_step": 0, "layout": {"device": "cpu"}}
-        directory.add_attempt(began | {"commit": "abc"})
-        n = n_exact(run.model)
-        judged = {run.evaluation_digest: {"loss": (1e6 / n) ** 0.1 + run.model.n_heads / 100}}
-        result = {"config": run.to_dict(), "n_exact": n, "tokens": 1280}
-        directory.finish(result | {"data": {"store_hash": "s"}, "evaluations": judged}, {})
+        finish(run)
     return workplace
+
+
+def finish(run):
+    """A result that was begun after all that is sealed here, with losses by position."""
+    directory = run_directory("runs", "grid", run)
+    directory.begin(run, {"store_hash": "s"})
+    began = {"began": 1.8e9 + 1e9, "first_step": 0, "layout": {"device": "cpu"}}
+    directory.add_attempt(began | {"commit": "abc"})
+    n = n_exact(run.model)
+    loss = (1e6 / n) ** 0.1 + run.model.n_heads / 100
+    judged = {"loss": loss, "hash": "e", "loss_by_position": [loss + 0.1, loss - 0.1]}
+    result = {"config": run.to_dict(), "digest": run.digest, "n_exact": n, "tokens": 1280}
+    known = {"data": {"store_hash": "s"}, "evaluations": {run.evaluation_digest: judged}}
+    directory.finish(result | known, {})
 
 
 def test_a_table_of_finished_runs_tells_what_is_not(grid, capsys):
@@ -63,10 +74,54 @@ def test_what_is_kept_answers_as_the_runs_do(grid, capsys):
         floors.append(json.loads(capsys.readouterr().out)["E_nats"])
     assert floors[0] == floors[1]
     names = [row["name"] for row in csv.DictReader(kept.read_text().splitlines())]
-    records = [json.loads(line) for line in kept.with_suffix(".jsonl").read_text().splitlines()]
-    assert [record["result"]["config"]["name"] for record in records] == names
-    assert {record["attempts"][0]["commit"] for record in records} == {"abc"}
-    assert records[0]["result"]["data"]["store_hash"] == "s"
+    study, *results = map(json.loads, kept.with_suffix(".jsonl").read_text().splitlines())
+    assert study["question"]["contexts"] == [512]
+    assert [each["result"]["config"]["name"] for each in results] == names
+    assert results[0]["result"]["data"]["store_hash"] == "s"
+    assert cli.main(["results", str(kept)]) == 0
+    assert "abc: 7" in capsys.readouterr().out
+
+
+def test_a_kept_study_is_asked_and_scored_as_its_experiment(grid, capsys):
+    """Its question, its sealed forecasts and its losses by position are kept with it."""
+    assert cli.main(["forecast", "experiments.grid", "--refits", "100"]) == 0
+    finish(load_experiment("experiments.grid").runs[-1])
+    assert cli.main(["results", "experiments.grid", "--output", "grid.csv"]) == 0
+    capsys.readouterr()
+    told = []
+    for source in ("experiments.grid", "grid.csv"):
+        assert cli.main(["results", source]) == 0
+        told.append(capsys.readouterr().out.split("\n\n")[-1])
+        study = read_source(source, (), None)
+        assert study.question.baseline == (2, 1)
+        assert study.results.positions["L8-h4"][0] > study.results.positions["L8-h4"][1]
+    assert told[0] == told[1]
+    assert "1 of the finished run inside" in told[0]
+    seal = Path("grid.jsonl").read_text().replace('"predicted_nats": ', '"predicted_nats": 1')
+    Path("grid.jsonl").write_text(seal)
+    assert cli.main(["results", "grid.csv"]) == 0
+    assert "it was altered since and does not count" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("grid.csv", "L2-h4,", "L2-h5,", "grid.jsonl is not the record of grid.csv: they differ in L2-h4"),
+        ("grid.jsonl", '"loss": ', '"loss": 1', "they differ in L1-h2"),
+        ("grid.jsonl", '"n_heads": 2', '"n_heads": "2"', "grid.jsonl line 2 is damaged (model.n_heads"),
+        ("grid.jsonl", '"schema": 1}', '"schema": 7}', "has schema 7, this version reads 1"),
+        ("grid.jsonl", '{"experiment"', '{"experiments"', "line 1 is damaged (experiment is missing)"),
+    ],
+)  # fmt: skip
+def test_a_record_of_other_runs_is_refused(grid, capsys, file, old, new, told):
+    assert cli.main(["results", "experiments.grid", "--output", "grid.csv"]) == 0
+    text = Path(file).read_text()
+    assert old in text
+    Path(file).write_text(text.replace(old, new))
+    assert cli.main(["fit", "grid.csv"]) == 2
+    assert told in capsys.readouterr().err
+    Path("grid.jsonl").unlink()
+    assert cli.main(["fit", "grid.csv", "--refits", "100"]) == 0
 
 
 def test_only_a_table_of_runs_is_replaced(grid, capsys):

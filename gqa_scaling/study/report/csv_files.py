@@ -10,6 +10,8 @@ from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.report.answers import saved_kinds
 from gqa_scaling.study.results import Heads, Results, pattern_of
 
+HEADER = "name,n_heads,n_kv_heads,"  # what a CSV file of our runs begins with
+
 
 def results_csv(results: Results) -> str:
     """The runs as a CSV that `reading.from_csv` reads; unknown values are left empty."""

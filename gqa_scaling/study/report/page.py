@@ -7,13 +7,11 @@ import importlib.util
 import json
 import re
 import string
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gqa_scaling import __version__
 from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.compare import compare
@@ -26,10 +24,11 @@ from gqa_scaling.study.report.clocked import clock_table
 from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.report.forecasts import forecast_table
 from gqa_scaling.study.report.judged import judged_tables
+from gqa_scaling.study.report.runs import made_table, runs_table
 from gqa_scaling.study.report.sentences import model_text, sentence
 from gqa_scaling.study.report.shape_axes import shape_tables
 from gqa_scaling.study.report.table import Column, Table, card_styles
-from gqa_scaling.study.results import Results, flags, pair
+from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
 
@@ -234,7 +233,7 @@ def sections(study: Study) -> Iterator[Section]:
     if study.histories.unfinished:
         yield "What failed or is not finished", [_unfinished_table(study)]
     yield "The runs", [runs_table(study.results), _download(study.results)]
-    yield "How this was made", [_made(study), *_config(study)]
+    yield "How this was made", [made_table(study.results, study.fit.how), *_config(study)]
 
 
 def markdown(told: Iterable[Section]) -> dict[str, str]:
@@ -280,60 +279,6 @@ def _compared(study: Study) -> list[Table]:
     return [estimates.compare_table(scores, f", T = {at:,} tokens" if at and several else "")]
 
 
-def runs_table(results: Results) -> Table:
-    """Every run, with what is known of it."""
-    r = results
-
-    def known(column: str, form: str) -> Callable[[int], str]:
-        values = getattr(r, column)
-        return lambda i: format(v, form) if (v := float(values[i])) == v and v else "-"
-
-    return Table(
-        "",
-        [
-            Column("run", lambda i: str(r.name[i])),
-            Column("heads, KV", lambda i: pair(r.heads[i])),
-            Column(
-                "L x d", lambda i: f"{r.n_layers[i]} x {r.d_model[i]}" if r.n_layers[i] else "-"
-            ),
-            Column("N", lambda i: f"{r.n_params[i]:,.0f}", r.count),
-            Column("context", known("context_length", ",.0f"), "tokens"),
-            Column("training tokens", known("tokens", ",.0f")),
-            Column("seed", lambda i: str(r.seed[i])),
-            Column("learning rate", known("learning_rate", "g")),
-            Column("epochs", known("epochs", ".2f")),
-            Column("loss", lambda i: f"{r.loss[i]:.4f}", "nats"),
-        ],
-        range(len(r)),
-        about=f"{len(r)} runs from {r.source}"
-        + (f"; not finished: {', '.join(r.missing)}" if r.missing else "")
-        + f". N is {r.count}, without embeddings; loss in nats per token.",
-    )
-
-
-def _made(study: Study) -> Table:
-    """With what, and on what, the runs were trained."""
-    r, p = study.results, study.results.provenance
-    versions = ", ".join(f"{k} {v}" for k, v in sorted((p.get("versions") or {}).items()))
-    seconds = p.get("training_seconds")
-    facts = [
-        ("experiment", p.get("experiment")),
-        ("gqa-scaling", __version__),
-        ("versions", versions),
-        ("devices", ", ".join(map(str, p.get("devices") or []))),
-        ("training time, all runs", f"{seconds:,.0f} s" if seconds else ""),
-        ("corpus hash", r.corpus[0]),
-        ("tokenizer hash", r.tokenizer[0]),
-        ("commit", commit()),
-        ("vocabulary", f"{r.vocab_size[0]:,} tokens" if r.vocab_size[0] else ""),
-        ("evaluation hash", r.evaluation[0]),
-        ("training seeds", ", ".join(map(str, sorted(set(r.seed.tolist()))))),
-        ("intervals", study.fit.how),
-    ]
-    known = [(name, str(value)) for name, value in facts if value]
-    return Table("", [Column("", lambda fact: fact[0]), Column("", lambda fact: fact[1])], known)
-
-
 def _unfinished_table(study: Study) -> Table:
     """Every declared run without a result, and why."""
     return Table(
@@ -364,17 +309,3 @@ def _download(results: Results) -> str:
         f'<p><a download="results.csv" href="data:text/csv;base64,{data}">Download the runs</a> as the '
         "CSV file that every verb reads.</p>"
     )
-
-
-@functools.cache
-def commit() -> str:
-    """The commit of the checkout that this package lies in; "" where it is installed elsewhere."""
-    here = Path(__file__).parents[3]
-    if not (here / ".git").exists():
-        return ""
-    words = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
-    try:
-        found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):  # no git here: nothing is known
-        return ""
-    return found.stdout.strip()
