@@ -52,7 +52,7 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
-    parser.add_argument("--workers", type=int, help="processes that tokenise (default: all cores)")
+    parser.add_argument("--workers", type=int, help="threads that tokenise (default: all cores)")
     parser.add_argument("--rebuild", action="store_true", help="replace a store that is there")
 
 

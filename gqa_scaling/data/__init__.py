@@ -2,7 +2,7 @@
 
     corpus.py     documents in one fixed order, from a folder, JSONL, Parquet or the standard library
     tokenizer.py  bytes, a BPE trained on the corpus, or somebody's tokenizer.json
-    tokenise.py   documents encoded, in this process or in workers, and written in their order
+    tokenise.py   documents encoded by threads, and written in their order
     build.py      `gqa-scaling prepare`: makes a store
     manifest.py   store.json, what a store is made of
     verification  whether the files of a store still are what was written

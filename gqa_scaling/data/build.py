@@ -8,14 +8,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing.spawn
 import os
 import platform
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +45,8 @@ def prepare(
 ) -> TokenStore:
     """Make the token store of `data`, or verify and return the one that is there.
 
-    The store is the same to the byte for every number of `workers` (default: one for each core;
-    for bytes, where encoding costs less than passing text about, one). One means this process.
+    The store is the same to the byte for every number of `workers`, threads that encode (default:
+    one for each core; for bytes, which take no time to encode, one).
     `show` draws a progress bar on a terminal and says which files were left out. `rebuild`
     replaces a store.
 
@@ -83,9 +81,6 @@ def _prepare_here(
     data: DataConfig, path: Path, workers: int, show: bool, rebuild: bool
 ) -> TokenStore:
     """Make the store on this machine, unless another process makes it meanwhile."""
-    # A script without `if __name__ == "__main__"` comes here again in each worker, where it would
-    # wait for its parent's lock for ever: this raises RuntimeError there instead.
-    multiprocessing.spawn.get_preparation_data("")
     corpus = open_corpus(data)
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
@@ -107,11 +102,6 @@ def _prepare_here(
         raise UserError(
             f"cannot write the token store {path} ({error.strerror or error}): make room there or "
             "choose another data.store"
-        ) from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker died while it tokenised {data.corpus!r}: if it printed nothing above, it most "
-            "likely wanted for memory; use fewer workers"
         ) from error
     store = open_store(data)
     store.verify(again=True)

@@ -1,4 +1,4 @@
-"""Documents to tokens on disk: encoded in this process or in workers, written in their order.
+"""Documents to tokens on disk: encoded by threads ahead of the writing, written in their order.
 
 A document is held out when its own hash says so, whatever its name and its neighbours.
 """
@@ -6,13 +6,10 @@ A document is held out when its own hash says so, whatever its name and its neig
 import array
 import contextlib
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -27,7 +24,7 @@ from gqa_scaling.data.tokenizer import Tokenizer
 from gqa_scaling.units import quantity
 
 SHARD_TOKENS = 2**28
-TASK_BYTES = 2**20  # text handed to a worker at once
+TASK_BYTES = 2**20  # text handed to a thread at once
 
 
 def is_held_out(text_digest: bytes, heldout_fraction: float) -> bool:
@@ -57,6 +54,7 @@ def tokenise(
     digests = hashlib.sha256()
     bar = progress.add_task("tokenising", total=corpus.total_bytes, note="")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_thread_for_each_task())
         writers = {split: stack.enter_context(_Writer(folder, split)) for split in SPLITS}
         for documents, read in _encoded(corpus.documents(not_utf8.append), tokenizer, workers):
             for encoded in documents:
@@ -78,7 +76,7 @@ def tokenise(
     return splits, digests.hexdigest(), not_utf8
 
 
-# ------------------------------------------------- encoding, in this process or in workers
+# --------------------------------------------------------------------------- encoding
 
 
 @dataclass(frozen=True)
@@ -101,23 +99,14 @@ def _encoded(
 ) -> Iterator[tuple[list[_Encoded], int]]:
     """The documents in order, some at a time, and how many bytes of the corpus were read by then.
 
-    Workers encode a few tasks each ahead of the writing.
+    Threads encode a few tasks each ahead of the writing. The library encodes without Python's lock,
+    so that threads serve as well as processes, with nothing to start and no text to pass about.
     """
-    tasks = _tasks(documents)
-    if workers == 1:
-        for texts, read in tasks:
-            yield _encode(tokenizer, texts), read
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),  # forking a process with threads hangs
-        initializer=_start_worker,
-        initargs=(tokenizer,),
-    )
     pending: deque[tuple[Future[list[_Encoded]], int]] = deque()
+    pool = ThreadPoolExecutor(workers)
     try:
-        for texts, read in tasks:
-            pending.append((pool.submit(_encode_in_worker, texts), read))
+        for texts, read in _tasks(documents):
+            pending.append((pool.submit(_encode, tokenizer, texts), read))
             if len(pending) > 4 * workers:
                 future, read = pending.popleft()
                 yield future.result(), read
@@ -125,6 +114,19 @@ def _encoded(
             yield future.result(), read
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_thread_for_each_task() -> Iterator[None]:
+    """Keep the library from sharing each task among threads of its own: there are enough already."""
+    name = "TOKENIZERS_PARALLELISM"  # read anew by each call
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({name: before} if before is not None else {})
 
 
 def _tasks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
@@ -139,28 +141,6 @@ def _tasks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
             texts, held = [], 0
     if texts:
         yield texts, read
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # as this is a worker
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[_Encoded]:
-    return _encode(_worker_tokenizer, texts)
 
 
 # ------------------------------------------------------------------------------- writing
