@@ -221,14 +221,16 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _finished(args: argparse.Namespace, experiment: "Experiment") -> "set[RunConfig]":
     """The runs that have a result; none where there is no folder for them."""
-    from gqa_scaling.files.runs import run_directory, runs_root
+    from gqa_scaling.files.runs import run_directories, runs_root
+    from gqa_scaling.files.storage import together
 
     try:
         root = runs_root(args.root)
     except UserError:  # a file is in its place
         return set()
-    runs = experiment.runs
-    return {r for r in runs if run_directory(root, experiment.name, r).result_file.exists()}
+    directories = run_directories(root, experiment.name, experiment.runs)
+    done = together(lambda directory: directory.result_file.exists(), directories)
+    return {run for run, is_done in zip(experiment.runs, done, strict=True) if is_done}
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gqa_scaling.config import ModelConfig, RunConfig, UserError
+from gqa_scaling.config import DIGEST_LENGTH, ModelConfig, RunConfig, UserError
 from gqa_scaling.costs import n_exact, n_formula
 from gqa_scaling.files.runs import RunDirectory
 
@@ -64,10 +64,12 @@ def find_follow_ups(root: Path, experiment: str, runs: Sequence[RunConfig]) -> l
     """
     own, found = {run.digest for run in runs}, []
     for file in sorted((root / experiment).glob("*/config.json")):
+        if file.parent.name[-DIGEST_LENGTH:] in own:  # hundreds of them, and not worth reading
+            continue
         with contextlib.suppress(UserError):  # what another version declared is not understood
             run = RunDirectory(file.parent).config()
             alike = [r for r in runs if r.context_length == run.context_length]
-            if run.digest in own or not alike:
+            if not alike:
                 continue
             several_budgets = len({(r.model, r.seed) for r in alike}) < len(alike)
             made = follow_up(alike, run.model, run.tokens if several_budgets else None)

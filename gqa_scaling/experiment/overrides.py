@@ -85,6 +85,8 @@ def _parse_value(flag: str, hint: Any, text: str) -> Any:
 
 def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """The run with fields replaced; setting one token budget clears the other."""
+    if not changes:
+        return run
     data = run.to_dict()
     if "tokens" in changes and "tokens_per_param" not in changes:
         data["tokens_per_param"] = None
@@ -104,7 +106,7 @@ def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
                 table[parent] = {}
             table = table[parent]
         table[leaf] = value
-    return RunConfig.from_dict(data) if changes else run
+    return RunConfig.from_dict(data)
 
 
 def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:

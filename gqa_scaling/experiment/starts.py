@@ -22,7 +22,9 @@ def start_of(parent: RunConfig, experiment: str) -> str:
 
 def parent_of(run: RunConfig, runs: Iterable[RunConfig]) -> RunConfig | None:
     """The one of these runs that `run` starts from, None where it is another or there is none."""
-    digest = run.start_from and run.start_from[-DIGEST_LENGTH:]
+    if run.start_from is None:
+        return None
+    digest = run.start_from[-DIGEST_LENGTH:]
     return next((other for other in runs if other.digest == digest), None)
 
 

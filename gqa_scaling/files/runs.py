@@ -22,7 +22,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -325,6 +325,21 @@ def parent_directory(directory: RunDirectory, run: RunConfig) -> RunDirectory | 
 def run_directory(root: Path | str, experiment: str, run: RunConfig) -> RunDirectory:
     """runs/<experiment>/<run name>-<digest>. The digest alone identifies: a renamed run is found."""
     return directory_of(root, experiment, run.name, run.digest)
+
+
+def run_directories(
+    root: Path | str, experiment: str, runs: Sequence[RunConfig]
+) -> list[RunDirectory]:
+    """`run_directory` of each run, for one listing of their folder instead of a look for each."""
+    folder, names = as_path(root) / experiment, dict[str, list[str]]()
+    for path in folder.glob("*"):
+        names.setdefault(path.name[-DIGEST_LENGTH - 1 :], []).append(path.name)
+
+    def found(run: RunConfig) -> str:
+        wanted, alike = f"{run.name}-{run.digest}", names.get(f"-{run.digest}", [])
+        return wanted if wanted in alike or not alike else min(alike)
+
+    return [RunDirectory(folder / found(run)) for run in runs]
 
 
 def directory_of(root: Path | str, experiment: str, name: str, digest: str) -> RunDirectory:

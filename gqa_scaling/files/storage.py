@@ -13,13 +13,18 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gqa_scaling.config import UserError, require
 
 if TYPE_CHECKING:
     import fsspec
+
+T, U = TypeVar("T"), TypeVar("U")
+AT_ONCE = 16  # requests to a bucket, or to a disk in a network
 
 # For each scheme the package that reaches it, and the extra that installs that.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -272,6 +277,16 @@ def check_writable(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- reading
+
+
+def together(read: Callable[[T], U], items: Iterable[T]) -> list[U]:
+    """What `read` gives for each item, in their order, reading several at once; raises what the first
+    that fails raises.
+
+    Where each answer takes milliseconds, hundreds of runs are read in a fraction of the time.
+    """
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(read, items))
 
 
 def size(path: Path) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import RunConfig
-from gqa_scaling.files.runs import RunDirectory, State, run_directory
+from gqa_scaling.files.runs import RunDirectory, State, run_directories
+from gqa_scaling.files.storage import together
 from gqa_scaling.study.source import Source
 
 LOSS = "learning/loss"
@@ -52,13 +53,19 @@ def histories(source: Source, command: str) -> Histories:
         return NO_HISTORIES
     finished, unfinished = set(source.results.name.tolist()), []
     curves: dict[str, Curve] = {}
-    for run in source.grid:
-        directory = run_directory(source.root, source.experiment.name, run)
+
+    def history(run: RunConfig, directory: RunDirectory) -> Curve | Unfinished:
         if run.name in finished:
-            curve = training_curve(directory, run.batch_tokens)
-            curves |= {run.name: curve} if curve[0] else {}
-        else:
-            unfinished.append(_unfinished(directory, run))
+            return training_curve(directory, run.batch_tokens)
+        return _unfinished(directory, run)
+
+    directories = run_directories(source.root, source.experiment.name, source.grid)
+    pairs = list(zip(source.grid, directories, strict=True))
+    for run, found in zip(source.grid, together(lambda each: history(*each), pairs), strict=True):
+        if isinstance(found, Unfinished):
+            unfinished.append(found)
+        elif found[0]:
+            curves[run.name] = found
     shared = _shared([run.to_dict() for run in source.grid])
     return Histories(curves, tuple(unfinished), command, shared)
 

@@ -27,8 +27,8 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS
-from gqa_scaling.files.runs import run_directory
-from gqa_scaling.files.storage import as_path, is_remote
+from gqa_scaling.files.runs import RunDirectory, run_directories
+from gqa_scaling.files.storage import as_path, is_remote, together
 from gqa_scaling.study.counting import count_of, formula, require_counts
 from gqa_scaling.study.judged import judged_of
 from gqa_scaling.study.results import COUNTS, PATTERN_COLUMNS, Results, check, listed, table
@@ -85,8 +85,11 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
 
     Raises UserError for a damaged file, too.
     """
-    directories = [(run, run_directory(root, experiment, run)) for run in runs]
-    found = [(str(each.result_file), run, each.result()) for run, each in directories]
+    runs = list(runs)
+    directories = run_directories(root, experiment, runs)
+    files = [str(each.result_file) for each in directories]
+    results = together(RunDirectory.result, directories)
+    found = zip(files, runs, results, strict=True)
     return from_results(experiment, str(as_path(root) / experiment), found)
 
 

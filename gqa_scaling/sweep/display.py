@@ -15,7 +15,7 @@ from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.failures import failures_are_fine
 from gqa_scaling.files.storage import is_remote
 from gqa_scaling.hardware import HARDWARE
-from gqa_scaling.sweep.status import REMOTE_LOOK_SECONDS, RunStatus, read_status
+from gqa_scaling.sweep.status import REMOTE_LOOK_SECONDS, RunStatus, looks, read_status
 from gqa_scaling.units import duration, quantity
 
 Show = Callable[[list[RunStatus]], None]
@@ -37,10 +37,11 @@ def live_display(experiment: Experiment, root: Path) -> Iterator[None]:
             show = _lines()
             if console.is_terminal:
                 show = _bar(experiment, stack.enter_context(_progress(console)))
-            show(read_status(root, experiment))
+            look = looks(root, experiment)
+            show(look())
             while not stop.wait(seconds):
-                show(read_status(root, experiment))
-            show(read_status(root, experiment))
+                show(look())
+            show(look())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -20,8 +20,19 @@ from gqa_scaling.experiment.starts import check_starts, parent_of, require_paren
 from gqa_scaling.files.checksums import is_saved
 from gqa_scaling.files.claims import claim, waited_for
 from gqa_scaling.files.failures import failure
-from gqa_scaling.files.runs import RunDirectory, parent_directory, run_directory
-from gqa_scaling.files.storage import cache_folder, check_writable, is_remote, make_folder
+from gqa_scaling.files.runs import (
+    RunDirectory,
+    parent_directory,
+    run_directories,
+    run_directory,
+)
+from gqa_scaling.files.storage import (
+    cache_folder,
+    check_writable,
+    is_remote,
+    make_folder,
+    together,
+)
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import check_average, check_epochs, check_profile, check_steps
 from gqa_scaling.units import byte_size
@@ -52,8 +63,10 @@ class _Left(enum.IntEnum):
 
 def pending(experiment: Experiment, root: Path) -> list[RunConfig]:
     """The runs that have no result, or none under the current evaluation."""
-    results = ((run, run_directory(root, experiment.name, run).result()) for run in experiment.runs)
-    return [run for run, result in results if not _is_judged(run, result)]
+    directories = run_directories(root, experiment.name, experiment.runs)
+    results = together(RunDirectory.result, directories)
+    pairs = zip(experiment.runs, results, strict=True)
+    return [run for run, result in pairs if not _is_judged(run, result)]
 
 
 def forget_failures(experiment: Experiment, root: Path) -> None:

@@ -1,9 +1,8 @@
 """Where a grid stands, read from the files of its runs alone: progress, goodput and checkpoints."""
 
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +10,13 @@ from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checksums import StoredCheckpoint, examine_run
-from gqa_scaling.files.runs import RunDirectory, State, run_directory
-from gqa_scaling.files.storage import is_remote
+from gqa_scaling.files.runs import RunDirectory, State, run_directories
+from gqa_scaling.files.storage import together
 
 ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending", "damaged")
 STEP_SECONDS = "perf/step_time_seconds"
 # What evaluating and saving took since the attempt began.
 EVALUATION_SECONDS, CHECKPOINT_SECONDS = "perf/evaluation_seconds", "perf/checkpoint_seconds"
-REQUESTS = 16  # to a bucket at once
 LOOK_SECONDS, REMOTE_LOOK_SECONDS = 2.0, 10.0  # a look asks a bucket several times for every run
 
 Line = dict[str, Any]  # of metrics.jsonl or attempts.jsonl
@@ -61,8 +59,7 @@ class RunStatus:
 def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
     """The status of every run of the experiment, in its order."""
 
-    def status(run: RunConfig) -> RunStatus:
-        directory = run_directory(root, experiment.name, run)
+    def status(run: RunConfig, directory: RunDirectory) -> RunStatus:
         try:
             return _status(run, directory)
         except UserError as error:
@@ -75,10 +72,23 @@ def read_status(root: Path, experiment: Experiment) -> list[RunStatus]:
                 path=str(directory.path),
             )
 
-    if not is_remote(root):
-        return [status(run) for run in experiment.runs]
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(status, experiment.runs))
+    directories = run_directories(root, experiment.name, experiment.runs)
+    pairs = zip(experiment.runs, directories, strict=True)
+    return together(lambda pair: status(*pair), pairs)
+
+
+def looks(root: Path, experiment: Experiment) -> Callable[[], list[RunStatus]]:
+    """`read_status` for one who looks again and again: what is done is read once."""
+    done: dict[str, RunStatus] = {}
+
+    def look() -> list[RunStatus]:
+        left = tuple(run for run in experiment.runs if run.name not in done)
+        read = {row.name: row for row in read_status(root, replace(experiment, runs=left))}
+        rows = [done.get(run.name) or read[run.name] for run in experiment.runs]
+        done.update({row.name: row for row in rows if row.state == "done"})
+        return rows
+
+    return look
 
 
 def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:

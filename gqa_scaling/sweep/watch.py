@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.text import Text
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.storage import is_remote
 from gqa_scaling.sweep import views
-from gqa_scaling.sweep.status import LOOK_SECONDS, REMOTE_LOOK_SECONDS, RunStatus, read_status
+from gqa_scaling.sweep.status import LOOK_SECONDS, REMOTE_LOOK_SECONDS, RunStatus, looks
 from gqa_scaling.sweep.views import Cell, known, table
 from gqa_scaling.units import duration, quantity
 
@@ -30,13 +29,10 @@ def watch(
 ) -> list[RunStatus]:
     """Show the status, again and again, until no run is left to wait for; it is returned."""
     seconds = REMOTE_LOOK_SECONDS if is_remote(root) else LOOK_SECONDS
-    done: dict[str, RunStatus] = {}  # their results, which may be large, are read once
+    look = looks(root, experiment)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            left = tuple(run for run in experiment.runs if run.name not in done)
-            read = {r.name: r for r in read_status(root, replace(experiment, runs=left))}
-            rows = [done.get(run.name) or read[run.name] for run in experiment.runs]
-            done = {r.name: r for r in rows if r.state == "done"}
+            rows = look()
             live.update(watch_table(experiment.name, rows, console.height), refresh=True)
             if all(r.state in ENDED for r in rows):
                 return rows
