@@ -5,10 +5,11 @@
 
 Makes run directories of grids of 168 and of 1,680 runs: the 21 published head configurations at 8
 sizes, and at 20 sizes with four seeds of each, with losses of a law and 0.2% noise, 500 logged steps
-each, one in twelve stopped half-way. Each verb then is a process of its own. Shown are processor
+each; of twelve one has failed half-way and one has not begun. Each verb then is a process of its own. Shown are processor
 seconds (user and system; wall time in brackets), the exponent that they grow with between the two
 grids after the start, which is that of `--version`, files opened and asked for (stat, listing) in the
-folder of the runs, for each run, and peak memory. With --profile also where the time goes.
+folder of the runs, for each run, and peak memory. --profile adds where the time goes, --slow 5 a disk that takes
+5 ms for each of these, as one in a network may: read the wall time then.
 """
 
 import argparse
@@ -80,6 +81,8 @@ def loss_of(run: RunConfig) -> float:
 def make(root: Path, count: int) -> None:
     """The run directories, as training leaves them but for the trained parameters."""
     for i, run in enumerate(grid(count)):
+        if i % 12 == 3:
+            continue
         rng = np.random.default_rng((count, i))
         loss = loss_of(run) * (1 + 0.002 * rng.standard_normal())
         steps, directory = costs.training_steps(run), run_directory(root, "study", run)
@@ -121,23 +124,22 @@ def make(root: Path, count: int) -> None:
         directory.finish(result, timing)
 
 
-def counted(root: str, words: list[str], profile: bool) -> None:
+def counted(root: str, words: list[str], profile: bool, slow: float) -> None:
     """Do what `gqa-scaling WORDS` does, and say on the last line what it took."""
     found = {"open": 0, "stat": 0}
 
-    def below(path) -> bool:
-        text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
-        return text.startswith(root)
+    def note(what: str, path) -> None:
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(root):
+            found[what] += 1
+            time.sleep(slow / 1e3)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event == "open" and below(arguments[0]):
-            found["open"] += 1
-        if event in ("os.scandir", "os.listdir") and below(arguments[0]):
-            found["stat"] += 1
+        if event in ("open", "os.scandir", "os.listdir"):
+            note("open" if event == "open" else "stat", arguments[0])
 
     def asked(ask):  # the interpreter tells hooks nothing of these
         def ask_and_count(path, *rest, **named):
-            found["stat"] += below(path)
+            note("stat", path)
             return ask(path, *rest, **named)
 
         return ask_and_count
@@ -173,10 +175,16 @@ def counted(root: str, words: list[str], profile: bool) -> None:
     print(json.dumps(row | found))
 
 
-def measure(verb: str, folder: Path, count: int, profile: bool) -> dict[str, float]:
+def measure(verb: str, folder: Path, count: int, profile: bool, slow: float) -> dict[str, float]:
     names = {"spec": folder / "study.py", "root": folder / "runs", "run": grid(count)[0].name}
     words = VERBS[verb].format(**names).split()
-    arguments = ["--counted", str(folder / "runs"), *(["--profile"] if profile else []), "--"]
+    arguments = [
+        "--counted",
+        str(folder / "runs"),
+        f"--slow={slow}",
+        *(["--profile"] if profile else []),
+        "--",
+    ]
     began = time.perf_counter()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     done = subprocess.run(
@@ -201,11 +209,12 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="where the processor's time goes, on stderr"
     )
+    parser.add_argument("--slow", type=float, default=0.0, metavar="MS", help="of each request")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and take what is there")
     parser.add_argument("--counted", help=argparse.SUPPRESS)
     args, words = parser.parse_known_args()
     if args.counted is not None:
-        counted(args.counted, [word for word in words if word != "--"], args.profile)
+        counted(args.counted, [word for word in words if word != "--"], args.profile, args.slow)
         return
     start, last = 0.0, {}
     print(
@@ -220,7 +229,7 @@ def main() -> None:
                 here = str(Path(__file__).parent.absolute())
                 (folder / "study.py").write_text(MODULE.format(here=here, count=count))
             for verb in args.verbs:
-                row = measure(verb, folder, count, args.profile)
+                row = measure(verb, folder, count, args.profile, args.slow)
                 start = row["seconds"] if verb == "start" else start
                 grows = ""
                 if verb in last and verb != "start":

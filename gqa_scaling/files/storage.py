@@ -23,7 +23,8 @@ from gqa_scaling.config import UserError, require
 if TYPE_CHECKING:
     import fsspec
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 AT_ONCE = 16  # requests to a bucket, or to a disk in a network
 
 # For each scheme the package that reaches it, and the extra that installs that.

@@ -103,7 +103,7 @@ class Results:
     def __len__(self) -> int:
         return len(self.loss)
 
-    @property
+    @functools.cached_property
     def heads(self) -> list[Heads]:
         """The configuration of every run."""
         return list(map(heads_of, self.n_heads, self.n_kv_heads, self.pattern))

@@ -84,11 +84,13 @@ def test_shards_are_read_across_their_boundaries(config, monkeypatch, store, tex
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe-300"])
 def test_the_number_of_workers_changes_no_byte(config, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "as it was")
     monkeypatch.setattr(tokenise, "TASK_BYTES", 500)  # more tasks than the pool looks ahead
     stores = [
         prepare(config(tokenizer=tokenizer, store=str(tmp_path / str(n))), workers=n)
         for n in (1, 2)
     ]
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "as it was"
     assert stores[0].hash == stores[1].hash
     files = [name for name in names(stores[0].path) if name != NOTE]
     assert filecmp.cmpfiles(stores[0].path, stores[1].path, files, shallow=False)[0] == files

@@ -5,7 +5,7 @@ import pytest
 from gqa_scaling.config import ModelConfig, OptimizerConfig, RunConfig
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
-from gqa_scaling.files.runs import run_directory
+from gqa_scaling.files.runs import RunDirectory, run_directory
 
 
 def run(name: str = "a", rate: float = 1e-3, **model) -> RunConfig:
@@ -55,7 +55,7 @@ def test_the_token_rule_is_the_grids():
     assert training_tokens(made) == pytest.approx(20 * n_exact(model), abs=256)
 
 
-def test_follow_ups_are_the_runs_that_were_trained_alike(tmp_path):
+def test_follow_ups_are_the_runs_that_were_trained_alike(tmp_path, monkeypatch):
     runs = ladder()
     good = follow_up(runs, ModelConfig(3, 64, 4, 1))
     others = [
@@ -70,7 +70,11 @@ def test_follow_ups_are_the_runs_that_were_trained_alike(tmp_path):
     for name in ("study", "figures", "broken"):
         (tmp_path / "e" / name).mkdir()
     (tmp_path / "e/broken/config.json").write_text('{"schema": 99}')
+    read: list[str] = []
+    config = RunDirectory.config
+    monkeypatch.setattr(RunDirectory, "config", lambda d: read.append(d.path.name) or config(d))
     assert [(r.name, r.digest) for r in find_follow_ups(tmp_path, "e", runs)] == [
         ("mine", good.digest)
     ]
+    assert not [name for name in read if name.endswith(tuple(r.digest for r in runs))]
     assert find_follow_ups(tmp_path, "none", runs) == []

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling.config import DataConfig, ModelConfig, RunConfig, UserError
-from gqa_scaling.files.runs import RunDirectory, read_json, run_directory, runs_root
+from gqa_scaling.files.runs import (
+    RunDirectory,
+    read_json,
+    run_directories,
+    run_directory,
+    runs_root,
+)
 from gqa_scaling.files.storage import write_atomic, write_json
 
 NOW = 1_800_000_000.0  # what the clock is made to say
@@ -131,6 +137,20 @@ def test_run_directory_is_found_by_its_digest_under_any_name(tmp_path):
     assert run_directory(tmp_path, "exp", run("second")) == here
     assert run_directory(tmp_path, "exp", run("second", seed=1)) != here
     assert run_directory(tmp_path, "other", run("second")) != here
+
+
+def test_many_run_directories_are_those_that_are_found_one_by_one(tmp_path):
+    runs = [run(name, seed=seed) for seed, name in enumerate(("own", "other", "twice", "absent"))]
+    own, other, twice, _ = (each.digest for each in runs)
+    names = ["own", "aaa"], ["older"], ["bbb", "aab"]
+    for digest, given in zip((own, other, twice), names, strict=True):
+        for name in given:
+            (tmp_path / "exp" / f"{name}-{digest}").mkdir(parents=True)
+    found = run_directories(tmp_path, "exp", runs)
+    assert found == [run_directory(tmp_path, "exp", each) for each in runs]
+    shown = [directory.path.name.partition("-")[0] for directory in found]
+    assert shown == ["own", "older", "aab", "absent"]
+    assert run_directories(tmp_path, "none", runs[:1])[0].path.name == f"own-{own}"
 
 
 def test_runs_root(monkeypatch):

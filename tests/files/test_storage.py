@@ -133,6 +133,13 @@ def test_a_growing_file_is_there_after_each_flush(bucket):
     assert (bucket / "log").read_bytes() == b"one\ntwo\nthree\n"
 
 
+def test_what_is_read_together_keeps_its_order_and_the_first_failure():
+    assert storage.together(lambda n: n * n, range(40)) == [n * n for n in range(40)]
+    assert storage.together(str, []) == []
+    with pytest.raises(KeyError, match="2"):
+        storage.together(lambda n: {0: 0, 1: 1}[n], range(9))
+
+
 def test_paths_of_this_machine_stay_what_they_were():
     assert storage.as_path("runs") == Path("runs")
     assert type(storage.as_path(Path("/a/b"))) is type(Path("/a/b"))

@@ -220,6 +220,18 @@ def test_where_there_is_no_room_what_happens_is_shown(height):
     assert f"and {103 - shown} more: 50 done, {53 - shown} pending" in text
 
 
+def test_what_is_done_is_read_once(tiny, monkeypatch):
+    finish(tiny, 0)
+    look, read = status.looks(runs_root(), tiny), []
+    result = RunDirectory.result
+    monkeypatch.setattr(RunDirectory, "result", lambda d: read.append(d.path) or result(d))
+    first_look = look()
+    finish(tiny, 1)
+    states = [[row.state for row in rows] for rows in (first_look, look(), look())]
+    assert states == [["done"] + ["pending"] * 5] + [["done"] * 2 + ["pending"] * 4] * 2
+    assert read == [directory(tiny, number).path for number in (0, 1)]
+
+
 def test_watching_ends_when_every_run_is_done_or_failed(tiny):
     for number in range(4):
         finish(tiny, number)
