@@ -21,11 +21,11 @@ from gqa_scaling import costs
 from gqa_scaling.config import ModelConfig, RunConfig
 from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
 
-SIZES = ((2, 64), (3, 96), (4, 128), (6, 192), (8, 256), (10, 384))  # L, d
+SIZES = ((2, 64), (4, 128), (6, 192), (8, 256))  # L, d
 SERIES = {  # what changes: (its values, the L, d, context and sequences of each)
     "parameters N": [(L, d, 256, 8) for L, d in SIZES],
-    "context T": [(4, 128, T, 4096 // T) for T in (128, 256, 512, 1024, 2048, 4096)],
-    "sequences B": [(4, 128, 256, B) for B in (1, 2, 4, 8, 16, 32)],
+    "context T": [(4, 128, T, 4096 // T) for T in (128, 512, 2048, 4096)],
+    "sequences B": [(4, 128, 256, B) for B in (1, 4, 16, 32)],
 }
 
 
