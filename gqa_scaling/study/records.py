@@ -16,7 +16,8 @@ from typing import Any
 from gqa_scaling.config import Question, RunConfig, UserError, require
 from gqa_scaling.fields import Shape
 from gqa_scaling.files.forecasts import Sealed, read_forecasts, unsealed
-from gqa_scaling.files.runs import RESULT, parse_json, run_directory
+from gqa_scaling.files.runs import RESULT, RunDirectory, parse_json, run_directories
+from gqa_scaling.files.storage import together
 from gqa_scaling.study.results import Results
 
 SCHEMA = 1
@@ -49,7 +50,7 @@ def records(root: Path, experiment: str, question: Question, runs: Sequence[RunC
         "question": question.to_dict(),
         "forecasts": {each.path.name: each.said for each in sealed if not each.altered},
     }
-    results = [run_directory(root, experiment, run).result() for run in runs]
+    results = together(RunDirectory.result, run_directories(root, experiment, runs))
     return "".join(json.dumps(line, sort_keys=True) + "\n" for line in (study, *results))
 
 
