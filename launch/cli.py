@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gqa_scaling.cli.shared import Version, print_error, print_json
+from gqa_scaling.cli.shared import Version, print_error, print_json, print_table
 from gqa_scaling.config import UserError, require
 from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment, load_experiment
@@ -25,8 +25,10 @@ from gqa_scaling.files.storage import is_remote
 from gqa_scaling.hardware import changed, hardware
 from gqa_scaling.sweep.plan import check_epochs
 from gqa_scaling.sweep.run import forget_failures, pending
+from gqa_scaling.sweep.views import compiled_summary, compiled_table
 from gqa_scaling.units import duration, quantity
 from launch import local, skypilot, slurm, tpu_vm, xpk
+from launch.compiled import compile_chosen
 from launch.jobs import Job, by_slice, group
 from launch.submission import Study, missing_code
 from launch.targets import PRICES, Target, startable
@@ -97,6 +99,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what would be submitted, without looking into the bucket",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="ask the TPU compiler, on this machine, whether the runs nearest to each slice's memory, "
+        "and one of each size, fit there; submits nothing",
+    )
     parser.add_argument("--yes", action="store_true", help="submit without asking")
     parser.add_argument(
         "--json", action="store_true", help="print what --dry-run shows as JSON; submits nothing"
@@ -138,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Match what is not finished to slices, say what it costs, ask, and submit it."""
-    args.dry_run |= args.json
+    args.dry_run |= args.json or args.compile
     target = _target(args)
     ENGINES[args.target].require_fields(target)
     root = _root(target)
@@ -192,10 +200,19 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
     named = target.largest.vendor_name
     require(bool(offered), f"{args.target} starts no {named}: name a larger slice")
     jobs = group(study.name, left.runs, offered, target.hardware, target.hours)
+    if not args.json:
+        _print_plan(jobs, target, study, [said, *(f"WARNING: {note}" for note in notes)])
+    found = compile_chosen(left, jobs, study.folder / "compiled", _say) if args.compile else {}
     if args.json:
-        print_json(_plan_dict(jobs, target, study, counts, notes))
+        compiled = [one.to_dict() for alike in found.values() for one in alike]
+        plan = _plan_dict(jobs, target, study, counts, notes)
+        print_json(plan | ({"compiled": compiled} if args.compile else {}))
         return 0
-    _print_plan(jobs, target, study, [said, *(f"WARNING: {note}" for note in notes)])
+    if args.compile:
+        runs = {run.name: run for run in left.runs}
+        for place, alike in found.items():
+            print_table(compiled_table(alike, place), *compiled_summary(alike, runs))
+        return 0
     if not jobs:
         return 0
     if args.dry_run:
@@ -214,6 +231,10 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
         f"status:   {where} {shlex.join(['gqa-scaling', 'status', study.spec, *study.overrides])}"
     )
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _require_to_travel(experiment: Experiment, study: Study, target: Target) -> None:

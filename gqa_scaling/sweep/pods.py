@@ -3,6 +3,7 @@
 `compile_run` starts `gqa_scaling.sweep.compile` in a process of its own and tells what came of it.
 """
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -13,12 +14,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from gqa_scaling import costs
 from gqa_scaling.config import ParallelConfig, RunConfig, UserError, require
 from gqa_scaling.devices.layout import axis_sizes
 from gqa_scaling.experiment.load import Experiment
+from gqa_scaling.files.storage import make_folder, write_json
 from gqa_scaling.hardware import Slice, hardware
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import hardware_flops_per_token, layout_refusal
@@ -116,11 +120,41 @@ def request(run: RunConfig, place: Slice) -> str:
     return json.dumps({"run": run.to_dict(), "topology": place.name, "parent": os.getpid()})
 
 
-def compile_run(run: RunConfig, place: Slice) -> Compiled:
+def compile_run(run: RunConfig, place: Slice, kept: Path | None = None) -> Compiled:
     """What the compiler says of one run. Out of memory is an answer, not an error.
 
+    With a folder `kept` the answer is looked for there first, and left there; it is found again by
+    the same compiler and the same code.
     Raises UserError when the run cannot be laid out over the chips, or the compiler fails.
     """
+    file = None if kept is None else kept / f"{_digest(run, place)}.json"
+    if file is not None and file.exists():
+        found = json.loads(file.read_text())
+    else:
+        found = _ask(run, place)
+        if file is not None:
+            make_folder(file.parent)
+            write_json(file, found)
+    flops = costs.training_flops_per_token(run.model, run.context_length) * run.batch_tokens
+    fits = "arguments" in found
+    return Compiled(
+        run=run.name,
+        others=(),
+        pattern=run.model.pattern.label if run.model.pattern else "",
+        topology=place.name,
+        parallel=run.parallel,
+        allowed=found.pop("allowed", hardware(place.kind).memory),
+        predicted=memory.training_bytes(run, place.chips, "tpu").total,
+        model_flops=flops / place.chips if fits else None,
+        involuntary=tuple(found.pop("involuntary")),
+        collectives=tuple(found.pop("collectives", ())),
+        gathered=tuple(found.pop("gathered", ())),
+        **found,
+    )
+
+
+def _ask(run: RunConfig, place: Slice) -> dict[str, Any]:
+    """What a compiler in a process of its own answers, and what its partitioner complained of."""
     done = subprocess.run(
         COMMAND,
         input=request(run, place),
@@ -133,22 +167,17 @@ def compile_run(run: RunConfig, place: Slice) -> Compiled:
     found = json.loads(done.stdout.splitlines()[-1])
     if "refused" in found:
         raise UserError(f"{run.name} on {place.name}: {found['refused']}")
-    flops = costs.training_flops_per_token(run.model, run.context_length) * run.batch_tokens
-    fits = "arguments" in found
-    return Compiled(
-        run=run.name,
-        others=(),
-        pattern=run.model.pattern.label if run.model.pattern else "",
-        topology=place.name,
-        parallel=run.parallel,
-        allowed=found.pop("allowed", hardware(place.kind).memory),
-        predicted=memory.training_bytes(run, place.chips, "tpu").total,
-        model_flops=flops / place.chips if fits else None,
-        involuntary=tuple(dict.fromkeys(INVOLUNTARY.findall(done.stderr))),
-        collectives=tuple(found.pop("collectives", ())),
-        gathered=tuple(found.pop("gathered", ())),
-        **found,
-    )
+    return {**found, "involuntary": list(dict.fromkeys(INVOLUNTARY.findall(done.stderr)))}
+
+
+def _digest(run: RunConfig, place: Slice) -> str:
+    """What an answer rests on, as 16 hex digits: shape and slice, compiler, and all code here."""
+    digest = hashlib.sha256(repr((_shape(run), place.name)).encode())
+    for package in ("libtpu", "jax", "jaxlib", "flax", "optax"):
+        digest.update(metadata.version(package).encode() + b"\0")
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _crash(place: Slice, code: int, said: str) -> str:
@@ -164,10 +193,14 @@ def shapes(runs: tuple[RunConfig, ...]) -> list[tuple[RunConfig, ...]]:
     """Runs whose train steps are one program, together: the rest of a run is only numbers in it."""
     alike: dict[Any, list[RunConfig]] = {}
     for run in runs:
-        spikes = run.optimizer.spike_factor > 0  # then the state holds more
-        key = (run.model, run.context_length, run.batch_tokens, run.parallel, spikes)
-        alike.setdefault(key, []).append(run)
+        alike.setdefault(_shape(run), []).append(run)
     return [tuple(group) for group in alike.values()]
+
+
+def _shape(run: RunConfig) -> tuple[Any, ...]:
+    """All of a run that its train step is made of."""
+    spikes = run.optimizer.spike_factor > 0  # then the state holds more
+    return run.model, run.context_length, run.batch_tokens, run.parallel, spikes
 
 
 def check(experiment: Experiment, place: Slice) -> None:
@@ -181,26 +214,30 @@ def check(experiment: Experiment, place: Slice) -> None:
 
 
 def compile_experiment(
-    experiment: Experiment, place: Slice, say: Callable[[str], None]
+    experiment: Experiment, place: Slice, say: Callable[[str], None], kept: Path | None = None
 ) -> list[Compiled]:
     """Every distinct shape of an experiment, compiled; for those that do not fit the change.
 
-    `say` is told of progress. Raises UserError as `check` and `compile_run` do.
+    `say` is told of progress; answers are `kept` as by `compile_run`. Raises UserError as `check` and `compile_run` do.
     """
     check(experiment, place)
     groups = shapes(experiment.runs)
     out = []
     for i, (first, *others) in enumerate(groups, 1):
         say(f"compiling {i} of {len(groups)} for {place.name}: {first.name}")
-        found = compile_run(first, place)
+        found = compile_run(first, place, kept)
         if not found.fits:
-            found = replace(found, change=nearest_fit(first, place, found, say))
+            found = replace(found, change=nearest_fit(first, place, found, say, kept))
         out.append(replace(found, others=tuple(run.name for run in others)))
     return out
 
 
 def nearest_fit(
-    run: RunConfig, place: Slice, found: Compiled, say: Callable[[str], None]
+    run: RunConfig,
+    place: Slice,
+    found: Compiled,
+    say: Callable[[str], None],
+    kept: Path | None = None,
 ) -> Compiled | None:
     """The change of remat, accumulation or mesh that costs least and makes the run fit.
 
@@ -213,7 +250,7 @@ def nearest_fit(
         if off * memory.training_bytes(changed, place.chips, "tpu").total > found.allowed:
             continue
         say(f"  does not fit; trying {difference(run, changed)}")
-        answer = compile_run(changed, place)
+        answer = compile_run(changed, place, kept)
         if answer.fits:
             return answer
         tried += 1
