@@ -4,8 +4,9 @@
     gqa-scaling plan experiments.pods --compile v6e:16x16
     gqa-scaling plan experiments.pods --compile v5p:4x8x8
 
-For 256 chips, batches of 512K tokens, data and evaluation as in head_ladder. docs/pods.md shows
-what the compilers said.
+For 256 chips, batches of 512K tokens, data and evaluation as in head_ladder. Parameters are split over
+64 chips and each part lies on four: split over all 256, their gradients would be summed whole on every
+chip. docs/pods.md shows what the compilers said.
 """
 
 from gqa_scaling.config import ModelConfig, OptimizerConfig, ParallelConfig, Question, RunConfig
@@ -13,7 +14,7 @@ from gqa_scaling.experiment.scales import FULL
 
 QUESTION = Question(contexts=(8192, 32768, 131072))
 BATCH = 2**19
-CHIPS = 256
+CHIPS, REPLICAS = 256, 4  # and how many chips hold the same part of the parameters
 
 
 def run(name: str, model: ModelConfig, context: int) -> RunConfig:
@@ -28,7 +29,7 @@ def run(name: str, model: ModelConfig, context: int) -> RunConfig:
         tokens_per_param=20.0,
         optimizer=OptimizerConfig(learning_rate=2e-4),
         evaluation=FULL.evaluation,
-        parallel=ParallelConfig(fsdp=sequences, context=CHIPS // sequences),
+        parallel=ParallelConfig(fsdp=sequences // REPLICAS, context=CHIPS // sequences),
     )
 
 

@@ -7,6 +7,7 @@ with no mesh set it runs on one device, unchanged. What must not be left to the 
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from gqa_scaling.config import RunConfig, require
 from gqa_scaling.devices.compilation_cache import run_once_options
 from gqa_scaling.devices.host_memory import keep_host_memory
 from gqa_scaling.devices.layout import AXES, axis_sizes, zigzag
+from gqa_scaling.fields import round_up
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -34,6 +36,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "head_dim": None,
 }
+
+TILE_ROWS, LANES = 8, 128  # of a tile of float32 in a TPU's memory
+PARTS = 8  # tiles; found by compiling (docs/pods.md)
 
 Piece = tuple[range, range]  # sequences and positions of a batch
 
@@ -107,6 +112,18 @@ def gathered(weight: jax.Array, dtype: Any, axes: tuple[str | None, ...]) -> jax
     return constrain(
         weight.astype(dtype), *(None if axis in ("embed", "group") else axis for axis in axes)
     )
+
+
+def columns_to_scatter(D: int, F: int) -> int:
+    """How many columns the (D, F) gradient of a weight must have for its sum to be scattered: F or more.
+
+    Compilers for TPUs scatter a sum over devices only where each part of it is a multiple of PARTS
+    tiles; otherwise every device gets all of it, which takes twice the bytes.
+    """
+    ways = axis_size("fsdp", "context")
+    if ways == 1 or axis_size("tensor") > 1:
+        return F
+    return round_up(F, LANES * PARTS // math.gcd(PARTS, -(-D // ways // TILE_ROWS)))
 
 
 def on_shards(f: Callable, inputs: Sequence[Sequence[str | None]], outputs: Any, *xs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gqa_scaling.devices.mesh import constrain, gathered
+from gqa_scaling.devices.mesh import columns_to_scatter, constrain, gathered
 from gqa_scaling.model.einsum import einsum_f32
 
 _IN, _OUT = ("embed", "mlp"), ("mlp", "embed")
@@ -43,10 +43,19 @@ def _backward(residuals: Any, dy_BTD: jax.Array) -> tuple[jax.Array, ...]:
     dup = dhidden * silu
     dx = jnp.einsum("BTF,DF->BTD", dgate, gathered(gate_DF, dtype, _IN))
     dx += jnp.einsum("BTF,DF->BTD", dup, gathered(up_DF, dtype, _IN))
-    dgate_DF = constrain(einsum_f32("BTD,BTF->DF", x_BTD, dgate), *_IN)
-    dup_DF = constrain(einsum_f32("BTD,BTF->DF", x_BTD, dup), *_IN)
-    ddown_DF = constrain(einsum_f32("BTD,BTF->DF", dy_BTD, silu * up_BTF), *_IN)
+    dgate_DF = _of_weight(x_BTD, dgate)
+    dup_DF = _of_weight(x_BTD, dup)
+    ddown_DF = _of_weight(dy_BTD, silu * up_BTF)
     return dx, dgate_DF, dup_DF, ddown_DF.T
+
+
+def _of_weight(x_BTD: jax.Array, y_BTF: jax.Array) -> jax.Array:
+    """The gradient of a (D, F) weight, summed over devices to where its rows lie."""
+    D, F = x_BTD.shape[-1], y_BTF.shape[-1]
+    wider = columns_to_scatter(D, F)
+    if wider > F:
+        y_BTF = jnp.pad(y_BTF, ((0, 0), (0, 0), (0, wider - F)))
+    return constrain(constrain(einsum_f32("BTD,BTF->DF", x_BTD, y_BTF), *_IN)[:, :F], *_IN)
 
 
 swiglu.defvjp(_forward, _backward)

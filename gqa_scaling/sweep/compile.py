@@ -118,9 +118,9 @@ def _bytes(size: str) -> int:
 
 def summary(program: Program) -> list[dict[str, Any]]:
     """Collectives that are alike, together; those that move most first."""
-    alike: dict[tuple[str, Array, int], list[Collective]] = collections.defaultdict(list)
+    alike: dict[tuple[str, Array, int, bool], list[Collective]] = collections.defaultdict(list)
     for each in program.collectives:
-        alike[each.kind, each.array, each.devices].append(each)
+        alike[each.kind, each.array, each.devices, each.overlaps].append(each)
     rows = [
         {
             "kind": kind,
@@ -128,8 +128,9 @@ def summary(program: Program) -> list[dict[str, Any]]:
             "devices": devices,
             "times": sum(c.turns for c in group),
             "bytes": sum(c.turns * c.received for c in group),
+            "overlaps": overlaps,
         }
-        for (kind, array, devices), group in alike.items()
+        for (kind, array, devices, overlaps), group in alike.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
 

@@ -94,8 +94,13 @@ class Computation:
     root: str = ""
 
     @cached_property
+    def starts_asynchronous(self) -> bool:
+        """Whether this is the first of the fusions of an asynchronous collective."""
+        return any("AsyncCollectiveStart" in x.attributes for x in self.instructions.values())
+
+    @cached_property
     def ends_asynchronous(self) -> bool:
-        """Whether this is the last of the fusions of an asynchronous collective."""
+        """Whether this is the last of them."""
         return any("AsyncCollectiveDone" in x.attributes for x in self.instructions.values())
 
     def source(self, name: str) -> Instruction:
@@ -200,6 +205,7 @@ class Collective:
     of the array among n devices, twice that for an all-reduce, all of it for a permutation and for
     what comes from other slices, whose number the text does not say: `devices` is 0 there.
     `exact` is as in `Executed`, `source` the name that the program's own code has for it.
+    `overlaps` says whether the program goes on between its start and its end, and not just waits.
     """
 
     kind: str
@@ -209,6 +215,7 @@ class Collective:
     turns: float
     exact: bool
     source: str
+    overlaps: bool
 
     @property
     def array(self) -> Array:
@@ -285,7 +292,7 @@ class Program:
         it, here = each.instruction, each.computation
         if it.opcode == "recv" and "xla_megascale" in it.attributes:
             arrays, received = it.arrays[:1], float(it.arrays[0].bytes)
-            return Collective(BETWEEN_SLICES, arrays, 0, received, each.turns, each.exact, "")
+            return Collective(BETWEEN_SLICES, arrays, 0, received, each.turns, each.exact, "", True)
         kind = it.opcode.removesuffix("-start")
         devices = self._group(it) if kind in COLLECTIVES else 1
         # TPU programs repeat an asynchronous one in the fusions it overlaps with and in its last.
@@ -302,7 +309,8 @@ class Program:
         received = total * share * (2 if kind == "all-reduce" else 1)
         source = _SOURCE.search(it.attributes)
         name = source[1] if source else ""
-        return Collective(kind, arrays, devices, received, each.turns, each.exact, name)
+        overlaps = it.opcode.endswith("-start") or here.starts_asynchronous
+        return Collective(kind, arrays, devices, received, each.turns, each.exact, name, overlaps)
 
     def _group(self, it: Instruction) -> int:
         """How many devices take part in each group of a collective."""

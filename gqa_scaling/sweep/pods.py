@@ -88,8 +88,14 @@ class Compiled:
         """Bytes that a chip receives from others in one step."""
         return sum(row["bytes"] for row in self.collectives)
 
+    @property
+    def overlapped(self) -> float:
+        """Those of them during which it goes on computing."""
+        return sum(row["bytes"] for row in self.collectives if row["overlaps"])
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fits": self.fits, "received": self.received}
+        sums = {"received": self.received, "overlapped": self.overlapped}
+        return {**asdict(self), "fits": self.fits, **sums}
 
 
 def require_compiler() -> None:

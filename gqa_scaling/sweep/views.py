@@ -226,10 +226,14 @@ def compiled_summary(found: Sequence[Compiled], runs: Mapping[str, RunConfig]) -
         )
     for each in found:
         top = [row for row in each.collectives if row["bytes"] > 0.02 * each.received][:8]
-        lines += [f"{each.run}: a chip receives"] if top else []
+        if top and each.model_flops:
+            share = f"{each.overlapped / each.received:.0%} of it while computing"
+            density = f"{1000 * each.received / each.model_flops:.2g} bytes for 1,000 model FLOPs"
+            lines.append(f"{each.run}: a chip receives {density}, {share}")
         for row in top:
             among = f" among {row['devices']}" if row["devices"] else ""
-            what = f"{row['kind']} {row['array']}{among}, {row['times']:g} times"
+            meanwhile = "" if row["overlaps"] else ", waiting"
+            what = f"{row['kind']} {row['array']}{among}, {row['times']:g} times{meanwhile}"
             lines.append(f"  {byte_size(row['bytes']):>10}  {what}")
     return lines
 

@@ -29,8 +29,22 @@ RUN = RunConfig(
     parallel=ParallelConfig(fsdp=8),
 )
 COLLECTIVES = [
-    {"kind": "all-gather", "array": "bf16[256, 704]", "devices": 8, "times": 8.0, "bytes": 3e6},
-    {"kind": "all-reduce", "array": "f32[]", "devices": 16, "times": 1.0, "bytes": 8.0},
+    {
+        "kind": "all-gather",
+        "array": "bf16[256, 704]",
+        "devices": 8,
+        "times": 8.0,
+        "bytes": 3e6,
+        "overlaps": True,
+    },
+    {
+        "kind": "all-reduce",
+        "array": "f32[]",
+        "devices": 16,
+        "times": 1.0,
+        "bytes": 8.0,
+        "overlaps": False,
+    },
 ]
 FITS = {
     "mesh": {"data": 2, "fsdp": 8, "context": 1, "tensor": 1},

@@ -172,9 +172,13 @@ def _join(x_BSKH: jax.Array) -> jax.Array:
     return parts[:, np.argsort(zigzag(np.arange(2 * C), C))].reshape(x.shape)
 
 
-def _share(dx_BSKH: jax.Array) -> jax.Array:
-    """On shards: the transpose of `_join`, each device's sum of the gradients for its positions."""
-    C = axis_size("context")
+def _share(dx_BSKH: jax.Array, dtype: Any) -> jax.Array:
+    """On shards: the transpose of `_join`, each device's sum of the gradients for its positions.
+
+    They travel in the dtype of K and V, which the sum has in the end: kernels return each device's
+    part as numbers of that dtype, so that nothing is lost but in the sums on the way.
+    """
+    C, dx_BSKH = axis_size("context"), dx_BSKH.astype(dtype)
     if C > 1:
         parts = dx_BSKH.reshape(dx_BSKH.shape[0], 2 * C, -1, *dx_BSKH.shape[2:])
         dx_BSKH = parts[:, zigzag(np.arange(2 * C), C)].reshape(dx_BSKH.shape)
@@ -255,7 +259,7 @@ def _backward(
     ) -> Any:
         arrays = q, _join(k), _join(v), o, lse.transpose(0, 3, 1, 2), do
         dq, dk, dv = _by_group(plan, layer, of_kind, *arrays)
-        return dq, _share(dk).astype(k.dtype), _share(dv).astype(v.dtype)
+        return dq, _share(dk, k.dtype), _share(dv, v.dtype)
 
     axes = (_Q, _KV, _KV, _Q, _LSE, (), _Q)
     return *on_shards(here, axes, [_Q, _KV, _KV], *residuals, do_BTKGH), None
