@@ -43,7 +43,13 @@ def _whole(weight: jax.Array, dtype: Any, axes: Axes) -> jax.Array:
 
 
 def _forward(x: jax.Array, weight: jax.Array, subscripts: str, axes: Axes) -> tuple[jax.Array, Any]:
-    return jnp.einsum(subscripts, x, _whole(weight, x.dtype, axes)), (x, weight)
+    whole = _whole(weight, x.dtype, axes)
+    if axes[0] != "embed":
+        return jnp.einsum(subscripts, x, whole), (x, weight)
+    # As one wide axis: where this result is kept for the backward pass, a TPU would fill the heads
+    # of size 64 up to 128 lanes.
+    flat = jnp.einsum("BTD,DN->BTN", x, whole.reshape(len(whole), -1))
+    return flat.reshape(*x.shape[:2], *whole.shape[1:]), (x, weight)
 
 
 def _backward(

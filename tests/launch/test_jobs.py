@@ -13,6 +13,7 @@ from gqa_scaling.hardware import SLICES, hardware, slice_of
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import plan_run
 from launch.cli import ENGINES
+from launch.compiled import chosen
 from launch.jobs import choose, fits, group, job_name, label, memory_needed
 from launch.targets import Target, sizes_up_to, startable
 
@@ -133,6 +134,26 @@ def test_grouping_keeps_every_run_and_shares_only_what_is_short(tokens, hours):
         assert math.isclose(sum(each), job.seconds)
         assert len(job.runs) == 1 or job.seconds <= 3600 * 1.000001
         assert each == sorted(each, reverse=True)
+
+
+# ------------------------------------------------------------------ what the compiler is asked
+
+
+def test_the_runs_nearest_to_the_memory_and_one_of_each_size_are_compiled(grid):
+    jobs = group("x", grid.runs, sizes_up_to(slice_of("v5e-64")), V5E, 24)
+    found = chosen(jobs)
+    assert sorted(place.chips for place in found) == sorted({job.slice.chips for job in jobs})
+    compiled = [run for alike in found.values() for run in alike]
+    sizes = {(run.model.n_layers, run.model.d_model) for run in grid.runs}
+    assert {(run.model.n_layers, run.model.d_model) for run in compiled} == sizes
+    for place, alike in found.items():
+        there = [run for job in jobs if job.slice == place for run in job.runs]
+        needed = {run: memory.training_bytes(run, place.chips, "tpu").total for run in there}
+        assert sorted(needed[run] for run in alike[:2]) == sorted(needed.values())[-2:]
+        others = [(run.model.n_layers, run.model.d_model) for run in alike[2:]]
+        nearest = {(run.model.n_layers, run.model.d_model) for a in found.values() for run in a[:2]}
+        assert not nearest & set(others)
+    assert len(compiled) <= len(sizes) + 2 * len(found)
 
 
 # ---------------------------------------------------------------------------------- names

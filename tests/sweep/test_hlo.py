@@ -130,6 +130,7 @@ def test_an_asynchronous_collective_counts_once():
     assert (gathered.kind, gathered.devices, gathered.received) == ("all-gather", 2, 8 * 64 * 2 / 2)
     assert (scattered.kind, scattered.received) == ("reduce-scatter", 8 * 64 * 4 * 3 / 4)
     assert (begun.kind, begun.array) == ("all-gather", Array("bf16", (8, 64)))
+    assert [c.overlaps for c in (gathered, scattered, begun)] == [True, False, True]
 
 
 SLICES = """\

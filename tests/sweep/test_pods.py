@@ -121,6 +121,8 @@ def test_an_answer_is_told_in_full(compiler):
     ):
         assert part in text
     assert "2.86 MiB  all-gather bf16[256, 704] among 8, 8 times" in text
+    assert "100% of it while computing" in text
+    assert found.overlapped == 3e6
     assert "WARNING" not in text
     assert json.loads(json.dumps(found.to_dict()))["fits"]
     request, environment = asked[0]
@@ -142,6 +144,21 @@ def test_each_shape_is_compiled_once(compiler):
     assert len(asked) == 2
     assert said == ["compiling 1 of 2 for v5e:4x4: s0", "compiling 2 of 2 for v5e:4x4: other"]
     assert "s0 +2" in shown([first])
+
+
+def test_an_answer_that_is_kept_is_not_asked_for_again(compiler, tmp_path, monkeypatch):
+    answers, asked = compiler
+    monkeypatch.setattr(pods.metadata, "version", lambda package: "1")
+    answers.append({**FITS, "stderr": "E1 Involuntary full rematerialization: of x"})
+    first = pods.compile_run(RUN, V5E, tmp_path)
+    again = pods.compile_run(replace(RUN, seed=7), V5E, tmp_path)
+    assert (len(asked), again) == (1, first)
+    assert again.involuntary
+    pods.compile_run(RUN, slice_of("v5e:4x8"), tmp_path)
+    pods.compile_run(replace(RUN, batch_tokens=32 * 2048), V5E, tmp_path)
+    monkeypatch.setattr(pods.metadata, "version", lambda package: "2")
+    pods.compile_run(RUN, V5E, tmp_path)
+    assert len(asked) == 4
 
 
 def test_what_does_not_fit_gets_the_least_costly_change_that_does(compiler):
