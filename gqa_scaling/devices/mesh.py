@@ -118,12 +118,15 @@ def columns_to_scatter(D: int, F: int) -> int:
     """How many columns the (D, F) gradient of a weight must have for its sum to be scattered: F or more.
 
     Compilers for TPUs scatter a sum over devices only where each part of it is a multiple of PARTS
-    tiles; otherwise every device gets all of it, which takes twice the bytes.
+    tiles; otherwise every device gets all of it, which takes twice the bytes. More than an eighth of
+    columns are not added: they cost FLOPs.
     """
     ways = axis_size("fsdp", "context")
     if ways == 1 or axis_size("tensor") > 1:
         return F
-    return round_up(F, LANES * PARTS // math.gcd(PARTS, -(-D // ways // TILE_ROWS)))
+    rows_of_tiles = -(-D // ways // TILE_ROWS)
+    wider = round_up(F, LANES * PARTS // math.gcd(PARTS, rows_of_tiles))
+    return wider if 8 * wider <= 9 * F else F
 
 
 def on_shards(f: Callable, inputs: Sequence[Sequence[str | None]], outputs: Any, *xs: Any) -> Any:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.devices.layout import attention_implementation, axis_sizes, zigzag
-from gqa_scaling.devices.mesh import BatchLayout, constrain, make_mesh
+from gqa_scaling.devices.mesh import AXES, BatchLayout, columns_to_scatter, constrain, make_mesh
 
 MODEL = ModelConfig(2, 32, 8, 4, head_dim=8, d_ff=64, vocab_size=64)
 SHARDED = replace(MODEL, pattern=ContextSharding(16, 1, stride=4, dense_kv_heads=1))
@@ -149,3 +149,24 @@ def test_one_device_needs_no_mesh():
     inputs, targets = layout.place([x[rows.start : rows.stop] for rows, _ in layout.pieces])
     assert (np.asarray(inputs) == x[:, :1]).all()
     assert (np.asarray(targets) == x[:, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "D", "F", "columns"),
+    [
+        (
+            (4, 1, 64, 1),
+            2048,
+            5472,
+            5632,
+        ),  # 4 x 43 tiles would be summed whole, 4 x 44 are scattered
+        ((4, 16, 4, 1), 1536, 4096, 4096),
+        ((1, 8, 1, 1), 256, 704, 768),
+        ((1, 32, 1, 1), 256, 704, 704),  # 1,024 would be half as many again
+        ((4, 1, 32, 2), 2048, 5472, 5472),
+        ((8, 1, 1, 1), 2048, 5472, 5472),  # nothing is scattered
+    ],
+)
+def test_gradients_get_columns_up_to_whole_parts(sizes, D, F, columns):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(sizes, AXES)):
+        assert columns_to_scatter(D, F) == columns

@@ -15,6 +15,7 @@ from jaxpr_flops import count_dot_flops
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.devices.mesh import RULES
+from gqa_scaling.model import swiglu
 from gqa_scaling.model.loss import next_token_loss, per_position_nll
 from gqa_scaling.model.transformer import create
 
@@ -254,3 +255,17 @@ def test_the_traced_program_does_not_grow_with_depth():
         return len(str(jax.make_jaxpr(jax.grad(loss))(params)).splitlines())
 
     assert size(2) == size(5)
+
+
+def test_columns_that_are_added_to_gradients_are_taken_away(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (2, 3, 8), (8, 16), (8, 16), (16, 8)
+    arrays = [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+    def gradients():
+        return jax.grad(lambda *xs: jnp.sum(swiglu.swiglu(*xs) ** 2), range(4))(*arrays)
+
+    plain = gradients()
+    monkeypatch.setattr(swiglu, "columns_to_scatter", lambda D, F: F + 8)
+    for a, b in zip(plain, gradients(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
