@@ -63,7 +63,7 @@ def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> T
     for TPUs (docs/pods.md). fp32 parameters and two moments (12 bytes a parameter) and gradients (4,
     twice that when accumulating) are shared by the fsdp, context and tensor axes. Tokens are shared
     by all axes but tensor, which shares heads, FFN and vocabulary. The weights of one layer are whole
-    while it works; its attention reads the keys and values of whole sequences, and sums their
+    while it works; its attention reads the keys and values of whole sequences, and makes their
     gradients in fp32. Layers of a pattern work one after another in the same memory, so that the
     one that needs most counts.
 
@@ -90,12 +90,13 @@ def training_bytes(run: RunConfig, devices: int = 1, platform: str = "cpu") -> T
     ffn = again * (around + 2 * F) + 4 * tokens * width * F
     ffn += 3 * D * F * (width + 4)  # weights and their gradients
     attention = again * around + 3 * scores
-    if implementation != "reference":  # K and V as tiles; their gradients as tiles and as rows
+    if implementation != "reference":  # K and V as tiles; their gradients as tiles and as rows,
+        lanes = round_up(m.head_dim, LANES) if platform == "tpu" else m.head_dim
+        rows = width * m.head_dim / lanes  # which have positions in their lanes
         each = max(
-            sum(width * tiles + 4 * tiles + 4 for tiles in (_tiles(h, run) for h in layer))
+            sum(width * tiles + 4 * tiles + rows for tiles in (_tiles(h, run) for h in layer))
             for layer in set(m.layer_patterns)
         )
-        lanes = round_up(m.head_dim, LANES) if platform == "tpu" else m.head_dim
         attention += tokens * axes.context * 2 * kv * lanes / m.head_dim * each / m.n_kv_heads
         attention += 4 * tokens * heads * lanes * width  # q, o and their gradients, head by head
         if implementation == "splash":  # sums of scores and of gradients, a row of lanes for each
