@@ -8,8 +8,8 @@
 
 Six sizes spanning 30x, each trained on 20 tokens for each of its own parameters as Chen et al. 2025
 do, and eight head configurations: query heads from 2 to 16 at one KV head, KV heads from 1 to 8 at
-eight query heads, and MHA with 2, 4 and 8. Two more seeds of three cells tell what is noise; the third was
-added when it had turned out that models of its size were about to learn to copy from their context.
+eight query heads, and MHA with 2, 4 and 8. Two more seeds of four cells tell what is noise; the last two were
+added when runs of these sizes were seen to differ in whether they had learned to copy from their context.
 """
 
 from gqa_scaling.config import (
@@ -66,7 +66,7 @@ def runs(variant: str = "") -> list[RunConfig]:
     if variant == "lr":
         return learning_rate_runs()
     grid = [run(size, heads) for size in SIZES for heads in HEADS]
-    replicates = [(SIZES[1], (8, 8)), (SIZES[2], (4, 1)), (SIZES[2], (8, 8))]
+    replicates = [(SIZES[1], (8, 8)), (SIZES[2], (4, 1)), (SIZES[2], (8, 8)), (SIZES[3], (8, 2))]
     seeds = [run(size, heads, seed) for size, heads in replicates for seed in (1, 2)]
     return sorted(grid + seeds, key=lambda r: r.model.d_model)
 
