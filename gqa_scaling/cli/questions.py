@@ -126,6 +126,10 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     flags = [flag for flag in (results.left_out, budget_assumed(results, source.grid)) if flag]
     if serving.clock:
         flags += serving.clock.caveats(question.contexts, serving.batch, int(results.head_dim[0]))
+        if objective_of(args) in ("seconds", "dollars"):
+            flags.append(
+                "regret holds the error of the clock, which no run lowers: time more models"
+            )
     if args.json:
         told = zip(found, commands, strict=True)
         rows = [

@@ -8,6 +8,7 @@ import numpy as np
 
 from gqa_scaling.baselines import LLAMA3, WholeModel, named
 from gqa_scaling.config import Question, require
+from gqa_scaling.study.clock import WHOLE
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.results import Heads, pair, pattern_of
@@ -98,12 +99,13 @@ def reference(
     if isinstance(baseline, WholeModel):
         size, loss = whole_model(baseline, fit, curves, deployment.family)
         n = np.full_like(loss, size)
-        return Reference(n, loss, _fixed(baseline, n, deployment))
+        return Reference(n, loss, deployment.drawn(_fixed(baseline, n, deployment), WHOLE))
     if isinstance(baseline, str):
         return _llama3(fit, scale, deployment, targets)
     k = fit.index(baseline)
     n = deployment.family.within(curves.n_star(targets)[:, k], baseline)
-    return Reference(n, targets, deployment.costs(n, baseline), k)
+    costs = deployment.drawn(deployment.costs(n, baseline), pair(baseline))
+    return Reference(n, targets, costs, k)
 
 
 def whole_model(
@@ -150,7 +152,7 @@ def _llama3(
     n = np.where(np.isfinite(found), family.counted(layers, width, own), np.inf)
     layers, width = (np.where(np.isfinite(n), v, np.inf) for v in (layers, width))
     costs = deployment.costs_of_shape(n, own, layers, width, deployment.context)
-    return Reference(n, targets, costs)
+    return Reference(n, targets, deployment.drawn(costs, LLAMA3))
 
 
 def llama3_sizes(family: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

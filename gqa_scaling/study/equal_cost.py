@@ -17,7 +17,7 @@ from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import known_interval
-from gqa_scaling.study.results import Heads
+from gqa_scaling.study.results import Heads, pair
 from gqa_scaling.study.serving import Deployment
 
 Load = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # N to costs and shares held
@@ -66,7 +66,8 @@ def equal_costs(
             costs = deployment.costs(n, fit.heads[k])
             return deployment.objective_of(costs), costs.bytes / limit
 
-        sizes = largest(load, family.sizes(fit.heads[k]), budgets, known)
+        allowed = budgets / deployment.off(pair(fit.heads[k]), len(budgets))
+        sizes = largest(load, family.sizes(fit.heads[k]), allowed, known)
         return sizes, _losses(curves, k, sizes)
 
     baseline = base.loss if base.k is None else reached(base.k, math.inf, base.n)[1]

@@ -293,7 +293,8 @@ def _served(
 ) -> tuple[Served, ...]:
     """Models of these sizes (rows, allowed), cheapest to serve first; savings against the run of n."""
     ranking = rank(deployment, [t.heads for t in allowed], sizes)
-    reference, rows = deployment.costs(n, base.heads), []
+    alone = deployment.costs(np.full(len(sizes), n), base.heads)
+    reference, rows = deployment.drawn(alone, pair(base.heads)), []
     for k, t in enumerate(allowed):
         size, tokens, outside = float(sizes[0, k]), math.inf, (False, False)
         if math.isfinite(size):

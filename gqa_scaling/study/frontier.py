@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ from gqa_scaling.study.candidates import (
 )
 from gqa_scaling.study.caveats import beyond_training, caveats, doubt
 from gqa_scaling.study.choices import Law, Objective
+from gqa_scaling.study.clock import Timed, untimed
 from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
@@ -108,6 +109,9 @@ class Answer:
     `margin` is how much dearer the runner-up is. `under` says, for each other law, how much dearer
     by its curves the best is than the best of that law; NaN where it does not know the best, infinite
     where by it the best never reaches the loss. `model` is None where none can be built that fits.
+    On a calibrated machine `tied_by_clock` are tied by seconds, whatever the objective, and `stretch`
+    says how far beyond what was timed the best, that by Z, that by seconds or the baseline lie
+    (`Clock.stretch`).
     """
 
     loss: float
@@ -118,6 +122,8 @@ class Answer:
     baseline: Based
     under: dict[Law, float]
     model: Model | None
+    tied_by_clock: tuple[Heads, ...] = ()
+    stretch: Mapping[Timed, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Choice:
@@ -180,6 +186,15 @@ class Frontier:
     def sharded(self) -> bool:
         """Whether some configuration has a pattern."""
         return any(pattern_of(c.heads) for c in self.answers[0].choices)
+
+    @property
+    def by_clock(self) -> bool:
+        """Whether it is ranked by the seconds of a calibrated machine."""
+        return self.serving.clock is not None and self.objective in ("seconds", "dollars")
+
+    def untimed(self, answer: Answer) -> str:
+        """Why seconds decide nothing in this answer (`clock.untimed`); "" where they may."""
+        return untimed(answer.stretch) if self.by_clock else ""
 
     @property
     def told(self) -> tuple[Heads, ...]:
@@ -332,6 +347,8 @@ def _answer(
     n_star = curves.n_star(targets)
     n = np.stack([family.within(n_star[:, k], fit.heads[k]) for k in index], 1)
     ranking = rank(deployment, heads, n)
+    clock = deployment.serving.clock
+    timed = rank(dataclasses.replace(deployment, objective="seconds"), heads, n) if clock else None
     gained = equal_costs(fit, curves, deployment, heads, base) if gains else None
     least = ranking.cost[0].min()
     choices = []
@@ -355,7 +372,7 @@ def _answer(
             )
         )
     choices.sort(key=lambda choice: choice.order)
-    return Answer(
+    answer = Answer(
         loss=loss,
         context=deployment.context,
         choices=tuple(choices),
@@ -366,7 +383,13 @@ def _answer(
             other.law: _under(other, heads, deployment, choices[0], loss) for other in among.others
         },
         model=_model(fit, deployment, choices[0]),
+        tied_by_clock=timed.tied if timed else (),
     )
+    if clock is None:
+        return answer
+    sizes = [answer.best.n, float(base.n[0]), *(answer.least(kind).n for kind in _BOTH)]
+    place = deployment.context, deployment.serving.batch, family.head_dim
+    return dataclasses.replace(answer, stretch=clock.stretch(*place, sizes))
 
 
 def _based(base: Reference, deployment: Deployment) -> Based:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.study.points import Interval
-from gqa_scaling.study.results import Heads
+from gqa_scaling.study.results import Heads, pair
 from gqa_scaling.study.serving import Costs, Deployment
 from gqa_scaling.study.uncertainty import LEVEL, interval
 
@@ -115,7 +115,7 @@ class Ranking:
 
 def rank(deployment: Deployment, heads: Sequence[Heads], n: np.ndarray) -> Ranking:
     """Compare configurations whose sizes are n (rows, configurations), infinite where there is none."""
-    costs = [deployment.costs(n[:, k], h) for k, h in enumerate(heads)]
+    costs = [deployment.drawn(deployment.costs(n[:, k], h), pair(h)) for k, h in enumerate(heads)]
     cost = np.stack([deployment.cost(c, h) for c, h in zip(costs, heads, strict=True)], axis=1)
     return Ranking(deployment, heads, n, costs, cost, *decide(cost[1:]))
 

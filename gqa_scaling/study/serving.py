@@ -5,7 +5,7 @@ study gives its sizes, a whole array of them at once.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -204,6 +204,22 @@ class Deployment:
         prompt = self.context - tokens
         read = training_keys(heads, layers, prompt)
         return seconds + clock.prefill_seconds(shape, prompt, read, batch) / (batch * tokens)
+
+    @property
+    def by_clock(self) -> Clock | None:
+        """The calibrated machine, where what is to be least is counted by its seconds."""
+        return self.serving.clock if self.objective in ("seconds", "dollars") else None
+
+    def off(self, whose: str, rows: int) -> np.ndarray | float:
+        """What the objective of `whose` model may be off by, a factor (rows,): 1 but by a clock."""
+        return np.exp(self.by_clock.errors(whose, rows)) if self.by_clock else 1.0
+
+    def drawn(self, costs: Costs, whose: str) -> Costs:
+        """Costs (rows,) of the point estimate and every refit, with the error of the clock drawn."""
+        if self.serving.clock is None:
+            return costs
+        off = np.exp(self.serving.clock.errors(whose, len(costs.seconds)))
+        return replace(costs, seconds=off * costs.seconds, dollars=off * costs.dollars)
 
     def objective_of(self, costs: Costs) -> Any:
         """The cost that is to be least."""

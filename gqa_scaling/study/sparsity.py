@@ -17,7 +17,7 @@ from gqa_scaling.study.frontier import Answer, Frontier, with_draws
 from gqa_scaling.study.heads import common_n
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import known_interval, saved
-from gqa_scaling.study.results import Heads, Results, pattern_of
+from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import interval
@@ -107,7 +107,8 @@ def sparsity(found: Fit, results: Results, answers: Frontier) -> Sparsity | None
     def cost(k: int) -> np.ndarray:
         """Of configuration k at the answer's loss: of the point estimate, then of every draw."""
         sizes = family.within(n_star[:, k], found.heads[k])
-        return deployment.objective_of(deployment.costs(sizes, found.heads[k]))
+        costs = deployment.costs(sizes, found.heads[k])
+        return deployment.objective_of(deployment.drawn(costs, pair(found.heads[k])))
 
     rows = []
     for k, heads in enumerate(found.heads):

@@ -23,7 +23,7 @@ from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.points import densities
 from gqa_scaling.study.proposals import Kind, Proposals, Proposed, Step
-from gqa_scaling.study.results import Heads, Results, pattern_of
+from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of, shapes
 
@@ -232,7 +232,7 @@ class Decider:
     ) -> None:
         """`reference` is the training context that losses are known at, in tokens; 0 unknown."""
         require(bool(question.losses), "suggest needs target losses: name them in the question")
-        self.question, family = question, family_of(results)
+        self.question, family, self.heads = question, family_of(results), tuple(heads)
         span = np.log(n_formula(results.n_layers, results.d_model, 0, 0))
         low, high = np.log(REACH)
         self.grid = np.linspace(span.min() + low, span.max() + high, 400)
@@ -240,7 +240,9 @@ class Decider:
         sizes = [family.from_formula(family.formula(layers, width, h), h) for h in heads]
         self.log_z, self.octaves = {}, {}
         for context in question.contexts:
-            place = Deployment(family, question, context, objective, serving or Serving())
+            self.place = place = Deployment(
+                family, question, context, objective, serving or Serving()
+            )
             z = [place.objective_of(place.costs(n, h)) for n, h in zip(sizes, heads, strict=True)]
             self.log_z[context] = np.log(z)
             further = max(context / reference, 1.0) if reference else 1.0
@@ -257,8 +259,18 @@ class Decider:
         return out
 
     def regret(self, costs: Sequence[np.ndarray]) -> float:
-        """Expected excess cost of the best on average, mean over the answers."""
-        return float(np.mean([c.mean(0).min() - c.min(1).mean() for c in costs]))
+        """Expected excess cost of the best on average, mean over the answers.
+
+        On a calibrated machine it holds the error of the clock, which no run lowers.
+        """
+        off = self.off(len(costs[0]))
+        each = (c.mean(0).min() - (c + off - off.mean(0)).min(1).mean() for c in costs)
+        return float(np.mean(list(each)))
+
+    def off(self, draws: int) -> np.ndarray:
+        """The logarithm of what costs may be off by (draws, configurations), by the clock's error."""
+        factors = [self.place.off(pair(h), draws + 1) for h in self.heads]
+        return np.log(np.stack([np.broadcast_to(f, draws + 1)[1:] for f in factors], 1))
 
     def gains(self, belief: Belief, theta: np.ndarray, runs: Runs, costs: Sequence) -> np.ndarray:
         """How much seeing each run would lower the regret, mean over the answers."""

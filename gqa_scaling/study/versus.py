@@ -6,8 +6,8 @@ one loss takes.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from gqa_scaling.study import laws
 from gqa_scaling.study.candidates import KNOWN, known_as, sizes_of
 from gqa_scaling.study.caveats import beyond_training
 from gqa_scaling.study.choices import Objective
+from gqa_scaling.study.clock import SECOND_WHOLE, WHOLE, Timed, untimed
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
@@ -57,7 +58,7 @@ class Gap:
     tokens: tuple[float, float] | None = None
 
 
-Verdict = Literal["first", "second", "equivalent", "open", "neither"]
+Verdict = Literal["first", "second", "equivalent", "open", "neither", "untimed"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Match:
     loss, None where no law tells them. The reference is the second, or the first where only that is
     a whole model; a model's loss is its predicted one. `verdict` says which is cheaper at equal loss:
     by more than the question's indifference in 90% of the refits, "equivalent" where the two are
-    within it in as many, "open" where these runs do not tell. `within` is the share of refits in
+    within it in as many, "open" where these runs do not tell, "untimed" where seconds would tell that
+    lie too far beyond what was timed (`stretch`, as `Clock.stretch`). `within` is the share of refits in
     which they are.
     """
 
@@ -83,6 +85,7 @@ class Match:
     equal_cost: Gap
     equal_size: Gap
     training: Gap | None
+    stretch: Mapping[Timed, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,10 @@ def versus(
         require(
             s.allows(each.heads), f"{each.label} has no n_kv that is a multiple of {s.kv_multiple}"
         )
-    both = [_Known(fit, family, each) for each in (first, second)]
+    names = WHOLE, SECOND_WHOLE
+    both = [
+        _Known(fit, family, side, name) for side, name in zip((first, second), names, strict=True)
+    ]
     training, why = _training(found, family, both)
     losses = (None,) if whole else q.losses or target_losses(fit)
     matches = tuple(
@@ -204,7 +210,9 @@ def versus(
 class _Known:
     """What the study knows of one of the two: losses and costs in the point estimate and each refit."""
 
-    def __init__(self, fit: Fit, family: Family, side: Side) -> None:
+    def __init__(self, fit: Fit, family: Family, side: Side, name: str) -> None:
+        """`name` is whose error the clock has of it, where it is a whole model."""
+        self.name = name
         self.side, self.family, self.k = side, family, fit.index(side.heads)
         self.curves = with_draws(fit)
         self.range_n = sizes_of(fit, self.k)
@@ -233,10 +241,11 @@ class _Known:
         """Costs at N (rows,), of the model's own shape where it is `built`."""
         heads, shape = self.side.heads, self.side.shape
         if not (built and shape):
-            return deployment.costs(n, heads)
+            return deployment.drawn(deployment.costs(n, heads), pair(heads))
         keys = effective_context(heads, np.full_like(n, shape[0]), deployment.context)
         layers, width = (np.full_like(n, x) for x in shape)
-        return deployment.costs_of_shape(n, heads, layers, width, keys)
+        built_costs = deployment.costs_of_shape(n, heads, layers, width, keys)
+        return deployment.drawn(built_costs, self.name)
 
     def largest(self, deployment: Deployment, budgets: np.ndarray) -> np.ndarray:
         """The largest N (rows,) that costs no more than the budgets and holds what must hold."""
@@ -246,7 +255,8 @@ class _Known:
             costs = deployment.costs(n, heads)
             return deployment.objective_of(costs), costs.bytes / limit
 
-        return largest(load, self.family.sizes(heads), budgets)
+        allowed = budgets / deployment.off(pair(heads), len(budgets))
+        return largest(load, self.family.sizes(heads), allowed)
 
     def outside(self, n: float) -> bool:
         return not self.range_n[0] <= n <= self.range_n[1]
@@ -286,17 +296,31 @@ def _match(
     known = np.where(np.isfinite(own), own, math.nan)
     alike = [known if i == r else each.largest(deployment, budgets) for i, each in enumerate(both)]
     both_built = all(each.side.shape for each in both)
+    stretch = _stretch(both, deployment, [float(n[0]) for n in (*sizes, *alike)])
+    far = deployment.by_clock is not None and bool(untimed(stretch))
     return Match(
         loss=float(loss[0]),
         context=deployment.context,
-        verdict=_verdict(cost, near),
+        verdict="untimed" if far else _verdict(cost, near),
         within=float(near.all(1).mean()) if len(near) else 0.0,
         itself=_themselves(both, deployment) if both_built else (),
         equal_loss=tuple(_costs(both, deployment, costs, sizes)),
         equal_cost=_losses(both, alike),
         equal_size=_losses(both, [known, known]),
         training=_multiplier(training, loss) if training else None,
+        stretch=stretch,
     )
+
+
+def _stretch(
+    both: Sequence[_Known], deployment: Deployment, sizes: Sequence[float]
+) -> Mapping[Timed, float]:
+    """How far beyond what was timed the two are served, at these N and their own."""
+    clock, s = deployment.serving.clock, deployment.serving
+    if clock is None:
+        return {}
+    own = [*sizes, *(each.n for each in both)]
+    return clock.stretch(deployment.context, s.batch, deployment.family.head_dim, own)
 
 
 def _verdict(cost: np.ndarray, near: np.ndarray) -> Verdict:

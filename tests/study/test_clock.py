@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calibrate_kit import calibrated_file
+from scipy.stats import norm, t
 
 from gqa_scaling.cli import main
 from gqa_scaling.config import Question, UserError
@@ -16,12 +17,17 @@ from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import published
+from gqa_scaling.study.report import compared
+from gqa_scaling.study.report.answers import frontier_tables
 from gqa_scaling.study.report.clocked import clock_table
 from gqa_scaling.study.report.page import sections
+from gqa_scaling.study.report.sentences import sentence
 from gqa_scaling.study.sensitivity import sensitivity
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.sides import Side
 from gqa_scaling.study.study import Study
+from gqa_scaling.study.versus import versus
 
 QUESTION = Question(losses=(2.8,), contexts=(2048, 8192))
 
@@ -35,6 +41,12 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def machine(path):
     return clock(read_calibration(path), price=3.6)
+
+
+@pytest.fixture(scope="module")
+def near(machine):
+    """The same as if models as large as those of the question had been timed."""
+    return replace(machine, ranges={**machine.ranges, "n": (2e6, 2e9)})
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +95,15 @@ def test_output_tokens_pay_for_their_prompt(machine):
     assert more == pytest.approx(prefill / batch / tokens, rel=1e-3)
 
 
-def test_the_frontier_is_by_the_clock_and_beside_it_by_z(machine, chen):
-    found = frontier(chen, published(), QUESTION, "seconds", serving(machine))
+def test_the_frontier_is_by_the_clock_and_beside_it_by_z(near, chen):
+    found = frontier(chen, published(), QUESTION, "seconds", serving(near))
     for answer in found.answers:
         costs = [c.seconds for c in answer.choices]
         assert costs == sorted(costs)
         assert answer.least("z").z == min(c.z for c in answer.choices)
         assert answer.least("seconds") == answer.best
         assert answer.least("z").seconds > 1.02 * answer.best.seconds  # Z knows of no batch
-    same = frontier(chen, published(), QUESTION, "z", serving(machine))
+    same = frontier(chen, published(), QUESTION, "z", serving(near))
     by_z = {a.context: a.best.heads for a in same.answers}
     assert {a.context: a.least("z").heads for a in found.answers} == by_z
     rows = clock_table(found)._rows()
@@ -116,17 +128,76 @@ def test_what_lies_beyond_the_timings_is_said(machine, chen):
     assert not any("heads of size" in flag for flag in said)
 
 
-def test_a_difference_within_the_error_is_said(machine, chen):
-    unsure = replace(machine, error=replace(machine.error, ratio=10.0))
+def test_a_difference_within_the_error_is_said(near, chen):
+    unsure = replace(near, error=replace(near.error, ratio=10.0))
     found = frontier(chen, published(), QUESTION, "seconds", serving(unsure))
-    assert {row[-1] for row in clock_table(found)._rows()[1:]} == {"within its error"}
+    assert {row[-1] for row in clock_table(found)._rows()[1:]} == {"left open"}
+    assert len(found.headline.tied) > 3
+    assert found.headline.best.probability < 0.5
 
 
-def test_without_pairs_nothing_is_told_apart(machine, chen):
-    unsure = replace(machine, error=replace(machine.error, ratio=np.nan, pairs=0))
+def test_without_pairs_the_error_of_the_seconds_counts(near, chen):
+    unsure = replace(near, error=replace(near.error, ratio=np.nan, pairs=0, most=0.5))
     found = frontier(chen, published(), QUESTION, "seconds", serving(unsure))
     assert any("no ratio of two was judged" in flag for flag in found.flags)
-    assert {row[-1] for row in clock_table(found)._rows()[1:]} == {"within its error"}
+    assert np.array_equal(
+        unsure.errors("(8,1)", 50),
+        replace(near, error=replace(near.error, ratio=0.5)).errors("(8,1)", 50),
+    )
+
+
+@pytest.mark.parametrize("held_out", [3, 8, 100])
+def test_ratios_of_two_are_drawn_as_far_off_as_those_held_out_were(machine, held_out):
+    judged = replace(machine, error=replace(machine.error, ratio=0.2), held_out=held_out)
+    one, other = (judged.errors(name, 100_001) for name in ("(8,1)", "(8,8)"))
+    assert one[0] == other[0] == 0
+    off = np.quantile(np.abs(one - other)[1:], 0.9)
+    wider = t.ppf(0.95, held_out - 1) / norm.ppf(0.95)  # so few models say less of it
+    assert off == pytest.approx(np.log(1.2) * wider, rel=0.03)
+    assert np.array_equal(judged.errors("(8,1)", 20), one[:20])
+
+
+def test_a_difference_is_as_sure_as_losses_and_clock_together(near, chen):
+    """Of two the seconds of which are nearly one number neither is said to be the cheaper."""
+
+    def told(ratio):
+        judged = replace(near, error=replace(near.error, ratio=ratio))
+        return versus(
+            Estimates(chen),
+            published(),
+            Side((4, 1)),
+            Side((8, 1)),
+            replace(QUESTION, contexts=(2048,)),
+            "seconds",
+            serving(judged),
+        ).headline
+
+    sure, unsure = told(1e-6), told(0.5)
+    assert sure.equal_loss[0].gain == unsure.equal_loss[0].gain
+    assert (sure.verdict, unsure.verdict) == ("second", "open")
+    wide, narrow = (np.diff(m.equal_loss[0].gain_interval)[0] for m in (unsure, sure))
+    assert wide > 3 * narrow
+    z, same = unsure.equal_loss[1], sure.equal_loss[1]
+    assert (z.kind, z.gain_interval) == (same.kind, same.gain_interval)
+
+
+def test_far_beyond_what_was_timed_nothing_is_decided(near, chen, capsys):
+    q = replace(QUESTION, contexts=(131072,))
+    answers = frontier(chen, published(), q, "seconds", serving(near))
+    assert answers.headline.stretch["context"] == 16
+    assert "NOT DECIDED which is the cheapest: seconds of contexts 16 times the most" in sentence(
+        answers
+    )
+    (row,) = frontier_tables(answers)[0]._rows()[1:]
+    assert row[-1] == "not decided"
+    assert clock_table(answers)._rows()[1][-1] == "too far"
+    by_z = frontier(chen, published(), q, "z", serving(near))
+    assert "NOT DECIDED" not in sentence(by_z)
+    two = versus(
+        Estimates(chen), published(), Side((4, 1)), Side((8, 1)), q, "seconds", serving(near)
+    )
+    assert two.headline.verdict == "untimed"
+    assert "NOT DECIDED whether (4,1) or (8,1) is cheaper" in compared.sentence(two)
 
 
 def test_what_was_timed_is_no_assumption_to_change(machine, chen):

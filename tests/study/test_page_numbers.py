@@ -62,10 +62,19 @@ def test_whatever_is_moved_the_command_prints_the_same(chen, capsys, changes):
 
 @pytest.mark.parametrize("output", ["", " --output-tokens 512"])
 def test_a_machine_that_was_timed_is_priced_as_on_the_command_line(tmp_path, capsys, output):
-    asked = f"--losses 2.8 --contexts 8192 --price 3 --cost {calibrated_file(tmp_path)}{output}"
-    _, held = answered(f"gqa-scaling frontier chen2025 {REFITS} {asked}")
+    path = calibrated_file(tmp_path)
+    said = json.loads(path.read_text())
+    said["judged"] = [judged | {"ratio": 0.1} for judged in said["judged"]]  # so far off
+    path.write_text(json.dumps(said))
+    asked = f"--losses 2.8 --contexts 8192 --price 3 --cost {path}{output}"
+    study, held = answered(f"gqa-scaling frontier chen2025 {REFITS} {asked}")
     engine = Engine(held)
-    for changes in ({}, {"batch": 16, "objective": "dollars"}, {"objective": "z"}):
+    assert engine.asked()["sentence"].split("(")[0] == sentence(study.frontier).split("(")[0]
+    far = re.search("NOT DECIDED[^.]*[.][^.]*[.]", sentence(study.frontier))[0]
+    assert far in engine.asked()["sentence"]
+    assert "NOT DECIDED" not in engine.asked(objective="z")["sentence"]
+    whole = {"baseline": "8,8@L24d1536", "loss": 2.9}
+    for changes in ({}, {"batch": 16, "objective": "dollars"}, {"objective": "z"}, whole):
         told = engine.asked(**changes)
         assert "--cost" in told["command"]
         agree(told["answer"], printed(told["command"], capsys))

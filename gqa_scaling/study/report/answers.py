@@ -62,7 +62,13 @@ def _marked(choice: Choice) -> str:
 def frontier_table(frontier: Frontier) -> Table:
     """The cheapest configuration for each target loss and context."""
     q, u, laws = frontier.question, frontier.units, list(frontier.answers[0].under)
+    far = frontier.untimed
     predicted = any(c.known != "measured" for c in frontier.answers[0].choices)
+
+    def decided(cell: Callable[[Choice], str]) -> Callable[[Answer], str]:
+        told = _best(cell)
+        return lambda answer: "-" if far(answer) else told(answer)
+
     notes = [
         f"FLOPs: {u['flops']}. Z: {u['z']}."
         + (f" T_eff in {u['effective']}." if frontier.sharded else "")
@@ -72,6 +78,8 @@ def frontier_table(frontier: Frontier) -> Table:
         f"dearer than the cheapest by more than {margin(q.indifference)}; = within that whatever the "
         "noise.",
     ]
+    if why := dict.fromkeys(far(a) for a in frontier.answers if far(a)):
+        notes.append(f"Not decided: {'; '.join(why)}.")
     if any(math.isinf(a.best.regret) for a in frontier.answers if a.best.reached):
         notes.append("Regret -: in some refits only another configuration reaches the loss.")
     return Table(
@@ -91,11 +99,11 @@ def frontier_table(frontier: Frontier) -> Table:
             Column("memory", _best(lambda c: quantity(c.memory)), "values", spare=4),
             Column("FLOPs", _best(lambda c: quantity(c.flops)), spare=2),
             Column("Z", _best(lambda c: quantity(c.z)), spare=5 if laws else 0),
-            Column("P(best)", _best(lambda c: percent(c.probability, 0))),
-            Column("regret", _best(lambda c: percent(c.regret, 2)), spare=3),
+            Column("P(best)", decided(lambda c: percent(c.probability, 0))),
+            Column("regret", decided(lambda c: percent(c.regret, 2)), spare=3),
             *(_safest_columns() if predicted else []),
             *map(_under, laws),
-            Column("tied with", _tied, fold=True),
+            Column("tied with", lambda a: "not decided" if far(a) else _tied(a), fold=True),
         ],
         _by_context(frontier),
         [*notes, *(_predicted_notes(frontier.law) if predicted else []), *_law_notes(laws)],

@@ -20,7 +20,7 @@ from gqa_scaling.study.baseline import Baseline, baseline_of, llama3_sizes
 from gqa_scaling.study.baseline import label as baseline_label
 from gqa_scaling.study.candidates import KNOWN, known_as, sizes_of
 from gqa_scaling.study.choices import OBJECTIVES, Objective
-from gqa_scaling.study.clock import Clock
+from gqa_scaling.study.clock import FAR, WHOLE, Clock
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.report.looks import looks
 from gqa_scaling.study.results import Heads, pair, pattern_of
@@ -106,7 +106,14 @@ def carried(study: Study, again: Again) -> dict[str, Any]:
         "candidates": list(again.candidates),
         "contexts": list(frontier.question.contexts),
         "hardware": {
-            **({_machine(clock): _timed(clock, frontier.serving, again, family)} if clock else {}),
+            **(
+                {
+                    _machine(clock): _timed(clock, frontier.serving, again, family)
+                    | {"errors": _errors(clock, order, len(many.floor[draws]) + 1)}
+                }
+                if clock
+                else {}
+            ),
             **{
                 row.name: {
                     "peak_flops": row.peak_flops,
@@ -147,6 +154,8 @@ def _timed(clock: Clock, s: Serving, again: Again, family: Family) -> dict[str, 
     return {
         "price": clock.price,
         "option": again.cost,
+        "ranges": {name: list(ends) for name, ends in clock.ranges.items()},
+        "far": FAR,
         "timed": {
             "decode": law(clock.decode),
             "prefill": law(clock.prefill) if clock.prefill and s.output_tokens else None,
@@ -157,6 +166,12 @@ def _timed(clock: Clock, s: Serving, again: Again, family: Family) -> dict[str, 
             "vocab_size": family.template.vocab_size,
         },
     }
+
+
+def _errors(clock: Clock, order: list[Heads], rows: int) -> dict[str, Any]:
+    """What the clock may be off by, drawn for the refits of whatever may be priced by it."""
+    named = [*map(pair, order), WHOLE, LLAMA3]
+    return {whose: packed(clock.errors(whose, rows), "f4") for whose in named}
 
 
 def _configuration(fit: Fit, family: Family, k: int, heads: Heads) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable
 
+from gqa_scaling.study.clock import FAR, untimed
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
-from gqa_scaling.study.report.table import Column, Table, percent
+from gqa_scaling.study.report.table import Column, Table, margin, percent
 from gqa_scaling.study.results import pair
+from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import quantity
 
 
@@ -14,7 +16,7 @@ def clock_table(frontier: Frontier) -> Table | None:
     serving, clock = frontier.serving, frontier.serving.clock
     if clock is None:
         return None
-    error, priced = clock.error, clock.price > 0
+    priced = clock.price > 0
 
     def of(kind: str, cell: Callable[[Choice], str], none: str = "-") -> Callable[[Answer], str]:
         def told(answer: Answer) -> str:
@@ -38,11 +40,15 @@ def clock_table(frontier: Frontier) -> Table | None:
 
         return told
 
-    def sure(z: Choice, seconds: Choice) -> str:
+    def sure(answer: Answer) -> str:
+        z, seconds = answer.least("z"), answer.least("seconds")
+        if not z.reached:
+            return "-"
         if z.heads == seconds.heads:
             return "the same"
-        more = z.seconds / seconds.seconds - 1
-        return "yes" if more > error.ratio else "within its error"
+        if untimed(answer.stretch):
+            return "too far"
+        return "left open" if z.heads in answer.tied_by_clock else "yes"
 
     prompts = (
         f" Prefill of a prompt that fills the rest of the context is paid for by "
@@ -75,12 +81,14 @@ def clock_table(frontier: Frontier) -> Table | None:
                 if priced
                 else []
             ),
-            Column("told apart", lost(sure)),
+            Column("told apart", sure),
         ],
         sorted(frontier.answers, key=lambda answer: answer.context),
         [
-            f"Seconds: {clock.how}. {clock.ratio_error.capitalize()}: a difference that is no larger is "
-            "within its error." + prompts
+            f"Seconds: {clock.how}. {clock.ratio_error.capitalize()}. Told apart: in {LEVEL:.0%} of the "
+            "refits, which draw that error too, that by Z is dearer by more than "
+            f"{margin(frontier.question.indifference)}; too far: {FAR:g} times and more beyond what was "
+            "timed nothing is decided." + prompts
         ],
         "What the configurations take on the machine that was timed, of the sizes that reach the loss. "
         "Intervals of N* are not in these figures.",

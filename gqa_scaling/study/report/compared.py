@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 
 from gqa_scaling.study.choices import OBJECTIVES
+from gqa_scaling.study.clock import FAR, untimed
 from gqa_scaling.study.report.sentences import DEMONSTRATION, less
 from gqa_scaling.study.report.table import (
     INTERVAL,
@@ -38,17 +39,19 @@ def sentence(found: Versus) -> str:
     goal = f"{m.loss:.4g} nats at {m.context:,} tokens"
     if m.verdict == "neither":
         return f"{start}Neither {one} nor {other} reaches {goal} with what must hold."
+    far = m.verdict == "untimed"
     gap, most = m.equal_loss[0], margin(found.question.indifference)
     verdict = {
         "first": f"{one} is the cheaper",
         "second": f"{other} is the cheaper",
         "equivalent": f"{one} and {other} are as good, within {most} whatever the noise",
         "open": f"these runs leave open whether {one} or {other} is cheaper by more than {most}",
+        "untimed": f"it is NOT DECIDED whether {one} or {other} is cheaper ({untimed(m.stretch)})",
     }[m.verdict]
     said = [
         f"{start}{_as_they_are(found)}For {goal} {verdict}: {one} takes {less(gap.gain)} {kind} ({LEVEL:.0%} interval "
-        f"{span(_ends(gap), percent)}), cheaper in {percent(gap.probability, 0)} of the "
-        "refits."
+        f"{span(_ends(gap), percent)})"
+        + ("." if far else f", cheaper in {percent(gap.probability, 0)} of the refits.")
     ]
     if not math.isfinite(gap.gain):
         missing = one if math.isinf(gap.first) else other
@@ -129,6 +132,11 @@ def tables(found: Versus) -> list[Table]:
         f"Told apart: one is dearer by more than {margin(found.question.indifference)} in {LEVEL:.0%} "
         "of the refits.",
     ]
+    if found.serving.clock:
+        notes.append(
+            f"Each refit draws an error of the clock: {found.serving.clock.ratio_error}. Too far: {FAR:g} "
+            "times and more beyond what was timed nothing is decided by seconds."
+        )
     return [*out, Table("Conventions", notes=notes)]
 
 
@@ -151,8 +159,11 @@ def _sides(found: Versus) -> tuple[tuple[int, str], tuple[int, str]]:
 def _equal_loss(found: Versus) -> Table:
     """What each takes for the loss."""
     one, other = found.labels
-    verdicts = {"first": one, "second": other, "equivalent": "as good"}
+    verdicts = {"first": one, "second": other, "equivalent": "as good", "untimed": "too far"}
     most = margin(found.question.indifference)
+
+    def decided(cell: Callable[[Match], str]) -> Callable[[Match], str]:
+        return lambda m: "-" if m.verdict == "untimed" else cell(m)
 
     def size(i: int) -> Callable[[Match], str]:
         return lambda m: _marked(m.equal_loss[0], i)
@@ -178,8 +189,8 @@ def _equal_loss(found: Versus) -> Table:
                 for j, kind in enumerate(kinds)
                 if j
             ),
-            Column("P(cheaper)", lambda m: percent(m.equal_loss[0].probability, 0)),
-            Column(f"within {most}", lambda m: percent(m.within, 0)),
+            Column("P(cheaper)", decided(lambda m: percent(m.equal_loss[0].probability, 0))),
+            Column(f"within {most}", decided(lambda m: percent(m.within, 0))),
             Column("cheaper", lambda m: verdicts.get(m.verdict, m.verdict)),
         ],
         found.matches,
@@ -211,8 +222,16 @@ def _loss_columns(found: Versus, gap: Callable[[Match], Gap]) -> list[Column]:
         *out,
         Column("lower by", lambda m: millinats(gap(m).gain), "millinats"),
         Column(INTERVAL, lambda m: span(gap(m).gain_interval, millinats)),
-        Column("P(lower)", lambda m: percent(gap(m).probability, 0)),
+        Column(
+            "P(lower)",
+            lambda m: "-" if _far(m, gap(m)) else percent(gap(m).probability, 0),
+        ),
     ]
+
+
+def _far(m: Match, gap: Gap) -> bool:
+    """Whether the gap hangs on seconds that lie too far beyond what was timed."""
+    return m.verdict == "untimed" and gap is m.equal_cost
 
 
 def _themselves(found: Versus) -> Table:

@@ -9,6 +9,7 @@
 
 const Numerics = (() => {
   const LEVEL = 0.9; // of every interval, as in study/uncertainty.py
+  const WHOLE = "whole model"; // whose error it is by the clock, as in study/clock.py
   const LLAMA3_KV = 8; // KV heads of the published family, fewer where a model has fewer query heads
 
   // ---------------------------------------------------------------------------------- what is carried
@@ -56,6 +57,8 @@ const Numerics = (() => {
       configurations,
       rows: refits + 1,
       floor: rowsOf(carried.floor, unpack(carried.draws.floor)),
+      hardware: Object.fromEntries(Object.entries(carried.hardware).map(([name, row]) => [name, !row.errors ? row
+        : { ...row, errors: Object.fromEntries(Object.entries(row.errors).map(([of, v]) => [of, unpack(v)])) }])),
       logBackbone: carried.log_backbone && unpack(carried.log_backbone),
       family: carried.family && {
         ...carried.family,
@@ -184,43 +187,12 @@ const Numerics = (() => {
       out.bytes[i] = read + asked.weight_bytes * (model.embeddings * width[i]);
       const shape = { n: n[i], L, d, heads: heads[i], kv: kv[i], width: width[i], keys: keys[i] };
       const seconds = !hardware ? NaN
-        : hardware.timed ? timedSeconds(hardware.timed, asked, shape)
-        : decodeSeconds(hardware, asked.batch, token, read);
+        : hardware.timed ? Clock.timedSeconds(hardware.timed, asked, shape)
+        : Clock.decodeSeconds(hardware, asked.batch, token, read);
       out.seconds[i] = seconds;
       out.dollars[i] = hardware ? ((seconds * asked.price) / 3600) * 1e6 : NaN;
     }
     return out;
-  }
-
-  /**
-   * Seconds per decoded token: what takes longer of computing and of reading (serving.py).
-   */
-  function decodeSeconds(rates, batch, flopsOfToken, bytesRead) {
-    const busy = (batch * flopsOfToken) / (rates.peak_flops * rates.mfu);
-    return Math.max(busy, bytesRead / rates.bandwidth) / batch;
-  }
-
-  /** Seconds of a step on a machine that was timed, each term at its own rate (roofline.py). */
-  function stepSeconds({ form, seconds_per }, work) {
-    const part = (name) => (seconds_per[name] ? seconds_per[name] * work[name] : 0);
-    const joined = (a, b) => (form === "max" ? Math.max(part(a), part(b)) : part(a) + part(b));
-    return joined("weights", "linear") + joined("cache", "attention") + part("step") + part("layer");
-  }
-
-  /** Seconds per output token there, with its share of the prefill of dense heads (Deployment._timed). */
-  function timedSeconds(timed, { batch, context }, { n, L, d, heads, kv, width, keys }) {
-    const output = timed.vocab_size * width, read = n + output, each = 4 * L * d * heads;
-    const decode = stepSeconds(timed.decode, {
-      weights: timed.weight_bytes * read, cache: timed.value_bytes * batch * 2 * keys * L * d * kv,
-      linear: 2 * batch * read, attention: batch * keys * each, step: 1, layer: L,
-    });
-    if (!timed.output_tokens) return decode / batch;
-    const prompt = context - timed.output_tokens;
-    const prefill = stepSeconds(timed.prefill, {
-      weights: 0, cache: 0, linear: 2 * batch * (prompt * n + output),
-      attention: batch * prompt * (prompt / 2) * each, step: 1, layer: L,
-    });
-    return decode / batch + prefill / (batch * timed.output_tokens);
   }
 
   /** Costs of a configuration at sizes N (Deployment.costs). */
@@ -230,11 +202,11 @@ const Numerics = (() => {
     return reshaped(model, asked, c, { n, layers, width });
   }
 
-  /** The same shapes at another context. */
-  function reshaped(model, asked, c, { n, layers, width }) {
+  /** The same shapes at another context; `whose` error the clock has of them. */
+  function reshaped(model, asked, c, { n, layers, width }, whose = c.name) {
     const keys = Patterns.effectiveContext(c.pattern, layers, asked.context, interpolate);
     const heads = new Float64Array(n.length).fill(c.n_heads), kv = heads.map(() => c.n_kv_heads);
-    return costsOfShape(model, asked, n, heads, kv, layers, width, keys);
+    return Clock.drawn(asked, costsOfShape(model, asked, n, heads, kv, layers, width, keys), whose);
   }
 
   /** The cost that is to be least, infinite where what must hold does not (Deployment.cost). */
@@ -256,7 +228,7 @@ const Numerics = (() => {
       return { loss: targets, ...costsOf(model, asked, c, nStar(model, c, targets)) };
     }
     const { c, n, L, d } = whole, same = (value) => new Float64Array(model.rows).fill(value);
-    return { loss: whole.loss, ...reshaped(model, asked, c, { n: same(n), layers: same(L), width: same(d) }) };
+    return { loss: whole.loss, ...reshaped(model, asked, c, { n: same(n), layers: same(L), width: same(d) }, WHOLE) };
   }
 
   /** The one model that 24,8@L36d1536 names, its N as the fit counts and its losses; or null. */
@@ -311,7 +283,7 @@ const Numerics = (() => {
     });
     const heads = d.map((width) => width / model.head_dim);
     const keys = d.map(() => asked.context), kv = heads.map((h) => Math.min(h, LLAMA3_KV));
-    return { loss: targets, ...costsOfShape(model, asked, n, heads, kv, L, d, keys) };
+    return { loss: targets, ...Clock.drawn(asked, costsOfShape(model, asked, n, heads, kv, L, d, keys), "llama3") };
   }
 
   // ------------------------------------------------------------------------------------------ ranking
@@ -423,6 +395,7 @@ const Numerics = (() => {
       best: sorted[0],
       tied: alike.map((k) => choices[k]),
       equivalent: alike.slice(1).map((k) => choices[k]).filter((c) => c.within >= LEVEL),
+      untimed: Clock.untimed(model.head_dim, asked, [sorted[0].n, base.n[0], ...["z", "seconds"].map((kind) => leastOf(sorted, kind).n)]),
       margin: sorted.length > 1 ? sorted[1].excess : Infinity,
       safest: sorted.find((c) => c.configuration.known === "measured" && c.reached) || null,
       baseline: {
@@ -430,6 +403,12 @@ const Numerics = (() => {
         unreachable: base.n.subarray(1).reduce((sum, v) => sum + (v === Infinity ? 1 : 0), 0) / (model.rows - 1),
       },
     };
+  }
+
+  /** The cheapest by another cost, of those that reach the loss (frontier.Answer.least). */
+  function leastOf(choices, kind) {
+    const reached = choices.filter((c) => c.reached);
+    return (reached.length ? reached : choices).reduce((a, b) => (b[kind] < a[kind] ? b : a));
   }
 
   /** Sizes and shapes of what is ranked at one loss: no context enters them. */

@@ -45,6 +45,7 @@
   /** The ranking as a table: what `frontier --ranking` prints. */
   function ranking(a, s) {
     const kind = s.objective, base = baselineLabel(carried, s);
+    const far = Object.keys(a.untimed).length > 0; // beyond what was timed nothing is decided
     const seen = a.choices.some((c) => c.configuration.known !== "measured"), sparse = !dense;
     const columns = [
       ["heads, KV", (c) => c.configuration.name + (c.extrapolated && c.reached ? "~" : "")],
@@ -61,9 +62,9 @@
       ["dearer by", (c) => percent(c.excess, 2)],
       [`saves of ${base}`, (c) => percent(c.saving[kind])],
       ["90% interval", (c) => span(c.saving_interval[kind], (v) => percent(v))],
-      ["P(best)", (c) => percent(c.probability, 0)],
-      [`within ${margin(s.indifference)}`, (c) => percent(c.within, 0)],
-      ["regret", (c) => percent(c.regret, 2)],
+      ["P(best)", (c) => (far ? "-" : percent(c.probability, 0))],
+      [`within ${margin(s.indifference)}`, (c) => (far ? "-" : percent(c.within, 0))],
+      ["regret", (c) => (far ? "-" : percent(c.regret, 2))],
     ];
     const table = document.createElement("table");
     table.className = "w1100";

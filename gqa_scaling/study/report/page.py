@@ -34,7 +34,13 @@ from gqa_scaling.study.tokens import spans_budgets
 
 MOST_COMPARED = 40  # configurations: each is left out in turn, of every law, of all the others
 _BOKEH = ("bokeh.min.js", "bokeh-api.min.js")  # of its wheel: plots, and how to describe them
-NUMERICS = ("patterns.js", "numerics.js", "words.js", "question.js")  # these know of no page
+NUMERICS = (
+    "patterns.js",
+    "clock.js",
+    "numerics.js",
+    "words.js",
+    "question.js",
+)  # these know of no page
 SCRIPTS = (*NUMERICS, "drawing.js", "pictures.js", "page.js")
 SUMMARY = "summary"  # the element that tells an index of several pages what this one says
 

@@ -15,7 +15,7 @@ function Pictures(carried, model, asking, move) {
   /** What each configuration costs, in percent of the baseline. */
   function cost(a, s) {
     const shown = a.choices.filter((c) => Number.isFinite(c.share)).reverse();
-    const tint = { cheapest: colour("#009E73"), "as good": colour("#56B4E9"), open: colour("#E69F00"), dearer: quiet() };
+    const tint = { cheapest: colour("#009E73"), "as good": colour("#56B4E9"), open: colour("#E69F00"), "not decided": colour("#E69F00"), dearer: quiet() };
     const base = baselineLabel(carried, s), kind = carried.objectives[s.objective];
     const f = figure({
       place: by("cost-picture"), title: `Cost at ${goal(a)}`, x: `${kind}, % of ${base}'s`, height: 92 + Math.max(tall(by("cost-picture")) - 60, 23 * shown.length),

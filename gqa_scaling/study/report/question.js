@@ -54,7 +54,7 @@ function Asking(carried, model) {
 
   /** What numerics.js is asked. */
   function asked(s) {
-    const hardware = s.hardware ? carried.hardware[s.hardware] : null;
+    const hardware = s.hardware ? model.hardware[s.hardware] : null;
     return {
       ...s, hardware, ranked: s.candidates,
       price: s.price ?? hardware?.price ?? NaN,

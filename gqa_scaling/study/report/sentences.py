@@ -29,7 +29,7 @@ def sentence(frontier: Frontier) -> str:
             f"{start}No configuration reaches {_goal(answer)} with what must hold at any size that can "
             "be built, by these curves: it is out of reach."
         )
-    pattern, alike = pattern_of(best.heads), answer.equivalent
+    pattern, alike, untimed = pattern_of(best.heads), answer.equivalent, frontier.untimed(answer)
     others = [h for h in answer.tied if h != best.heads and h not in alike]
     sparse = (
         f" with pattern {pattern.label} (T_eff {best.effective:,.0f} tokens)" if pattern else ""
@@ -38,11 +38,13 @@ def sentence(frontier: Frontier) -> str:
         f"{start}For {_goal(answer)}, take {_several(best.heads[0], 'query head')} and "
         f"{_several(best.heads[1], 'KV head')}{sparse} at {quantity(best.n)} parameters: "
         f"{_saving(best, frontier)}.",
-        f"The noise leaves open whether {pairs(others)} {'are' if len(others) > 1 else 'is'} as good."
+        f"NOT DECIDED which is the cheapest: {untimed}."
+        if untimed
+        else f"The noise leaves open whether {pairs(others)} {'are' if len(others) > 1 else 'is'} as good."
         if others
         else f"It is the cheapest in {percent(best.probability, 0)} of the refits.",
     ]
-    if alike:
+    if alike and not untimed:
         most = margin(frontier.question.indifference)
         said.append(f"As good, within {most} of the cheapest whatever the noise: {pairs(alike)}.")
     if best.unreachable > MISSED:
@@ -61,11 +63,6 @@ def sentence(frontier: Frontier) -> str:
             )
     if best.extrapolated:
         said.append("Its size lies outside the fitted ones.")
-    clock = frontier.serving.clock
-    if clock and frontier.objective in ("seconds", "dollars"):
-        said.append(
-            f"Intervals and refits know nothing of the error of the clock: {clock.ratio_error}."
-        )
     if pattern and answer.context > frontier.train_context:
         said.append(
             f"That its pattern costs no more loss there than at the {frontier.train_context:,} tokens "

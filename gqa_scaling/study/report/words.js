@@ -53,13 +53,25 @@ const Words = (() => {
   const told = (value) => value.toLocaleString("en-US");
   const goal = (a) => `${significant(a.loss, 6)} nats at ${told(a.context)} tokens`;
 
+  const THINGS = { context: "contexts", batch: "batches", head_dim: "head sizes", n: "models" };
+
+  /** Why seconds decide nothing, "" where they may (clock.untimed). */
+  function untimedIn(a) {
+    const times = (factor) => {
+      const value = Math.max(factor, 1 / factor), number = value < 9.95 ? fixed(value, 1) : told(Math.round(value));
+      return factor > 1 ? `${number} times the most` : `1/${number} of the least`;
+    };
+    const far = Object.entries(a.untimed).map(([name, factor]) => `${THINGS[name]} ${times(factor)}`);
+    return far.length ? `seconds of ${far.join(", ")} that was timed` : "";
+  }
+
   /** The answer as report/sentences.py says it, but for what is gained at equal cost. */
   function sentence(carried, model, a, s) {
     const { best } = a, c = best.configuration, base = baselineLabel(carried, s);
     const start = (carried.demonstration ? "Demonstration, too small to decide by. " : "") +
       (carried.doubt ? `NOT TO BE RELIED ON: ${carried.doubt}. ` : "");
     if (!best.reached) return `${start}No configuration reaches ${goal(a)} with what must hold at any size that can be built, by these curves: it is out of reach.`;
-    const out = [], others = a.tied.slice(1).filter((t) => !a.equivalent.includes(t));
+    const out = [], untimed = untimedIn(a), others = a.tied.slice(1).filter((t) => !a.equivalent.includes(t));
     const sparse = c.pattern ? ` with pattern ${c.pattern.label} (T_eff ${told(Math.round(best.effective))} tokens)` : "";
     let saving = `${base} never reaches that loss`;
     if (c.name === s.baseline) saving = "it is the baseline itself";
@@ -73,9 +85,9 @@ const Words = (() => {
       saving = `${first} than ${base}${at} (90% interval ${span(ends, (v) => percent(v))}), with ${rest.join(" and ")}`;
     }
     out.push(`${start}For ${goal(a)}, take ${several(c.n_heads, "query head")} and ${several(c.n_kv_heads, "KV head")}${sparse} at ${quantity(best.n)} parameters: ${saving}.`);
-    out.push(others.length ? `The noise leaves open whether ${listed(others)} ${others.length > 1 ? "are" : "is"} as good.`
+    out.push(untimed ? `NOT DECIDED which is the cheapest: ${untimed}.` : others.length ? `The noise leaves open whether ${listed(others)} ${others.length > 1 ? "are" : "is"} as good.`
       : `It is the cheapest in ${percent(best.probability, 0)} of the refits.`);
-    if (a.equivalent.length) out.push(`As good, within ${margin(s.indifference)} of the cheapest whatever the noise: ${listed(a.equivalent)}.`);
+    if (a.equivalent.length && !untimed) out.push(`As good, within ${margin(s.indifference)} of the cheapest whatever the noise: ${listed(a.equivalent)}.`);
     if (best.unreachable > 0.05) out.push(`${percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size that can be built within what must hold.`);
     if (c.known !== "measured") {
       out.push(`Its heads were never trained: they are ${c.known_words}.`);
@@ -94,6 +106,7 @@ const Words = (() => {
   const costText = (kind, v) => (kind === "bytes" ? bytesText(v) : kind === "seconds" || kind === "dollars" ? (Number.isFinite(v) ? significant(v, 3) : "-") : quantity(v));
 
   function standing(a, choice) {
+    if (choice.reached && untimedIn(a)) return "not decided";
     if (choice === a.best && choice.reached) return "cheapest";
     if (a.equivalent.includes(choice)) return "as good";
     if (choice.tied) return "open";
