@@ -17,6 +17,11 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def count(number: int, what: str) -> str:
+    """How many of something: 1 run, 2 runs, 1,680 runs."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def byte_size(value: float) -> str:
     """Bytes with a binary prefix, such as 1.50 GiB."""
     for size, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

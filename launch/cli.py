@@ -109,7 +109,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print what --dry-run shows as JSON; submits nothing"
     )
-    parser.add_argument("--only", metavar="PATTERN", help="only runs of such names")
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        help="only runs of such names; several with commas",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     parser.add_argument("--bucket", default="", help="gs:// or s3://; runs are kept in its runs/")
     parser.add_argument(
@@ -186,7 +191,9 @@ def _root(target: Target) -> str:
 def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -> int:
     """Launch runs that are kept in `root`, as far as `states` does not have them finished."""
     engine = ENGINES[args.target]
-    experiment = load_experiment(args.experiment, args.overrides, states).select(args.only)
+    experiment = load_experiment(args.experiment, args.overrides, states).select(
+        ",".join(args.only) if args.only else None
+    )
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if not engine.shares_files:
         _require_to_travel(experiment, study, target)

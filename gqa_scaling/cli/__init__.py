@@ -25,6 +25,8 @@ from gqa_scaling.cli import (
     start,
     study,
 )
+from gqa_scaling.cli.completion import verb_parsers
+from gqa_scaling.cli.hints import refuse_near_misses
 from gqa_scaling.cli.shared import Verb, Version, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
@@ -103,6 +105,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; see {parser.prog} --help"
         )
     args, rest = parser.parse_known_args(arguments)
+    if rest and args.verb != "harness":  # whose rest is for lm-eval
+        refuse_near_misses(verb_parsers(parser)[args.verb], arguments, rest)
     args.command = shlex.join([parser.prog, *arguments])
     if args.root is not None:
         named = bool(args.root) and "\0" not in args.root

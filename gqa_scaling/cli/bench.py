@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table, whole
 from gqa_scaling.config import ModelConfig, UserError, require
 from gqa_scaling.files.storage import as_path
 
@@ -38,7 +38,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="an experiment, for the models of its runs, or models such as 24,8@L36d1536 "
         "(default: sizes and heads that suit this machine)",
     )
-    add("--contexts", type=int, nargs="+", help="tokens of each sequence")
+    add("--contexts", type=whole, nargs="+", help="tokens of each sequence")
     add("--batches", type=_batch, nargs="+", help="sequences at a time; max: as many as fit")
     add(
         "--caches",

@@ -38,7 +38,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         metavar="PATTERN",
-        help="only runs whose name holds this text or matches this glob",
+        action="append",
+        help="only runs whose name holds this text or matches this glob; several with commas, or again",
     )
     parser.add_argument(
         "--shard", metavar="i/n", help="only every n-th run, from the i-th (0/n is the first)"
@@ -125,7 +126,13 @@ def _experiment(args: argparse.Namespace, rest: Sequence[str]) -> "Experiment":
     # without --root the folder is looked for only where learning rates come from a sweep in it
     root = None if args.root is None else runs_root(args.root)
     experiment = load_experiment(args.experiment, rest, root)
-    return experiment.select(getattr(args, "only", None), getattr(args, "shard", None))
+    return experiment.select(only(args), getattr(args, "shard", None))
+
+
+def only(args: argparse.Namespace) -> str | None:
+    """The patterns of all --only that were given, separated by commas."""
+    given = getattr(args, "only", None)
+    return None if given is None else ",".join(given)
 
 
 def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -326,7 +333,7 @@ def _seal_forecast(args: argparse.Namespace, experiment: "Experiment", root: "Pa
 
 def _worker_command(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     command = [sys.executable, "-m", "gqa_scaling", "run", args.experiment, "--quiet"]
-    told = {"only": args.only, "shard": args.shard, "root": args.root}
+    told = {"only": only(args), "shard": args.shard, "root": args.root}
     command += [f"--{flag}={value}" for flag, value in told.items() if value is not None]
     return command + list(rest)
 
@@ -402,7 +409,7 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
         require(bool(directories), f"{path} is neither a run nor a folder of runs: no config.json")
     else:
         root = runs_root(args.root)
-        experiment = load_experiment(args.source, rest, root).select(args.only, args.shard)
+        experiment = load_experiment(args.source, rest, root).select(only(args), args.shard)
         directories = [run_directory(root, experiment.name, r) for r in experiment.runs]
     runs = read_checkpoints(directories)
     _show(args, checkpoints_dict(runs), checkpoints_table(runs))

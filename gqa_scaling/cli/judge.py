@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
-from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table, whole
 from gqa_scaling.config import NeedleTask, ParallelConfig, RunConfig, require
 from gqa_scaling.text import NeedleForm
 
@@ -25,7 +25,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("source", help="directory of a finished run, or EXPERIMENT:NAME of one of its runs")
     add(
         "--contexts",
-        type=int,
+        type=whole,
         nargs="+",
         metavar="T",
         help="the loss of the same targets with the text cut into these lengths",
@@ -33,7 +33,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("--needles", choices=get_args(NeedleForm), help="what is hidden in a text and asked for")
     add(
         "--lengths",
-        type=int,
+        type=whole,
         nargs="+",
         metavar="T",
         help="of the texts with needles, also beyond the training context (default: that)",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gqa_scaling.cli.serving import add_costs, objective_of, serving_of
-from gqa_scaling.cli.shared import Verb, finite, print_json, print_table
+from gqa_scaling.cli.shared import Verb, finite, print_json, print_table, whole
 from gqa_scaling.cli.study import (
     _add_source,
     _add_wide,
@@ -31,7 +31,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "--context",
         "--contexts",
         dest="contexts",
-        type=int,
+        type=whole,
         nargs="+",
         help="inference context lengths in tokens; that of training is --trained-at",
     )
@@ -45,7 +45,7 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
     add("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
     add("--most", type=int, default=8, help="how many runs at most (default: 8)")
     add("--losses", type=finite, nargs="+", help="target losses in nats")
-    add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
+    add("--contexts", type=whole, nargs="+", help="inference context lengths in tokens")
     add_costs(parser)
     parser.set_defaults(baseline=None)
 

@@ -35,13 +35,30 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def finite(text: str) -> float:
     """The number that an option is given, for argparse; neither NaN nor infinite."""
+    _one(text)
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} must be a finite number")
     return value
 
 
+def whole(text: str) -> int:
+    """The whole number that an option is given, for argparse."""
+    _one(text)
+    return int(text)
+
+
 finite.__name__ = "float"  # argparse names it where the text is no number at all
+whole.__name__ = "int"
+
+
+def _one(text: str) -> None:
+    """Refuse several numbers in one text: options that take several take them one by one."""
+    if "," in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is more than one number: those that take several have spaces between them, "
+            f"{' '.join(filter(None, text.split(',')))}"
+        )
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from gqa_scaling.baselines import LLAMA3, written_heads
 from gqa_scaling.cli.serving import add_costs, objective_of, serving_of
-from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table, whole
 from gqa_scaling.config import Question, UserError, between, require
 from gqa_scaling.study.choices import PUBLISHED, Law
 
@@ -73,7 +73,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     _add_wide(parser)
     add = parser.add_argument
     add("--losses", type=finite, nargs="+", help="target losses in nats")
-    add("--contexts", type=int, nargs="+", help="inference context lengths in tokens")
+    add("--contexts", type=whole, nargs="+", help="inference context lengths in tokens")
     add(
         "--candidates",
         nargs="+",

@@ -27,6 +27,7 @@ from gqa_scaling.fields import did_you_mean
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
 from gqa_scaling.files.storage import as_path, is_remote
+from gqa_scaling.units import count
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,24 @@ class Experiment:
         return trunks(self.declared or self.runs)
 
     def select(self, only: str | None = None, shard: str | None = None) -> "Experiment":
-        """The runs whose name matches the pattern `only`, and of those every n-th from i (i/n)."""
+        """The runs whose name matches a pattern of `only`, and of those every n-th from i (i/n).
+
+        Several patterns are separated by commas, which no name holds; each must match some run.
+        """
         runs = self.runs
         if only is not None:
-            runs = tuple(r for r in runs if fnmatch.fnmatch(r.name, only) or only in r.name)
-            names = ", ".join(r.name for r in self.runs[:4])
-            require(
-                bool(runs), f"--only {only!r} matches none of {len(self.runs)} runs ({names}, ...)"
-            )
+            patterns, names = only.split(","), ", ".join(r.name for r in self.runs[:4])
+            found = [
+                {r.name for r in runs if fnmatch.fnmatch(r.name, p) or p in r.name}
+                for p in patterns
+            ]
+            for pattern, some in zip(patterns, found, strict=True):
+                require(bool(pattern), f"--only {only!r} has an empty pattern, which is any name")
+                require(
+                    bool(some),
+                    f"--only {pattern!r} matches none of {count(len(runs), 'run')} ({names}, ...)",
+                )
+            runs = tuple(r for r in runs if any(r.name in some for some in found))
         if shard is not None:
             i, _, n = shard.partition("/")
             digits = i.isdecimal() and n.isdecimal() and max(len(i), len(n)) < 10

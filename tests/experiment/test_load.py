@@ -129,6 +129,7 @@ def test_the_published_grid_is_21_heads_by_8_sizes(workplace, monkeypatch):
         ("L2", None, NAMES[3:]),
         ("*-h[12]", None, ["L1-h1", "L1-h2", "L2-h1", "L2-h2"]),
         ("L1-h1", None, ["L1-h1"]),
+        ("L2-h2,L1-h[12],h2", None, ["L1-h1", "L1-h2", "L2-h1", "L2-h2"][:2] + ["L2-h2"]),
         (None, "0/4", ["L1-h1", "L2-h2"]),
         (None, "3/4", ["L2-h1"]),
         ("L2", "1/2", ["L2-h2"]),
@@ -152,8 +153,11 @@ def test_nonsense_shards(workplace, shard):
 
 
 def test_a_pattern_that_matches_nothing(workplace):
-    with pytest.raises(UserError, match=r"--only 'L3' matches none of 6 runs \(L1-h1, "):
-        load_experiment("experiments.tiny").select("L3")
+    for only in ("L3", "L2,L3"):
+        with pytest.raises(UserError, match=r"--only 'L3' matches none of 6 runs \(L1-h1, "):
+            load_experiment("experiments.tiny").select(only)
+    with pytest.raises(UserError, match="has an empty pattern"):
+        load_experiment("experiments.tiny").select("L2,")
 
 
 # -------------------------------------------------------------------------- swept learning rates
