@@ -26,7 +26,7 @@ FLOORS = (
     ("config",),
     ("context_sharding", "text"),
     ("baselines",),
-    ("fields", "units", "versions"),
+    ("fields", "narrow", "units", "versions"),
 )
 STUDY = {
     "baselines",
@@ -38,6 +38,7 @@ STUDY = {
     "hardware",
     "config",
     "fields",
+    "narrow",
     "units",
     "versions",
 }

@@ -18,6 +18,7 @@ from gqa_scaling.devices.layout import AXES
 from gqa_scaling.experiment.learning_rates import LearningRateChoice
 from gqa_scaling.files.checksums import abridged
 from gqa_scaling.hardware import Slice, hardware
+from gqa_scaling.narrow import Fitting
 from gqa_scaling.sweep.plan import Plan, PlannedRun
 from gqa_scaling.sweep.pods import Compiled, difference
 from gqa_scaling.sweep.status import ORDER, RunCheckpoints, RunStatus
@@ -43,7 +44,7 @@ def table(
     Words stand to the left and numbers to the right. Columns named in `whole` are never folded on a
     narrow terminal; `overflow` is what becomes of text that is too long.
     """
-    made = Table(**look)
+    made = Fitting(**look)
     for name in columns:
         justify: JustifyMethod = "left" if name in WORDS else "right"
         made.add_column(name, justify=justify, no_wrap=name in whole, overflow=overflow)
@@ -278,13 +279,15 @@ def status_table(experiment: str, rows: Sequence[RunStatus]) -> Table:
         "run": lambda r: r.name,
         "state": coloured_state,
         "step": lambda r: f"{r.step:,}/{r.steps:,}",
-        "training\nloss\n(nats)": loss,
+        "train\nloss\n(nats)": loss,
         "held-out\nloss\n(nats)": evaluation_loss,
-        "tokens/s\nper\ndevice": lambda r: known(r.tokens_per_second, "{:,.0f}".format),
-        "goodput\n+ evaluation\n+ saving": time_use,
-        "restarts": lambda r: str(r.restarts),
+        "tok/s\nper\ndevice": lambda r: known(r.tokens_per_second, "{:,.0f}".format),
+        "goodput\n+ eval\n+ saving": time_use,
+        "starts\nagain": lambda r: str(r.restarts),
     }
-    made = table(columns, (), whole={"run"}, title=status_title(experiment, rows))
+    look: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    look |= {"pad_edge": False, "show_edge": False}
+    made = table(columns, (), whole={"run"}, title=status_title(experiment, rows), **look)
     for r in rows:
         made.add_row(*(cell(r) for cell in columns.values()))
         if r.failure:
@@ -311,7 +314,7 @@ def checkpoints_table(runs: Sequence[RunCheckpoints]) -> Table:
         for state in ("whole", "damaged", "unfinished")
         if (n := sum(kept.state == state for run in runs for kept in run.kept))
     ]
-    made = Table(title=f"checkpoints of {len(runs)} runs: {', '.join(counts) or 'none'}")
+    made = Fitting(title=f"checkpoints of {len(runs)} runs: {', '.join(counts) or 'none'}")
     for column in ("run", "kept", "size", "saved", "state", "a resume uses"):
         right = column == "size"
         made.add_column(column, justify="right" if right else "left", no_wrap=column == "kept")

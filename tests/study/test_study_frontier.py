@@ -634,6 +634,7 @@ def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     assert text.count("131,072") >= 4 * len(table_4.answers)
+    assert ("--json has all" in text) == ("left out for want of width" in text)
     assert ("left out for want of width: L x d" in text) == (width == 80)
 
 

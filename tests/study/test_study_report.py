@@ -1,7 +1,9 @@
 """The report: one page that stands alone, its data beside it."""
 
+import colorsys
 import csv
 import io
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -9,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
@@ -22,7 +25,7 @@ from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.decision_pictures import colour_scale, gains, spread
 from gqa_scaling.study.report.files import TENSORBOARD, write_files
-from gqa_scaling.study.report.looks import looks
+from gqa_scaling.study.report.looks import light, looks
 from gqa_scaling.study.report.page import sections, study_page
 from gqa_scaling.study.report.table import Column, Table, card_styles, shown
 from gqa_scaling.study.report.tensorboard import events_file
@@ -221,6 +224,23 @@ def test_every_configuration_looks_different():
     for heads in (published().heads, head_candidates(32)):
         look = looks(heads)
         assert len({(v["color"], v["marker"]) for v in look.values()}) == len(set(heads))
+        colours = {v["color"] for v in look.values()}
+        assert len(colours) == len(set(heads))
+
+
+def test_kv_heads_shade_the_hue_of_query_heads_the_same_in_every_picture():
+    every = looks(head_candidates(32))
+    assert looks([(8, 2), (8, 8), (1, 1)]) == {h: every[h] for h in ((1, 1), (8, 2), (8, 8))}
+    for queries in (8, 32):
+        own = [every[h] for h in sorted(every) if h[0] == queries]
+        hues = [colorsys.rgb_to_hsv(*to_rgb(v["color"]))[0] for v in own]
+        assert max(hues) - min(hues) < 0.02
+        lightness = [light(v["color"]) for v in own]
+        assert all(b < 0.75 * a for a, b in itertools.pairwise(lightness))
+        assert len({str(v["linestyle"]) for v in own}) == len(own)
+        assert len({v["marker"] for v in own}) == 1
+    assert len({every[n, 1]["marker"] for n in (1, 2, 4, 8, 16, 32)}) == 6
+    assert len({v["color"] for v in looks([(12, 1), (16, 1), (17, 1)]).values()}) == 3
 
 
 # ------------------------------------------------------------------- a table, wherever it is shown
@@ -261,12 +281,19 @@ def test_a_terminal_shows_what_fits_and_says_what_it_left_out():
     assert "333" not in "".join(wide)
     assert "what it says" not in "".join(wide)
     narrow = on_terminal(40, SAMPLE)
-    assert "left out for want of width: first to go\n" in narrow
+    assert "left out for want of width: first to go;" in narrow
     assert "2" * 20 in narrow
+    assert "; --json has all" in narrow.replace("\n", " ")
     narrower = on_terminal(30, SAMPLE)
     assert "left out for want of width:" in narrower
     assert "12345.0" in narrower
     assert "222" not in narrower
+    every = replace(SAMPLE, columns=[replace(c, spare=0) for c in SAMPLE.columns])
+    least = on_terminal(40, every)  # too narrow for what may not be left out: a row as a block
+    assert "left out" not in least
+    for said in ("of the run (nats) 12345.0", "next to go (unit)", "1" * 20, "2" * 20):
+        assert said in " ".join(least.split()), said
+    assert max(map(len, least.splitlines())) <= 40
 
 
 def test_the_page_shows_every_column_with_its_heading_beside_it():

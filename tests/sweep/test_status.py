@@ -198,6 +198,21 @@ def test_what_the_time_went_to_is_shown_in_one_column():
         assert f" {text} " in console.file.getvalue()
 
 
+@pytest.mark.parametrize("width", [44, 80, 140])
+def test_no_number_is_cut_however_narrow_the_terminal(width):
+    rows = [
+        replace(FULL, state="done", evaluation_loss=2.6543),
+        replace(FULL, failure="out of room"),
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(status_table("tiny", rows))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for said in ("L12-d1024-h16-kv4", "2.5000", "2.6543", "93%", "out of room"):
+        assert said in text
+
+
 def test_columns_without_anything_in_them_are_left_out():
     text = printed([replace(FULL, mfu=None, restarts=0)])
     assert "goodput" in text

@@ -16,7 +16,7 @@ from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import Answer, Choice, Frontier, frontier
 from gqa_scaling.study.report import drawing as draw
-from gqa_scaling.study.report.looks import OKABE_ITO, looks, short_names
+from gqa_scaling.study.report.looks import OKABE_ITO, light, looks, short_names
 from gqa_scaling.study.report.table import percent
 from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.uncertainty import LEVEL
@@ -193,7 +193,7 @@ def probabilities_on(axis: Axes, fit: Fit, answers: Frontier) -> None:
             axis.barh(i, width, left=left, color=color, edgecolor="white")
             if width > 8:
                 text = f"{short[choice.heads]} {width:.0f}%"
-                ink = "white" if color in draw.DARK else "black"
+                ink = "white" if light(color) < 0.25 else "black"
                 axis.text(left + width / 2, i, text, fontsize=8, color=ink, **draw.CENTRED)
             left += width
     axis.set_yticks(range(len(shown)), [f"{a.context:,} tokens, {a.loss:g} nats" for a in shown])

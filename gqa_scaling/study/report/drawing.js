@@ -14,7 +14,14 @@ const Drawing = (() => {
   const quiet = () => (dark() ? "#a8adb3" : "#595959");
   const line = () => (dark() ? "#363c42" : "#e2e4e6");
   const page = () => (dark() ? "#15181b" : "#ffffff");
-  const colour = (name) => (dark() ? { "#000000": "#e8e8e8", "#0072B2": "#3d9be0" }[name] || name : name);
+  const colour = (name) => (dark() ? { "#000000": "#e8e8e8", "#0072B2": "#3d9be0" }[name] || lifted(name) : name);
+
+  /** A dark shade on a dark page: mixed with white, the more the darker it is. */
+  function lifted(name) {
+    const parts = [1, 3, 5].map((at) => parseInt(name.slice(at, at + 2), 16));
+    const white = 0.8 * Math.max(0, 1 - Math.max(...parts) / 170);
+    return `#${parts.map((v) => Math.round(v + white * (255 - v)).toString(16).padStart(2, "0")).join("")}`;
+  }
 
   // ------------------------------------------------------------------------------------------ pictures
 

@@ -17,7 +17,6 @@ from matplotlib.typing import RcKeyType
 from gqa_scaling.study.results import Heads, pair, pattern_of
 from gqa_scaling.units import quantity
 
-DARK = ("#0072B2", "#000000", "#D55E00", "#009E73")  # of these, where white letters are read best
 GREY = "#888888"
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}  # of a text around its place
 DPI = 160  # of the PNG files

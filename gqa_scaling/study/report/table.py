@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import table as rich_table
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from gqa_scaling.narrow import Fitting
 from gqa_scaling.study.uncertainty import LEVEL
 
 
@@ -65,7 +65,7 @@ class Table:
         yield Text(self.title, style="bold")
         if self.items:
             columns, left_out = self._fitting(options.max_width)
-            grid = rich_table.Table(box=None, padding=(0, 1), pad_edge=False)
+            grid = Fitting(box=None, padding=(0, 1), pad_edge=False)
             for i, column in enumerate(columns):
                 grid.add_column(
                     column.heading,
@@ -77,21 +77,28 @@ class Table:
                 grid.add_row(*(column.cell(item) for column in columns))
             yield grid
             if left_out:
-                yield Text(f"left out for want of width: {', '.join(left_out)}", style="italic")
+                names = ", ".join(dict.fromkeys(left_out))
+                yield Text(f"left out for want of width: {names}; --json has all", style="italic")
             if self.notes:
                 yield ""
         yield from map(Text, self.notes)
 
     def _fitting(self, width: int) -> tuple[list[Column], list[str]]:
-        """The columns to show at this width, and the names of those left out for want of it."""
-        shown = [column for column in self.columns if not column.page_only]
+        """The columns to show at this width, and the names of those left out for want of it.
+
+        Where too few can be left out all are shown, each row as a block (`Fitting`).
+        """
+        every = [column for column in self.columns if not column.page_only]
+        shown = list(every)
         widths = {column: column.least_width(self.items) + 2 for column in shown}
         left_out = []
         for column in sorted((c for c in shown if c.spare), key=lambda c: c.spare):
             if sum(widths[c] for c in shown) - 2 <= width:
                 break
             shown.remove(column)
-            left_out.append(column.name.split("\n")[0])
+            left_out.append(" ".join(column.name.split("\n")))
+        if sum(widths[c] for c in shown) - 2 > width:
+            return every, []
         return shown, left_out
 
     def html(self) -> str:
