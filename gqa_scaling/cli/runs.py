@@ -117,9 +117,9 @@ def _clean(args: argparse.Namespace, rest: Sequence[str]) -> int:
     for kind in args.what or ():
         known = ", ".join(KINDS)
         require(kind in KINDS, f"--what {kind}{did_you_mean(kind, KINDS)} must be of {known}")
-    declared = _declared(args)
+    declared, branched = _declared(args)
     root = _root(args, rest)
-    found, notes = removals(root, declared, args.what or KINDS)
+    found, notes = removals(root, declared, args.what or KINDS, branched)
     if not args.json:
         for note in notes:
             print(note)
@@ -150,21 +150,25 @@ def _clean(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _declared(args: argparse.Namespace) -> dict[str, set[str]]:
+def _declared(args: argparse.Namespace) -> tuple[dict[str, set[str]], set[str]]:
     """By name of the experiments that are named, the digests of all that they declare, and of runs that
-    were trained as theirs."""
+    were trained as theirs; and those of runs whose states others of them still begin with."""
     from gqa_scaling.experiment.follow_ups import find_follow_ups
     from gqa_scaling.experiment.load import named_runs
     from gqa_scaling.files.runs import runs_root
 
     root = runs_root(args.root)
     declared: dict[str, set[str]] = {}
+    branched: set[str] = set()
     for text in args.experiments:
         experiment, _ = named_runs(text, root)
         also = find_follow_ups(root, experiment.name, experiment.runs)
         known = declared.setdefault(experiment.name, set())
         known |= {run.digest for run in (*experiment.runs, *also)}
-    return declared
+        for digest, trunk in experiment.trunks.items():
+            if not trunk.finished(root / experiment.name):
+                branched.add(digest)
+    return declared, branched
 
 
 def _root(args: argparse.Namespace, rest: Sequence[str]) -> "Path":

@@ -8,7 +8,7 @@ renamed into `.removing` beside it, at one stroke, so that a kill leaves it whol
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from gqa_scaling.files.storage import (
     remove_folder,
     sizes,
 )
+from gqa_scaling.units import count
 
 ASIDE = ".removing"
 Kind = Literal["checkpoints", "digests", "compiled", "tokens", "leftovers"]  # that can go
@@ -82,15 +83,20 @@ def survey(root: Path) -> list[Space]:
 
 
 def removals(
-    root: Path, declared: Mapping[str, Iterable[str]], kinds: Iterable[Kind]
+    root: Path,
+    declared: Mapping[str, Iterable[str]],
+    kinds: Iterable[Kind],
+    branched: Container[str] = (),
 ) -> tuple[list[Removal], list[str]]:
     """What can go of these kinds, and lines on what stays that one might expect to go.
 
     `declared` holds, by experiment, the digests of its runs: unfinished runs of these experiments that
-    have another digest can go. Nothing is changed.
+    have another digest can go. `branched` holds those of runs whose states larger token budgets still
+    begin with (`experiment/branches.py`). Nothing is changed.
     """
     wanted, found, notes = set(kinds), list[Removal](), list[str]()
-    busy = 0
+    busy, kept, unknown = 0, 0, 0
+    readers: dict[str, set[str]] = {}  # experiments with unfinished runs, by the tokens they read
     for directory in _runs(root):
         state = directory.state()
         if state == "running":
@@ -98,25 +104,54 @@ def removals(
             continue
         known = declared.get(directory.path.parent.name)
         other = known is not None and _digest(directory) not in set(known)
-        if state == "done" and "checkpoints" in wanted:
+        digest = _digest(directory)
+        if state == "done" and "checkpoints" in wanted and digest in branched:
+            kept += 1
+        elif state == "done" and "checkpoints" in wanted and known is None and _branches(directory):
+            unknown += directory.checkpoints.exists()
+        elif state == "done" and "checkpoints" in wanted:
             found += _removal(
                 "checkpoints", directory.checkpoints, "its run is finished", directory
             )
         elif state != "done" and "digests" in wanted and other:
             why = f"{state}, and no run of this digest is declared"
             found += _removal("digests", directory.path, why, directory)
+        if state != "done" and not other:
+            readers.setdefault(_tokens(directory), set()).add(directory.path.parent.name)
     if busy:
-        notes.append(f"{busy} runs are being trained: they, and what is shared by them, stay")
+        stay = (
+            "is being trained: it, and what it shares"
+            if busy == 1
+            else "are being trained: they, and what they share"
+        )
+        notes.append(f"{count(busy, 'run')} {stay}, stay")
+    if kept:
+        notes.append(
+            f"checkpoints of {count(kept, 'finished run')} stay: larger token budgets begin with them"
+        )
+    if unknown:
+        notes.append(
+            f"checkpoints of {count(unknown, 'finished run')} stay: larger token budgets may begin with "
+            "them; name their experiment to know"
+        )
     caches = cache_folder()
     here = [] if is_remote(root) else [root]  # a bucket holds neither
     if not busy and "compiled" in wanted:
-        for folder in (caches / "compiled", *(each / ".compiled" for each in here)):
-            found += _removal("compiled", folder, "made again when needed")
+        why = "of every experiment {}: made again when needed"
+        found += _removal("compiled", caches / "compiled", why.format("on this machine"))
+        for each in here:
+            found += _removal("compiled", each / ".compiled", why.format("in this folder"))
     if not busy and "tokens" in wanted:
         for folder in (caches / "tokens", caches / "prepared"):
             inside = sorted(folder.iterdir()) if folder.is_dir() else []
             for each in inside:
-                found += _removal("tokens", each, "copied again when needed")
+                if names := readers.get(each.name):
+                    notes.append(
+                        f"{each} stays: unfinished runs of {', '.join(sorted(names))} read it"
+                    )
+                    continue
+                why = f"no unfinished run below {root} reads it; copied again when others do"
+                found += _removal("tokens", each, why)
     if "leftovers" in wanted:
         for folder in (caches, *here):
             found += _removal("leftovers", folder / ASIDE, "an earlier clean was ended")
@@ -211,6 +246,23 @@ def _digest(directory: RunDirectory) -> str:
         return directory.config().digest
     except UserError:
         return directory.path.name[-DIGEST_LENGTH:]
+
+
+def _branches(directory: RunDirectory) -> bool:
+    """Whether runs of larger budgets may begin with a state of this one, if there are any."""
+    try:
+        optimizer = directory.config().optimizer
+    except UserError:
+        return False
+    return bool(optimizer.warmup_tokens) and optimizer.schedule == "wsd"
+
+
+def _tokens(directory: RunDirectory) -> str:
+    """The hash of the token store that a run was begun with; "" where that cannot be read."""
+    try:
+        return str(directory.data().get("store_hash", ""))
+    except UserError:
+        return ""
 
 
 def _removal(

@@ -10,6 +10,7 @@ import pytest
 from gqa_scaling import cli
 from gqa_scaling.config import CheckpointConfig, RunConfig
 from gqa_scaling.costs import n_exact, parameters, training_flops
+from gqa_scaling.experiment.branches import at_budgets
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
@@ -276,6 +277,35 @@ def test_clean_leaves_what_is_running(call):
         assert places["left"].checkpoints.exists()
         assert Path("runs/.compiled/a-cache").exists()
     assert files() == before
+
+
+def test_clean_leaves_the_tokens_that_unfinished_runs_of_any_experiment_read(call):
+    a, b, *_ = runs()
+    run_directory("runs", "another", a).begin(a, {"store_hash": "0123"})
+    done = finish(b)
+    assert done.path.exists()
+    for name in ("0123", "4567"):
+        Path("cache/tokens", name).mkdir(parents=True)
+        Path("cache/tokens", name, "a-copy").write_text("tokens")
+    _, out, _ = call("clean", TINY, "--yes", "--json")
+    told = json.loads(out)
+    assert told["removed"] == ["cache/tokens/4567"]
+    assert told["stays"] == ["cache/tokens/0123 stays: unfinished runs of another read it"]
+
+
+def test_clean_leaves_states_that_larger_budgets_begin_with(call):
+    place, digest = spread()["left"], runs()[1].digest
+    found, notes = space.removals(Path("runs"), {"tiny": {digest}}, ["checkpoints"], {digest})
+    assert (found, notes) == (
+        [],
+        ["checkpoints of 1 finished run stay: larger token budgets begin with them"],
+    )
+    assert place.checkpoints.exists()
+    small, _ = at_budgets(runs()[2], (20.0, 40.0))
+    finish(small, keep=True)
+    found, notes = space.removals(Path("runs"), {}, ["checkpoints"])  # what there is is not said
+    assert [each.run for each in found] == [str(place.path)]
+    assert "name their experiment to know" in notes[0]
 
 
 def test_clean_takes_no_run_that_began_since_the_plan_was_made(call):

@@ -260,6 +260,10 @@ def gain_table(frontier: Frontier) -> Table:
     def lowest(cell: Callable[[Choice], str], none: str = "-") -> Callable[[Answer], str]:
         return lambda answer: cell(answer.lowest) if answer.lowest else none
 
+    def gained(cell: Callable[[Choice], str]) -> Callable[[Answer], str]:
+        """A dash where the baseline itself has the least loss: it gains nothing over itself."""
+        return lowest(lambda c: "-" if c.heads == frontier.baseline else cell(c))
+
     def heads_of(choice: Choice) -> str:
         return pair(choice.heads) + ("~" if choice.equal_cost.extrapolated else "")
 
@@ -283,13 +287,13 @@ def gain_table(frontier: Frontier) -> Table:
             Column("loss", lowest(lambda c: f"{c.equal_cost.loss:.4f}"), "nats"),
             Column(
                 f"loss of {base}",
-                lowest(lambda c: f"{c.equal_cost.loss + c.equal_cost.gain:.4f}"),
+                gained(lambda c: f"{c.equal_cost.loss + c.equal_cost.gain:.4f}"),
                 "nats",
             ),
-            Column("lower by", lowest(lambda c: millinats(c.equal_cost.gain)), "millinats"),
+            Column("lower by", gained(lambda c: millinats(c.equal_cost.gain)), "millinats"),
             Column(
                 INTERVAL,
-                lowest(lambda c: span(c.equal_cost.gain_interval, millinats)),
+                gained(lambda c: span(c.equal_cost.gain_interval, millinats)),
             ),
             *(own(heads) for heads in frontier.told if heads != frontier.baseline),
         ],
@@ -370,7 +374,9 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
             Column(f"within {margin(frontier.question.indifference)}", _near, spare=3),
             Column("regret", lambda c: percent(c.regret, 2)),
             Column(
-                "loss lower by\nat equal cost", lambda c: millinats(c.equal_cost.gain), "millinats"
+                "loss lower by\nat equal cost",
+                lambda c: "-" if c.heads == frontier.baseline else millinats(c.equal_cost.gain),
+                "millinats",
             ),
         ],
         answer.choices,
