@@ -26,7 +26,7 @@ from gqa_scaling.hardware import changed, hardware
 from gqa_scaling.sweep.plan import check_epochs
 from gqa_scaling.sweep.run import forget_failures, pending
 from gqa_scaling.sweep.views import compiled_summary, compiled_table
-from gqa_scaling.units import duration, quantity
+from gqa_scaling.units import count, duration, quantity
 from launch import local, skypilot, slurm, tpu_vm, xpk
 from launch.compiled import compile_chosen
 from launch.jobs import Job, by_slice, group
@@ -206,7 +206,7 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
     offered = engine.offered(target.largest)
     named = target.largest.vendor_name
     require(bool(offered), f"{args.target} starts no {named}: name a larger slice")
-    jobs = group(study.name, left.runs, offered, target.hardware, target.hours)
+    jobs = group(study.name, left.runs, offered, target.hardware, target.hours, experiment.trunks)
     if not args.json:
         _print_plan(jobs, target, study, [said, *(f"WARNING: {note}" for note in notes)])
     found = compile_chosen(left, jobs, study.folder / "compiled", _say) if args.compile else {}
@@ -276,7 +276,7 @@ def _left_to_launch(
 
 def _counts_said(counts: dict[str, int]) -> str:
     said = [
-        f"{counts['runs']} runs: {counts['to launch']} to launch",
+        f"{count(counts['runs'], 'run')}: {counts['to launch']} to launch",
         f"{counts['finished']} finished",
     ]
     for state, remedy in (("running", ""), ("failed", " (again with --retry-failed)")):
@@ -371,7 +371,7 @@ def _plan_table(jobs: list[Job], target: Target, study: Study) -> Table:
 
 
 def _counted(jobs: list[Job]) -> str:
-    return f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    return count(len(jobs), "job")
 
 
 def _confirm(jobs: list[Job], yes: bool) -> None:

@@ -3,10 +3,12 @@
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gqa_scaling.config import RunConfig, UserError
+from gqa_scaling.costs import training_steps
+from gqa_scaling.experiment.branches import Trunk
 from gqa_scaling.hardware import Hardware, Slice
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import layout_refusal, plan_run
@@ -56,18 +58,28 @@ def why_nowhere(run: RunConfig, offered: Sequence[Slice], row: Hardware) -> str:
 
 
 def choose(
-    run: RunConfig, offered: Sequence[Slice], row: Hardware, hours: float
+    run: RunConfig,
+    offered: Sequence[Slice],
+    row: Hardware,
+    hours: float,
+    trunk: Trunk | None = None,
+    before: Sequence[RunConfig] = (),
 ) -> tuple[Slice, float] | None:
     """The smallest slice on which the run fits and is done within `hours`, and its seconds there.
 
     Where none is fast enough: the largest on which every chip has enough to do. None when it fits
-    nowhere. `offered` goes from small to large.
+    nowhere. `offered` goes from small to large. Runs `before` it on the same slice, of smaller budgets
+    of its `trunk`, count too, each from the step from which it is trained.
     """
     fitting = [place for place in offered if fits(run, place, row)]
     if not fitting:
         return None
     busy = [p for p in fitting if run.batch_tokens >= BUSY_TOKENS * p.chips] or fitting[:1]
-    seconds = {place: plan_run(run, row, place.chips).seconds for place in busy}
+    all_of_it = (*before, run)
+    seconds = {
+        place: sum(plan_run(each, row, place.chips, trunk=trunk).seconds for each in all_of_it)
+        for place in busy
+    }
     chosen = next((p for p in busy if seconds[p] <= 3600 * hours), busy[-1])
     return chosen, seconds[chosen]
 
@@ -78,13 +90,28 @@ def group(
     offered: Sequence[Slice],
     row: Hardware,
     hours: float,
+    trunks: Mapping[str, Trunk] | None = None,
 ) -> list[Job]:
     """Every run in a job on its slice, the longest jobs first.
 
-    Raises UserError when a run fits no slice.
+    Runs that share a trunk (`trunks`, by digest) are one job, the smallest budget first: side by side
+    they would train its steps again, or wait for each other on machines that are paid for. Raises
+    UserError when a run fits no slice.
     """
-    found = {run: choose(run, offered, row, hours) for run in runs}
-    homeless = [run for run, place in found.items() if place is None]
+    known = trunks or {}
+    together: dict[RunConfig, list[RunConfig]] = {}
+    for run in runs:
+        trunk = known.get(run.digest)
+        together.setdefault(trunk.runs[0] if trunk else run, []).append(run)
+    strands: dict[RunConfig, tuple[RunConfig, ...]] = {}  # by the last of each
+    for members in together.values():
+        ordered = sorted(members, key=training_steps)
+        strands[ordered[-1]] = tuple(ordered)
+    found = {
+        last: choose(last, offered, row, hours, known.get(last.digest), strand[:-1])
+        for last, strand in strands.items()
+    }
+    homeless = [run for last, place in found.items() if place is None for run in strands[last]]
     if homeless:
         others = f" and {len(homeless) - 1} other runs" if len(homeless) > 1 else ""
         first = why_nowhere(homeless[0], offered, row)
@@ -101,9 +128,9 @@ def group(
             shared.append((run, seconds))
     jobs = [
         Job(
-            job_name(experiment, [run for run, _ in members]),
+            job_name(experiment, [run for last, _ in members for run in strands[last]]),
             place,
-            tuple(run for run, _ in members),
+            tuple(run for last, _ in members for run in strands[last]),
             sum(seconds for _, seconds in members),
         )
         for place, alike in bins.items()

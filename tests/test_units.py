@@ -2,13 +2,18 @@
 
 import math
 
-from gqa_scaling.units import byte_size, duration, quantity
+from gqa_scaling.units import byte_size, count, duration, quantity
 
 
 def test_quantities():
     values = (0, 999, 1234, 999_700, 1_234_567, 123_456_789, 1.2e9, 999.9e9, 2.5e18, math.inf)
     told = "0, 999, 1.23k, 1.00M, 1.23M, 123M, 1.20G, 1.00T, 2.5e+18, out of reach"
     assert ", ".join(map(quantity, values)) == told
+
+
+def test_one_is_no_plural():
+    told = [count(n, "run") for n in (0, 1, 2, 1680)]
+    assert told == ["0 runs", "1 run", "2 runs", "1,680 runs"]
 
 
 def test_sizes_in_bytes():

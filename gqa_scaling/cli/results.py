@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
 from gqa_scaling.cli.study import SOURCES
 from gqa_scaling.config import require
+from gqa_scaling.units import count
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
             not path.exists() or path.read_text().startswith(HEADER),
             f"--output {args.output} is another file: name one that is not there yet",
         )
-    source = read_source(args.source, rest, args.root, args.without)
+    source = read_source(args.source, rest, args.root, args.without, swept=True)
     results, forecasts, written = source.results, forecasts_of(source), {}
     if path is not None:
         written[path] = results_csv(results)
@@ -59,7 +60,8 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         return 0
     if written:
-        print(f"{len(results)} runs: {' and '.join(str(file) for file in written)}")
+        runs = count(len(results), "run")
+        print(f"{runs}: {' and '.join(str(file) for file in written)}")
     else:
         print_table(runs_table(results), "")
         for name, value in made_by(results):

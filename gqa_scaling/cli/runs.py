@@ -112,7 +112,7 @@ def _clean(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.fields import did_you_mean
     from gqa_scaling.sweep.run_views import removal_table
     from gqa_scaling.sweep.space import KINDS, removal_dict, removals, remove
-    from gqa_scaling.units import byte_size
+    from gqa_scaling.units import byte_size, count
 
     for kind in args.what or ():
         known = ", ".join(KINDS)
@@ -134,7 +134,9 @@ def _clean(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if not args.yes:
         require(sys.stdin.isatty(), "no terminal to ask at: --yes removes what is listed")
-        answer = input(f"Remove these {len(found)} folders? [y/N] ")
+        answer = input(
+            f"Remove {'this folder' if len(found) == 1 else f'these {len(found)} folders'}? [y/N] "
+        )
         require(answer.strip().lower() in ("y", "yes"), "nothing was removed")
     gone, freed = [], 0
     for each, done in remove(root, found):
@@ -146,7 +148,7 @@ def _clean(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.json:
         print_json(removal_dict(found, notes, gone))
     else:
-        print(f"removed {len(gone)} folders, {byte_size(freed)}")
+        print(f"removed {count(len(gone), 'folder')}, {byte_size(freed)}")
     return 0
 
 

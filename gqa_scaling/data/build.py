@@ -38,6 +38,7 @@ from gqa_scaling.files.storage import (
     write_atomic,
 )
 from gqa_scaling.hardware import cores
+from gqa_scaling.units import count
 
 
 def prepare(
@@ -211,7 +212,7 @@ def _build(folder: Path, data: DataConfig, corpus: Corpus, workers: int, show: b
         _say(show, f"left out {corpus.left_out} files that lie beside the records")
     if not_utf8:
         names = ", ".join(not_utf8[:3]) + (", ..." if len(not_utf8) > 3 else "")
-        _say(show, f"left out {len(not_utf8)} files that are not UTF-8: {names}")
+        _say(show, f"left out {count(len(not_utf8), 'file')} not in UTF-8: {names}")
     file = folder / "tokenizer.json"
     if tokenizer.definition is not None:
         file.write_bytes(tokenizer.definition.encode())

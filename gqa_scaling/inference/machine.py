@@ -21,6 +21,7 @@ from gqa_scaling.config import UserError
 from gqa_scaling.files.timings import Machine
 from gqa_scaling.hardware import cores
 from gqa_scaling.model.einsum import einsum_f32
+from gqa_scaling.units import count
 
 DTYPES = ("float32", "bfloat16")
 SAMPLES = 5  # of each figure, of which the median counts
@@ -114,7 +115,7 @@ def device_name(device: jax.Device) -> str:
             name = line.partition(":")[2].strip()
             break
     many = len(cores())
-    return f"{name}, {many} core{'s' if many > 1 else ''}"
+    return f"{name}, {count(many, 'core')}"
 
 
 def versions() -> dict[str, str]:

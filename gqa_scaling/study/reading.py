@@ -32,6 +32,7 @@ from gqa_scaling.files.storage import as_path, is_remote, together
 from gqa_scaling.study.counting import count_of, formula, require_counts
 from gqa_scaling.study.judged import judged_of
 from gqa_scaling.study.results import COUNTS, PATTERN_COLUMNS, Results, check, listed, table
+from gqa_scaling.units import count
 
 
 class Column(NamedTuple):
@@ -80,7 +81,9 @@ _PATTERN = dict.fromkeys(PATTERN_COLUMNS, Column(int)) | {
 # ------------------------------------------------------------------------------- our own runs
 
 
-def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> Results:
+def from_runs(
+    root: Path | str, experiment: str, runs: Iterable[RunConfig], *, swept: bool = False
+) -> Results:
     """Read what `runs/<experiment>` holds for these runs, as `from_results`.
 
     Raises UserError for a damaged file, too.
@@ -90,16 +93,21 @@ def from_runs(root: Path | str, experiment: str, runs: Iterable[RunConfig]) -> R
     files = [str(each.result_file) for each in directories]
     results = together(RunDirectory.result, directories)
     found = zip(files, runs, results, strict=True)
-    return from_results(experiment, str(as_path(root) / experiment), found)
+    return from_results(experiment, str(as_path(root) / experiment), found, swept=swept)
 
 
 def from_results(
-    experiment: str, folder: str, found: Iterable[tuple[str, RunConfig, dict[str, Any] | None]]
+    experiment: str,
+    folder: str,
+    found: Iterable[tuple[str, RunConfig, dict[str, Any] | None]],
+    *,
+    swept: bool = False,
 ) -> Results:
     """Each run judged by its own evaluation; `found` are file, config and result.json of runs.
 
     Runs without a result, or not yet judged by this evaluation, are listed in `missing`. Raises UserError for
-    a loss that is not a number, runs that cannot be compared, and where none is finished in `folder`.
+    a loss that is not a number, runs that cannot be compared (`check`, which `swept` is for), and where none
+    is finished in `folder`.
     """
     finished, rows, missing, further = [], [], [], {}
     for file, run, whole in found:
@@ -118,7 +126,7 @@ def from_results(
     )
     results = table(
         rows,
-        source=f"{experiment} ({len(rows)} runs)",
+        source=f"{experiment} ({count(len(rows), 'run')})",
         count="n_exact",
         missing=tuple(missing),
         provenance=_provenance(experiment, finished),
@@ -127,7 +135,7 @@ def from_results(
         positions={row["name"]: row["positions"] for row in rows if row["positions"]},
         judged=further,
     )
-    return check(results)
+    return check(results, swept=swept)
 
 
 def _evaluations(whole: dict[str, Any], where: str) -> dict[str, Any]:

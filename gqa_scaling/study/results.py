@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gqa_scaling.config import MAX_EPOCHS, ModelConfig, UserError, require
 from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.experiment.ladder import PUBLISHED_LADDER
+from gqa_scaling.units import count
 
 Count = Literal["n_exact", "n_formula", "n_given"]
 COUNTS: tuple[Count, ...] = get_args(Count)
@@ -187,8 +188,11 @@ def listed(names: Sequence[str], most: int = 12) -> str:
 # ------------------------------------------------------------------------------------ refusals
 
 
-def check(results: Results) -> Results:
-    """The same results, or UserError with the reason and the remedy if they cannot be compared."""
+def check(results: Results, *, swept: bool = False) -> Results:
+    """The same results, or UserError with the reason and the remedy if they cannot be compared.
+
+    `swept` runs may differ in their learning rate alone: they are shown, and no law is fitted to them.
+    """
     r = results
     for column, what, remedy in (
         ("evaluation", "evaluation sets", "judge every run on the same targets"),
@@ -208,6 +212,7 @@ def check(results: Results) -> Results:
     for i, heads in enumerate(r.heads):
         key = (*heads, r.head_dim[i], r.n_layers[i], r.d_model[i], r.n_params[i])
         key += (r.context_length[i], r.seed[i], str(r.tokens[i]))
+        key += (str(r.learning_rate[i]),) if swept else ()
         j = seen.setdefault(key, i)
         if i == j:
             continue
@@ -228,13 +233,13 @@ def flags(results: Results) -> tuple[str, ...]:
     repeated = results.name[np.nan_to_num(results.epochs) > MAX_EPOCHS]
     if len(repeated):
         out.append(
-            f"{len(repeated)} runs saw their corpus more than {MAX_EPOCHS:g} times "
+            f"{count(len(repeated), 'run')} saw their corpus more than {MAX_EPOCHS:g} times "
             f"({listed(repeated.tolist(), 3)}): repeated text teaches less"
         )
     skipped = results.provenance.get("skipped_steps", {})
     if skipped:
         out.append(
-            f"{len(skipped)} runs skipped {sum(skipped.values())} training steps "
+            f"{count(len(skipped), 'run')} skipped {sum(skipped.values())} training steps "
             f"({listed(list(skipped), 3)}): their losses may not follow the others'"
         )
     from gqa_scaling.study.shape_axes import shape_axes  # which reads results
@@ -246,7 +251,7 @@ def flags(results: Results) -> tuple[str, ...]:
             "head size, FFN ratio and aspect change (their table says what)"
         )
     if results.missing:
-        out.append(f"{len(results.missing)} runs are not finished: {listed(results.missing)}")
+        out.append(f"{count(len(results.missing), 'run')} not finished: {listed(results.missing)}")
     if results.count == "n_given":
         out.append(
             "N is the file's own count: it need not equal the parameters of a model built here"

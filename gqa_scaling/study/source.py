@@ -17,6 +17,7 @@ from gqa_scaling.study.choices import PUBLISHED, is_experiment
 from gqa_scaling.study.reading import from_csv, from_results, from_runs, published
 from gqa_scaling.study.records import Records, beside, read_records, require_equal
 from gqa_scaling.study.results import Heads, Results, heads_of, listed, pair, pairs
+from gqa_scaling.units import count
 
 PUBLISHED_QUESTION = Question(
     contexts=(8192, 32768, 131072),
@@ -71,16 +72,19 @@ def read_source(
     overrides: Sequence[str],
     folder: str | None,
     without: Sequence[str] = (),
+    *,
+    swept: bool = False,
 ) -> Source:
     """Read the runs of an experiment, of a CSV file, or the published ones.
 
     `name` is as on the command line, or an experiment that was declared in Python. `overrides` change an experiment's fields. `folder` is that of the runs that was given, as in
     `runs_root`: others' data needs none, and is read where there can be none. `without` names runs and
     configurations to leave out (`named`); what that leaves out is said in the flags of every fit.
+    `swept` runs of an experiment may differ in their learning rate alone: nothing is fitted to them.
     Raises UserError as `load_experiment`, `from_runs` and `from_csv` do, for overrides of anything but
     an experiment, and for what names no run or all of them.
     """
-    whole = _read(name, overrides, folder)
+    whole = _read(name, overrides, folder, swept)
     if not without:
         return whole
     r, source = whole.results, replace(whole, without=tuple(without))
@@ -96,7 +100,9 @@ def read_source(
     require(bool(keep.any()), f"{whole.name}: --without {' '.join(without)} leaves out every run")
     gone, known = r.name[~keep].tolist(), {run.name for run in source.grid}
     left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))
-    said = f"left out by --without {' '.join(without)}: {len(gone)} runs ({listed(gone, 4)})"
+    said = (
+        f"left out by --without {' '.join(without)}: {count(len(gone), 'run')} ({listed(gone, 4)})"
+    )
     question = whole.question
     if question.baseline in set(r.heads) - set(left.heads):
         said += f"; the baseline {pair(question.baseline)} with them: savings are against another"
@@ -104,7 +110,9 @@ def read_source(
     return replace(source, results=replace(left, left_out=said), question=question)
 
 
-def _read(name: str | Experiment, overrides: Sequence[str], folder: str | None) -> Source:
+def _read(
+    name: str | Experiment, overrides: Sequence[str], folder: str | None, swept: bool
+) -> Source:
     if isinstance(name, Experiment):
         require(
             not overrides, f"{name.name} is declared here: change its runs instead of overrides"
@@ -114,7 +122,7 @@ def _read(name: str | Experiment, overrides: Sequence[str], folder: str | None) 
     if is_experiment(name):
         root = runs_root(folder)
         experiment = load_experiment(name, overrides, root)
-        results = from_runs(root, experiment.name, experiment.runs)
+        results = from_runs(root, experiment.name, experiment.runs, swept=swept)
         return Source(name, tuple(overrides), results, experiment.question, experiment, root)
     require(
         not overrides,

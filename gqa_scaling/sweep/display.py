@@ -16,7 +16,7 @@ from gqa_scaling.files.failures import failures_are_fine
 from gqa_scaling.files.storage import is_remote
 from gqa_scaling.hardware import HARDWARE
 from gqa_scaling.sweep.status import REMOTE_LOOK_SECONDS, RunStatus, looks, read_status
-from gqa_scaling.units import duration, quantity
+from gqa_scaling.units import count, duration, quantity
 
 Show = Callable[[list[RunStatus]], None]
 
@@ -124,5 +124,5 @@ def report_end(experiment: Experiment, root: Path) -> int:
     for r in failed:
         print(f"{r.name} failed: {r.failure} (whole traceback in {r.path})", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} runs failed; try them again with --retry-failed", file=sys.stderr)
+        print(f"{count(len(failed), 'run')} failed; try again with --retry-failed", file=sys.stderr)
     return 1 if failed else 0

@@ -11,7 +11,7 @@ from gqa_scaling.sweep.details import ABSENT, NEEDED, Details, Field
 from gqa_scaling.sweep.differences import Changed, Difference, Pair
 from gqa_scaling.sweep.space import KINDS, Removal, Space
 from gqa_scaling.sweep.views import Cell, known, table
-from gqa_scaling.units import byte_size, duration, quantity
+from gqa_scaling.units import byte_size, count, duration, quantity
 
 LOOK: dict[str, Any] = {
     "box": SIMPLE_HEAD,
@@ -42,7 +42,7 @@ def details_lines(run: Details) -> list[str | Text]:
     memory = known(run.training_bytes, byte_size, "an unknown number of bytes")
     per = run.tokens / run.n_exact
     rows = {
-        "state": run.state + (f", {run.restarts} restarts" if run.restarts else ""),
+        "state": run.state + (f", {count(run.restarts, 'restart')}" if run.restarts else ""),
         "digest": f"{run.digest}, and of its evaluation {run.evaluation_digest}",
         "directory": run.path + ("" if run.state != "pending" else " (not there yet)"),
         "tokens at": run.store,
@@ -109,7 +109,7 @@ def difference_parts(found: Difference) -> list[Table | str]:
         parts.append("no field differs")
     for side, names in zip(found.sides, found.only, strict=True):
         if names:
-            parts.append(f"only in {side}: {len(names)} runs: {_listed(names)}")
+            parts.append(f"only in {side}: {count(len(names), 'run')}: {_listed(names)}")
     finished = [pair for pair in found.pairs if pair.losses != (None, None)]
     if finished:
         parts.append(results_table(found, finished))
@@ -184,7 +184,7 @@ def space_table(root: str, found: Sequence[Space], now: float) -> Table:
         "newest": lambda s: known(s.newest, lambda t: f"{duration(max(0.0, now - t))} ago", "?"),
     }
     total = sum(each.bytes for each in found)
-    title = f"{root} and what belongs to it: {byte_size(total)} in {sum(s.files for s in found):,} files"
+    title = f"{root} and what belongs to it: {byte_size(total)} in {count(sum(s.files for s in found), 'file')}"
     made = table(columns, found, whole={"size", "newest"}, overflow="fold", title=title, **LOOK)
     for column in made.columns[:2]:
         column.justify = "left"

@@ -22,7 +22,7 @@ from gqa_scaling.narrow import Fitting
 from gqa_scaling.sweep.plan import Plan, PlannedRun
 from gqa_scaling.sweep.pods import Compiled, difference
 from gqa_scaling.sweep.status import ORDER, RunCheckpoints, RunStatus
-from gqa_scaling.units import byte_size, duration, quantity
+from gqa_scaling.units import byte_size, count, duration, quantity
 
 Row = TypeVar("Row")
 Cell = Callable[[Row], str | Text]
@@ -111,7 +111,7 @@ def plan_table(plan: Plan) -> Table:
 def plan_summary(plan: Plan) -> list[str]:
     """Totals and warnings, a line each."""
     t = plan.totals
-    runs = f"{t['runs']} runs" + (f" left of {len(plan.runs)}" if t["finished"] else "")
+    runs = count(int(t["runs"]), "run") + (f" left of {len(plan.runs)}" if t["finished"] else "")
     if plan.runs and not plan.left:
         return [f"all {len(plan.runs)} runs are finished: nothing is left to pay for"]
     lines = [
@@ -125,13 +125,13 @@ def plan_summary(plan: Plan) -> list[str]:
     if branches:
         saved = t["saved_flops"] / (t["saved_flops"] + t["training_flops"])
         lines.append(
-            f"{branches} runs begin where the decay of one with a smaller token budget does: "
+            f"{count(branches, 'run')} to begin where the decay of one with a smaller token budget does: "
             f"{t['saved_flops']:.3g} model FLOPs ({saved:.0%}) are saved and in none of these sums"
         )
     large = [r.name for r in plan.left if r.training_bytes > plan.hardware.memory]
     if large:
         lines.append(
-            f"WARNING: {len(large)} runs are predicted not to fit {byte_size(plan.hardware.memory)} "
+            f"WARNING: {count(len(large), 'run')} predicted not to fit {byte_size(plan.hardware.memory)} "
             f"({', '.join(large[:3])}{', ...' if len(large) > 3 else ''}); try --parallel.remat full, "
             "--parallel.accumulation or --parallel.fsdp"
         )
@@ -248,7 +248,7 @@ def status_counts(rows: Sequence[RunStatus]) -> str:
 
 
 def status_title(experiment: str, rows: Sequence[RunStatus]) -> str:
-    return f"{experiment}: {len(rows)} runs, {status_counts(rows)}"
+    return f"{experiment}: {count(len(rows), 'run')}, {status_counts(rows)}"
 
 
 def coloured_state(row: RunStatus) -> Text:
@@ -314,7 +314,7 @@ def checkpoints_table(runs: Sequence[RunCheckpoints]) -> Table:
         for state in ("whole", "damaged", "unfinished")
         if (n := sum(kept.state == state for run in runs for kept in run.kept))
     ]
-    made = Fitting(title=f"checkpoints of {len(runs)} runs: {', '.join(counts) or 'none'}")
+    made = Fitting(title=f"checkpoints of {count(len(runs), 'run')}: {', '.join(counts) or 'none'}")
     for column in ("run", "kept", "size", "saved", "state", "a resume uses"):
         right = column == "size"
         made.add_column(column, justify="right" if right else "left", no_wrap=column == "kept")

@@ -556,7 +556,7 @@ def test_left_out_files_are_reported_unless_told_not_to(config, folder, tmp_path
     corpus = shutil.copytree(folder, tmp_path / "mixed")
     (corpus / "image.png").write_bytes(b"\xff\xfe\xfd")
     store = prepare(config(corpus=str(corpus)))
-    assert capsys.readouterr().err == "left out 1 files that are not UTF-8: image.png\n"
+    assert capsys.readouterr().err == "left out 1 file not in UTF-8: image.png\n"
     assert store.manifest["corpus"]["not_utf8"] == ["image.png"]
     prepare(config(corpus=str(corpus), store=f"{tmp_path}/t"), show=False)
     assert capsys.readouterr() == ("", "")

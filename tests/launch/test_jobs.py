@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
+from gqa_scaling.config import ModelConfig, ParallelConfig, Question, RunConfig, UserError
+from gqa_scaling.experiment.branches import at_budgets, trunks
+from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.hardware import SLICES, hardware, slice_of
 from gqa_scaling.sweep import memory
-from gqa_scaling.sweep.plan import plan_run
+from gqa_scaling.sweep.plan import make_plan, plan_run
 from launch.cli import ENGINES
 from launch.compiled import chosen
 from launch.jobs import choose, fits, group, job_name, label, memory_needed
@@ -76,6 +78,30 @@ def test_a_run_that_takes_too_long_gets_the_smallest_slice_that_is_fast_enough()
     assert smaller
     assert all(plan_run(big, V5E, s.chips).seconds > 24 * 3600 for s in smaller)
     assert choose(big, offered, V5E, 4)[0].chips > place.chips
+
+
+def test_budgets_that_share_their_steps_are_one_job_at_the_price_of_the_plan():
+    alone = run(tokens=10**9)
+    budgets = at_budgets(alone, (20.0, 40.0, 80.0))
+    assert len(trunks(budgets)) == 3
+    offered = sizes_up_to(slice_of("v5e-16"))
+    other = run("other", layers=2)
+    shuffled = [budgets[2], other, *budgets[:2]]
+    jobs = group("study", shuffled, offered, V5E, 24, trunks(shuffled))
+    (job,) = [job for job in jobs if budgets[0] in job.runs]
+    order = [each for each in job.runs if each in budgets]
+    assert order == budgets
+    row = replace(V5E, start_seconds=0.0)
+    priced = group("study", budgets, offered, row, 24, trunks(budgets))
+    (one,) = priced
+    counted = make_plan(Experiment("study", tuple(budgets), Question(), ""), row, one.slice.chips)
+    assert one.seconds == pytest.approx(3600 * counted.hours)
+    separate = sum(plan_run(each, row, one.slice.chips).seconds for each in budgets)
+    assert one.seconds < 0.75 * separate
+    # what is left of a trunk is priced by the steps that are left of it
+    (left,) = group("study", budgets[1:], offered, row, 24, trunks(budgets))
+    assert left.seconds < one.seconds
+    assert left.runs == tuple(budgets[1:])
 
 
 def test_a_run_that_needs_memory_gets_more_chips():

@@ -79,7 +79,7 @@ def test_finished_runs_are_shown_and_left_out_of_the_totals():
     assert plan.totals == only | {"finished": 1}
     assert [each.finished for each in plan.runs] == [True, False]
     assert " done" in shown(plan_table(plan))
-    assert plan_summary(plan)[0].startswith("1 runs left of 2, ")
+    assert plan_summary(plan)[0].startswith("1 run left of 2, ")
     whole = make_plan(experiment(*runs), CHIP, finished=set(runs))
     assert whole.totals["dollars"] == 0
     assert plan_summary(whole) == ["all 2 runs are finished: nothing is left to pay for"]
@@ -162,7 +162,7 @@ def test_more_than_four_epochs_are_refused_unless_allowed():
 def test_summary_warns_of_runs_that_do_not_fit():
     large = run("large", model=ModelConfig(48, 4096, 32, 32))
     summary = "\n".join(plan_summary(make_plan(experiment(run(), large), CHIP)))
-    assert "WARNING: 1 runs are predicted not to fit 1.00 GiB (large)" in summary
+    assert "WARNING: 1 run predicted not to fit 1.00 GiB (large)" in summary
     assert "WARNING" not in "\n".join(plan_summary(make_plan(experiment(run()), CHIP)))
 
 
@@ -228,7 +228,7 @@ def test_steps_that_another_budget_trains_are_planned_once():
     assert b.kept_bytes == 0
     assert plan.disk_bytes == plan.finished_bytes + a.kept_bytes + a.checkpoint_bytes
     assert "800/2,000" in shown(plan_table(plan))
-    assert "1 runs begin where the decay" in "\n".join(plan_summary(plan))
+    assert "1 run to begin where the decay" in "\n".join(plan_summary(plan))
     alone = make_plan(experiment(long), CHIP)
     assert alone.runs[0].first_step == 0  # nobody else trains these steps
     assert "first step" not in shown(plan_table(alone))

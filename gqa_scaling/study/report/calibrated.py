@@ -10,7 +10,7 @@ from gqa_scaling.study.calibration import Calibration, Judged, Law
 from gqa_scaling.study.report.table import Column, Table, percent, shown
 from gqa_scaling.study.roofline import Form, Roofline
 from gqa_scaling.study.uncertainty import LEVEL
-from gqa_scaling.units import quantity
+from gqa_scaling.units import count, quantity
 
 _Z = HardwareCost()
 _CONSTANTS = f"λ {_Z.weight:g}, α {_Z.memory_power:.3g}, β {_Z.compute_power:.3g}"
@@ -52,7 +52,7 @@ def sentence(found: Calibration) -> str:
     judged = {j.law: j for j in found.judged if j.phase == "decode"}
     own, z = found.error, judged["z_one"]
     said = (
-        f"Seconds of a step on {found.name}: on {len(found.held_out)} models held out "
+        f"Seconds of a step on {found.name}: on {count(len(found.held_out), 'model')} held out "
         f"({own.shapes} shapes) the roofline is off by {percent(own.median)} in the middle and at most "
         f"{percent(own.most)} for {LEVEL:.0%}"
     )
@@ -140,7 +140,7 @@ def judged_table(found: Calibration, law: Roofline) -> Table:
         return f"{1e3 * j.regret_seconds:.3g}" if math.isfinite(j.regret_seconds) else "-"
 
     return Table(
-        f"{phase}: laws fitted to {len(found.fitted)} models, judged on {rows[0].shapes} shapes and "
+        f"{phase}: laws fitted to {count(len(found.fitted), 'model')}, judged on {count(rows[0].shapes, 'shape')} and "
         f"{rows[0].pairs} pairs of {len(found.held_out)} others",
         [
             Column("law", lambda j: LAWS[j.law] + (" *" if j.law == law.form else "")),

@@ -16,7 +16,7 @@ from gqa_scaling.study.report.table import INTERVAL, Column, Table, percent, spa
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.study.uncertainty import LEVEL, interval
-from gqa_scaling.units import quantity
+from gqa_scaling.units import count, quantity
 
 
 def law_tables(found: Estimates) -> list[Table]:
@@ -49,7 +49,7 @@ def fit_table(fit: Fit) -> Table:
         ],
         range(len(fit.heads)),
         (
-            f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings",
+            f"{fit.source}: {count(len(fit.points.n), 'point')}, N is {fit.count} without embeddings",
             f"E = {fit.floor:.4f} nats, {INTERVAL} {span(fit.floor_interval)}",
             *constants,
             _solution(fit),
@@ -73,7 +73,7 @@ def token_table(law: TokenLaw) -> Table:
         _curve_columns(fit, Column("points", lambda k: str(int(_of(fit, k).sum())))),
         range(len(fit.heads)),
         (
-            f"{fit.source}: {len(fit.points.n)} points, N is {fit.count} without embeddings, D from "
+            f"{fit.source}: {count(len(fit.points.n), 'point')}, N is {fit.count} without embeddings, D from "
             f"{quantity(low)} to {quantity(high)} training tokens",
             f"E = {floor:.4f} nats, {INTERVAL} {span(floor_ends)}",
             f"beta = {beta:.4f}, {INTERVAL} {span(beta_ends, '.4f')}; B = "

@@ -20,7 +20,7 @@ from gqa_scaling.study.shape_axes import shape_axes
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sparsity import Sparsity
 from gqa_scaling.study.uncertainty import LEVEL, interval
-from gqa_scaling.units import quantity
+from gqa_scaling.units import count, quantity
 
 LOSS = "evaluation loss (nats per token)"
 
@@ -170,7 +170,7 @@ def forecast_errors(forecasts: Forecasts, heads: Sequence[Heads]) -> Figure | No
     axis.grid(False, axis="y")
     axis.set(
         xlabel="loss minus forecast (millinats)",
-        title=f"{forecasts.inside} of {len(scores)} runs inside their {LEVEL:.0%} intervals (bars), "
+        title=f"{forecasts.inside} of {count(len(scores), 'run')} inside their {LEVEL:.0%} intervals (bars), "
         "the largest at the top",
     )
     return figure

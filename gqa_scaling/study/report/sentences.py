@@ -14,7 +14,7 @@ from gqa_scaling.study.points import Interval
 from gqa_scaling.study.report.table import margin, percent, span
 from gqa_scaling.study.results import pair, pairs, pattern_of
 from gqa_scaling.study.uncertainty import LEVEL
-from gqa_scaling.units import quantity
+from gqa_scaling.units import count, quantity
 
 DEMONSTRATION = "Demonstration, too small to decide by. "
 
@@ -35,8 +35,8 @@ def sentence(frontier: Frontier) -> str:
         f" with pattern {pattern.label} (T_eff {best.effective:,.0f} tokens)" if pattern else ""
     )
     said = [
-        f"{start}For {_goal(answer)}, take {_several(best.heads[0], 'query head')} and "
-        f"{_several(best.heads[1], 'KV head')}{sparse} at {quantity(best.n)} parameters: "
+        f"{start}For {_goal(answer)}, take {count(best.heads[0], 'query head')} and "
+        f"{count(best.heads[1], 'KV head')}{sparse} at {quantity(best.n)} parameters: "
         f"{_saving(best, frontier)}.",
         f"NOT DECIDED which is the cheapest: {untimed}."
         if untimed
@@ -73,10 +73,6 @@ def sentence(frontier: Frontier) -> str:
 
 def _goal(answer: Answer) -> str:
     return f"{answer.loss:g} nats at {answer.context:,} tokens"
-
-
-def _several(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _saving(best: Choice, frontier: Frontier) -> str:
