@@ -140,7 +140,7 @@ def test_a_sweep_of_learning_rates_is_kept_too(grid, capsys):
     file = grid / "experiments" / "grid.py"
     file.write_text(GRID.replace("for heads in (2, 4)", "for heads in (2,)"))
     swept = file.read_text().replace(
-        "tokens=1280,", "tokens=1280, optimizer=OptimizerConfig(rate),"
+        "tokens=1280,", "tokens=1280, optimizer=OptimizerConfig(learning_rate=rate),"
     )
     swept = swept.replace("-h{heads}", "-h{heads}-{rate}").replace(
         "for layers", "for rate in (0.01, 0.02)\n        for layers"

@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +185,88 @@ def test_a_run_waits_for_the_state_that_another_process_is_about_to_keep(
         assert other.enter_context(claim(directory(SHORT).claim_file))
         assert sweep.run_sweep(GRID.select("D[13]*"), ROOT) == sweep.Outcome(2, 0)
     assert order == ["pause", "D30", "pause"]
+
+
+# ------------------------------------------------------------- other meshes, processes and storage
+
+
+GRID_FILE = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+from test_training_branches import RUNS
+
+def runs():
+    return list(RUNS[:2])
+"""
+
+
+@pytest.mark.usefixtures("workplace")
+def test_in_a_bucket_branches_equal_runs_that_were_trained_alone(alone: Path, bucket: Path) -> None:
+    root = bucket / "runs"
+    assert sweep.run_sweep(GRID, root) == sweep.Outcome(3, 0)
+    for run, first in zip(RUNS, (0, 12, 24), strict=True):
+        assert [attempt["first_step"] for attempt in directory(run, root).attempts()] == [first]
+        assert result(run, root) == result(run, alone)
+        assert not directory(run, root).checkpoints.exists()
+
+
+def command(root: str, *arguments: str, devices: int = 1, processes: int = 1) -> str:
+    """What a `run` of the grid with two budgets says on stderr; it must end well."""
+    Path("tiny.py").unlink(missing_ok=True)
+    Path("tiny.py").write_text(GRID_FILE)
+    start = [sys.executable, "-m", "gqa_scaling", "run"]
+    if processes > 1:
+        job = ["launch", "local", "--processes", str(processes)]
+        start[2:] = [*job, "--devices-per-process", str(devices)]
+    checkout = str(Path(__file__).parents[2])
+    told = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": checkout}
+    done = subprocess.run(
+        [*start, "tiny.py", "--quiet", "--root", root, *arguments],
+        env={**os.environ, **told},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_a_branch_on_another_mesh_of_eight_devices_equals_the_run_alone() -> None:
+    trunk = ("--parallel.fsdp", "2", "--parallel.tensor", "2")
+    branch = ("--parallel.context", "4", "--parallel.fsdp", "2")
+    command("runs", "--only", "D15", *trunk, devices=8)
+    command("runs", "--only", "D30", *branch, devices=8)
+    assert "begins at the first step" in command("alone", "--only", "D30", *branch, devices=8)
+    assert [
+        attempt["layout"]["mesh"]
+        for run in (SHORT, MIDDLE)
+        for attempt in directory(run).attempts()
+    ] == [
+        {"data": 2, "fsdp": 2, "context": 1, "tensor": 2},
+        {"data": 1, "fsdp": 2, "context": 4, "tensor": 1},
+    ]
+    assert first_steps(MIDDLE) == [12]
+    losses, evaluations = [], []
+    for root in (ROOT, Path("alone")):
+        rows = [m for m in directory(MIDDLE, root).metrics() if m["step"] > 12]
+        losses.append([m["learning/loss"] for m in rows if "learning/loss" in m])
+        evaluations.append(json.loads(result(MIDDLE, root))["evaluations"])
+    assert len(losses[0]) == 18
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    (one,), (other,) = (each.values() for each in evaluations)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert one["loss_by_position"] == pytest.approx(other["loss_by_position"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_branches_of_a_job_of_two_processes_equal_its_runs_alone() -> None:
+    layout = ("--parallel.fsdp", "2")
+    assert "begins at the first step" not in command("runs", *layout, processes=2)
+    for name in ("D15", "D30"):
+        command(f"alone-{name}", "--only", name, *layout, processes=2)
+    assert [first_steps(run) for run in (SHORT, MIDDLE)] == [[0], [12]]
+    for run in (SHORT, MIDDLE):
+        assert result(run) == result(run, Path(f"alone-{run.name}"))
+        assert not states(run)
