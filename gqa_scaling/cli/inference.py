@@ -81,6 +81,8 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         cache=args.cache,
         warm=True,
     )
+    if said := generation.copies:
+        print(said, file=sys.stderr)
     texts = _write(args.prompt, generation, tokenizer, shown=not args.json)
     error = _cache_error(args, generation) if args.cache_error else None
     if args.json:

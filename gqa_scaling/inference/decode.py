@@ -31,13 +31,17 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from gqa_scaling.config import ModelConfig, require
+from gqa_scaling.context_sharding import kv_cache_values
+from gqa_scaling.costs import VALUE_BYTES
 from gqa_scaling.devices.layout import AXES, serving_tensor
 from gqa_scaling.devices.mesh import axis_size, constrain, on_shards
+from gqa_scaling.hardware import GIB
 from gqa_scaling.inference import cache as kv
 from gqa_scaling.inference.cache import CacheType, Heads, LayerCache
 from gqa_scaling.model.einsum import einsum_f32
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.transformer import Layers, create, rms_norm, rope_tables
+from gqa_scaling.units import byte_size, count
 
 CHUNK = 512  # tokens of each prompt that are taken at once
 
@@ -87,6 +91,24 @@ def serving_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = Non
     devices = jax.devices() if devices is None else devices
     tensor = serving_tensor(config, len(devices))
     return Mesh(np.array(devices).reshape(-1, 1, 1, tensor), AXES)
+
+
+def copies_said(config: ModelConfig, mesh: Mesh, batch: int, max_length: int, dtype: str) -> str:
+    """That devices keep copies of one cache, and of how much; "" where none does, or of less than a GiB.
+
+    KV heads fewer than `tensor` are repeated. Split along the sequence instead, each device would keep
+    and read a part, for one more exchange a layer: that is not built.
+    """
+    copies = mesh.shape["tensor"] // config.n_kv_heads
+    values = kv_cache_values(config.layer_patterns, max_length, config.head_dim)
+    held = batch / mesh.shape["data"] * values * VALUE_BYTES[dtype]
+    if copies < 2 or held <= GIB:
+        return ""
+    return (
+        f"each KV head's cache lies on {copies} devices, as {mesh.shape['tensor']} share "
+        f"{count(config.n_kv_heads, 'KV head')}: {byte_size(held / config.n_kv_heads)} each; use "
+        "fewer devices, or --cache int8"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

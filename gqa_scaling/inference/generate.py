@@ -21,6 +21,7 @@ from gqa_scaling.inference.decode import (
     Cache,
     New,
     Parameters,
+    copies_said,
     empty_cache,
     prefill,
     read,
@@ -96,6 +97,13 @@ class Generation:
         self.made: list[list[int]] = [[] for _ in arrays]
         self.ended: list[Ended | None] = [None for _ in arrays]
         self.compile_seconds = self.first_token_seconds = self.seconds = 0.0
+
+    @property
+    def copies(self) -> str:
+        """What is to be said of copies of the cache that devices keep (`copies_said`)."""
+        config, mesh = self.decoder.config, self.decoder.mesh
+        kept = self.cache_type or config.dtype
+        return copies_said(config, mesh, len(self.prompts), self.max_length, kept)
 
     def __iter__(self) -> Iterator[list[int | None]]:
         mesh, began = self.decoder.mesh, time.perf_counter()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import decode_kit
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 from decode_kit import DENSE, PROMPTS, VARIANTS, cached, decoder, uncached
 from eight_devices import on_eight_devices
+from jax.sharding import AbstractMesh
 
-from gqa_scaling.config import UserError
+from gqa_scaling.config import ModelConfig, UserError
+from gqa_scaling.devices.layout import AXES
 from gqa_scaling.inference.accuracy import cache_error
-from gqa_scaling.inference.decode import empty_cache, prefill, step
+from gqa_scaling.inference.decode import copies_said, empty_cache, prefill, step
 from gqa_scaling.inference.generate import Generation
 from gqa_scaling.inference.sampling import Sampling
+from gqa_scaling.units import byte_size
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +115,17 @@ def test_the_error_of_a_cache_is_that_of_its_bits():
     assert 1e-4 < coarse.rms < coarse.largest < 0.2 * coarse.logits_rms
     assert 0 < abs(coarse.loss_change) < 0.05
     assert "int8 cache against float32" in coarse.sentence
+
+
+def test_copies_of_a_large_cache_are_said():
+    """One KV head over 4 devices: all of them hold its whole cache."""
+    config = ModelConfig(24, 1536, 8, 1, dtype="bfloat16")
+    mesh = AbstractMesh((1, 1, 1, 4), AXES)
+    said = copies_said(config, mesh, 4, 131072, "bfloat16")
+    cache = 2 * 4 * 131072 * 24 * 64 * 2
+    assert said.startswith(
+        f"each KV head's cache lies on 4 devices, as 4 share 1 KV head: {byte_size(cache)}"
+    )
+    assert copies_said(config, mesh, 1, 8192, "bfloat16") == ""  # small
+    assert copies_said(replace(config, n_kv_heads=4), mesh, 4, 131072, "bfloat16") == ""
+    assert copies_said(config, AbstractMesh((4, 1, 1, 1), AXES), 4, 131072, "bfloat16") == ""
