@@ -137,29 +137,27 @@ def test_only_a_table_of_runs_is_replaced(grid, capsys):
 
 def test_a_sweep_of_learning_rates_is_kept_too(grid, capsys):
     """Nothing is fitted to it, so that runs may differ in their learning rate alone."""
-    file = grid / "experiments" / "grid.py"
-    file.write_text(GRID.replace("for heads in (2, 4)", "for heads in (2,)"))
-    swept = file.read_text().replace(
+    swept = GRID.replace(
         "tokens=1280,", "tokens=1280, optimizer=OptimizerConfig(learning_rate=rate),"
     )
-    swept = swept.replace("-h{heads}", "-h{heads}-{rate}").replace(
-        "for layers", "for rate in (0.01, 0.02)\n        for layers"
-    )
-    file.write_text(swept.replace("import ModelConfig", "import ModelConfig, OptimizerConfig"))
-    for i, run in enumerate(load_experiment("experiments.grid").runs):
-        directory = run_directory("runs", "grid", run)
+    swept = swept.replace("-h{heads}", "-h{heads}-{rate}").replace("(2, 4)", "(2,)")
+    swept = swept.replace("for layers", "for rate in (0.01, 0.02)\n        for layers")
+    swept = swept.replace("import ModelConfig", "import ModelConfig, OptimizerConfig")
+    (grid / "experiments" / "rates.py").write_text(swept)
+    for i, run in enumerate(load_experiment("experiments.rates").runs):
+        directory = run_directory("runs", "rates", run)
         directory.begin(run, {"store_hash": "s"})
         judged = {run.evaluation_digest: {"loss": 3.0 + i / 100}}
         result = {"config": run.to_dict(), "n_exact": n_exact(run.model), "tokens": 1280}
         directory.finish(result | {"data": {"store_hash": "s"}, "evaluations": judged}, {})
     kept = grid / "sweep.csv"
     for _ in range(2):  # what was written may be replaced
-        assert cli.main(["results", "experiments.grid", "--output", str(kept)]) == 0
+        assert cli.main(["results", "experiments.rates", "--output", str(kept)]) == 0
     rows = list(csv.DictReader(kept.read_text().splitlines()))
     assert len(rows) == 8
     assert {row["learning_rate"] for row in rows} == {"0.01", "0.02"}
     capsys.readouterr()
-    assert cli.main(["results", "experiments.grid"]) == 0
+    assert cli.main(["results", "experiments.rates"]) == 0
     assert " rate " in capsys.readouterr().out
-    assert cli.main(["fit", "experiments.grid"]) == 2
+    assert cli.main(["fit", "experiments.rates"]) == 2
     assert "have the same shape, seed and tokens" in capsys.readouterr().err
