@@ -60,8 +60,8 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         return 0
     if written:
-        runs = count(len(results), "run")
-        print(f"{runs}: {' and '.join(str(file) for file in written)}")
+        counted = count(len(results), "run")
+        print(f"{counted}: {' and '.join(str(file) for file in written)}")
     else:
         print_table(runs_table(results), "")
         for name, value in made_by(results):

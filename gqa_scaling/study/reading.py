@@ -239,7 +239,7 @@ def _bounded(name: str, value: Any, column: str, where: str) -> float:
 # ------------------------------------------------------------------------- somebody else's runs
 
 
-def from_csv(path: Path | str) -> Results:
+def from_csv(path: Path | str, *, swept: bool = False) -> Results:
     """Runs from a CSV file with a header line, columns in any order, further ones ignored.
 
     Needed: n_heads, n_kv_heads, loss (nats), and n_params (without embeddings) or n_layers and
@@ -256,7 +256,7 @@ def from_csv(path: Path | str) -> Results:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file in UTF-8") from None
-    return from_text(text, str(path))
+    return from_text(text, str(path), swept=swept)
 
 
 def published() -> Results:
@@ -265,7 +265,7 @@ def published() -> Results:
     return from_text(text, "Chen et al. 2025, Figure 2")
 
 
-def from_text(text: str, source: str) -> Results:
+def from_text(text: str, source: str, *, swept: bool = False) -> Results:
     """Runs from the text of a CSV file, as `from_csv`; `source` names it in what is refused."""
     lines = [
         (f"{source} line {i}", line)
@@ -296,7 +296,7 @@ def from_text(text: str, source: str) -> Results:
     needed = {*REQUIRED, *(("n_layers", "d_model") if shaped else ("n_params",))}
     rows = [_row(header, values, needed, where) for where, values in cells]
     require_counts(rows, [where for where, _ in cells])
-    return check(table(rows, source=source, count=count_of(rows, source)))
+    return check(table(rows, source=source, count=count_of(rows, source)), swept=swept)
 
 
 def _cells(line: str, where: str) -> list[str]:

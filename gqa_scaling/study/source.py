@@ -80,7 +80,7 @@ def read_source(
     `name` is as on the command line, or an experiment that was declared in Python. `overrides` change an experiment's fields. `folder` is that of the runs that was given, as in
     `runs_root`: others' data needs none, and is read where there can be none. `without` names runs and
     configurations to leave out (`named`); what that leaves out is said in the flags of every fit.
-    `swept` runs of an experiment may differ in their learning rate alone: nothing is fitted to them.
+    `swept` runs may differ in their learning rate alone: nothing is fitted to them.
     Raises UserError as `load_experiment`, `from_runs` and `from_csv` do, for overrides of anything but
     an experiment, and for what names no run or all of them.
     """
@@ -130,16 +130,17 @@ def _read(
     )
     if name == PUBLISHED:
         return Source(name, (), published(), PUBLISHED_QUESTION)
-    return _from_file(name)
+    return _from_file(name, swept)
 
 
-def _from_file(name: str) -> Source:
+def _from_file(name: str, swept: bool) -> Source:
     """The runs of a CSV file; with all that was kept of them where its record lies beside it."""
-    rows, record = from_csv(name), beside(as_path(name))
+    rows, record = from_csv(name, swept=swept), beside(as_path(name))
     if not record.exists():
         return Source(name, (), rows, Question())
     kept = read_records(record)
     found = zip(repeat(str(record)), kept.runs, kept.results, strict=False)
-    results = replace(from_results(kept.experiment, str(record), found), source=name)
+    results = from_results(kept.experiment, str(record), found, swept=swept)
     require_equal(results, rows, record)
+    results = replace(results, source=name)
     return Source(name, (), results, kept.question, kept=kept)

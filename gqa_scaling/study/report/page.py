@@ -31,7 +31,6 @@ from gqa_scaling.study.report.table import Column, Table, card_styles
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.tokens import spans_budgets
-from gqa_scaling.units import count
 
 MOST_COMPARED = 40  # configurations: each is left out in turn, of every law, of all the others
 _BOKEH = ("bokeh.min.js", "bokeh-api.min.js")  # of its wheel: plots, and how to describe them
