@@ -23,6 +23,7 @@ import pytest
 
 from gqa_scaling import cli, hardware
 from gqa_scaling.cli import bench, exchange, questions, report, runs, start, study
+from gqa_scaling.cli import experiment as cli_experiment
 from gqa_scaling.config import require
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.data.corpus import FETCHED
@@ -229,7 +230,7 @@ def try_gqa(words: list[str]) -> None:
         return
     if is_experiment:
         load_experiment(source, rest).select(
-            getattr(args, "only", None), getattr(args, "shard", None)
+            cli_experiment.only(args), getattr(args, "shard", None)
         )
     else:
         assert rest == []
@@ -274,6 +275,7 @@ def try_launch(words: list[str]) -> None:
         assert rest == []
         try_gqa(["run", *args.run])
         return
+    words = [word for word in words if word != "--compile"]  # its compiler need not be there
     assert launching.main([*words, "--dry-run"]) == 0
 
 

@@ -540,7 +540,7 @@ def test_what_the_command_trained_is_measured_and_never_fitted(small):
     assert status["counts"]["done"] == 16
     assert [(r["name"], r["state"]) for r in status["beside"]] == [(run.name, "done")]
     _, out, _ = small("status", "experiments.small")
-    assert "small, beside its grid: 1 runs, 1 done" in out
+    assert "small, beside its grid: 1 run, 1 done" in out
 
 
 def test_a_model_that_the_study_has_trained_is_named(small):
