@@ -20,6 +20,7 @@ import numpy as np
 from gqa_scaling import costs
 from gqa_scaling.config import ModelConfig, RunConfig
 from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
+from gqa_scaling.units import quantity
 
 SIZES = ((2, 64), (4, 128), (6, 192), (8, 256))  # L, d
 SERIES = {  # what changes: (its values, the L, d, context and sequences of each)
@@ -95,6 +96,8 @@ def plot(found: dict, path: str) -> None:
             x, [y[-1] * f / flops[-1] for f in flops], "k:", label="FLOPs, from the largest"
         )
         axes.set_xlabel(name)
+        axes.set_xticks(x, [quantity(value) for value in x])
+        axes.minorticks_off()
     panels[0].set_ylabel("processor seconds a step")
     panels[-1].legend()
     figure.tight_layout()
