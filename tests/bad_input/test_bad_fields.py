@@ -116,7 +116,7 @@ def test_real_numbers(refused, field):
         ("corpus='a\\x00b' must not hold a NUL", "--data.corpus a\0b"),
         ("store='a\\x00b' must not hold a NUL", "--data.store a\0b"),
         ("unknown field --foo\\nbar", "--foo\nbar 1"),
-        ("unexpected argument '\\x1b[31m'", "\x1b[31m"),
+        ("--hardware takes one value, not '\\x1b[31m'", "\x1b[31m"),
     ],
 )  # fmt: skip
 def test_fields(refused, said, arguments):

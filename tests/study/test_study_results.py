@@ -281,9 +281,9 @@ def test_our_runs_are_read_and_the_missing_are_listed(tmp_path):
     assert (r.evaluation[0], r.corpus[0], r.tokenizer[0], r.vocab_size[0]) == ("e", "c", "t", 256)
     assert r.provenance["training_seconds"] == 4.0
     told = " ".join(flags(r))
-    assert "1 runs saw their corpus more than 4 times (b)" in told
+    assert "1 run saw their corpus more than 4 times (b)" in told
     assert "not finished: c" in told
-    assert "1 runs skipped 3 training steps (b)" in told
+    assert "1 run skipped 3 training steps (b)" in told
 
 
 def test_a_run_judged_only_by_another_evaluation_is_missing(tmp_path):
