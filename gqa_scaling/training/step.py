@@ -20,10 +20,6 @@ from gqa_scaling.training.setup import Setup, set_up
 
 State = tuple[Any, Any]
 NORMS_REMEMBERED = 100  # steps over which a usual gradient norm is averaged
-GO_ON = (  # while gradients are scattered; one alone does nothing
-    "xla_enable_async_reduce_scatter_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter",
-)
 SPIKE_GROWTH = 1.1  # times which the mean grows at each step skipped for its norm
 
 
@@ -117,21 +113,13 @@ def train_step(setup: Setup) -> Any:
 
 
 def _compiler_options(setup: Setup) -> dict[str, Any] | None:
-    """What the compiler of TPU programs is told beside its defaults.
-
-    On several chips to go on computing while gradients are scattered: by default a chip waits for
-    them, by both options together twice as many of the bytes that it receives come meanwhile
-    (docs/pods.md). With accumulation not to move sums over devices out of the loop over
-    microbatches: under some versions of libtpu that corrupts an embedding's gradient (xla issue
-    49143). In the steps that were looked at it moved the gradients of norms, a few kilobytes; the
-    large ones stayed in the loop either way.
-    """
-    if setup.platform != "tpu":
+    """What the compiler of TPU programs must not do with accumulation: move sums over devices out
+    of the loop over microbatches. Under some versions of libtpu that corrupts an embedding's
+    gradient (xla issue 49143). In the steps that were looked at it moved the gradients of norms,
+    a few kilobytes; the large ones stayed in the loop either way."""
+    if setup.platform != "tpu" or setup.run.parallel.accumulation == 1:
         return None
-    options: dict[str, Any] = dict.fromkeys(GO_ON if setup.mesh.size > 1 else (), True)
-    if setup.run.parallel.accumulation > 1:
-        options["xla_disable_hlo_passes"] = "while-loop-all-reduce-code-motion"
-    return options or None
+    return {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
 
 
 def initial_state(setup: Setup) -> State:

@@ -5,13 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
 from training_kit import tiny_run
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, UserError
 from gqa_scaling.training import setup as setups
 from gqa_scaling.training.setup import Setup, set_up
-from gqa_scaling.training.step import GO_ON, _compiler_options, abstract_state, train_step
+from gqa_scaling.training.step import _compiler_options, abstract_state, train_step
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -48,14 +47,6 @@ def test_tpu_programs_keep_sums_in_the_loop_over_microbatches(
     assert _compiler_options(set_up(twice)) == {
         "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"
     }
-
-
-def test_chips_go_on_computing_while_gradients_are_scattered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Setup, "platform", "tpu")
-    several = dataclasses.replace(set_up(tiny_run()), mesh=AbstractMesh((8,), ("fsdp",)))
-    assert _compiler_options(several) == dict.fromkeys(GO_ON, True)
 
 
 def test_a_run_under_flags_that_spoil_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
