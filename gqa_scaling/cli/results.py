@@ -37,6 +37,10 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
             not path.exists() or path.read_text().startswith(HEADER),
             f"--output {args.output} is another file: name one that is not there yet",
         )
+        require(
+            path.exists() or not beside(path).exists(),
+            f"--output {args.output}: {beside(path)} is another file: name one that is not there yet",
+        )
     source = read_source(args.source, rest, args.root, args.without, swept=True)
     results, forecasts, written = source.results, forecasts_of(source), {}
     if path is not None:

@@ -7,8 +7,9 @@ Where the second file lies beside the first, the study is what it was among its 
 question, losses by position, other evaluations, versions and forecasts.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,23 +62,22 @@ def beside(csv_file: Path) -> Path:
 
 def read_records(path: Path) -> Records:
     """The study in this file. Raises UserError where a line of it is damaged, named by its number."""
-    first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    study, wrong = parse_json(first.encode(), _STUDY)
+    first, *lines = path.read_bytes().splitlines() or [b""]
+    study, wrong = parse_json(first, _STUDY)
     _require_whole(path, 1, wrong)
     require(
         study["schema"] == SCHEMA,
         f"{path} has schema {study['schema']}, this version reads {SCHEMA}",
     )
+    with _naming(path, 1):
+        question = Question.from_dict(study["question"])
     runs, results = [], []
     for number, line in enumerate(lines, 2):
-        result, wrong = parse_json(line.encode(), RESULT)
+        result, wrong = parse_json(line, RESULT)
         _require_whole(path, number, wrong)
-        try:
+        with _naming(path, number):
             runs.append(RunConfig.from_dict(result["result"].get("config")))
-        except UserError as error:
-            _require_whole(path, number, str(error))
         results.append(result)
-    question = Question.from_dict(study["question"])
     forecasts = [unsealed(path / name, said) for name, said in study["forecasts"].items()]
     return Records(
         path, study["experiment"], question, tuple(forecasts), tuple(runs), tuple(results)
@@ -90,6 +90,17 @@ def _require_whole(path: Path, number: int, wrong: str) -> None:
         f"{path} line {number} is damaged ({wrong}); write it again with `gqa-scaling results`, or move it "
         "away to read the CSV file alone",
     )
+
+
+@contextlib.contextmanager
+def _naming(path: Path, number: int) -> Iterator[None]:
+    """Have what a config refuses told with the line that it stands in."""
+    wrong = ""
+    try:
+        yield
+    except UserError as error:
+        wrong = str(error)
+    _require_whole(path, number, wrong)
 
 
 def require_equal(kept: Results, rows: Results, path: Path) -> None:

@@ -160,7 +160,8 @@ def score_kept(kept: Records) -> Forecasts:
 
     def outcome(run: dict[str, Any]) -> _Outcome:
         whole = kept.result(run["digest"])
-        return _Outcome(whole, whole["attempts"] if whole else [])
+        attempts = (whole.get("attempts") or []) if whole else []
+        return _Outcome(whole, [each for each in attempts if "began" in each])
 
     return _scored(kept.forecasts, outcome)
 

@@ -97,6 +97,13 @@ def test_a_kept_study_is_asked_and_scored_as_its_experiment(grid, capsys):
         assert study.results.positions["L8-h4"][0] > study.results.positions["L8-h4"][1]
     assert told[0] == told[1]
     assert "1 of the finished run inside" in told[0]
+    whole = Path("grid.jsonl").read_text()
+    without = [json.loads(line) | {"attempts": None} for line in whole.splitlines()[1:]]
+    lines = [whole.splitlines()[0], *map(json.dumps, without)]
+    Path("grid.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert cli.main(["results", "grid.csv"]) == 0
+    assert "sealed too late" in capsys.readouterr().out  # nobody knows when it began
+    Path("grid.jsonl").write_text(whole)
     seal = Path("grid.jsonl").read_text().replace('"predicted_nats": ', '"predicted_nats": 1')
     Path("grid.jsonl").write_text(seal)
     assert cli.main(["results", "grid.csv"]) == 0
@@ -110,6 +117,7 @@ def test_a_kept_study_is_asked_and_scored_as_its_experiment(grid, capsys):
         ("grid.jsonl", '"loss": ', '"loss": 1', "they differ in L1-h2"),
         ("grid.jsonl", '"n_heads": 2', '"n_heads": "2"', "grid.jsonl line 2 is damaged (model.n_heads"),
         ("grid.jsonl", '"schema": 1}', '"schema": 7}', "has schema 7, this version reads 1"),
+        ("grid.jsonl", '"contexts": [512]', '"contexts": []', "line 1 is damaged (contexts must name"),
         ("grid.jsonl", '{"experiment"', '{"experiments"', "line 1 is damaged (experiment is missing)"),
     ],
 )  # fmt: skip
@@ -131,6 +139,11 @@ def test_only_a_table_of_runs_is_replaced(grid, capsys):
     assert (grid / "mine.csv").read_text() == "a,b\n"
     assert cli.main(["results", "experiments.grid", "--output", "mine.txt"]) == 2
     assert "must end with .csv" in capsys.readouterr().err
+    Path("new.jsonl").write_text("mine\n")
+    assert cli.main(["results", "experiments.grid", "--output", "new.csv"]) == 2
+    assert "new.jsonl is another file" in capsys.readouterr().err
+    assert Path("new.jsonl").read_text() == "mine\n"
+    Path("new.jsonl").unlink()
     for _ in range(2):
         assert cli.main(["results", "experiments.grid", "--output", "new.csv"]) == 0
 

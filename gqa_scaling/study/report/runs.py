@@ -6,6 +6,7 @@ from collections.abc import Callable
 from gqa_scaling import __version__
 from gqa_scaling.study.report.table import Column, Table
 from gqa_scaling.study.results import Results, pair
+from gqa_scaling.units import count
 from gqa_scaling.versions import commit
 
 _GAINED = (
@@ -41,7 +42,7 @@ def runs_table(results: Results) -> Table:
         ],
         range(len(r)),
         [
-            f"{len(r)} runs from {r.source}. N is {r.count}, without embeddings; loss in nats per token.",
+            f"{count(len(r), 'run')} from {r.source}. N is {r.count}, without embeddings; loss in nats per token.",
             *([_GAINED] if r.positions else []),
             *([f"Not finished: {', '.join(r.missing)}."] if r.missing else []),
         ],
