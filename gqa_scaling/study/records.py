@@ -1,10 +1,11 @@
 """A study that is kept: beside its CSV file the record of everything that made it.
 
     studies/linux.csv     a row for each finished run, as every verb of a study reads it
-    studies/linux.jsonl   the question and the sealed forecasts, then the whole result.json of each run
+    studies/linux.jsonl   the question and the sealed forecasts, then of each run the whole result.json
+                          and its training curve
 
 Where the second file lies beside the first, the study is what it was among its run directories: its
-question, losses by position, other evaluations, versions and forecasts.
+question, losses by position, other evaluations, training curves, versions and forecasts.
 """
 
 import contextlib
@@ -20,15 +21,17 @@ from gqa_scaling.files.forecasts import Sealed, read_forecasts, unsealed
 from gqa_scaling.files.runs import RESULT, RunDirectory, parse_json, run_directories
 from gqa_scaling.files.storage import together
 from gqa_scaling.study.results import Results
+from gqa_scaling.study.training_curves import Curve, training_curve
 
 SCHEMA = 1
 _STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
+_RUN: Shape = RESULT | {"training_curve?": {"tokens": [float], "losses": [float]}}
 
 
 @dataclass(frozen=True)
 class Records:
     """What is kept of an experiment in `path`: `results` are the result.json of its finished runs, in the
-    order of their declaration, and `runs` their configs."""
+    order of their declaration, `runs` their configs and `curves` their training curves by name."""
 
     path: Path
     experiment: str
@@ -36,6 +39,7 @@ class Records:
     forecasts: tuple[Sealed, ...]
     runs: tuple[RunConfig, ...]
     results: tuple[dict[str, Any], ...]
+    curves: dict[str, Curve]
 
     def result(self, digest: str) -> dict[str, Any] | None:
         """The result.json of the run with this digest; None where it is not kept."""
@@ -51,8 +55,17 @@ def records(root: Path, experiment: str, question: Question, runs: Sequence[RunC
         "question": question.to_dict(),
         "forecasts": {each.path.name: each.said for each in sealed if not each.altered},
     }
-    results = together(RunDirectory.result, run_directories(root, experiment, runs))
-    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in (study, *results))
+    directories = run_directories(root, experiment, runs)
+    kept = together(lambda each: _run(*each), list(zip(directories, runs, strict=True)))
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in (study, *kept))
+
+
+def _run(directory: RunDirectory, run: RunConfig) -> dict[str, Any]:
+    tokens, losses = training_curve(directory, run.batch_tokens)
+    curve = {"tokens": [round(n) for n in tokens], "losses": [round(loss, 4) for loss in losses]}
+    result = directory.result()
+    require(result is not None, f"{directory.result_file} went away as it was read: try again")
+    return (result or {}) | {"training_curve": curve}
 
 
 def beside(csv_file: Path) -> Path:
@@ -71,16 +84,20 @@ def read_records(path: Path) -> Records:
     )
     with _naming(path, 1):
         question = Question.from_dict(study["question"])
-    runs, results = [], []
+    runs, results, curves = [], [], {}
     for number, line in enumerate(lines, 2):
-        result, wrong = parse_json(line, RESULT)
+        result, wrong = parse_json(line, _RUN)
         _require_whole(path, number, wrong)
         with _naming(path, number):
             runs.append(RunConfig.from_dict(result["result"].get("config")))
+        curve = result.pop("training_curve", {"tokens": [], "losses": []})
+        alike = len(curve["tokens"]) == len(curve["losses"])
+        _require_whole(path, number, "" if alike else "training_curve has not a loss at each place")
+        curves[runs[-1].name] = tuple(curve["tokens"]), tuple(curve["losses"])
         results.append(result)
     forecasts = [unsealed(path / name, said) for name, said in study["forecasts"].items()]
     return Records(
-        path, study["experiment"], question, tuple(forecasts), tuple(runs), tuple(results)
+        path, study["experiment"], question, tuple(forecasts), tuple(runs), tuple(results), curves
     )
 
 

@@ -10,6 +10,7 @@ from gqa_scaling import cli
 from gqa_scaling.costs import n_exact
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory
+from gqa_scaling.study.histories import histories
 from gqa_scaling.study.source import read_source
 
 GRID = """
@@ -53,6 +54,9 @@ def finish(run):
     judged = {"loss": loss, "hash": "e", "loss_by_position": [loss + 0.1, loss - 0.1]}
     result = {"config": run.to_dict(), "digest": run.digest, "n_exact": n, "tokens": 1280}
     known = {"data": {"store_hash": "s"}, "evaluations": {run.evaluation_digest: judged}}
+    lines = [{"step": 1, "learning/loss": 3.0}, {"step": 2, "learning/loss": 2.8}]
+    lines.append({"step": 3, "learning/loss": 2.7})
+    directory.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     directory.finish(result | known, {})
 
 
@@ -80,6 +84,10 @@ def test_what_is_kept_answers_as_the_runs_do(grid, capsys):
     assert results[0]["result"]["data"]["store_hash"] == "s"
     assert cli.main(["results", str(kept)]) == 0
     assert "abc: 7" in capsys.readouterr().out
+    told = histories(read_source(str(kept), (), None), "")
+    assert set(told.curves) == set(names)
+    assert told.curves["L4-h4"] == ((128, 256, 384), (3.0, 2.8, 2.7))
+    assert told.config["context_length"] == 32
 
 
 def test_a_kept_study_is_asked_and_scored_as_its_experiment(grid, capsys):
