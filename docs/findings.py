@@ -3,11 +3,13 @@
 python docs/findings.py
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import fisher_exact
+from scipy.stats import CensoredData, logrank
 
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.report import drawing as draw
@@ -15,11 +17,12 @@ from gqa_scaling.study.report.drawing import frames
 from gqa_scaling.study.report.looks import looks
 from gqa_scaling.study.report.loss_pictures import losses_on
 from gqa_scaling.study.report.pictures import rendered
-from gqa_scaling.study.results import Results, pair
-from gqa_scaling.study.source import read_source
+from gqa_scaling.study.results import Heads, Results, pair
+from gqa_scaling.study.source import Source, read_source
 
 HERE = Path(__file__).parent
 LINUX = str(HERE.parent / "studies" / "linux.csv")
+AWAY = 0.2  # nats below the trend of a width: a run that has learned to copy
 
 
 @draw.styled
@@ -63,28 +66,110 @@ def context_gains(results: Results) -> Figure:
     return figure
 
 
-def copying(results: Results) -> str:
-    """How many runs copy from their context: at each width from 64 on, those above the widest gap in
-    what context gains. Fisher's exact test, one-sided: more where each query head has a KV head."""
-    parts = [results.positions[str(name)] for name in results.name]
-    gain = np.array([losses[0] - losses[-1] for losses in parts])
-    heads_alike = results.n_heads == results.n_kv_heads
-    table = np.zeros((2, 2), int)  # query heads with a KV head each or not; copying or not
-    for width in (64, 88):
-        mine = results.d_model == width
-        ordered = np.sort(gain[mine])
-        gap = np.argmax(np.diff(ordered))
-        for alike, copies in zip(heads_alike[mine], gain[mine] > ordered[gap], strict=True):
-            table[int(not alike), int(not copies)] += 1
-    p = fisher_exact(table, alternative="greater").pvalue
-    (yes, no), (others, not_others) = table
-    return f"{yes} of {yes + no} copy, of the others {others} of {others + not_others}; p = {p:.2f}"
+@dataclass(frozen=True)
+class Onset:
+    """When a run fell away from the trend of its width, in training tokens; None if not by its end."""
+
+    heads: Heads
+    width: int
+    tokens: float | None
+    trained: float
+
+    def __str__(self) -> str:
+        at = f"> {self.trained / 1e6:.1f}M" if self.tokens is None else f"{self.tokens / 1e6:.1f}M"
+        return f"{pair(self.heads)} {at}"
+
+
+def onsets(source: Source) -> list[Onset]:
+    """Of every run from width 64 on: when it learned to copy, by its training curve.
+
+    All runs of a width go down one straight line in ln(tokens) from 1M to 2M tokens. A run has fallen
+    away where two places of its curve in a row lie AWAY below that line.
+    """
+    r, kept, found = source.results, source.kept, []
+    assert kept is not None
+    for width in sorted(set(r.d_model[r.d_model >= 64].tolist())):
+        mine = np.flatnonzero(r.d_model == width)
+        curves = [np.array(kept.curves[str(r.name[i])]) for i in mine]
+        early = np.concatenate([c[:, (c[0] > 1e6) & (c[0] < 2.05e6)] for c in curves], axis=1)
+        line = np.polyfit(np.log(early[0]), early[1], 1)
+        for i, (tokens, losses) in zip(mine, curves, strict=True):
+            below = (np.polyval(line, np.log(tokens)) - losses > AWAY) & (tokens > early[0].min())
+            both = below[:-1] & below[1:]
+            first = float(tokens[np.argmax(both)]) if both.any() else None
+            found.append(Onset(r.heads[i], width, first, float(r.tokens[i])))
+    return found
+
+
+def sooner(found: Sequence[Onset]) -> str:
+    """Whether runs with a KV head for each query head fall away sooner than others of their width: of
+    the pairs in which it can be told, and by a log-rank test, one-sided, of all widths together."""
+    alike, others = ([o for o in found if is_mha(o.heads) == mha] for mha in (True, False))
+    pairs = [_first(a, b) for a in alike for b in others if a.width == b.width]
+    told = [first for first in pairs if first is not None]
+    censored = [
+        CensoredData(
+            [o.tokens for o in group if o.tokens is not None],
+            right=[o.trained for o in group if o.tokens is None],
+        )
+        for group in (alike, others)
+    ]
+    p = logrank(*censored, alternative="greater").pvalue
+    return f"{sum(told)} of {len(told)} pairs, p = {p:.3f}"
+
+
+def _first(one: Onset, other: Onset) -> bool | None:
+    """Whether the one fell away first; None where that cannot be told."""
+    if one.tokens is not None and one.tokens < (other.tokens or other.trained):
+        return True
+    if other.tokens is not None and other.tokens < (one.tokens or one.trained):
+        return False
+    return None
+
+
+def is_mha(heads: Heads) -> bool:
+    return heads[0] == heads[1]
+
+
+@draw.styled
+def training(source: Source) -> Figure:
+    """The training curves of each width, and where each run falls away."""
+    assert source.kept is not None
+    r = source.results
+    widths = sorted(set(r.d_model[r.d_model >= 64].tolist()))
+    figure, axes = frames(11, 4.1, len(widths), share_y=True)
+    found = iter(onsets(source))
+    for axis, width in zip(axes, widths, strict=True):
+        for i in np.flatnonzero(r.d_model == width):
+            look = looks(r.heads)[r.heads[i]]
+            tokens, losses = map(np.array, source.kept.curves[str(r.name[i])])
+            at, onset = tokens > 5e5, next(found)
+            axis.plot(tokens[at], losses[at], **look | {"marker": "", "linewidth": 1})
+            if onset.tokens is not None:
+                there = np.interp(onset.tokens, tokens, losses)
+                axis.plot(onset.tokens, there, **look | {"linestyle": "none", "markersize": 9})
+        most = r.tokens[r.d_model == width].max()
+        axis.set(xlabel="training tokens", title=f"Width {width}", xlim=(5e5, 1.1 * most))
+        draw.decades_axis(axis)
+    shown = list(dict.fromkeys(sorted(r.heads)))
+    draw.legend(figure, shown, looks(r.heads))
+    axes[0].set_ylabel("training loss (nats per token)")
+    return figure
 
 
 def main() -> None:
-    linux = read_source(LINUX, (), None).results
-    print(f"widths 64 and 88: with as many KV heads as query heads {copying(linux)}")
-    for name, figure in {"laws": laws(), "context": context_gains(linux)}.items():
+    linux = read_source(LINUX, (), None)
+    found = onsets(linux)
+    for width in sorted({o.width for o in found}):
+        mine = sorted((o for o in found if o.width == width), key=lambda o: o.tokens or np.inf)
+        print(f"width {width}: {', '.join(map(str, mine))}")
+    print(f"a KV head for each query head is sooner in {sooner(found)}")
+    figures = {
+        "laws": laws(),
+        "training": training(linux),
+        "context": context_gains(linux.results),
+    }
+    for name, figure in figures.items():
         (HERE / f"findings_{name}.png").write_bytes(rendered(figure, "png"))
 
 
