@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/findings.md from the studies that are kept.
+"""Draws the pictures of docs/findings.md from the studies that are kept, and tells when runs learn to copy.
 
 python docs/findings.py
 """
@@ -157,13 +157,19 @@ def training(source: Source) -> Figure:
     return figure
 
 
-def main() -> None:
-    linux = read_source(LINUX, (), None)
-    found = onsets(linux)
+def told(linux: Source) -> str:
+    """When runs learn to copy, in words."""
+    found, lines = onsets(linux), []
     for width in sorted({o.width for o in found}):
         mine = sorted((o for o in found if o.width == width), key=lambda o: o.tokens or np.inf)
-        print(f"width {width}: {', '.join(map(str, mine))}")
-    print(f"a KV head for each query head is sooner in {sooner(found)}")
+        lines.append(f"width {width}: {', '.join(map(str, mine))}")
+    lines.append(f"a KV head for each query head is sooner in {sooner(found)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    linux = read_source(LINUX, (), None)
+    print(told(linux))
     figures = {
         "laws": laws(),
         "training": training(linux),

@@ -55,6 +55,8 @@ State = Literal["done", "running", "stale", "failed", "pending", "damaged"]
 _ATTEMPT: Shape = {"began": float, "first_step": int, "layout": {"device": str}}
 _LINE: Shape = {"step": int}  # further fields whose names hold a / are numbers
 _FURTHER: Shape = {
+    "loss_of_first_reading?": float,
+    "loss_of_second_reading?": float,
     "loss_by_context?": {"*": float},
     "needles?": {"form": str, "trials": int, "depths": [float], "accuracy": {"*": [float]}},
 }

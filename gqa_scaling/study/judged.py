@@ -1,5 +1,6 @@
 """What runs were judged by beside their loss: other contexts, and needles by length and depth."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,13 +14,15 @@ from gqa_scaling.study.results import Heads, Results
 class Judged:
     """Of one run: bits per byte, the loss in nats of the same targets at other context lengths, and
     the share of needles found, for each length one value for each of the `depths` (0 the beginning
-    of the text, 1 its end). Empty where it was not asked for, NaN for unknown bits."""
+    of the text, 1 its end); and what reading a text for the second time gains, in nats per token.
+    Empty where it was not asked for, NaN where it is not known."""
 
     bits_per_byte: float
     losses: dict[int, float]
     depths: tuple[float, ...]
     accuracy: dict[int, tuple[float, ...]]
     form: str = ""
+    gained_by_rereading: float = math.nan
 
     @property
     def further(self) -> bool:
@@ -45,12 +48,15 @@ class Row:
 def judged_of(evaluation: dict[str, Any]) -> Judged:
     """What an evaluation of a result.json holds; its shape was checked when it was read."""
     needles = evaluation.get("needles") or {"depths": (), "accuracy": {}, "form": ""}
+    first = evaluation.get("loss_of_first_reading", math.nan)
+    second = evaluation.get("loss_of_second_reading", math.nan)
     return Judged(
         bits_per_byte=float(evaluation.get("bits_per_byte") or "nan"),
         losses={int(k): v for k, v in (evaluation.get("loss_by_context") or {}).items()},
         depths=tuple(needles["depths"]),
         accuracy={int(k): tuple(v) for k, v in needles["accuracy"].items()},
         form=needles["form"],
+        gained_by_rereading=first - second,
     )
 
 

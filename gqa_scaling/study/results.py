@@ -122,6 +122,12 @@ class Results:
         )
 
     @property
+    def gained_by_rereading(self) -> np.ndarray:
+        """What it gains each run to read a text again, in nats per token; NaN where it is not known."""
+        known = [self.judged.get(str(name)) for name in self.name]
+        return np.array([each.gained_by_rereading if each else np.nan for each in known])
+
+    @property
     def ladder(self) -> tuple[tuple[int, int], ...]:
         """The runs' own sizes (L, d); the published ladder when the data has no shapes."""
         sizes = set(zip(self.n_layers.tolist(), self.d_model.tolist(), strict=True)) - {(0, 0)}
@@ -153,6 +159,7 @@ class Results:
         ]
 
 
+COPIES = 0.3  # nats that a second reading gains a model which has learned to copy from its context
 KINDS = {Integers: int, Floats: float, Objects: object}
 COLUMNS = {f.name: KINDS[f.type] for f in dataclasses.fields(Results) if f.type in KINDS}
 PATTERN_COLUMNS = {f"pattern_{f.name}": f.name for f in dataclasses.fields(ContextSharding)}
@@ -249,6 +256,14 @@ def flags(results: Results) -> tuple[str, ...]:
         out.append(
             f"{len(sizes)} sizes were trained in several shapes: a law in N alone takes for noise what "
             "head size, FFN ratio and aspect change (their table says what)"
+        )
+    gained = results.gained_by_rereading
+    told = gained[np.isfinite(gained)]
+    copying = int(np.sum(told >= COPIES))
+    if 0 < copying < len(told):
+        out.append(
+            f"{copying} of {count(len(told), 'run')} learned to copy from their context, the others did not "
+            f"(to read a text again gains them {COPIES:g} nats a token, or less): no one curve holds for both"
         )
     if results.missing:
         out.append(f"{count(len(results.missing), 'run')} not finished: {listed(results.missing)}")

@@ -60,7 +60,8 @@ def judge(
         return Evaluation(**whole())
     kept = _Kept(directory)
     same = {"tokens": asked.tokens, "of": run.evaluation_context, "averaged": averaged_steps(run)}
-    value = Evaluation(**kept.value({"loss at": "its own context", **same}, whole))
+    own = {"loss at": "its own context", "read": "twice", **same}
+    value = Evaluation(**kept.value(own, whole))
     losses = {}
     for context in asked.contexts:
         what = {"loss at": context, **same}

@@ -111,7 +111,7 @@ def train(
         value = judge(setup, store, directory, evaluate, parameters)
     if processes.is_leader():
         metrics = {tag: getattr(value, tag.partition("/")[2]) for tag in FINAL_METRICS}
-        write_hparams(directory, setup, metrics, grid)
+        write_hparams(directory, setup, metrics | value.measures(), grid)
         write_further(directory, value)
         result = _result(setup, store, history, value)
         directory.finish(result, _timing(setup, directory), trunk.kept_steps(run) if trunk else ())
@@ -252,8 +252,8 @@ class _Attempt:
                 stop = processes.preempted() and step < steps
                 if is_measured(setup, step):
                     with monitor.outside_steps("evaluation"):
-                        loss = self.evaluate(state[0], targets_of_a_point(setup)).loss
-                    telemetry.log(step, {"evaluation/loss": loss})
+                        value = self.evaluate(state[0], targets_of_a_point(setup))
+                    telemetry.log(step, value.measures())
                 due = step % run.checkpoint.every_steps == 0 and step < steps
                 if stop or due or step in shared:
                     with monitor.outside_steps("checkpoint"):  # what is saved has been judged

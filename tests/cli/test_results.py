@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from gqa_scaling.costs import n_exact
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study.histories import histories
+from gqa_scaling.study.results import flags
 from gqa_scaling.study.source import read_source
 
 GRID = """
@@ -52,6 +54,8 @@ def finish(run):
     n = n_exact(run.model)
     loss = (1e6 / n) ** 0.1 + run.model.n_heads / 100
     judged = {"loss": loss, "hash": "e", "loss_by_position": [loss + 0.1, loss - 0.1]}
+    gained = 0.1 * run.model.n_layers  # the largest have learned to copy
+    judged |= {"loss_of_first_reading": loss, "loss_of_second_reading": loss - gained}
     result = {"config": run.to_dict(), "digest": run.digest, "n_exact": n, "tokens": 1280}
     known = {"data": {"store_hash": "s"}, "evaluations": {run.evaluation_digest: judged}}
     lines = [{"step": 1, "learning/loss": 3.0}, {"step": 2, "learning/loss": 2.8}]
@@ -65,6 +69,17 @@ def test_a_table_of_finished_runs_tells_what_is_not(grid, capsys):
     said = capsys.readouterr().out
     assert "L4-h4" in said
     assert "Not finished: L8-h4." in said
+    assert re.search(r"L4-h4 .* 0\.200 +0\.400\n", said)  # gained by context, by rereading
+
+
+def test_runs_that_copy_and_runs_that_do_not_are_told_apart(grid):
+    (said,) = [
+        flag for flag in flags(read_source("experiments.grid", (), None).results) if "copy" in flag
+    ]
+    assert said.startswith("3 of 7 runs learned to copy")
+    for alike in ("L[12]-*", "L[48]-*"):
+        left = read_source("experiments.grid", (), None, (alike,)).results
+        assert not any("learned to copy" in flag for flag in flags(left))
 
 
 def test_what_is_kept_answers_as_the_runs_do(grid, capsys):

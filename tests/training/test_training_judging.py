@@ -65,6 +65,24 @@ def test_losses_by_context_are_of_the_same_targets_with_less_before_them() -> No
     assert found["loss_by_context"]["8"] == pytest.approx(nll.mean(), rel=1e-5)
 
 
+def test_what_is_read_twice_is_the_same_text_again() -> None:
+    """The targets of both readings are the same, and both readings are means over them."""
+    run = tiny_run()
+    found = finished().result()["result"]["evaluations"][run.evaluation_digest]
+    half = run.context_length // 2
+    text = heldout_chunks(open_store(run.data), run.context_length, 1024, 32)[:, :half]
+    model = model_of(set_up(run))
+    logits = np.asarray(model.logits(model(np.concatenate([text, text], 1))), np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for name, of in (("first", logp[:, : half - 1]), ("second", logp[:, half:-1])):
+        nll = -np.take_along_axis(of, text[:, 1:, None], -1)
+        assert found[f"loss_of_{name}_reading"] == pytest.approx(nll.mean(), rel=1e-5)
+    events = EventAccumulator(str(finished().path)).Reload()
+    gained = found["loss_of_first_reading"] - found["loss_of_second_reading"]
+    last = events.Scalars("evaluation/gained_by_rereading")[-1]
+    assert (last.step, last.value) == (24, pytest.approx(gained, abs=1e-6))
+
+
 def test_an_answer_counts_where_greedy_decoding_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are what greedy decoding, one token at a time, gives; some then have a token changed."""
     setup = set_up(tiny_run())

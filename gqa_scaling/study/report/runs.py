@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from gqa_scaling import __version__
 from gqa_scaling.study.report.table import Column, Table
 from gqa_scaling.study.results import Results, pair
@@ -12,6 +14,9 @@ from gqa_scaling.versions import commit
 _GAINED = (
     "Gained by context: the loss at the first positions of a sequence minus that at the last, of as many equal "
     "parts as the evaluation tells apart (at most 32)."
+)
+_REREAD = (
+    "Gained by rereading: the loss on held-out text minus that on the same text right after it."
 )
 
 
@@ -44,21 +49,33 @@ def runs_table(results: Results) -> Table:
         [
             f"{count(len(r), 'run')} from {r.source}. N is {r.count}, without embeddings; loss in nats per token.",
             *([_GAINED] if r.positions else []),
+            *([_REREAD] if _reread(r) else []),
             *([f"Not finished: {', '.join(r.missing)}."] if r.missing else []),
         ],
     )
 
 
+def _reread(r: Results) -> bool:
+    return bool(np.isfinite(r.gained_by_rereading).any())
+
+
 def _gains(r: Results) -> list[Column]:
-    """What context gains a run: its loss at the first positions minus that at the last."""
-    if not r.positions:
-        return []
+    """What context gains a run: its loss at the first positions minus that at the last; and what it
+    gains to read a text again."""
 
     def gain(i: int) -> str:
         losses = r.positions.get(str(r.name[i]), ())
         return f"{losses[0] - losses[-1]:.3f}" if losses else "-"
 
-    return [Column("gained by\ncontext", gain, "nats", spare=1)]
+    reread = r.gained_by_rereading
+
+    def again(i: int) -> str:
+        return f"{reread[i]:.3f}" if np.isfinite(reread[i]) else "-"
+
+    return [
+        *([Column("gained by\ncontext", gain, "nats", spare=1)] if r.positions else []),
+        *([Column("by\nrereading", again, "nats", spare=1)] if _reread(r) else []),
+    ]
 
 
 def made_by(results: Results, intervals: str = "") -> list[tuple[str, str]]:
