@@ -86,11 +86,11 @@ def is_measured(setup: Setup, step: int) -> bool:
 def targets_of_a_point(setup: Setup) -> int | None:
     """How many targets one such measurement may take; None for all, as where a run says how often.
 
-    A target costs a third of what training on a token does.
+    A target costs a third of what training on a token does, and as many again are read twice.
     """
     if setup.run.evaluation.every_steps:
         return None
-    return math.floor(SHARE * 3 * setup.tokens / (POINTS - 1))
+    return math.floor(SHARE * 3 / 2 * setup.tokens / (POINTS - 1))
 
 
 def evaluator(
