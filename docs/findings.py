@@ -17,7 +17,7 @@ from gqa_scaling.study.report.drawing import frames
 from gqa_scaling.study.report.looks import looks
 from gqa_scaling.study.report.loss_pictures import losses_on
 from gqa_scaling.study.report.pictures import rendered
-from gqa_scaling.study.results import Heads, Results, pair
+from gqa_scaling.study.results import COPIES, Heads, Results, pair
 from gqa_scaling.study.source import Source, read_source
 
 HERE = Path(__file__).parent
@@ -44,25 +44,28 @@ def laws() -> Figure:
 @draw.styled
 def context_gains(results: Results) -> Figure:
     """What the context of 256 tokens gains each run, over what it was trained on."""
-    figure, axes = frames(11, 4.1, 2)
-    for heads, look in looks(results.heads).items():
-        look |= {"linestyle": "none"}
-        mine = [i for i, h in enumerate(results.heads) if h == heads]
-        parts = np.array([results.positions[str(results.name[i])] for i in mine])
-        tokens = results.tokens[mine]
-        axes[0].plot(tokens, parts[:, 0], **look, label=pair(heads))
-        axes[1].plot(tokens, parts[:, 0] - parts[:, -1], **look)
+    figure, axes = frames(12.5, 4.1, 3)
+    parts = np.array([results.positions[str(name)] for name in results.name])
+    shown = (parts[:, 0], parts[:, 0] - parts[:, -1], results.gained_by_rereading)
     part = int(results.context_length[0]) // parts.shape[1]
-    axes[0].set(
-        ylabel="loss (nats per token)", title=f"Loss at the first {part} positions of a sequence"
+    titles = (
+        f"Loss at the first {part} positions of a sequence",
+        f"That minus the loss at the last {part}",
+        "Loss minus that of the same text read again",
     )
-    axes[1].set(ylabel="nats per token", title=f"That minus the loss at the last {part}")
-    for axis in axes:
-        axis.set(
-            xlabel="training tokens", xlim=(results.tokens.min() / 1.2, results.tokens.max() * 1.2)
-        )
+    reach = results.tokens.min() / 1.2, results.tokens.max() * 1.2
+    for axis, values, title in zip(axes, shown, titles, strict=True):
+        for heads, look in looks(results.heads).items():
+            mine = [h == heads for h in results.heads]
+            axis.plot(
+                results.tokens[mine],
+                values[mine],
+                **look | {"linestyle": "none"},
+            )
+        axis.set(xlabel="training tokens", ylabel="nats per token", title=title, xlim=reach)
         draw.decades_axis(axis)
-    figure.legend(title="heads, KV", loc="outside right upper")
+    axes[2].axhline(COPIES, color=draw.GREY, linewidth=1)
+    draw.legend(figure, list(dict.fromkeys(sorted(results.heads))), looks(results.heads))
     return figure
 
 
@@ -157,6 +160,28 @@ def training(source: Source) -> Figure:
     return figure
 
 
+def forecast_again(source: Source) -> list[str]:
+    """Of each run that was forecast a second time, from runs that copy alone, before it began: by how
+    much its loss missed either forecast, in millinats."""
+    r, kept = source.results, source.kept
+    assert kept is not None
+    made: dict[str, list[float]] = {}
+    began = {
+        each["result"]["config"]["name"]: each["attempts"][0]["began"] for each in kept.results
+    }
+    for sealed in sorted(kept.forecasts, key=lambda each: float(each.said["sealed"])):
+        for run in sealed.said["runs"]:
+            if sealed.said["sealed"] < began.get(run["name"], 0):
+                made.setdefault(run["name"], []).append(run["predicted_nats"])
+    loss = dict(zip(map(str, r.name), r.loss.tolist(), strict=True))
+    return [
+        f"{name}: {1e3 * (loss[name] - first):+.0f} from all runs, "
+        f"{1e3 * (loss[name] - again):+.0f} from those that copy"
+        for name, (first, *more) in made.items()
+        for again in more[-1:]
+    ]
+
+
 def told(linux: Source) -> str:
     """When runs learn to copy, in words."""
     found, lines = onsets(linux), []
@@ -164,7 +189,7 @@ def told(linux: Source) -> str:
         mine = sorted((o for o in found if o.width == width), key=lambda o: o.tokens or np.inf)
         lines.append(f"width {width}: {', '.join(map(str, mine))}")
     lines.append(f"a KV head for each query head is sooner in {sooner(found)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *forecast_again(linux)])
 
 
 def main() -> None:
