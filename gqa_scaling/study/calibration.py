@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import Shape
@@ -26,61 +27,7 @@ from gqa_scaling.study.zform import ZLaw
 Law = Literal["sum", "max", "z", "z_default", "z_one", "bytes", "flops", "machine", "hardware"]
 SCHEMA = 1
 REMEDY = "make it again with `gqa-scaling calibrate`"
-_ROOFLINE: Shape = {
-    "phase": str,
-    "form": str,
-    "seconds_per": {"*": float},
-    "nothing": [str],
-    "joined": [str],
-}
-_Z: Shape = {
-    "per_memory": float,
-    "per_flops": float,
-    "memory_power": float,
-    "compute_power": float,
-    "at_bound": [str],
-}
-_JUDGED: Shape = {
-    "phase": str,
-    "law": str,
-    "shapes": int,
-    "pairs": int,
-    "median": float,
-    "most": float,
-    **dict.fromkeys(
-        ("rank", "rank_within", "wrong", "regret", "regret_seconds", "ratio"), (float,)
-    ),
-}
-_MISLED: Shape = {
-    "context": int,
-    "batch": int,
-    "cache": str,
-    "wrong": int,
-    "pairs": int,
-    "chosen": str,
-    "faster": str,
-    "chosen_seconds": float,
-    "faster_seconds": float,
-}
-_FILE: Shape = {
-    "schema": int,
-    "kind": str,
-    "timings": str,
-    "sha256": str,
-    "dtype": str,
-    "machine": {"device": str, "devices": int, "bandwidth": float, "flops": {"*": float}},
-    "versions": {"*": str},
-    "fitted": [str],
-    "held_out": [str],
-    "decode": _ROOFLINE,
-    "prefill": (_ROOFLINE,),
-    "z": {"*": _Z},
-    "judged": [_JUDGED],
-    "misled": [_MISLED],
-    "ranges": {key: [float] for key in ("context", "batch", "n", "head_dim")},
-    "patterns": [str],
-    "flags": [str],
-}
+_UNTOLD = ("rank", "rank_within", "wrong", "regret", "regret_seconds", "ratio")  # null where NaN
 
 
 @dataclass(frozen=True)
@@ -208,7 +155,7 @@ def read_calibration(path: Path) -> Calibration:
             said.get("kind") == "calibration",
             f"{path} is no calibration: make one of timings with `gqa-scaling calibrate`",
         )
-        said = read_json(path, _FILE, REMEDY)
+        said = read_json(path, _file(), REMEDY)
     except FileNotFoundError:
         raise UserError(
             f"there is no {path}: make it of timings with `gqa-scaling calibrate`"
@@ -218,46 +165,62 @@ def read_calibration(path: Path) -> Calibration:
     )
     try:
         return _read(said)
-    except (UserError, TypeError, KeyError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
+
+
+def _file() -> Shape:
+    """What JSON of a calibration must be."""
+    shape = {"schema": int, "kind": str} | _shape(Calibration)
+    shape["judged"] = [_shape(Judged) | dict.fromkeys(_UNTOLD, (float,))]
+    shape["ranges"] = {key: [float] for key in ("context", "batch", "n", "head_dim")}
+    return shape
+
+
+def _shape(hint: Any) -> Shape:
+    """What JSON of a value of this type must be."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        return {name: _shape(each) for name, each in get_type_hints(hint).items()}
+    if kind is Mapping:
+        return {"*": _shape(inner[1])}
+    if kind is tuple:
+        return [_shape(inner[0])]
+    if kind is UnionType:
+        return (_shape(inner[0]),)
+    return str if kind is Literal else hint
+
+
+def _value(hint: Any, said: Any) -> Any:
+    """The value of this type that JSON of its shape says."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if said is None:
+        return math.nan if hint is float else None
+    if is_dataclass(hint):
+        build: Any = hint
+        hints = get_type_hints(hint).items()
+        return build(**{name: _value(each, said[name]) for name, each in hints})
+    if kind is Mapping:
+        return {name: _value(inner[1], each) for name, each in said.items()}
+    if kind is tuple:
+        return tuple(_value(inner[0], each) for each in said)
+    return _value(inner[0], said) if kind is UnionType else said
 
 
 def _read(said: Mapping[str, Any]) -> Calibration:
     """The value of a file of the right form."""
-
-    def law(kind: Any, table: Mapping[str, Any]) -> Any:
-        known = {f.name: table[f.name] for f in fields(kind) if f.name in table}
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-
-    def roofline(table: Mapping[str, Any]) -> Roofline:
-        found: Roofline = law(Roofline, table)
-        require(found.form in FORMS, f"form={found.form!r} must be one of {', '.join(FORMS)}")
-        for name, value in found.seconds_per.items():
-            require(value >= 0, f"seconds_per.{name}={value} must not be negative")
-        return found
-
-    whole = law(Calibration, said)
-    changed = {
-        "machine": law(Machine, said["machine"]),
-        "decode": roofline(said["decode"]),
-        "prefill": said["prefill"] and roofline(said["prefill"]),
-        "z": {cache: law(ZLaw, table) for cache, table in said["z"].items()},
-        "judged": tuple(law(Judged, _with_nan(each)) for each in said["judged"]),
-        "misled": tuple(law(Misled, each) for each in said["misled"]),
-        "ranges": {name: (low, high) for name, (low, high) in said["ranges"].items()},
-    }
-    found = Calibration(**{**vars(whole), **changed})
-    own = [(own.phase, own.form) for own in (found.decode, found.prefill) if own]
-    require(own[0][0] == "decode", "decode is no law of decoding")
+    found: Calibration = _value(Calibration, said)
+    laws = [law for law in (found.decode, found.prefill) if law]
+    require(laws[0].phase == "decode", "decode is no law of decoding")
     require(bool(found.z), "z has no cache that was timed")
-    for phase, form in own:
-        judged = any((j.phase, j.law) == (phase, form) for j in found.judged)
-        require(judged, f"judged has no error of {phase}")
+    require(all(len(ends) == 2 for ends in found.ranges.values()), "ranges have two ends each")
+    for law in laws:
+        require(law.form in FORMS, f"form={law.form!r} must be one of {', '.join(FORMS)}")
+        for name, value in law.seconds_per.items():
+            require(value >= 0, f"seconds_per.{name}={value} must not be negative")
+        judged = any((j.phase, j.law) == (law.phase, law.form) for j in found.judged)
+        require(judged, f"judged has no error of {law.phase}")
     return found
-
-
-def _with_nan(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in table.items()}
 
 
 def sha256_of(path: Path) -> str:
