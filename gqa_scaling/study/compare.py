@@ -15,6 +15,7 @@ from gqa_scaling.study.points import MIN_SIZES, Points, points
 from gqa_scaling.study.results import Results, pattern_of
 from gqa_scaling.study.solver import solve_point
 
+Pair = tuple[np.ndarray, np.ndarray]  # the points to fit, and those to predict
 _CONFIGURATIONS = 3  # with three a law is still fitted when the others are left out
 
 
@@ -59,14 +60,7 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
     for k in range(len(p.heads)):
         mine = np.flatnonzero(p.curve == k)
         largest[mine[-1]] = len(mine) > 3  # a curve must keep three sizes
-    patterns = [pattern_of(heads) for heads in p.heads]
-    sparse = [
-        [k for k, own in enumerate(patterns) if own == each]
-        for each in sorted(pattern for pattern in set(patterns) if pattern)
-    ]
-    cuts, every = _cuts(p), np.ones(len(p.n), bool)
-    last = p.n_layers * p.d_model**2.0 >= (p.n_layers * p.d_model**2.0).max()
-    out = []
+    every, left_out, out = np.ones(len(p.n), bool), _left_out(p), []
     for law in LAWS:
         if law == "separate" and few:
             continue
@@ -74,70 +68,64 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
             model = make_model(law, p, head_dim)
         except UserError:  # too few configurations for this law, or shapes unknown
             continue
-
-        def unseen(left_out: list[list[int]], law: Law = law) -> float | None:
-            """The error of configurations left out together, each group of them in turn."""
-            if law == "separate":
-                return None
-            masks = [~np.isin(p.curve, group) for group in left_out]
-            return _rms(np.concatenate([_error(p, law, head_dim, keep) for keep in masks]))
-
-        def beyond(pairs: list[tuple[np.ndarray, np.ndarray]], law: Law = law) -> float | None:
-            """The error of the points that the second of each pair marks, fitted to the first."""
-            return _beyond(p, law, head_dim, pairs) if pairs and law != "separate" else None
-
-        each = [[k] for k in range(len(p.heads))]
-        size = _error(p, law, head_dim, ~largest) / p.loss[largest] if largest.any() else None
+        asked = {} if law == "separate" else {name: v for name, v in left_out.items() if v}
+        errors = {name: _beyond(p, law, head_dim, pairs) for name, pairs in asked.items()}
+        size = (
+            _error(p, law, head_dim, ~largest, largest) / p.loss[largest] if largest.any() else None
+        )
         out.append(
             Score(
                 law=law,
                 parameters=len(model.names),
                 residual=_rms(_error(p, law, head_dim, every, every)),
-                unseen_heads=unseen(each) if len(p.heads) > 3 else None,
                 largest_size=_rms(size) if size is not None else None,
                 formula=formula(law, model.names),
-                unseen_patterns=unseen(sparse) if len(sparse) > 1 else None,
-                more_heads=beyond(cuts),
-                more_heads_and_size=beyond(
-                    [(keep & ~last, asked & last) for keep, asked in cuts if (asked & last).any()]
-                ),
+                **errors,
             )
         )
     return tuple(out)
 
 
-def preferred_law(results: Results, context_length: int | None = None) -> Law:
+def preferred_law(results: Results) -> Law:
     """The joint law for questions that go beyond the heads that were trained.
 
     That with the least error where the most heads and the largest size were left out; where no such
     test can be made, the most heads, else each configuration in turn, else the one with the fewest
     parameters; of equals the first. Raises UserError where no joint law can be fitted.
     """
-    p, head_dim = points(results, context_length, joint=True), int(results.head_dim[0])
+    p, head_dim = points(results, joint=True), int(results.head_dim[0])
     models = {law: make_model(law, p, head_dim) for law in LAWS if law != "separate"}
-    cuts = _cuts(p)
-    last = p.n_layers * p.d_model**2.0 >= (p.n_layers * p.d_model**2.0).max()
-    each = [(p.curve != k, p.curve == k) for k in range(len(p.heads))]
-    for pairs in (
-        [(keep & ~last, asked & last) for keep, asked in cuts if (asked & last).any()],
-        cuts,
-        each if len(each) > _CONFIGURATIONS else [],
-    ):
-        if pairs:
-            errors = {law: _beyond(p, law, head_dim, pairs) for law in models}
+    left_out = _left_out(p)
+    for name in ("more_heads_and_size", "more_heads", "unseen_heads"):
+        if left_out[name]:
+            errors = {law: _beyond(p, law, head_dim, left_out[name]) for law in models}
             return min(models, key=errors.__getitem__)
     return min(models, key=lambda law: len(models[law].names))
 
 
-def _beyond(
-    p: Points, law: Law, head_dim: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> float:
+def _left_out(p: Points) -> dict[str, list[Pair]]:
+    """For each error of a `Score` the points to fit and those to predict; none where it cannot be had."""
+    cuts, size = _cuts(p), p.n_layers * p.d_model**2.0
+    last, patterns = size >= size.max(), np.array([pattern_of(h) for h in p.heads], object)[p.curve]
+    sparse = [patterns == each for each in sorted(set(patterns) - {None})]
+    each = [p.curve == k for k in range(len(p.heads))]
+    return {
+        "unseen_heads": [(~own, own) for own in each] if len(each) > _CONFIGURATIONS else [],
+        "unseen_patterns": [(~own, own) for own in sparse] if len(sparse) > 1 else [],
+        "more_heads": cuts,
+        "more_heads_and_size": [
+            (keep & ~last, asked & last) for keep, asked in cuts if (asked & last).any()
+        ],
+    }
+
+
+def _beyond(p: Points, law: Law, head_dim: int, pairs: Sequence[Pair]) -> float:
     """The error of the points that the second of each pair marks, fitted to the first."""
     errors = [_error(p, law, head_dim, keep, asked) for keep, asked in pairs]
     return _rms(np.concatenate(errors))
 
 
-def _cuts(p: Points) -> list[tuple[np.ndarray, np.ndarray]]:
+def _cuts(p: Points) -> list[Pair]:
     """Points to fit and points to predict with more heads of one kind than any of those fitted.
 
     For query heads, and for KV heads: all configurations with as many or more of that kind are left
@@ -155,14 +143,11 @@ def _cuts(p: Points) -> list[tuple[np.ndarray, np.ndarray]]:
     return out
 
 
-def _error(
-    p: Points, law: Law, head_dim: int, keep: np.ndarray, asked: np.ndarray | None = None
-) -> np.ndarray:
-    """Prediction minus loss for the points `asked`, by default those left out."""
+def _error(p: Points, law: Law, head_dim: int, keep: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Prediction minus loss for the points `asked`, fitted to those to `keep`."""
     model = make_model(law, p, head_dim, keep)
     found = solve_point(model, p.loss, p.replicates * keep)
-    error = model.predict(found.parameters[None])[0] - p.loss
-    return error[~keep if asked is None else asked]
+    return (model.predict(found.parameters[None])[0] - p.loss)[asked]
 
 
 def _rms(error: np.ndarray) -> float:

@@ -596,7 +596,7 @@ def test_a_left_out_loss_does_not_bound_e():
     assert low.loss.min() < 1.9
     p = fitting.points(low)
     keep = np.array([p.heads[k] != (8, 8) for k in p.curve])
-    error = _error(p, "product", 64, keep)
+    error = _error(p, "product", 64, keep, ~keep)
     assert error == pytest.approx(np.full(6, 1.5), abs=1e-4)
 
 
