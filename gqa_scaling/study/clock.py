@@ -5,7 +5,7 @@ It takes the place of a row of `hardware`, whose rates are a vendor's.
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,13 +101,15 @@ class Clock:
             "head_dim": [head_dim],
             "n": [n for n in sizes if math.isfinite(n)],
         }
-        out: dict[Timed, float] = {}
-        for name, values in asked.items():
-            low, high = self.ranges[name]
-            beyond = [v / (high if v > high else low) for v in values if not low <= v <= high]
-            if beyond:
-                out[name] = max(beyond, key=lambda factor: abs(math.log(factor)))
-        return out
+        beyond = {name: self._beyond(name, values) for name, values in asked.items()}
+        return {name: factor for name, (far, factor) in beyond.items() if far}
+
+    def _beyond(self, name: Timed, values: Iterable[float]) -> tuple[list[float], float]:
+        """Those of the values that lie beyond what was timed, and by which factor the furthest does."""
+        low, high = self.ranges[name]
+        far = [v for v in values if not low <= v <= high]
+        factors = [v / (high if v > high else low) for v in far]
+        return far, max(factors, key=lambda factor: abs(math.log(factor)), default=1.0)
 
     def decode_seconds(self, shape: Shape, keys: Number, batch: int) -> Any:
         """Seconds of one token of each sequence, which reads `keys` tokens, T_eff."""
@@ -130,7 +132,7 @@ class Clock:
     ) -> list[str]:
         """What is to be known of seconds for models of these N*, in words: how far beyond what was
         timed they lie, and how large an error refits draw."""
-        asked = {
+        asked: dict[Timed, tuple[str, list[float], Callable[[float], str]]] = {
             "context": ("contexts of {} tokens", [float(c) for c in contexts], "{:,.0f}".format),
             "batch": ("a batch of {}", [float(batch)], "{:,.0f}".format),
             "head_dim": ("heads of size {}", [float(head_dim)], "{:.0f}".format),
@@ -141,13 +143,10 @@ class Clock:
             f"{self.ratio_error}"
         ]
         for name, (words, values, form) in asked.items():
-            low, high = self.ranges[name]
-            far = [v for v in values if not low <= v <= high]
+            far, most = self._beyond(name, values)
             if far:
                 ends = dict.fromkeys(form(v) for v in (min(far), max(far)))
-                timed = dict.fromkeys(form(v) for v in (low, high))
-                factors = [v / (high if v > high else low) for v in far]
-                most = max(factors, key=lambda factor: abs(math.log(factor)))
+                timed = dict.fromkeys(form(v) for v in self.ranges[name])
                 out.append(
                     f"seconds for {words.format(' to '.join(ends))} lie beyond what was timed, "
                     f"{' to '.join(timed)}: {times(most)}"
