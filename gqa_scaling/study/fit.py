@@ -19,7 +19,7 @@ from gqa_scaling.study.fitted import flagged as flagged
 from gqa_scaling.study.fitted import plain as plain
 from gqa_scaling.study.misfit import misfit
 from gqa_scaling.study.models import LAWS, Model, SeparateCurves, joint
-from gqa_scaling.study.noise import estimate
+from gqa_scaling.study.noise import likeliest
 from gqa_scaling.study.points import Interval as Interval
 from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, flags
@@ -111,11 +111,7 @@ def fit_model(
         f"{absorbed} parameters; {remedy}",
     )
     odd = strange(residual, w, leverage, seeds, dof)
-    ways = [
-        estimate(residual, best.absorbing, w, group, seeds, p.noise_dof, how.seed)
-        for group in groups
-    ]
-    common = min(ways, key=lambda noise: 1.0 if noise.p_value is None else noise.p_value)
+    common = likeliest(residual, best.absorbing, w, groups, seeds, p.noise_dof, how.seed)
     noise = common.draw(refits, np.random.default_rng(how.seed))
     y = np.maximum(predicted + noise, 1e-3 * p.loss)  # losses are above 0
     rows, _, done = refit(model, y, np.tile(w, (refits, 1)), np.tile(best.parameters, (refits, 1)))

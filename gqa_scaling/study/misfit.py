@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import fdtrc, fdtri, ncfdtrinc
 
 from gqa_scaling.study.models import Model
-from gqa_scaling.study.noise import estimate
+from gqa_scaling.study.noise import absorbed_by, likeliest
 from gqa_scaling.study.points import Points
 from gqa_scaling.study.solver import Solution
 
@@ -90,11 +90,7 @@ def misfit(
     term fitted too, so that a bend does not pass for errors that sizes share.
     """
     w, seeds = p.replicates.astype(float), p.noise_dof * (p.noise or 0.0) ** 2
-    root = np.sqrt(w)
-    whole = root[:, None] * best.absorbing
-    norms = np.linalg.norm(whole, axis=0)
-    basis, strength, _ = np.linalg.svd(whole / np.where(norms > 0, norms, 1), full_matrices=False)
-    basis = basis[:, strength > 1e-7 * strength[0]]
+    root, basis = np.sqrt(w), absorbed_by(best.absorbing, w)
     log_n = root * (model.x + model.centre[model.curve])
     new = log_n - basis @ (basis.T @ log_n)
     length, free = float(np.linalg.norm(new)), len(w) - basis.shape[1]
@@ -104,11 +100,8 @@ def misfit(
     along = new / length
     column = (new / root)[:, None]
     left = residual - column[:, 0] * float(along @ (root * residual)) / length
-    ways = [
-        estimate(left, np.hstack([best.absorbing, column]), w, group, seeds, p.noise_dof, seed)
-        for group in groups
-    ]
-    noise = min(ways, key=lambda each: 1.0 if each.p_value is None else each.p_value)
+    more = np.hstack([best.absorbing, column])
+    noise = likeliest(left, more, w, groups, seeds, p.noise_dof, seed)
     chance = np.abs((root * noise.draw(_DRAWS, np.random.default_rng(seed))) @ along)
     seen = float(along @ (root * residual))
     # what lies this far beyond the limit is below it in one case of five

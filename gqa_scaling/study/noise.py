@@ -4,7 +4,9 @@ One learning rate for all models of a size makes such shared errors: curves fitt
 together, and a bootstrap of independent residuals would call the floor E surer than it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,26 @@ class Noise:
         )
 
 
+def absorbed_by(jacobian: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """An orthonormal basis (points, rank) of what fitted curves absorb of weighted losses."""
+    whole = np.sqrt(weight)[:, None] * jacobian
+    norms = np.linalg.norm(whole, axis=0)
+    basis, strength, _ = np.linalg.svd(whole / np.where(norms > 0, norms, 1), full_matrices=False)
+    return np.asarray(basis[:, strength > 1e-7 * strength[0]])
+
+
+def likeliest(
+    residual: np.ndarray,
+    jacobian: np.ndarray,
+    weight: np.ndarray,
+    groups: Sequence[np.ndarray],
+    *seeds: Any,
+) -> Noise:
+    """`estimate` by that of several ways to label sizes which the residuals speak for most."""
+    ways = [estimate(residual, jacobian, weight, group, *seeds) for group in groups]
+    return min(ways, key=lambda noise: 1.0 if noise.p_value is None else noise.p_value)
+
+
 def estimate(
     residual: np.ndarray,
     jacobian: np.ndarray,
@@ -64,11 +86,7 @@ def estimate(
     the squared deviations between seeds, with their degrees of freedom.
     """
     loading = (size == np.unique(size)[:, None]).astype(float)
-    root = np.sqrt(weight)[:, None]
-    whole = root * jacobian
-    norms = np.linalg.norm(whole, axis=0)
-    basis, strength, _ = np.linalg.svd(whole / np.where(norms > 0, norms, 1), full_matrices=False)
-    basis = basis[:, strength > 1e-7 * strength[0]]  # what the curves absorb
+    root, basis = np.sqrt(weight)[:, None], absorbed_by(jacobian, weight)
 
     def left(columns: np.ndarray) -> np.ndarray:
         return np.asarray(columns - basis @ (basis.T @ columns))
