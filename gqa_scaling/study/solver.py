@@ -228,16 +228,14 @@ class Solution:
         return np.hstack([np.zeros_like(self.jacobian[:, :1]), self.jacobian[:, 1:]])
 
 
-def solve_point(
-    model: Model, y: np.ndarray, w: np.ndarray, begin: np.ndarray | None = None
-) -> Solution:
+def solve_point(model: Model, y: np.ndarray, w: np.ndarray) -> Solution:
     """The least-squares parameters for losses y with weights w, each (points,).
 
-    The law's own starts, each at many values of E, or `begin`, are improved by `refit`, and the
-    best of them is taken. Parameters that no point with a weight moves stay at their start.
+    The law's own starts, each at many values of E, are improved by `refit`, and the best of them is
+    taken. Parameters that no point with a weight moves stay at their start.
     """
     limits = model.floor_limits(y[None], w[None])
-    starts = _profiled(model, y, w, limits) if begin is None else begin[None]
+    starts = _profiled(model, y, w, limits)
     rows, cost, done = refit(model, *_repeated(y, w, len(starts)), starts)
     best = int(np.argmin(cost))
     row, ((low,), (high,)) = _polished(model, rows[best], y, w, limits), limits
