@@ -6,8 +6,7 @@ D conditional on shape. Here each shape is held against the one that was trained
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtrit
@@ -99,11 +98,6 @@ def shape_axes(results: Results) -> list[OnAxis]:
                 known = 0.0 if s == middle else half
                 out.append(OnAxis(axis, n, value(s), loss, len(s.rows), loss - base, known))
     return sorted(out, key=lambda p: (list(AXES).index(p.axis), p.n_params))
-
-
-def to_dict(results: Results) -> list[dict[str, Any]]:
-    """Every point, ready for JSON."""
-    return [asdict(point) for point in shape_axes(results)]
 
 
 def _near(a: float, b: float, factor: float) -> bool:
