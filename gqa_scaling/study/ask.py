@@ -7,7 +7,7 @@ from typing import Any
 from gqa_scaling.config import Question, require
 from gqa_scaling.fields import did_you_mean
 from gqa_scaling.study.baseline import curves_for, named_baseline
-from gqa_scaling.study.candidates import Candidates, Which, candidates
+from gqa_scaling.study.candidates import Which, candidates
 from gqa_scaling.study.choices import Law, Objective
 from gqa_scaling.study.commands import with_training
 from gqa_scaling.study.estimates import Estimates
@@ -40,22 +40,6 @@ def asked(question: Question, **changes: Any) -> Question:
     return replace(question, **given)
 
 
-def to_rank(
-    source: Source,
-    question: Question,
-    which: Which | Sequence[Heads] | None = None,
-    law: Law | None = None,
-    **options: Any,
-) -> Candidates:
-    """What is to be ranked, and the curves for it and for the baseline.
-
-    `which`, `law` and the errors are those of `candidates`, `options` those of `estimate`.
-    """
-    baseline = named_baseline(question)
-    also = curves_for(baseline) if baseline else ()
-    return candidates(source.results, which, law, also, source.leaves_out, **options)
-
-
 def answer(
     source: Source,
     question: Question,
@@ -75,7 +59,9 @@ def answer(
     """
     serving = serving or Serving()
     require_costs(objective, serving)  # before anything is estimated
-    among = to_rank(source, question, which, law, **options)
+    baseline = named_baseline(question)
+    also = curves_for(baseline) if baseline else ()
+    among = candidates(source.results, which, law, also, source.leaves_out, **options)
     found = among.estimates
     told = frontier(among.fit, source.results, question, objective, serving, among=among)
     told = with_training(told, source, found, ending, fit=among.fit)
@@ -136,13 +122,9 @@ def predict_one(
     )
     family = family_of(source.results)
     if one.shape:
-        n = float(family.from_formula(family.formula(*one.shape, one.heads), one.heads))
+        n = float(family.n_of(*one.shape, one.heads))
     assert n is not None
-    least, most = family.reach(one.heads)
-    require(
-        least <= n <= most,
-        f"{one.label} has N = {n:.3g}; this study speaks of {least:.3g} to {most:.3g}",
-    )
+    family.require_reached(n, one.heads, one.label)
     if one.heads not in found.fit.heads:
         found = of_new_heads(found, source.results, [one.heads])
     return expected(found, one.heads, n, train_context, tokens)

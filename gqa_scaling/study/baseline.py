@@ -112,11 +112,7 @@ def whole_model(
     model: WholeModel, fit: Fit, curves: Curves, family: Family
 ) -> tuple[float, np.ndarray]:
     """N of the model as the fit counts it, and its losses in nats, one for each row of the curves."""
-    n = float(
-        family.from_formula(
-            float(family.formula(model.n_layers, model.d_model, model.heads)), model.heads
-        )
-    )
+    n = float(family.n_of(model.n_layers, model.d_model, model.heads))
     return n, curves.loss(fit.index(model.heads), n)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gqa_scaling.study import laws
 from gqa_scaling.study.baseline import Reference
 from gqa_scaling.study.candidates import sizes_of
 from gqa_scaling.study.fitted import Fit
@@ -56,28 +55,19 @@ def equal_costs(
 
     Rows are the point estimate, then every refit. The baseline's own loss is free of what must hold.
     """
-    budgets = deployment.objective_of(base.costs)
-    limit, family = deployment.serving.limit_bytes, deployment.family
-
-    def reached(k: int, limit: float, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """The largest sizes of configuration k and their losses in nats."""
-
-        def load(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            costs = deployment.costs(n, fit.heads[k])
-            return deployment.objective_of(costs), costs.bytes / limit
-
-        allowed = budgets / deployment.off(pair(fit.heads[k]), len(budgets))
-        sizes = largest(load, family.sizes(fit.heads[k]), allowed, known)
-        return sizes, _losses(curves, k, sizes)
-
-    baseline = base.loss if base.k is None else reached(base.k, math.inf, base.n)[1]
-    nowhere = np.full_like(budgets, math.nan)
+    budgets, limit = deployment.objective_of(base.costs), deployment.serving.limit_bytes
+    baseline = base.loss
+    if base.k is not None:
+        free = affordable(deployment, fit.heads[base.k], budgets, math.inf, base.n)
+        baseline = curves.loss_by_row(base.k, free)
     out = []
     for own in heads:
         k = fit.index(own)
-        sizes, losses, (low, high) = nowhere, nowhere, sizes_of(fit, k)
+        sizes, (low, high) = np.full_like(budgets, math.nan), sizes_of(fit, k)
         if deployment.serving.allows(own):
-            sizes, losses = reached(k, limit, base.n if k == base.k else None)
+            known = base.n if k == base.k else None
+            sizes = affordable(deployment, own, budgets, limit, known)
+        losses = curves.loss_by_row(k, sizes)
         gains = baseline - losses
         out.append(
             EqualCost(
@@ -92,11 +82,22 @@ def equal_costs(
     return out
 
 
-def _losses(curves: Curves, k: int, n: np.ndarray) -> np.ndarray:
-    """Loss in nats of configuration k, each row of the curves at its own N (rows,)."""
-    if curves.backbone:
-        n = curves.backbone.to_backbone(k, n)
-    return laws.centred(n, curves.u[:, k], curves.b[:, k], curves.floor, curves.centre[k])
+def affordable(
+    deployment: Deployment,
+    heads: Heads,
+    budgets: np.ndarray,
+    limit: float,
+    known: np.ndarray | None = None,
+) -> np.ndarray:
+    """The largest N (rows,) of these heads that costs no more than the budgets and holds no more bytes
+    than the limit; `known` as in `largest`."""
+
+    def load(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        costs = deployment.costs(n, heads)
+        return deployment.objective_of(costs), costs.bytes / limit
+
+    allowed = budgets / deployment.off(pair(heads), len(budgets))
+    return largest(load, deployment.family.sizes(heads), allowed, known)
 
 
 def largest(

@@ -420,13 +420,7 @@ def _under(
 
 def with_draws(fit: Fit) -> Curves:
     """The curves of the point estimate in the first row, then those of every refit."""
-    one, many = fit.curves, fit.draws
-    return dataclasses.replace(
-        one,
-        floor=np.r_[one.floor, many.floor],
-        u=np.vstack([one.u, many.u]),
-        b=np.vstack([one.b, many.b]),
-    )
+    return fit.curves.then(fit.draws)
 
 
 def _model(fit: Fit, deployment: Deployment, best: Choice) -> Model | None:

@@ -3,7 +3,7 @@
 Losses are mean next-token cross-entropies in nats. N counts parameters without embeddings.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,17 @@ class Curves:
         lead = (..., *(None,) * n.ndim)
         u, b, floor = self.u[..., k][lead], self.b[..., k][lead], self.floor[lead]
         return centred(n, u, b, floor, self.centre[k])
+
+    def loss_by_row(self, k: int, n: np.ndarray) -> np.ndarray:
+        """Loss in nats (rows,) of configuration k, each row of parameters at its own N (rows,)."""
+        n = self.backbone.to_backbone(k, n) if self.backbone else n
+        return centred(n, self.u[:, k], self.b[:, k], self.floor, self.centre[k])
+
+    def then(self, others: "Curves") -> "Curves":
+        """The rows of these parameters, or their one row, and then those of the others."""
+        floor = np.r_[self.floor, others.floor]
+        u, b = np.vstack([self.u, others.u]), np.vstack([self.b, others.b])
+        return replace(self, floor=floor, u=u, b=b)
 
     def n_star(self, loss: float | np.ndarray) -> np.ndarray:
         """N*(H) for a target loss, or one for each of the leading axes, which come first, heads last.

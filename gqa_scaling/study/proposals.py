@@ -125,7 +125,7 @@ class Proposals:
         return None
 
     def _of_others(self, heads: Heads, layers: int, width: int, at: int, seed: int) -> Proposed:
-        n = float(self.family.from_formula(self.family.formula(layers, width, heads), heads))
+        n = float(self.family.n_of(layers, width, heads))
         known = np.isfinite(self.results.tokens)
         tokens, each = self.results.tokens[known], self.results.n_params[known]
         budget = TOKENS_PER_PARAM * n

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import MOST_LAYERS, ModelConfig
+from gqa_scaling.config import MOST_LAYERS, ModelConfig, require
 from gqa_scaling.context_sharding import ContextSharding, keys_by_depth
 from gqa_scaling.costs import Number, n_formula
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
@@ -95,6 +95,10 @@ class Family:
         log_n, formula = self.ratio(heads)
         return n / np.interp(np.log(n), log_n + np.log(formula), formula)
 
+    def n_of(self, n_layers: Number, d_model: Number, heads: Heads) -> Any:
+        """The fit's own count of models of this shape."""
+        return self.from_formula(self.formula(n_layers, d_model, heads), heads)
+
     def shape(self, n: np.ndarray | float, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
         """The real-valued (L, d) of models that the fit counts as n, inf where n is."""
         return shapes(self.to_formula(n, heads), heads, self.head_dim, self.ladder)
@@ -110,6 +114,14 @@ class Family:
         high = min(REACH[1] * self.trained[1], MOST_PARAMETERS)
         high = min(high, float(self.from_formula(deepest, heads)))
         return REACH[0] * self.trained[0], max(high, self.trained[1])
+
+    def require_reached(self, n: float, heads: Heads, label: str) -> None:
+        """Raise UserError where a model of N parameters, called so, is none that this study may speak of."""
+        least, most = self.reach(heads)
+        require(
+            least <= n <= most,
+            f"{label} has N = {n:.3g}; this study speaks of {least:.3g} to {most:.3g}",
+        )
 
     def within(self, n: np.ndarray, heads: Heads) -> np.ndarray:
         """N*, infinite where it lies beyond reach; below reach the least size, which does as well."""

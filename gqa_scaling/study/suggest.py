@@ -237,7 +237,7 @@ class Decider:
         low, high = np.log(REACH)
         self.grid = np.linspace(span.min() + low, span.max() + high, 400)
         layers, width = shapes(np.exp(self.grid), (0, 0), family.head_dim, family.ladder)
-        sizes = [family.from_formula(family.formula(layers, width, h), h) for h in heads]
+        sizes = [family.n_of(layers, width, h) for h in heads]
         self.log_z, self.octaves = {}, {}
         for context in question.contexts:
             self.place = place = Deployment(
@@ -305,7 +305,6 @@ def suggest(
     budget_flops: float = np.inf,
     most: int = 8,
     per_flop: bool = True,
-    seed: int = 0,
     objective: Objective = "z",
     serving: Serving | None = None,
 ) -> tuple[Suggestion, ...]:
@@ -345,7 +344,7 @@ def suggest(
     left, free = budget_flops, np.ones(len(steps), bool)
     out: list[Suggestion] = []
     while len(out) < most and (free & (flops <= left)).any():
-        rng = np.random.default_rng(seed)  # the same draws for every step, so that regrets compare
+        rng = np.random.default_rng(0)  # the same draws for every step, so that regrets compare
         theta = belief.draw(rng)
         costs = decider.costs(belief, theta)
         gains = decider.gains(belief, theta, candidates, costs)[first]

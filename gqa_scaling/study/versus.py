@@ -13,12 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from gqa_scaling.config import Question, require
-from gqa_scaling.study import laws
 from gqa_scaling.study.candidates import KNOWN, known_as, sizes_of
 from gqa_scaling.study.caveats import beyond_training
 from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.clock import SECOND_WHOLE, WHOLE, Timed, untimed
-from gqa_scaling.study.equal_cost import largest
+from gqa_scaling.study.equal_cost import affordable
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.frontier import target_losses, with_draws
@@ -218,19 +217,12 @@ class _Known:
         self.range_n = sizes_of(fit, self.k)
         self.n = math.nan
         if side.shape:
-            self.n = float(family.from_formula(family.formula(*side.shape, side.heads), side.heads))
-            least, most = family.reach(side.heads)
-            require(
-                least <= self.n <= most,
-                f"{side.label} has N = {self.n:.3g}; this study speaks of {least:.3g} to {most:.3g}",
-            )
+            self.n = float(family.n_of(*side.shape, side.heads))
+            family.require_reached(self.n, side.heads, side.label)
 
     def loss(self, n: np.ndarray) -> np.ndarray:
         """Loss in nats (rows,), each row of the curves at its own N (rows,)."""
-        c, k = self.curves, self.k
-        if c.backbone:
-            n = c.backbone.to_backbone(k, n)
-        return laws.centred(n, c.u[:, k], c.b[:, k], c.floor, c.centre[k])
+        return self.curves.loss_by_row(self.k, n)
 
     def size(self, loss: np.ndarray) -> np.ndarray:
         """N that reaches the losses (rows,), infinite beyond reach."""
@@ -246,17 +238,6 @@ class _Known:
         layers, width = (np.full_like(n, x) for x in shape)
         built_costs = deployment.costs_of_shape(n, heads, layers, width, keys)
         return deployment.drawn(built_costs, self.name)
-
-    def largest(self, deployment: Deployment, budgets: np.ndarray) -> np.ndarray:
-        """The largest N (rows,) that costs no more than the budgets and holds what must hold."""
-        heads, limit = self.side.heads, deployment.serving.limit_bytes
-
-        def load(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            costs = deployment.costs(n, heads)
-            return deployment.objective_of(costs), costs.bytes / limit
-
-        allowed = budgets / deployment.off(pair(heads), len(budgets))
-        return largest(load, self.family.sizes(heads), allowed)
 
     def outside(self, n: float) -> bool:
         return not self.range_n[0] <= n <= self.range_n[1]
@@ -292,9 +273,12 @@ def _match(
     near = near_least(cost[1:], deployment.question.indifference)
 
     # at equal cost and at equal size
-    budgets = deployment.objective_of(costs_of_own)
+    budgets, limit = deployment.objective_of(costs_of_own), deployment.serving.limit_bytes
     known = np.where(np.isfinite(own), own, math.nan)
-    alike = [known if i == r else each.largest(deployment, budgets) for i, each in enumerate(both)]
+    alike = [
+        known if i == r else affordable(deployment, each.side.heads, budgets, limit)
+        for i, each in enumerate(both)
+    ]
     both_built = all(each.side.shape for each in both)
     stretch = _stretch(both, deployment, [float(n[0]) for n in (*sizes, *alike)])
     far = deployment.by_clock is not None and bool(untimed(stretch))
