@@ -173,12 +173,15 @@ def _rate(found: Fit, results: Results, n: float) -> dict[str, Any]:
 
 
 def _cheapest(answer: Answer, found: Fit) -> Cheapest:
-    density = dict(zip(found.heads, found.points.density, strict=True))
+    density = {
+        choice.heads: 1.0 for choice in answer.choices
+    }  # heads that nobody trained are dense
+    density |= dict(zip(found.heads, found.points.density.tolist(), strict=True))
     own = density[answer.best.heads]
     alike = [c for c in answer.choices if abs(density[c.heads] / own - 1) < 0.01]
     return Cheapest(
         context=answer.context,
         heads=answer.best.heads,
-        density=float(own),
+        density=own,
         probability=sum(c.probability for c in alike),
     )

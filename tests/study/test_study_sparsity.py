@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ from gqa_scaling.study.results import COLUMNS, heads_of, pair, pairs, table
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import effective_context, family_of, training_keys
 from gqa_scaling.study.solver import solve_point
-from gqa_scaling.study.sparsity import sparsity
+from gqa_scaling.study.sparsity import _cheapest, sparsity
 from gqa_scaling.study.study import Study
 from gqa_scaling.study.suggest import Belief, Runs, suggest
 from gqa_scaling.study.tokens import token_law
@@ -493,6 +494,15 @@ def test_the_page_of_a_sharded_study(tmp_path, monkeypatch):
     alone = frontier(curves, only, Question(contexts=(T,), losses=(2.8,)))
     shown = all_figures(Study(only, Estimates(curves), alone))
     assert not {"loss_against_heads", "loss_against_density"} & set(shown)
+
+
+def test_heads_that_nobody_trained_count_as_dense():
+    shares = {(1, 1): 0.5, (8, 2): 0.3, (8, 2, WINDOW): 0.2}
+    choices = [SimpleNamespace(heads=h, probability=share) for h, share in shares.items()]
+    answer = SimpleNamespace(context=T, choices=choices, best=choices[0])
+    points = SimpleNamespace(density=np.array([1.0, 0.2]))
+    trained = SimpleNamespace(heads=((8, 2), (8, 2, WINDOW)), points=points)
+    assert _cheapest(answer, trained).probability == pytest.approx(0.8)
 
 
 def test_every_sharded_configuration_looks_different():
