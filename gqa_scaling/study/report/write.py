@@ -76,7 +76,7 @@ def write_report(
     if beside.figures or beside.tensorboard:
         from gqa_scaling.study.report.pictures import all_figures, cards  # a second to load
 
-        figures = {name: figure for name, (figure, _) in all_figures(study).items()}
+        figures = all_figures(study)
         told = markdown(sections(study)) if beside.tensorboard else {}
         images = cards(study) if beside.tensorboard else {}
         written |= _figures(figures, images, told, beside)
