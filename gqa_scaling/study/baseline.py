@@ -27,7 +27,6 @@ def default_baseline(heads: Sequence[Heads]) -> Heads:
 
 
 def named_baseline(question: Question) -> Baseline | None:
-    """The baseline that the question names."""
     return named(question.baseline) if isinstance(question.baseline, str) else question.baseline
 
 
@@ -49,14 +48,12 @@ def is_whole(baseline: Baseline) -> TypeGuard[WholeModel]:
 
 
 def label(baseline: Baseline) -> str:
-    """The baseline as it is printed in tables."""
     if isinstance(baseline, WholeModel):
         return f"{pair(baseline.heads)} L{baseline.n_layers} d{baseline.d_model}"
     return "Llama-3 (d/d_h,8)" if isinstance(baseline, str) else pair(baseline)
 
 
 def in_words(baseline: Baseline) -> str:
-    """What the baseline is, for a reader who sees only its label."""
     if isinstance(baseline, WholeModel):
         return (
             f"the one model of {baseline.n_heads} query heads, {baseline.n_kv_heads} KV heads, "

@@ -117,7 +117,6 @@ class Check:
 
     @property
     def difference(self) -> float:
-        """Measured minus predicted, in nats."""
         return self.measured - self.predicted
 
 

@@ -78,7 +78,6 @@ class Misled:
 
     @property
     def lost(self) -> float:
-        """Seconds of the chosen beyond the faster, as a share of the faster."""
         return self.chosen_seconds / self.faster_seconds - 1
 
 
@@ -116,7 +115,6 @@ class Calibration:
 
     @property
     def name(self) -> str:
-        """The machine, for what is printed."""
         many = f"{self.machine.devices} x " if self.machine.devices > 1 else ""
         return f"{many}{self.machine.device}"
 
@@ -126,7 +124,6 @@ class Calibration:
         return next(j for j in self.judged if (j.law, j.phase) == (self.decode.form, "decode"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         return plain({"schema": SCHEMA, "kind": "calibration", **asdict(self)})
 
 
@@ -224,5 +221,4 @@ def _read(said: Mapping[str, Any]) -> Calibration:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -20,7 +20,6 @@ FORMULA = "(a/N)^b + E + delta(T), E and delta shared"
 
 
 def spans_contexts(results: Results) -> bool:
-    """Whether the runs were trained at more than one context length."""
     return len(np.unique(results.context_length)) > 1
 
 
@@ -45,7 +44,6 @@ class ContextLaw:
         return tuple(self.runs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; offsets in nats, lengths in tokens."""
         return plain(
             {
                 "formula": FORMULA,
@@ -112,7 +110,6 @@ def context_law(results: Results, *, refits: int = 1000, seed: int = 0) -> Conte
 
 
 def _budgets_differ(p: Points) -> list[str]:
-    """A warning when one size was trained on other budgets at other lengths."""
     size = labels(p.curve, p.n, p.size)
     for k in range(size.max() + 1):
         budget = p.tokens[size == k]

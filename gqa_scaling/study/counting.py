@@ -19,7 +19,6 @@ def _shape(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def formula(row: dict[str, Any]) -> float:
-    """`n_formula` of the row's shape."""
     return n_formula(*_shape(row))
 
 

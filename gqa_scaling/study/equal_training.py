@@ -110,13 +110,11 @@ class EqualTraining:
 
     @property
     def units(self) -> dict[str, str]:
-        """The unit of every kind of number here."""
         sharded = any(pattern_of(t.heads) for t in self.goals[0].trained)
         training = TRAINING + (SHARDED if sharded else "")
         return units(self.question, self.serving, sharded) | {"training_flops": training}
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         told = asdict(self)
         told["units"] = self.units
         for goal in told["goals"]:
@@ -318,7 +316,6 @@ def _flags(
     context: int,
     trained_at: int,
 ) -> list[str]:
-    """What a reader must know before spending by these answers."""
     out = list(law.flags)
     if trained_at and context != trained_at:
         out.append(

@@ -24,7 +24,6 @@ class Estimates:
     flatness: Flatness | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The laws beside the fit that apply, ready for JSON."""
         parts = {
             "context_law": self.context,
             "token_law": self.tokens,

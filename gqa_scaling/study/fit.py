@@ -182,7 +182,6 @@ def known_of(results: Results) -> tuple[str, ...]:
 
 
 def _budget_flag(results: Results) -> list[str]:
-    """A warning when neither tokens nor tokens per parameter are the same for all runs."""
     tokens = np.asarray(results.tokens, float)
     known = np.isfinite(tokens)
     if not known.any():

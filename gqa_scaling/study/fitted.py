@@ -79,7 +79,6 @@ class Fit:
 
     @property
     def residual(self) -> np.ndarray:
-        """Loss minus curve, nats, for each point."""
         return self.points.loss - self.predicted
 
     @property
@@ -89,12 +88,10 @@ class Fit:
 
     @property
     def r2_by_curve(self) -> np.ndarray:
-        """The same for the points of each configuration."""
         return np.array([_r2(self, self.points.curve == k) for k in range(len(self.heads))])
 
     @property
     def formula(self) -> str:
-        """The law in symbols, with what it says of patterns."""
         return formula(self.law, self.names)
 
     @property
@@ -139,7 +136,6 @@ class Fit:
         return self.heads.index(heads)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the draws themselves, ready for JSON; units in the names."""
         a, (a_low, a_high) = (
             self.scale,
             interval(laws.scale(self.draws.u, self.draws.b, self.draws.centre)),

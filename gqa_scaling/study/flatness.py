@@ -104,7 +104,6 @@ class Flatness:
         return "small" if within else "moving"
 
     def sentence(self) -> str:
-        """What the test means for a decision, in one or two sentences."""
         if self.verdict == "untested":
             return f"Differences between configurations over T: not tested, {self.untested}."
         assert self.movement is not None
@@ -142,7 +141,6 @@ class Flatness:
         }[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; movements as shares, lengths in tokens."""
         told = asdict(self) | {"verdict": self.verdict, "sentence": self.sentence()}
         return plain(told | {"test": "F-test of configuration x T", "level": LEVEL})
 

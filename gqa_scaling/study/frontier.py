@@ -184,7 +184,6 @@ class Frontier:
 
     @property
     def sharded(self) -> bool:
-        """Whether some configuration has a pattern."""
         return any(pattern_of(c.heads) for c in self.answers[0].choices)
 
     @property
@@ -210,7 +209,6 @@ class Frontier:
 
     @property
     def units(self) -> dict[str, str]:
-        """The unit of every kind of number here."""
         return units(self.question, self.serving, self.sharded)
 
     def at(self, loss: float, context: int) -> Answer:
@@ -224,7 +222,6 @@ class Frontier:
         return found[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         out = dataclasses.asdict(self)
         out["units"] = self.units
         out["baseline_in_words"] = in_words(self.baseline)

@@ -35,7 +35,6 @@ class HeadLaw:
     r2: float
 
     def loss(self, n_heads: np.ndarray | float) -> np.ndarray:
-        """The law in nats at these numbers of query heads."""
         return self.a * np.asarray(n_heads, float) ** self.b + self.c
 
     def to_dict(self) -> dict[str, Any]:

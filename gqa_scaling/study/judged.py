@@ -61,7 +61,6 @@ def judged_of(evaluation: dict[str, Any]) -> Judged:
 
 
 def judged_row(run: RunConfig, evaluation: dict[str, Any]) -> Row:
-    """One run with one of its evaluations."""
     heads = run.model.n_heads, run.model.n_kv_heads
     judged = judged_of(evaluation)
     return Row(run.name, heads, run.context_length, evaluation["loss"], judged)
@@ -83,7 +82,6 @@ def judged_rows(results: Results) -> list[Row]:
 
 
 def to_dict(results: Results) -> list[dict[str, Any]]:
-    """Every such run, ready for JSON."""
     return [
         {"name": row.name, "context_length": row.context_length, "loss": row.loss}
         | asdict(row.judged)

@@ -72,7 +72,6 @@ class Misfit:
         }[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; nats, and nats for each factor of e in N."""
         return asdict(self) | {"verdict": self.verdict}
 
 

@@ -46,7 +46,6 @@ class Points:
 
     @property
     def size(self) -> np.ndarray:
-        """`size_labels` of the points."""
         return size_labels(self.curve, self.n, self.n_layers, self.d_model)
 
     def range_n(self, k: int) -> Interval:

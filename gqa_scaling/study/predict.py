@@ -47,12 +47,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Prediction(Expected):
-    """What is expected of a run."""
-
     run: RunConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, with all that tells this run from others."""
         run = self.run
         low, high = self.run_interval
         return plain(
@@ -160,7 +157,6 @@ def _require_reached(run: RunConfig, found: Estimates, results: Results) -> None
 
 
 def _of_curve(run: RunConfig, found: Estimates) -> Prediction:
-    """From the curve of its own heads."""
     size = _heads(run), float(n_exact(run.model))
     return Prediction(
         **vars(expected(found, *size, run.context_length, float(training_tokens(run)))), run=run

@@ -354,7 +354,6 @@ def _row(header: list[str], values: list[str], needed: set[str], where: str) -> 
 
 
 def _read(name: str, text: str, column: Column, where: str) -> Any:
-    """The value of a cell that is not empty."""
     if column.kind is str:
         return text
     value, integer = float(text) if _is_number(text) else math.nan, column.kind is int

@@ -52,7 +52,6 @@ def heads_columns(heads: Heads) -> dict[str, Any]:
 
 
 def pairs(many: Iterable[Heads]) -> str:
-    """Configurations in a row."""
     many = list(many)
     return (", " if any(map(pattern_of, many)) else " ").join(map(pair, many))
 
@@ -106,7 +105,6 @@ class Results:
 
     @functools.cached_property
     def heads(self) -> list[Heads]:
-        """The configuration of every run."""
         return list(map(heads_of, self.n_heads, self.n_kv_heads, self.pattern))
 
     @property
@@ -134,7 +132,6 @@ class Results:
         return tuple(sorted(sizes, key=lambda s: s[0] * s[1] ** 2)) or PUBLISHED_LADDER
 
     def select(self, keep: np.ndarray) -> "Results":
-        """The rows where `keep` is true."""
         return dataclasses.replace(self, **{k: getattr(self, k)[keep] for k in COLUMNS})
 
     def only(self, column: str, mixed: str) -> int:

@@ -119,7 +119,6 @@ _PAIRS = (("weights", "linear"), ("cache", "attention"))
 
 
 def combined(parts: Mapping[str, Any], form: Form) -> Any:
-    """The seconds of the terms put together."""
     if form == "sum":
         return sum(parts.values())
     left, total = dict(parts), 0.0

@@ -110,7 +110,6 @@ class Forecasts:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; units in the names."""
         rows = []
         for score in self.scores:
             row = asdict(score)

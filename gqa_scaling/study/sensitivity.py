@@ -59,7 +59,6 @@ class Sensitivity:
     rows: tuple[Changed, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         return plain(asdict(self))
 
 

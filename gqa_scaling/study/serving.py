@@ -79,7 +79,6 @@ class Serving:
         )
 
     def describe(self) -> str:
-        """In words, for what is printed."""
         where = f" on {self.hardware.name}" if self.hardware else ""
         where += f", prompts read for {self.output_tokens:,} tokens" if self.output_tokens else ""
         limit = f", at most {self.limit_bytes:.4g} bytes" if math.isfinite(self.limit_bytes) else ""

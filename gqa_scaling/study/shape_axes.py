@@ -30,7 +30,6 @@ class Shaped:
 
     @property
     def ratio(self) -> float:
-        """F / d."""
         return self.ffn / self.d_model
 
 

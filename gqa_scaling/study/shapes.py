@@ -66,7 +66,6 @@ class Family:
     trained: tuple[float, float]
 
     def formula(self, n_layers: Number, d_model: Number, heads: Heads) -> Number:
-        """`n_formula` of a model of this shape."""
         return n_formula(n_layers, d_model, heads[0], heads[1], self.head_dim)
 
     def ratio(self, heads: Heads) -> tuple[np.ndarray, np.ndarray]:

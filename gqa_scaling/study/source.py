@@ -53,7 +53,6 @@ class Source:
         return tuple(run for run in runs if not self._left_out(run))
 
     def leaves_out(self, heads: Heads) -> bool:
-        """Whether this configuration was named to be left out."""
         return any(named(what, "", heads) for what in self.without if what.strip("*"))
 
     def _left_out(self, run: RunConfig) -> bool:

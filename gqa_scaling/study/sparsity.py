@@ -86,7 +86,6 @@ class Sparsity:
         return self.excess * float(np.expm1(self.rate))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; losses in nats."""
         return plain(asdict(self) | {"halving": self.halving})
 
 

@@ -64,7 +64,6 @@ class Runs:
         return replace(self, octaves=np.array(octaves), length=np.array(index))
 
     def some(self, index: Sequence[int]) -> "Runs":
-        """The runs of this index alone."""
         i = list(index)
         rest = (None if v is None else v[i] for v in (self.octaves, self.length))
         return Runs(self.curve[i], self.log_backbone[i], *rest)
@@ -98,7 +97,6 @@ class Suggestion:
         return self.runs[0].n_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; the first run's columns stand beside those of all."""
         runs = [{k: v for k, v in vars(run).items() if k != "run"} for run in self.runs]
         own = {"kind": self.kind, "flops": self.flops, "runs": runs}
         return plain(

@@ -143,7 +143,6 @@ def judge(phase: Phase, law: Law, predictor: Predictor, cases: Sequence[Case]) -
 
 
 def _cells(cases: Sequence[Case]) -> list[list[int]]:
-    """Which cases are chosen among."""
     return [
         [k for k, case in enumerate(cases) if case.cell == cell]
         for cell in sorted({case.cell for case in cases})

@@ -57,7 +57,6 @@ class OverTokens(SeparateCurves):
         row[0], row[1] = terms[0], np.log(max(terms[1], 1e-4))
 
     def surface(self, rows: np.ndarray) -> "Surface":
-        """L(N, D; H) for these rows of parameters."""
         found = self.curves(rows)
         return Surface(
             found.floor, rows[:, 1], rows[:, 2], found.u, found.b, self.centre, self.token_centre
@@ -153,7 +152,6 @@ class TokenLaw:
         return float(self.best.data(tokens)[0]), interval(self.draws.data(tokens))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; units in the names."""
         low, high = self.range_tokens
         ends = {f"{d:.6g}": dict(zip(("nats", "interval_nats"), self.term(d))) for d in (low, high)}  # noqa: B905
         return plain(

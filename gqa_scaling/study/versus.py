@@ -126,7 +126,6 @@ class Versus:
         return next(m for m in self.matches if (m.loss, m.context) == (middle, longest))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         told = asdict(self) | {"units": units(self.question, self.serving)}
         return plain(told | {"first_label": self.first.label, "second_label": self.second.label})
 
@@ -221,7 +220,6 @@ class _Known:
             family.require_reached(self.n, side.heads, side.label)
 
     def loss(self, n: np.ndarray) -> np.ndarray:
-        """Loss in nats (rows,), each row of the curves at its own N (rows,)."""
         return self.curves.loss_by_row(self.k, n)
 
     def size(self, loss: np.ndarray) -> np.ndarray:

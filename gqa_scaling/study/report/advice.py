@@ -19,7 +19,6 @@ KINDS = {
 
 
 def suggest_table(found: Sequence[Suggestion], objective: Objective) -> Table:
-    """The runs to do next, in order, with what they are worth."""
     notes = [
         f"Regret: expected excess of {OBJECTIVES[objective]} over the cheapest, mean over the question's "
         "answers."
@@ -41,7 +40,6 @@ def suggest_table(found: Sequence[Suggestion], objective: Objective) -> Table:
 
 
 def fit_table(found: Sequence[Suggestion], why: str) -> Table:
-    """The runs that a fit lacks, the cheapest first."""
     return Table(
         f"Too few runs to fit: {why}",
         _columns(),

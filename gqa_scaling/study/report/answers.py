@@ -33,7 +33,6 @@ TARGET = Column("target", lambda answer: f"{answer.loss:g}", "nats")
 
 
 def frontier_tables(frontier: Frontier) -> list[Table]:
-    """Every table of the answers, in the order they are told."""
     checks = [check_table(frontier)] if frontier.checks else []
     timed = clock_table(frontier)
     whole = (saving_table, gain_table, model_table)
@@ -60,7 +59,6 @@ def _marked(choice: Choice) -> str:
 
 
 def frontier_table(frontier: Frontier) -> Table:
-    """The cheapest configuration for each target loss and context."""
     q, u, laws = frontier.question, frontier.units, list(frontier.answers[0].under)
     far = frontier.untimed
     predicted = any(c.known != "measured" for c in frontier.answers[0].choices)
@@ -176,7 +174,6 @@ def _tied(answer: Answer) -> str:
 
 
 def _near(choice: Choice) -> str:
-    """How probable it is that the choice is as good as the cheapest."""
     return percent(choice.within, 0)
 
 
@@ -192,7 +189,6 @@ def saved_kinds(frontier: Frontier) -> tuple[Objective, ...]:
 
 
 def saving_table(frontier: Frontier) -> Table:
-    """What the cheapest configuration saves against the baseline at equal loss."""
     third = shown_saving(frontier.objective)
 
     def saved(kind: Objective) -> tuple[Column, Column]:
@@ -237,7 +233,6 @@ def _at_equal_loss(frontier: Frontier) -> str:
 
 
 def _whole_note(frontier: Frontier) -> list[str]:
-    """The loss of a baseline that is one model."""
     if not is_whole(frontier.baseline):
         return []
     base = frontier.answers[0].baseline
@@ -305,7 +300,6 @@ def gain_table(frontier: Frontier) -> Table:
 
 
 def model_table(frontier: Frontier) -> Table:
-    """The models one can build, the loss expected of one run, and exact costs."""
     return Table(
         f"Models to build (FLOPs {frontier.question.convention}; {frontier.serving.sizes()})",
         [
@@ -338,7 +332,6 @@ def model_table(frontier: Frontier) -> Table:
 
 
 def check_table(frontier: Frontier) -> Table:
-    """Runs that the fit has not seen, against what its curves said of them."""
     return Table(
         "Trained since and not in the fit: losses in nats",
         [
@@ -356,7 +349,6 @@ def check_table(frontier: Frontier) -> Table:
 
 
 def ranking_table(answer: Answer, frontier: Frontier) -> Table:
-    """Every configuration at one target loss and context, cheapest first."""
     effective = Column("T_eff", lambda c: f"{c.effective:,.0f}" if c.reached else "-", "tokens")
     return Table(
         f"{answer.loss:g} nats at {answer.context:,} tokens, by {OBJECTIVES[frontier.objective]} "

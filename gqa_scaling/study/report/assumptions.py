@@ -22,7 +22,6 @@ NAMES = {
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
-    """The answer under every change, and what keeping the present one would cost more."""
     most, here = margin(found.indifference), pair(found.heads)
     matters = [row for row in found.rows if row.assumption and row.dearer > found.indifference]
     said = (
@@ -54,7 +53,6 @@ def sensitivity_table(found: Sensitivity) -> Table:
 
 
 def _change(row: Changed) -> str:
-    """What was changed, from what to what."""
     if not row.assumption:
         return NAMES[""]
 

@@ -37,7 +37,6 @@ def calibrated(found: Calibration) -> Group:
 
 
 def tables(found: Calibration) -> list[Table]:
-    """Every table, in the order they are told."""
     phases = [law for law in (found.decode, found.prefill) if law]
     return [
         *(roofline_table(found, law) for law in phases),
@@ -48,7 +47,6 @@ def tables(found: Calibration) -> list[Table]:
 
 
 def sentence(found: Calibration) -> str:
-    """How well the clock is predicted, and by what."""
     judged = {j.law: j for j in found.judged if j.phase == "decode"}
     own, z = found.error, judged["z_one"]
     said = (
@@ -82,7 +80,6 @@ _NAMES = {
 
 
 def roofline_table(found: Calibration, law: Roofline) -> Table:
-    """The rates and overheads of one phase."""
     peak = found.machine.flops[found.dtype]
 
     def told(name: str) -> _Term:
@@ -112,7 +109,6 @@ def roofline_table(found: Calibration, law: Roofline) -> Table:
 
 
 def z_table(found: Calibration) -> Table:
-    """The constants of Z as the clock has them."""
     return Table(
         "Z = λ memory^α + (1 - λ) FLOPs^β of the whole batch, fitted to all timings of decoding",
         [
@@ -129,7 +125,6 @@ def z_table(found: Calibration) -> Table:
 
 
 def judged_table(found: Calibration, law: Roofline) -> Table:
-    """How every law did on the shapes held out, of one phase."""
     phase = law.phase
     rows = [j for j in found.judged if j.phase == phase]
 
@@ -164,7 +159,6 @@ def judged_table(found: Calibration, law: Roofline) -> Table:
 
 
 def misled_table(found: Calibration) -> Table:
-    """Where choosing by the paper's Z takes the slower model."""
     title = "Where the paper's Z (of a sequence) prefers the slower of two"
     if not found.misled:
         none = "Nowhere among the models timed, beyond what the timings spread."

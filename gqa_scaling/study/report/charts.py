@@ -21,7 +21,6 @@ _PLACES = 40  # of a fitted curve
 
 
 def charts(study: Study) -> dict[str, Chart]:
-    """Every chart that this study has, by name."""
     found = {
         "loss_curves": loss_curves(study),
         "residuals": residuals(study),
@@ -41,7 +40,6 @@ def _rounded(values: Any, digits: int = 6) -> list[float]:
 
 
 def loss_curves(study: Study) -> Chart:
-    """Every run, and the curve of each configuration with its 90% band."""
     fit, r = study.fit, study.results
     look, series = looks(fit.heads), []
     shown = _shown(r, fit.context_length)
@@ -89,7 +87,6 @@ def _run(r: Results, i: int, histories: Histories) -> list[str]:
 
 
 def residuals(study: Study) -> Chart:
-    """What the curves leave unexplained, in millinats."""
     fit, series = study.fit, []
     look = looks(fit.heads)
     for k, heads in enumerate(fit.heads):
@@ -112,7 +109,6 @@ def residuals(study: Study) -> Chart:
 
 
 def training(r: Results, histories: Histories) -> Chart:
-    """The training loss of every run, thinned."""
     look, series = looks(r.heads), []
     for i, heads in enumerate(r.heads):
         tokens, losses = histories.curves.get(str(r.name[i]), ((), ()))
@@ -131,7 +127,6 @@ def training(r: Results, histories: Histories) -> Chart:
 
 
 def forecasts(made: Forecasts, heads: Sequence[Heads]) -> Chart:
-    """Each run's loss against what was sealed before it began."""
     kinds = [*heads, *(score.heads for score in made.judged)]
     look, series = looks(kinds), []
     for kind in dict.fromkeys(score.heads for score in made.judged):

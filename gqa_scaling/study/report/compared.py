@@ -87,7 +87,6 @@ def _as_they_are(found: Versus) -> str:
 
 
 def _lower(gap: Gap, one: str) -> str:
-    """By how much the loss of the first is lower or higher."""
     side = "below" if gap.gain >= 0 else "above"
     return (
         f"the loss of {one} is {millinats(abs(gap.gain))} millinats {side} the other's "
@@ -102,7 +101,6 @@ def _ends(gap: Gap) -> tuple[float, float]:
 
 
 def tables(found: Versus) -> list[Table]:
-    """Every table of the comparison, the conventions in the last."""
     one, other = found.labels
     kind, matches = OBJECTIVES[found.objective], found.matches
     u, reference = units(found.question, found.serving), found.reference.label
@@ -157,7 +155,6 @@ def _sides(found: Versus) -> tuple[tuple[int, str], tuple[int, str]]:
 
 
 def _equal_loss(found: Versus) -> Table:
-    """What each takes for the loss."""
     one, other = found.labels
     verdicts = {"first": one, "second": other, "equivalent": "as good", "untimed": "too far"}
     most = margin(found.question.indifference)
@@ -235,8 +232,6 @@ def _far(m: Match, gap: Gap) -> bool:
 
 
 def _themselves(found: Versus) -> Table:
-    """Two whole models as they are."""
-
     def cells(gap: Gap) -> dict[str, Any]:
         costs = gap.kind != "loss"
         form: Callable[[float], str] = quantity if costs else "{:.4f}".format
@@ -266,8 +261,6 @@ def _themselves(found: Versus) -> Table:
 
 
 def _training(one: str, other: str, matches: Sequence[Match]) -> Table:
-    """The training FLOPs that the loss takes, and their ratio."""
-
     def told(cell: Callable[[Gap], str]) -> Callable[[Match], str]:
         return lambda m: cell(m.training) if m.training else "-"
 

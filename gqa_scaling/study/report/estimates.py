@@ -35,7 +35,6 @@ def wide_law_tables(found: Estimates) -> list[Table]:
 
 
 def fit_table(fit: Fit) -> Table:
-    """The curve of every configuration; E, the noise and the intervals below."""
     constants = [
         f"{name} = {value:.4f}, {INTERVAL} {span(ends, '.4f')}"
         for name, (value, ends) in fit.constants.items()
@@ -61,7 +60,6 @@ def fit_table(fit: Fit) -> Table:
 
 
 def token_table(law: TokenLaw) -> Table:
-    """The curve of every configuration; below, the terms of the token law that all share."""
     fit, (low, high) = law.fit, law.range_tokens
     (floor, floor_ends), (beta, beta_ends) = law.floor, law.beta
     terms = " and ".join(
@@ -144,7 +142,6 @@ def _misfit(found: Misfit) -> list[str]:
 
 
 def residual_table(fit: Fit, most: int = 8) -> Table:
-    """The points that pull the most on E, with their residuals."""
     p = fit.points
     return Table(
         f"Points that move E most (of {len(p.n)})",
@@ -161,8 +158,6 @@ def residual_table(fit: Fit, most: int = 8) -> Table:
 
 
 def context_table(law: ContextLaw) -> Table:
-    """The offset of every training context length."""
-
     def offset(i: int) -> tuple[str, str]:
         if law.lengths[i] == law.reference:
             return "0", "reference"
@@ -186,7 +181,6 @@ def context_table(law: ContextLaw) -> Table:
 
 
 def flatness_table(found: Flatness) -> Table:
-    """The test of configuration by T and what it means: no rows, three lines."""
     title = f"Do differences between configurations move with T, from {found.since:,} tokens on?"
     if found.movement is None:
         return Table(title, notes=(found.sentence(),))
@@ -237,7 +231,6 @@ def _relative(error: float | None) -> str:
 
 
 def heads_table(found: Sequence[HeadLaw]) -> Table:
-    """Loss against query heads at a fixed N."""
     at = f" at N = {quantity(found[0].n)}" if found else ": no n_kv has four or more n_heads"
     return Table(
         f"L = a n_h^b + c{at}",

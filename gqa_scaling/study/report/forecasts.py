@@ -24,7 +24,6 @@ _STATES = {
 
 
 def prediction_table(predictions: Sequence["Prediction"], title: str) -> Table:
-    """What is forecast of each run."""
     return Table(
         title,
         [
@@ -43,7 +42,6 @@ def prediction_table(predictions: Sequence["Prediction"], title: str) -> Table:
 
 
 def forecast_table(forecasts: Forecasts) -> Table:
-    """What was forecast of each run before it began, and what came of it."""
     return Table(
         "Forecasts sealed before training, losses in nats",
         [

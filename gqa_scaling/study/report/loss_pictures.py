@@ -27,7 +27,6 @@ LOSS = "evaluation loss (nats per token)"
 
 @draw.styled
 def loss_curves(fit: Fit) -> Figure:
-    """Loss against N by configuration, with fits and their 90% bands."""
     figure, axis = draw.frame(7.4, 4.2)
     losses_on(axis, fit)
     axis.set_title(f"Loss curves, law {fit.law}, with {LEVEL:.0%} bands of the curves")
@@ -120,7 +119,6 @@ def loss_against_heads(fit: Fit) -> Figure | None:
 
 @draw.styled
 def residuals(fit: Fit) -> Figure:
-    """Loss minus curve of every point, with the noise of one run as a band."""
     figure, axis = draw.frame(7.4, 3.6)
     residuals_on(axis, fit)
     axis.set_title("Residuals; grey: one standard deviation of a run")

@@ -109,7 +109,6 @@ def _filled(
     carried: dict[str, Any] | None = None,
     charts: dict[str, Any] | None = None,
 ) -> str:
-    """The template with these texts in it."""
     label = (
         '<p><span class="demo">demonstration</span> These models are too small and too few to decide '
         "anything by.</p>"
@@ -252,7 +251,6 @@ def markdown(told: Iterable[Section]) -> dict[str, str]:
 
 
 def _training(frontier: Frontier) -> str:
-    """How to train each different model, as HTML."""
     models = {a.model.config: a.model for a in frontier.answers if a.model}.values()
     commands = [m.command for m in models if m.command and not m.trained]
     out = ""
@@ -286,7 +284,6 @@ def _compared(study: Study) -> list[Table]:
 
 
 def _unfinished_table(study: Study) -> Table:
-    """Every declared run without a result, and why."""
     return Table(
         "",
         [
@@ -301,7 +298,6 @@ def _unfinished_table(study: Study) -> Table:
 
 
 def _config(study: Study) -> list[str]:
-    """What all runs of an experiment share, as JSON."""
     if not study.histories.config:
         return []
     text = html.escape(json.dumps(study.histories.config, indent=1, sort_keys=True))
@@ -309,7 +305,6 @@ def _config(study: Study) -> list[str]:
 
 
 def _download(results: Results) -> str:
-    """The runs as a CSV file that every verb reads, inside the page."""
     data = base64.b64encode(results_csv(results).encode()).decode()
     return (
         f'<p><a download="results.csv" href="data:text/csv;base64,{data}">Download the runs</a> as the '

@@ -21,7 +21,6 @@ _REREAD = (
 
 
 def runs_table(results: Results) -> Table:
-    """Every run, with what is known of it."""
     r = results
 
     def known(column: str, form: str) -> Callable[[int], str]:

@@ -190,7 +190,6 @@ def _checks(answer: Answer) -> str:
 
 
 def model_text(model: Model) -> str:
-    """The model's architecture as it is declared."""
     names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
     known = {k: getattr(model.config, k) for k in names}
     known = {k: v for k, v in known.items() if v is not None}

@@ -36,7 +36,6 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """The name with the unit below it."""
         return f"{self.name}\n({self.unit})" if self.unit else self.name
 
     def least_width(self, items: Iterable[Any]) -> int:

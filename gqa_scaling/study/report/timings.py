@@ -39,7 +39,6 @@ def model_label(model: ModelConfig) -> str:
 
 
 def machine_line(machine: Machine) -> str:
-    """What the devices did, in a line."""
     flops = ", ".join(f"{quantity(f)}FLOP/s in {dtype}" for dtype, f in machine.flops.items())
     many = f"{machine.devices} x " if machine.devices > 1 else ""
     return (
@@ -49,7 +48,6 @@ def machine_line(machine: Machine) -> str:
 
 
 def row_line(row: Timing, machine: Machine) -> str:
-    """A row, in a line."""
     what = (
         f"{row.phase} {model_label(row.model)}, {row.context:,} tokens x {row.batch}, {row.cache}: "
     )

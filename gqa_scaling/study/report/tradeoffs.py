@@ -19,7 +19,6 @@ from gqa_scaling.units import quantity
 
 
 def sparsity_table(found: Sparsity, objective: Objective) -> Table:
-    """What each pattern costs in loss and saves in serving, and what density does."""
     notes = [
         f"Density: share of the causal query-key pairs computed at the training context, "
         f"{found.train_context:,} tokens, where losses are measured. Loss: higher than dense with "
@@ -95,7 +94,6 @@ def aligned_tables(answer: EqualTraining) -> list[Table]:
 
 
 def _goal_title(answer: EqualTraining, goal: Goal) -> str:
-    """The baseline run that sets the training FLOPs, in words."""
     return (
         f"{goal.flops:.3g} training FLOPs: {pair(answer.baseline)} at N = {quantity(goal.n)} on D = "
         f"{quantity(goal.tokens)} tokens, T = {answer.train_context:,}, loss {goal.loss:.4f} nats "
@@ -108,7 +106,6 @@ def _marked(value: float, outside: bool) -> str:
 
 
 def trained_table(goal: Goal) -> Table:
-    """The lowest loss of every configuration for the baseline's training FLOPs."""
     beyond = {"": "", "larger": "+", "smaller": "-"}
     return Table(
         "Lowest loss for these training FLOPs: at that N, and at the best N among those trained",
@@ -131,7 +128,6 @@ def trained_table(goal: Goal) -> Table:
 
 
 def served_table(answer: EqualTraining, goal: Goal, at: int) -> Table:
-    """Every configuration at equal training FLOPs and loss, cheapest to serve first."""
     third = shown_saving(answer.objective)
 
     def known(cell: Callable[[Served], str], none: str = "-") -> Callable[[Served], str]:
