@@ -2,8 +2,7 @@
 
 This is step 2 of Chen et al. 2025, section 4.1: (a/N)^b + E for each configuration, or one law for
 all of them. `models` holds the laws, `solver` the least squares, `uncertainty` and `noise` what the
-intervals rest on. What others need of a fit (`Fit`, `interval`, `plain`, `LEVEL`, ...) is imported
-from here.
+intervals rest on.
 """
 
 import dataclasses
@@ -14,19 +13,14 @@ import numpy as np
 
 from gqa_scaling.config import between, require
 from gqa_scaling.study.choices import Law
-from gqa_scaling.study.fitted import Fit as Fit
-from gqa_scaling.study.fitted import flagged as flagged
-from gqa_scaling.study.fitted import plain as plain
+from gqa_scaling.study.fitted import Fit, flagged
 from gqa_scaling.study.misfit import misfit
 from gqa_scaling.study.models import LAWS, Model, SeparateCurves, joint
 from gqa_scaling.study.noise import likeliest
-from gqa_scaling.study.points import Interval as Interval
 from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.solver import refit, solve_point
-from gqa_scaling.study.uncertainty import LEVEL as LEVEL
 from gqa_scaling.study.uncertainty import REFITS, influence, strange
-from gqa_scaling.study.uncertainty import interval as interval
 
 
 @dataclass(frozen=True)

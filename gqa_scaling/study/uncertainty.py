@@ -11,10 +11,10 @@ _DETERMINED = 1e-7  # least singular value of the scaled Jacobian that counts, t
 _STRANGE = 0.01  # how often a study without spoiled runs has a point that is called strange
 
 
-def interval(draws: np.ndarray, axis: int = 0) -> Any:
+def interval(draws: np.ndarray) -> Any:
     """The central 90% of bootstrap draws (percentile interval)."""
     tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(draws, (tail, 100 - tail), axis=axis, method="inverted_cdf")
+    low, high = np.percentile(draws, (tail, 100 - tail), axis=0, method="inverted_cdf")
     return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
 
