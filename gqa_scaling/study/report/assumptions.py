@@ -58,7 +58,7 @@ def _change(row: Changed) -> str:
 
     def told(value: float | str) -> str:
         if row.assumption == "objective":
-            return {str(k): v for k, v in OBJECTIVES.items()}[str(value)]
+            return OBJECTIVES[str(value)]
         return value if isinstance(value, str) else f"{value:.3g}"
 
     return f"{NAMES[row.assumption]}: {told(row.before)} → {told(row.after)}"

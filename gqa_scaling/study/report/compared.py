@@ -182,7 +182,7 @@ def _equal_loss(found: Versus) -> Table:
             Column(f"{objective} saved", saved(0)),
             Column(INTERVAL, lambda m: span(m.equal_loss[0].gain_interval, percent)),
             *(
-                Column(f"{_kind(kind)}\nsaved", saved(j), spare=1)
+                Column(f"{OBJECTIVES[kind]}\nsaved", saved(j), spare=1)
                 for j, kind in enumerate(kinds)
                 if j
             ),
@@ -192,10 +192,6 @@ def _equal_loss(found: Versus) -> Table:
         ],
         found.matches,
     )
-
-
-def _kind(name: str) -> str:
-    return {str(k): v for k, v in OBJECTIVES.items()}[name]
 
 
 def _loss_columns(found: Versus, gap: Callable[[Match], Gap]) -> list[Column]:
@@ -236,7 +232,7 @@ def _themselves(found: Versus) -> Table:
         costs = gap.kind != "loss"
         form: Callable[[float], str] = quantity if costs else "{:.4f}".format
         return {
-            "what": _kind(gap.kind) if costs else "loss, nats",
+            "what": OBJECTIVES[gap.kind] if costs else "loss, nats",
             "first": form(gap.first),
             "second": form(gap.second),
             "gain": percent(gap.gain) if costs else f"{millinats(gap.gain)} millinats",
