@@ -8,13 +8,14 @@ import numpy as np
 
 from gqa_scaling.baselines import LLAMA3, WholeModel, named
 from gqa_scaling.config import Question, require
+from gqa_scaling.costs import n_formula
 from gqa_scaling.study.clock import WHOLE
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.results import Heads, pair, pattern_of
 from gqa_scaling.study.serving import Costs, Deployment
 from gqa_scaling.study.shapes import Family, effective_context, shapes
-from gqa_scaling.study.strays import Scale, backbone_size
+from gqa_scaling.study.strays import Scale
 
 Baseline = Heads | WholeModel | str  # a text is the published family, LLAMA3
 _LLAMA3_KV = 8  # KV heads, fewer where a small model has fewer query heads
@@ -150,7 +151,8 @@ def _llama3(
 
 def llama3_sizes(family: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sizes of the published family within reach: ln N_b, ascending, and their layers and widths."""
-    ends = np.log(backbone_size(*np.array(family.ladder, float).T))
+    layers, width = np.array(family.ladder, float).T
+    ends = np.log(n_formula(layers, width, 0, 0))
     reach = np.log(family.reach((_LLAMA3_KV, _LLAMA3_KV)))
     x = np.linspace(reach[0], min(reach[1], ends.max() + 12), _GRID)
     return x, *shapes(np.exp(x), (0, 0), family.head_dim, family.ladder)

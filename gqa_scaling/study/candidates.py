@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study.choices import Law
 from gqa_scaling.study.compare import preferred_law
@@ -25,7 +26,7 @@ from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.points import MIN_SIZES, Interval, Points
 from gqa_scaling.study.results import Heads, Results, pairs, pattern_of
 from gqa_scaling.study.solver import solve_point
-from gqa_scaling.study.strays import Scale, backbone_size, scale_of
+from gqa_scaling.study.strays import Scale, scale_of
 from gqa_scaling.study.tokens import spans_budgets
 
 Which = Literal["all", "measured"]
@@ -200,7 +201,7 @@ def sizes_of(fit: Fit, k: int) -> Interval:
     p, backbone = fit.points, fit.curves.backbone
     if backbone is None:
         return p.range_n(k)
-    ends = backbone_size(p.n_layers, p.d_model)
+    ends = n_formula(p.n_layers, p.d_model, 0, 0)
     low, high = backbone.to_n(k, np.array([ends.min(), ends.max()], float))
     return float(low), float(high)
 

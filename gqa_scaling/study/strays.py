@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.costs import n_formula
 from gqa_scaling.study.fit import make_model
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves
@@ -208,8 +207,3 @@ def scale_of(fit: Fit, head_dim: int) -> Scale:
     )
     rows = np.vstack([fit.parameters, rows[done]])
     return Scale(fitted, head_dim, rows, np.vstack([point[None], drawn[done]]), spreads[done])
-
-
-def backbone_size(n_layers: Any, d_model: Any) -> Any:
-    """N_b = 8 L d^2, the parameters that no head count enters."""
-    return n_formula(n_layers, d_model, 0, 0)
