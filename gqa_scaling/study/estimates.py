@@ -64,7 +64,8 @@ def estimate(
     require(
         not wide or law == "separate",
         f"{r.source}: law={law!r} takes runs of one context length and one token budget for each "
-        "size; use law 'separate'" + _or_context(chosen),
+        "size; use law 'separate'"
+        + (", or name one length with --context" if spans_contexts(chosen) else ""),
     )
     over_tokens = wide and not spans_contexts(chosen)
     require(
@@ -84,7 +85,3 @@ def estimate(
     else:
         found = fit(r, context_length=context_length, law=law, **refitting)
     return Estimates(found, contexts, tokens, tested)
-
-
-def _or_context(chosen: Results) -> str:
-    return ", or name one length with --context" if spans_contexts(chosen) else ""

@@ -6,6 +6,7 @@ large a movement is but what it does to an answer: at a loss near E 0.1% of it c
 """
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -160,8 +161,8 @@ def flatness(
     """
     r = results
     require(since > 0, f"flatness from {since} tokens on must begin above 0")
-    held = {h: len({t for g, t in _where(r) if g == h and t >= since}) for h in set(r.heads)}
-    often = [h for h, count in held.items() if count > 1]  # run at two lengths or more
+    run = {(h, t) for h, t in zip(r.heads, r.context_length, strict=True) if t >= since}
+    often = [h for h, count in Counter(h for h, _ in run).items() if count > 1]
     base = baseline or default_baseline(often or r.heads)
     lengths = tuple(t for t in sorted(set(r.context_length.tolist())) if t >= since)
     if len(lengths) < 2:
@@ -205,11 +206,6 @@ def flatness(
         return Flatness(since, lengths, base, why)
     p_value = float(fdtrc(*dof, ratio))
     return Flatness(since, lengths, base, "", float(ratio), dof, p_value, movement)
-
-
-def _where(r: Results) -> set[tuple[Heads, int]]:
-    """The (heads, context length) that were run."""
-    return set(zip(r.heads, r.context_length.tolist(), strict=True))
 
 
 def _sizes(r: Results, curve: np.ndarray) -> np.ndarray:

@@ -112,7 +112,8 @@ def from_results(
     finished, rows, missing, further = [], [], [], {}
     for file, run, whole in found:
         where = f"{file}: run {run.name}"
-        judged = whole and _evaluations(whole, where).get(run.evaluation_digest)
+        evaluations = _value(_value(whole, "result", where), "evaluations", where) if whole else {}
+        judged = evaluations.get(run.evaluation_digest)
         if not whole or not judged:
             missing.append(run.name)
             continue
@@ -136,10 +137,6 @@ def from_results(
         judged=further,
     )
     return check(results, swept=swept)
-
-
-def _evaluations(whole: dict[str, Any], where: str) -> dict[str, Any]:
-    return _value(_value(whole, "result", where), "evaluations", where)
 
 
 def _finished(

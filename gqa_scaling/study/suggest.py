@@ -400,7 +400,8 @@ def _contenders(
 ) -> list[Heads]:
     """The configurations, of those that were run, which may be the cheapest of some answer."""
     r = proposals.results
-    here = [Step("seed", (run,)) for run in _done(proposals)]
+    done = [Proposed("", h, L, d, t, 0, 0.0, 0.0) for h, L, d, t in proposals.seeds]
+    here = [Step("seed", (run,)) for run in done]  # as if they were to do
     belief, decider, *_ = _world(proposals, here, question, objective, serving)
     costs = decider.costs(belief, belief.draw(np.random.default_rng(0)))
     heads = sorted(set(r.heads), key=str)
@@ -410,8 +411,3 @@ def _contenders(
     order = np.argsort(-chance, kind="stable")
     likely = [i for i in order[:_CONTENDERS] if chance[i] >= _CHANCE]
     return [heads[i] for i in (likely if len(likely) > 1 else order[:2])]
-
-
-def _done(proposals: Proposals) -> list[Proposed]:
-    """The runs that were done, as if they were to do."""
-    return [Proposed("", h, L, d, t, 0, 0.0, 0.0) for h, L, d, t in proposals.seeds]

@@ -80,6 +80,17 @@ def frontier_table(frontier: Frontier) -> Table:
         notes.append(f"Not decided: {'; '.join(why)}.")
     if any(math.isinf(a.best.regret) for a in frontier.answers if a.best.reached):
         notes.append("Regret -: in some refits only another configuration reaches the loss.")
+    if predicted:
+        notes.append(
+            f"Curves: law {frontier.law!r} for all heads, each configuration straying from it by as much "
+            "as the trained ones do. measured: these heads were trained; predicted: within the head counts "
+            "that were; beyond: predicted beyond the trained heads."
+        )
+    if laws:
+        notes.append(
+            f"Dearer by {' or '.join(laws)}: what this answer costs more, by the curves of that law, than "
+            "that law's own best. Separate curves rank trained heads alone (-: not this answer's)."
+        )
     return Table(
         f"Cheapest configuration by {OBJECTIVES[frontier.objective]}, FLOPs {q.convention}",
         [
@@ -104,7 +115,7 @@ def frontier_table(frontier: Frontier) -> Table:
             Column("tied with", lambda a: "not decided" if far(a) else _tied(a), fold=True),
         ],
         _by_context(frontier),
-        [*notes, *(_predicted_notes(frontier.law) if predicted else []), *_law_notes(laws)],
+        notes,
         f"Loss in {u['loss']}. N*: {u['n']} ({frontier.count}). Memory in {u['memory']}. Regret: the "
         "expected excess cost over the refits. Tied without =: these runs do not tell it from the "
         "cheapest, and the difference may matter.",
@@ -145,23 +156,6 @@ def _under(law: Law) -> Column:
     return Column(f"dearer by\n{law}", cell, spare=6)
 
 
-def _predicted_notes(law: Law) -> list[str]:
-    return [
-        f"Curves: law {law!r} for all heads, each configuration straying from it by as much as the trained "
-        "ones do. measured: these heads were trained; predicted: within the head counts that were; "
-        "beyond: predicted beyond the trained heads."
-    ]
-
-
-def _law_notes(laws: Sequence[Law]) -> list[str]:
-    if not laws:
-        return []
-    return [
-        f"Dearer by {' or '.join(laws)}: what this answer costs more, by the curves of that law, than that "
-        "law's own best. Separate curves rank trained heads alone (-: not this answer's)."
-    ]
-
-
 def _shape(layers: float, width: float) -> str:
     return f"{layers:.1f} x {width:.0f}" if math.isfinite(layers) else "-"
 
@@ -171,10 +165,6 @@ def _tied(answer: Answer) -> str:
     others = [h for h in answer.tied if h != answer.best.heads and h not in alike]
     told = (f"= {pairs(alike)}" if alike else "", pairs(others))
     return "; ".join(filter(None, told)) or "-"
-
-
-def _near(choice: Choice) -> str:
-    return percent(choice.within, 0)
 
 
 def shown_saving(objective: Objective) -> Objective:
@@ -192,18 +182,12 @@ def saving_table(frontier: Frontier) -> Table:
     third = shown_saving(frontier.objective)
 
     def saved(kind: Objective) -> tuple[Column, Column]:
+        saving = _best(lambda c: percent(c.saving[kind]))
+        ends = _best(lambda c: span(c.saving_interval[kind], percent))
+        spare, rare = 0 if kind == third else 3, kind not in ("memory", "flops", third)
         return (
-            Column(
-                OBJECTIVES[kind],
-                _best(lambda c: percent(c.saving[kind])),
-                page_only=kind not in ("memory", "flops", third),
-            ),
-            Column(
-                INTERVAL,
-                _best(lambda c: span(c.saving_interval[kind], percent)),
-                spare=0 if kind == third else 3,
-                page_only=kind not in ("memory", "flops", third),
-            ),
+            Column(OBJECTIVES[kind], saving, page_only=rare),
+            Column(INTERVAL, ends, spare=spare, page_only=rare),
         )
 
     return Table(
@@ -363,7 +347,11 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
             Column("Z", lambda c: quantity(c.z)),
             Column("dearer by", lambda c: percent(c.excess, 2)),
             Column("P(best)", lambda c: percent(c.probability, 0)),
-            Column(f"within {margin(frontier.question.indifference)}", _near, spare=3),
+            Column(
+                f"within {margin(frontier.question.indifference)}",
+                lambda c: percent(c.within, 0),
+                spare=3,
+            ),
             Column("regret", lambda c: percent(c.regret, 2)),
             Column(
                 "loss lower by\nat equal cost",

@@ -40,6 +40,9 @@ def clock_table(frontier: Frontier) -> Table | None:
 
         return told
 
+    def dollars(z: Choice, seconds: Choice) -> str:
+        return f"{z.dollars - seconds.dollars:.3g}"
+
     def sure(answer: Answer) -> str:
         z, seconds = answer.least("z"), answer.least("seconds")
         if not z.reached:
@@ -69,18 +72,7 @@ def clock_table(frontier: Frontier) -> Table | None:
                 "ms a token",
             ),
             Column("that is", lost(lambda z, s: percent(z.seconds / s.seconds - 1))),
-            *(
-                [
-                    Column(
-                        "dollars more",
-                        lost(lambda z, s: f"{z.dollars - s.dollars:.3g}"),
-                        "1M tokens",
-                        spare=3,
-                    )
-                ]
-                if priced
-                else []
-            ),
+            *([Column("dollars more", lost(dollars), "1M tokens", spare=3)] if priced else []),
             Column("told apart", sure),
         ],
         sorted(frontier.answers, key=lambda answer: answer.context),

@@ -8,7 +8,7 @@ from typing import Any
 from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.frontier import Frontier
 from gqa_scaling.study.report.answers import saved_kinds
-from gqa_scaling.study.results import Heads, Results, pattern_of
+from gqa_scaling.study.results import Results, pattern_of
 
 HEADER = "name,n_heads,n_kv_heads,"  # what a CSV file of our runs begins with
 
@@ -30,13 +30,15 @@ def frontier_csv(frontier: Frontier) -> str:
     rows: list[dict[str, Any]] = []
     for answer in frontier.answers:
         for rank, c in enumerate(answer.choices, 1):
+            pattern = pattern_of(c.heads)
+            sparse = {"pattern": pattern.label if pattern else "", "t_eff": c.effective}
             row = {
                 "context_tokens": answer.context,
                 "loss_nats": answer.loss,
                 "rank": rank,
                 "n_heads": c.heads[0],
                 "n_kv_heads": c.heads[1],
-                **({"pattern": _label(c.heads), "t_eff": c.effective} if frontier.sharded else {}),
+                **(sparse if frontier.sharded else {}),
                 "known": KNOWN[c.known],
                 "tied": int(c.heads in answer.tied),
                 "n_parameters": c.n,
@@ -67,11 +69,6 @@ def frontier_csv(frontier: Frontier) -> str:
             row["equal_cost_extrapolated"] = int(e.extrapolated)
             rows.append(row)
     return _csv(list(rows[0]), rows)  # the first row is of an answer's best, which has every column
-
-
-def _label(heads: Heads) -> str:
-    pattern = pattern_of(heads)
-    return pattern.label if pattern else ""
 
 
 def _csv(header: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from gqa_scaling.study import context, tokens
 from gqa_scaling.study.compare import Score
 from gqa_scaling.study.context import ContextLaw
@@ -43,7 +41,9 @@ def fit_table(fit: Fit) -> Table:
     return Table(
         f"Law {fit.law}: L = {fit.formula}",
         [
-            *_curve_columns(fit, Column("sizes", lambda k: str(len({*fit.points.n[_of(fit, k)]})))),
+            *_curve_columns(
+                fit, Column("sizes", lambda k: str(len({*fit.points.n[fit.points.curve == k]})))
+            ),
             Column("R²", lambda k: f"{fit.r2_by_curve[k]:.5f}"),
         ],
         range(len(fit.heads)),
@@ -68,7 +68,7 @@ def token_table(law: TokenLaw) -> Table:
     )
     return Table(
         f"Token law: L = {tokens.FORMULA}",
-        _curve_columns(fit, Column("points", lambda k: str(int(_of(fit, k).sum())))),
+        _curve_columns(fit, Column("points", lambda k: str(int((fit.points.curve == k).sum())))),
         range(len(fit.heads)),
         (
             f"{fit.source}: {count(len(fit.points.n), 'point')}, N is {fit.count} without embeddings, D from "
@@ -97,11 +97,6 @@ def _curve_columns(fit: Fit, size: Column) -> list[Column]:
         Column("b", lambda k: f"{fit.curves.b[k]:.4f}"),
         Column(f"b,\n{INTERVAL}", lambda k: span((low[k], high[k]), ".4f")),
     ]
-
-
-def _of(fit: Fit, k: int) -> np.ndarray:
-    """Which points belong to curve k."""
-    return fit.points.curve == k
 
 
 def _solution(fit: Fit) -> str:
@@ -216,7 +211,11 @@ def compare_table(scores: Sequence[Score], where: str = "") -> Table:
             Column("more heads", error("more_heads"), "millinats"),
             Column("more heads,\nlargest size", error("more_heads_and_size"), "millinats"),
             *([pattern] if any(s.unseen_patterns is not None for s in scores) else []),
-            Column("largest size", lambda s: _relative(s.largest_size), "% of loss"),
+            Column(
+                "largest size",
+                lambda s: "-" if s.largest_size is None else percent(s.largest_size, 3),
+                "% of loss",
+            ),
         ],
         scores,
         [f"{s.law}: L = {s.formula}" for s in scores],
@@ -224,10 +223,6 @@ def compare_table(scores: Sequence[Score], where: str = "") -> Table:
         "the most query heads, or KV heads; the same at the largest size, which is not shown either; "
         "the largest size of each.",
     )
-
-
-def _relative(error: float | None) -> str:
-    return "-" if error is None else percent(error, 3)
 
 
 def heads_table(found: Sequence[HeadLaw]) -> Table:

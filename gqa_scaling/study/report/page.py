@@ -130,7 +130,7 @@ def _filled(
         decide=decide,
         sections="\n".join(
             f"<details><summary><h2>{html.escape(heading)}</h2></summary>\n"
-            + "\n".join(map(_html, parts))
+            + "\n".join(part.html() if isinstance(part, Table) else part for part in parts)
             + "\n</details>"
             for heading, parts in told
             if parts
@@ -181,10 +181,6 @@ def _bokeh(name: str) -> str:
     folder = Path(found.origin).parent / "server" / "static" / "js"
     text = (folder / name).read_text(encoding="utf-8")
     return re.sub(r"^//# sourceMappingURL=.*$", "", text, flags=re.MULTILINE)
-
-
-def _html(part: Table | str) -> str:
-    return part.html() if isinstance(part, Table) else part
 
 
 def sections(study: Study) -> Iterator[Section]:
