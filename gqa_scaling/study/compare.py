@@ -68,8 +68,10 @@ def compare(results: Results, context_length: int | None = None) -> tuple[Score,
             model = make_model(law, p, head_dim)
         except UserError:  # too few configurations for this law, or shapes unknown
             continue
-        asked = {} if law == "separate" else {name: v for name, v in left_out.items() if v}
-        errors = {name: _beyond(p, law, head_dim, pairs) for name, pairs in asked.items()}
+        errors = {
+            name: _beyond(p, law, head_dim, pairs) if pairs and law != "separate" else None
+            for name, pairs in left_out.items()
+        }
         size = (
             _error(p, law, head_dim, ~largest, largest) / p.loss[largest] if largest.any() else None
         )
