@@ -15,6 +15,7 @@ from gqa_scaling.config import require
 from gqa_scaling.study import laws
 from gqa_scaling.study.fit import Refitting, brought, fit_model
 from gqa_scaling.study.fitted import Fit, flagged, plain
+from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Interval, Points, cells, labels, ranks
 from gqa_scaling.study.results import Heads, Results, flags
@@ -57,26 +58,19 @@ class OverTokens(SeparateCurves):
         row[0], row[1] = terms[0], np.log(max(terms[1], 1e-4))
 
     def surface(self, rows: np.ndarray) -> "Surface":
-        found = self.curves(rows)
-        return Surface(
-            found.floor, rows[:, 1], rows[:, 2], found.u, found.b, self.centre, self.token_centre
-        )
+        return Surface(self.curves(rows), rows[:, 1], rows[:, 2], self.token_centre)
 
 
 @dataclass(frozen=True)
 class Surface:
     """L(N, D; H) in nats for many sets of parameters at once, each a row: the best or the draws.
 
-    E + exp(v - beta (ln D - token_centre)) + exp(u - b (ln N - centre)); `floor`, `v` and `beta`
-    are (rows,), `u` and `b` (rows, heads), `centre` (heads,).
+    The `curves` and, beside them, exp(v - beta (ln D - token_centre)); `v` and `beta` are (rows,).
     """
 
-    floor: np.ndarray
+    curves: Curves
     v: np.ndarray
     beta: np.ndarray
-    u: np.ndarray
-    b: np.ndarray
-    centre: np.ndarray
     token_centre: float
 
     def data(self, tokens: np.ndarray | float) -> np.ndarray:
@@ -86,20 +80,18 @@ class Surface:
 
     def loss(self, k: int, n: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
         """Loss of configuration k; n and tokens of shape (), (rows,) or (rows, more), alike."""
-        floor, u, b = (self._like(tokens, p) for p in (self.floor, self.u[:, k], self.b[:, k]))
+        c = self.curves
+        floor, u, b = (self._like(tokens, p) for p in (c.floor, c.u[:, k], c.b[:, k]))
         with np.errstate(over="ignore"):
-            return laws.centred(n, u, b, floor, self.centre[k]) + self.data(tokens)
+            return laws.centred(n, u, b, floor, c.centre[k]) + self.data(tokens)
 
     def _like(self, value: np.ndarray | float, parameter: np.ndarray) -> np.ndarray:
         return parameter[:, None] if np.ndim(value) == 2 else parameter
 
     def first(self, other: "Surface") -> "Surface":
         """The rows of this one, then those of the other."""
-        pairs = {
-            k: np.concatenate([getattr(self, k), getattr(other, k)])
-            for k in ("floor", "v", "beta", "u", "b")
-        }
-        return Surface(**pairs, centre=self.centre, token_centre=self.token_centre)
+        v, beta = np.r_[self.v, other.v], np.r_[self.beta, other.beta]
+        return Surface(self.curves.then(other.curves), v, beta, self.token_centre)
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ class TokenLaw:
     @property
     def floor(self) -> tuple[float, Interval]:
         """E, the loss of endless parameters and tokens, in nats."""
-        return float(self.best.floor[0]), interval(self.draws.floor)
+        return float(self.best.curves.floor[0]), interval(self.draws.curves.floor)
 
     @property
     def beta(self) -> tuple[float, Interval]:

@@ -97,11 +97,14 @@ class Trainer:
         Sought among the sizes n, whose layers are the ladder's unless they are given; infinite where
         none gets there on any number of tokens.
         """
-        s, per_token = self.surface, self.flops_per_token(n, layers)
-        own = laws.centred(
-            n[None], s.u[:, [self.k]], s.b[:, [self.k]], 0.0, self.law.best.centre[self.k]
+        s, c, k, per_token = (
+            self.surface,
+            self.surface.curves,
+            self.k,
+            self.flops_per_token(n, layers),
         )
-        excess = target[:, None] - s.floor[:, None] - own
+        own = laws.centred(n[None], c.u[:, [k]], c.b[:, [k]], 0.0, c.centre[k])
+        excess = target[:, None] - c.floor[:, None] - own
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             log_tokens = (s.v[:, None] - np.log(excess)) / s.beta[:, None]
             tokens = np.exp(log_tokens + s.token_centre)

@@ -95,7 +95,7 @@ def test_noise_free_truths_are_recovered(floor, b, beta, data, seed):
     law = token_law(table(rows, source="any", count="n_given"), refits=100)
     assert law.floor[0] == pytest.approx(floor, abs=1e-6)
     assert law.beta[0] == pytest.approx(beta, abs=1e-6)
-    assert law.best.b[0] == pytest.approx(b, abs=1e-6)
+    assert law.best.curves.b[0] == pytest.approx(b, abs=1e-6)
     assert law.term(4e9)[0] == pytest.approx(data, abs=1e-6)
     assert law.fit.converged
 
