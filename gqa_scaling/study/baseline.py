@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.results import Heads, pair, pattern_of
 from gqa_scaling.study.serving import Costs, Deployment
-from gqa_scaling.study.shapes import Family, effective_context, shapes
+from gqa_scaling.study.shapes import Family, shapes
 from gqa_scaling.study.strays import Scale
 
 Baseline = Heads | WholeModel | str  # a text is the published family, LLAMA3
@@ -41,11 +41,6 @@ def curves_for(baseline: Baseline) -> tuple[Heads, ...]:
     if isinstance(baseline, WholeModel):
         return (baseline.heads,)
     return () if isinstance(baseline, str) else (baseline,)
-
-
-def is_whole(baseline: Baseline) -> TypeGuard[WholeModel]:
-    """Whether the baseline is one model, whose loss is fixed."""
-    return isinstance(baseline, WholeModel)
 
 
 def label(baseline: Baseline) -> str:
@@ -96,8 +91,9 @@ def reference(
     """
     if isinstance(baseline, WholeModel):
         size, loss = whole_model(baseline, fit, curves, deployment.family)
-        n = np.full_like(loss, size)
-        return Reference(n, loss, deployment.drawn(_fixed(baseline, n, deployment), WHOLE))
+        n, shape = np.full_like(loss, size), (baseline.n_layers, baseline.d_model)
+        costs = deployment.costs_of_model(n, baseline.heads, shape)
+        return Reference(n, loss, deployment.drawn(costs, WHOLE))
     if isinstance(baseline, str):
         return _llama3(fit, scale, deployment, targets)
     k = fit.index(baseline)
@@ -112,12 +108,6 @@ def whole_model(
     """N of the model as the fit counts it, and its losses in nats, one for each row of the curves."""
     n = float(family.n_of(model.n_layers, model.d_model, model.heads))
     return n, curves.loss(fit.index(model.heads), n)
-
-
-def _fixed(model: WholeModel, n: np.ndarray, deployment: Deployment) -> Costs:
-    layers, width = (np.full_like(n, v) for v in (model.n_layers, model.d_model))
-    keys = effective_context(model.heads, layers, deployment.context)
-    return deployment.costs_of_shape(n, model.heads, layers, width, keys)
 
 
 def _llama3(

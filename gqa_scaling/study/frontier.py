@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gqa_scaling.baselines import WholeModel
 from gqa_scaling.config import Question, UserError, require
 from gqa_scaling.study.baseline import (
     Baseline,
@@ -23,7 +24,6 @@ from gqa_scaling.study.baseline import (
     baseline_of,
     curves_for,
     in_words,
-    is_whole,
     label,
     reference,
     whole_model,
@@ -237,9 +237,6 @@ class Frontier:
         return plain(out)
 
 
-# ----------------------------------------------------------------------------------- the question
-
-
 def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
     """A few round losses inside the range that every configuration's curve covers.
 
@@ -259,9 +256,6 @@ def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
             chosen = inside[np.linspace(0, len(inside) - 1, most).round().astype(int)]
             return tuple(round(float(v), digits) for v in chosen[::-1])
     raise AssertionError
-
-
-# ------------------------------------------------------------------------------------ the answers
 
 
 def frontier(
@@ -290,7 +284,9 @@ def frontier(
     for heads in curves_for(baseline):
         fit.index(heads)
     curves = with_draws(fit)
-    own = whole_model(baseline, fit, curves, family)[1] if is_whole(baseline) else None
+    own = (
+        whole_model(baseline, fit, curves, family)[1] if isinstance(baseline, WholeModel) else None
+    )
     losses = q.losses or (target_losses(fit) if own is None else (float(own[0]),))
     answers = []
     for loss in losses:

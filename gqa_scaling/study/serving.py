@@ -157,6 +157,12 @@ class Deployment:
         keys = effective_context(heads, layers, self.context)
         return self.costs_of_shape(n, heads, layers, width, keys)
 
+    def costs_of_model(self, n: np.ndarray, heads: Heads, shape: tuple[int, int]) -> Costs:
+        """Costs of one whole model of N parameters and this (L, d), the same in every row (rows,)."""
+        layers, width = (np.full_like(n, v) for v in shape)
+        keys = effective_context(heads, layers, self.context)
+        return self.costs_of_shape(n, heads, layers, width, keys)
+
     def costs_of_shape(
         self, n: Number, heads: Heads, n_layers: Number, d_model: Number, effective: Number
     ) -> Costs:
@@ -233,9 +239,6 @@ class Deployment:
     def kinds(self) -> tuple[str, ...]:
         """The costs that savings are stated of: always Z, memory and FLOPs, and the objective."""
         return tuple(dict.fromkeys(("z", "memory", "flops", self.objective)))
-
-
-# --------------------------------------------------------------------------------------- in words
 
 
 def units(

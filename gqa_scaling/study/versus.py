@@ -25,7 +25,7 @@ from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import decide, known_interval, near_least, saved, tied
 from gqa_scaling.study.results import Results, pair
 from gqa_scaling.study.serving import Costs, Deployment, Serving, require_costs, units
-from gqa_scaling.study.shapes import Family, effective_context, family_of
+from gqa_scaling.study.shapes import Family, family_of
 from gqa_scaling.study.sides import Side
 from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.study.trainer import Trainer
@@ -130,9 +130,6 @@ class Versus:
         return plain(told | {"first_label": self.first.label, "second_label": self.second.label})
 
 
-# ------------------------------------------------------------------------------- the comparison
-
-
 def versus(
     found: Estimates,
     results: Results,
@@ -232,10 +229,7 @@ class _Known:
         heads, shape = self.side.heads, self.side.shape
         if not (built and shape):
             return deployment.drawn(deployment.costs(n, heads), pair(heads))
-        keys = effective_context(heads, np.full_like(n, shape[0]), deployment.context)
-        layers, width = (np.full_like(n, x) for x in shape)
-        built_costs = deployment.costs_of_shape(n, heads, layers, width, keys)
-        return deployment.drawn(built_costs, self.name)
+        return deployment.drawn(deployment.costs_of_model(n, heads, shape), self.name)
 
     def outside(self, n: float) -> bool:
         return not self.range_n[0] <= n <= self.range_n[1]

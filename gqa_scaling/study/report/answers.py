@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.console import Group
 
-from gqa_scaling.study.baseline import in_words, is_whole, label
+from gqa_scaling.baselines import WholeModel
+from gqa_scaling.study.baseline import in_words, label
 from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.choices import OBJECTIVES, Law, Objective
 from gqa_scaling.study.frontier import Answer, Choice, Frontier
@@ -212,12 +213,12 @@ def saving_table(frontier: Frontier) -> Table:
 
 def _at_equal_loss(frontier: Frontier) -> str:
     """Whether the baseline has the target loss: one model has its own, whatever is asked for."""
-    whole = is_whole(frontier.baseline) and frontier.question.losses
+    whole = isinstance(frontier.baseline, WholeModel) and frontier.question.losses
     return "" if whole else " at equal loss"
 
 
 def _whole_note(frontier: Frontier) -> list[str]:
-    if not is_whole(frontier.baseline):
+    if not isinstance(frontier.baseline, WholeModel):
         return []
     base = frontier.answers[0].baseline
     return [f"Its predicted loss is {base.loss:.4f} nats, its N {quantity(base.n)}."]

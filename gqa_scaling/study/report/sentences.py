@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from gqa_scaling.study.baseline import is_whole, label
+from gqa_scaling.baselines import WholeModel
+from gqa_scaling.study.baseline import label
 from gqa_scaling.study.build import Model
 from gqa_scaling.study.candidates import KNOWN
 from gqa_scaling.study.caveats import MISSED
@@ -102,7 +103,7 @@ def _as_said(best: Choice, objective: Objective) -> Interval:
 
 def _at_loss(frontier: Frontier) -> str:
     """At which loss the baseline stands: one model has its own, whatever is asked for."""
-    if not is_whole(frontier.baseline) or not frontier.question.losses:
+    if not isinstance(frontier.baseline, WholeModel) or not frontier.question.losses:
         return " at the same loss"
     return f", whose loss is {frontier.answers[0].baseline.loss:.3f}"
 
