@@ -147,9 +147,6 @@ def _ranges(cases: Sequence[Case]) -> dict[str, tuple[float, float]]:
     return {name: (float(min(v)), float(max(v))) for name, v in values.items()}
 
 
-# -------------------------------------------------------------------------------------- laws
-
-
 def _roofline(phase: Phase, cases: Sequence[Case], form: Form) -> Roofline:
     caches = [case.row.cache for case in cases]
     return fit_roofline(phase, [case.work for case in cases], caches, seconds_of(cases), form)

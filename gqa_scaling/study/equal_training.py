@@ -122,9 +122,6 @@ class EqualTraining:
         return plain(told)
 
 
-# ----------------------------------------------------------------------------------- the answers
-
-
 def equal_training(
     law: TokenLaw,
     results: Results,
@@ -303,9 +300,6 @@ def _served(
             Served(**vars(ranked), tokens=tokens, n_outside=outside[0], tokens_outside=outside[1])
         )
     return tuple(sorted(rows, key=lambda row: row.order))
-
-
-# --------------------------------------------------------------------------------------- in words
 
 
 def _flags(

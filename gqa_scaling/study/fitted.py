@@ -217,9 +217,6 @@ def _r2(fit: Fit, mine: np.ndarray) -> float:
     return float(1 - (w * fit.residual[mine] ** 2).sum() / total) if total > 0 else float("nan")
 
 
-# ------------------------------------------------------------------- what a reader must know
-
-
 def flagged(fitted: Fit, known: Sequence[str]) -> Fit:
     """The fit with everything a reader must know, in words."""
     out = list(known)

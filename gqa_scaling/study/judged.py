@@ -68,16 +68,12 @@ def judged_row(run: RunConfig, evaluation: dict[str, Any]) -> Row:
 
 def judged_rows(results: Results) -> list[Row]:
     """The runs that were judged by more than a loss, in their order."""
+    r = results
+    runs = zip(r.name.tolist(), r.heads, r.context_length.tolist(), r.loss.tolist(), strict=True)
     return [
-        Row(name, heads, int(context), float(loss), results.judged[name])
-        for name, heads, context, loss in zip(
-            map(str, results.name),
-            results.heads,
-            results.context_length,
-            results.loss,
-            strict=True,
-        )
-        if name in results.judged and results.judged[name].further
+        Row(*run, r.judged[run[0]])
+        for run in runs
+        if run[0] in r.judged and r.judged[run[0]].further
     ]
 
 

@@ -206,9 +206,6 @@ def _scales(
     return found, along[:, -1] - along[:, :-1] @ found
 
 
-# ------------------------------------------------------------- a curve for each configuration
-
-
 class SeparateCurves(Model):
     """u and b of each configuration are its own; E is shared, and whatever else a law adds.
 
@@ -235,9 +232,6 @@ class SeparateCurves(Model):
         level, slope = each[len(shared) : len(shared) + k], each[len(shared) + k :]
         x, constants = np.log(p.n) - p.centre[p.curve], ("E", *others)
         super().__init__(names, constants, added, designs, level, slope, p.curve, x, p.centre)
-
-
-# ---------------------------------------------------------------------------------- joint laws
 
 
 class Joint(Model):

@@ -103,9 +103,6 @@ def _heads(run: RunConfig) -> Heads:
     return heads_of(run.model.n_heads, run.model.n_kv_heads, run.model.pattern)
 
 
-# ------------------------------------------------------------------------------------ refusals
-
-
 def _require_like(run: RunConfig, results: Results, finished: Sequence[RunConfig]) -> None:
     """Refuse a run whose loss is another quantity than that of the finished runs."""
     one = finished[0]
@@ -151,9 +148,6 @@ def _require_reached(run: RunConfig, found: Estimates, results: Results) -> None
             f"{run.name}: it trains on {own:,} tokens, which is not the budget of the finished runs "
             f"({known.min():,.4g} to {known.max():,.4g}): what it loses by that is not known"
         )
-
-
-# --------------------------------------------------------------------------------- predictions
 
 
 def _of_curve(run: RunConfig, found: Estimates) -> Prediction:

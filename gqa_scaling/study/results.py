@@ -110,14 +110,8 @@ class Results:
     @property
     def density(self) -> np.ndarray:
         """Share of the causal query-key pairs that each run computed in training; 1 when dense."""
-        return np.array(
-            [
-                _density(*run)
-                for run in zip(
-                    self.pattern, self.n_layers, self.n_kv_heads, self.context_length, strict=True
-                )
-            ]
-        )
+        columns = self.pattern, self.n_layers, self.n_kv_heads, self.context_length
+        return np.array([_density(*run) for run in zip(*columns, strict=True)])
 
     @property
     def gained_by_rereading(self) -> np.ndarray:

@@ -130,9 +130,6 @@ def combined(parts: Mapping[str, Any], form: Form) -> Any:
     return total + sum(left.values())
 
 
-# ------------------------------------------------------------------------------------ fitting
-
-
 def fit_roofline(
     phase: Phase, work: Sequence[Work], caches: Sequence[str], seconds: np.ndarray, form: Form
 ) -> Roofline:

@@ -183,9 +183,7 @@ def misled(cases: Sequence[Case]) -> tuple[Misled, ...]:
         found, pairs = [], _open_pairs(cases, own)
         for pair in pairs:
             chosen, other = sorted((cases[k] for k in pair), key=paper_z)
-            noise = (
-                chosen.row.spread + other.row.spread
-            ) / 2  # half of the quartiles' distance each
+            noise = (chosen.row.spread + other.row.spread) / 2  # half the quartiles' distance each
             if chosen.seconds > other.seconds * (1 + noise):
                 found.append((chosen, other))
         if found:
