@@ -68,13 +68,12 @@ def judged_row(run: RunConfig, evaluation: dict[str, Any]) -> Row:
 
 def judged_rows(results: Results) -> list[Row]:
     """The runs that were judged by more than a loss, in their order."""
-    r = results
-    runs = zip(r.name.tolist(), r.heads, r.context_length.tolist(), r.loss.tolist(), strict=True)
-    return [
-        Row(*run, r.judged[run[0]])
-        for run in runs
-        if run[0] in r.judged and r.judged[run[0]].further
-    ]
+    r, out = results, []
+    for name, heads, context, loss in zip(r.name, r.heads, r.context_length, r.loss, strict=True):
+        judged = r.judged.get(name)
+        if judged and judged.further:
+            out.append(Row(str(name), heads, int(context), float(loss), judged))
+    return out
 
 
 def to_dict(results: Results) -> list[dict[str, Any]]:

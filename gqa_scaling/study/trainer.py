@@ -97,12 +97,8 @@ class Trainer:
         Sought among the sizes n, whose layers are the ladder's unless they are given; infinite where
         none gets there on any number of tokens.
         """
-        s, c, k, per_token = (
-            self.surface,
-            self.surface.curves,
-            self.k,
-            self.flops_per_token(n, layers),
-        )
+        s, c, k = self.surface, self.surface.curves, self.k
+        per_token = self.flops_per_token(n, layers)
         own = laws.centred(n[None], c.u[:, [k]], c.b[:, [k]], 0.0, c.centre[k])
         excess = target[:, None] - c.floor[:, None] - own
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
