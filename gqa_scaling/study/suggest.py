@@ -88,14 +88,6 @@ class Suggestion:
     def name(self) -> str:
         return self.runs[0].name
 
-    @property
-    def heads(self) -> Heads:
-        return self.runs[0].heads
-
-    @property
-    def n_layers(self) -> int:
-        return self.runs[0].n_layers
-
     def to_dict(self) -> dict[str, Any]:
         runs = [{k: v for k, v in vars(run).items() if k != "run"} for run in self.runs]
         own = {"kind": self.kind, "flops": self.flops, "runs": runs}

@@ -587,7 +587,10 @@ def test_suggest_believes_in_density(monkeypatch):
     assert told[0][(8, 8)] == 1
     for pattern in (WINDOW, SPARSER):  # run already, and to do; nearly alike at every depth
         assert told[0][(8, 2, pattern)] == pytest.approx(density(pattern.layers(4, 2), T), rel=0.05)
-    assert {s.heads for s in found} <= {(8, 2, HYBRID), (8, 2, SPARSER)}  # the rest are done
+    assert {s.runs[0].heads for s in found} <= {
+        (8, 2, HYBRID),
+        (8, 2, SPARSER),
+    }  # the rest are done
 
 
 def test_a_recommended_model_is_trained_as_its_own_pattern_was():

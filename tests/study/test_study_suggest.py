@@ -98,7 +98,7 @@ def test_suggestions_are_new_ordered_and_within_the_budget(some):
     names = [s.name for s in found]
     assert 1 <= len(names) == len(set(names)) <= 5
     known = set(zip(some.heads, some.n_layers.tolist(), strict=True))
-    assert not {(s.heads, s.n_layers) for s in found} & known
+    assert not {(s.runs[0].heads, s.runs[0].n_layers) for s in found} & known
     assert sum(s.flops for s in found) <= budget
     assert all(s.flops == flops[s.name] for s in found)
     assert all(s.regret_after <= s.regret_before for s in found)
@@ -116,7 +116,7 @@ def test_what_costs_more_than_it_tells_is_left_for_later(some):
 
 def test_contenders_are_looked_at_before_the_hopeless(some):
     # at 128K the (8,8) model costs twice the best: another size of it can wait
-    picked = [s.heads for s in suggest(some, GRID, QUESTION, most=4, per_flop=False)]
+    picked = [s.runs[0].heads for s in suggest(some, GRID, QUESTION, most=4, per_flop=False)]
     assert (8, 8) not in picked
     assert set(picked) & {(4, 1), (8, 1), (8, 2), (2, 1)}
 
