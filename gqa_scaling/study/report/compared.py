@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any
 
 from rich.console import Group
 
@@ -228,31 +226,28 @@ def _far(m: Match, gap: Gap) -> bool:
 
 
 def _themselves(found: Versus) -> Table:
-    def cells(gap: Gap) -> dict[str, Any]:
-        costs = gap.kind != "loss"
-        form: Callable[[float], str] = quantity if costs else "{:.4f}".format
-        return {
-            "what": OBJECTIVES[gap.kind] if costs else "loss, nats",
-            "first": form(gap.first),
-            "second": form(gap.second),
-            "gain": percent(gap.gain) if costs else f"{millinats(gap.gain)} millinats",
-            "interval": span(gap.gain_interval, percent if costs else millinats),
-            "probability": percent(gap.probability, 0),
-        }
+    def value(gap: Gap, number: float) -> str:
+        return f"{number:.4f}" if gap.kind == "loss" else quantity(number)
+
+    def gain(gap: Gap) -> str:
+        lower = gap.kind == "loss"
+        return f"{millinats(gap.gain)} millinats" if lower else percent(gap.gain)
+
+    def ends(gap: Gap) -> str:
+        return span(gap.gain_interval, millinats if gap.kind == "loss" else percent)
 
     longest = max(found.matches, key=lambda m: m.context)
-    names = {
-        "what": "",
-        "first": found.first.label,
-        "second": found.second.label,
-        "gain": "the first is lower by",
-        "interval": INTERVAL,
-        "probability": "P(lower)",
-    }
     return Table(
         f"As they are, costs at {longest.context:,} tokens",
-        [Column(name, itemgetter(key)) for key, name in names.items()],
-        [cells(gap) for gap in longest.itself],
+        [
+            Column("", lambda g: OBJECTIVES.get(g.kind, "loss, nats")),
+            Column(found.first.label, lambda g: value(g, g.first)),
+            Column(found.second.label, lambda g: value(g, g.second)),
+            Column("the first is lower by", gain),
+            Column(INTERVAL, ends),
+            Column("P(lower)", lambda g: percent(g.probability, 0)),
+        ],
+        longest.itself,
     )
 
 
