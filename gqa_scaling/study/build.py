@@ -101,10 +101,7 @@ def build(fit: Fit, deployment: Deployment, heads: Heads, n: float) -> Model:
 
 @dataclass(frozen=True)
 class Check:
-    """A run that the fit has not seen: its loss in nats, and what the curve had predicted.
-
-    `run_interval` is where the loss of one run is expected, at 90%.
-    """
+    """A run that the fit has not seen: its loss in nats, and what the curve had predicted."""
 
     name: str
     heads: Heads

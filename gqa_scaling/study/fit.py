@@ -143,10 +143,7 @@ def fit_model(
 
 
 def make_model(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = None) -> Model:
-    """The model of a law for these points, to be fitted to those that `seen` marks, or to all.
-
-    UserError when it needs shapes or configurations.
-    """
+    """The model of a law for these points, to be fitted to those that `seen` marks, or to all."""
     return SeparateCurves(p) if law == "separate" else joint(law, p, head_dim, seen)
 
 

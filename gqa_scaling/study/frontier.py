@@ -83,11 +83,7 @@ class Choice(Ranked):
 
 @dataclass(frozen=True)
 class Based:
-    """The baseline at one target loss and context: its N, loss (nats) and costs.
-
-    `unreachable` is the share of the refits in which it never reaches the loss; costs are infinite
-    where it does not.
-    """
+    """The baseline at one target loss and context: its N, loss (nats) and costs."""
 
     n: float
     n_layers: float
@@ -105,10 +101,10 @@ class Answer:
     """All configurations for one target loss (nats) and context (tokens), cheapest first.
 
     `tied` are the best and those that these runs do not tell from it, or only by less than what the
-    question is indifferent to (`ranking.tied`);
-    `margin` is how much dearer the runner-up is. `under` says, for each other law, how much dearer
-    by its curves the best is than the best of that law; NaN where it does not know the best, infinite
-    where by it the best never reaches the loss. `model` is None where none can be built that fits.
+    question is indifferent to (`ranking.tied`); `margin` is how much dearer the runner-up is. `under`
+    says, for each other law, how much dearer by its curves the best is than the best of that law; NaN
+    where it does not know the best, infinite where by it the best never reaches the loss. `model` is
+    None where none can be built that fits.
     On a calibrated machine `tied_by_clock` are tied by seconds, whatever the objective, and `stretch`
     says how far beyond what was timed the best, that by Z, that by seconds or the baseline lie
     (`Clock.stretch`).
@@ -238,10 +234,7 @@ class Frontier:
 
 
 def target_losses(fit: Fit, most: int = 3) -> tuple[float, ...]:
-    """A few round losses inside the range that every configuration's curve covers.
-
-    Raises UserError when there is none: the curves of these configurations do not overlap.
-    """
+    """A few round losses inside the range that every configuration's curve covers."""
     ends = [fit.curves.loss(k, np.array(sizes_of(fit, k))) for k in trained_curves(fit)]
     high, low = min(e.max() for e in ends), max(e.min() for e in ends)
     require(

@@ -123,10 +123,7 @@ class Curves:
         return replace(self, floor=floor, u=u, b=b)
 
     def n_star(self, loss: float | np.ndarray) -> np.ndarray:
-        """N*(H) for a target loss, or one for each of the leading axes, which come first, heads last.
-
-        Infinite where the loss is never reached.
-        """
+        """N*(H) for a target loss, or one for each of the leading axes, which come first, heads last."""
         n = centred_inverse(
             np.asarray(loss)[..., None], self.u, self.b, self.floor[..., None], self.centre
         )

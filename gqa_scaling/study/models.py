@@ -207,10 +207,7 @@ def _scales(
 
 
 class SeparateCurves(Model):
-    """u and b of each configuration are its own; E is shared, and whatever else a law adds.
-
-    Parameters: the shared ones with E first, then every u, every b.
-    """
+    """u and b of each configuration are its own; E is shared, and whatever else a law adds."""
 
     def __init__(
         self,
@@ -346,10 +343,7 @@ def _gain(n: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def joint(law: Law, p: Points, head_dim: int, seen: np.ndarray | None = None) -> Joint:
-    """The joint law of this name over these points, to be fitted to those that `seen` marks.
-
-    Raises UserError when shapes are unknown or configurations too few.
-    """
+    """The joint law of this name over these points, to be fitted to those that `seen` marks."""
     require(
         bool(p.n_layers.all()),
         f"law={law!r} is one of N_b = 8 L d^2: the data needs columns n_layers and d_model",

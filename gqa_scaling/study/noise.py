@@ -41,10 +41,7 @@ class Noise:
         return sigma * (own + _RATIOS[k][:, None] * common)
 
     def of_new_runs(self, draws: int, rng: np.random.Generator) -> np.ndarray:
-        """Standard deviations in nats of the error of a run of a new size, its size's share in it.
-
-        Each is drawn from what the runs allow, as in `draw`.
-        """
+        """Standard deviations in nats of the error of a run of a new size, its size's share in it."""
         k = rng.choice(len(_RATIOS), draws, p=self.ratio_probability)
         return np.sqrt(
             self.scale[k] * (1 + _RATIOS[k] ** 2) * self.dof / rng.chisquare(self.dof, draws)

@@ -136,10 +136,7 @@ def decide(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_least(draws: np.ndarray, margin: float) -> np.ndarray:
-    """Whose cost is within `margin`, a share, of the least in each draw (draws, configurations).
-
-    Draws in which nothing does what is asked say nothing and are left out.
-    """
+    """Whose cost is within `margin`, a share, of the least in each draw (draws, configurations)."""
     least = draws.min(1)
     kept = np.isfinite(least)
     return draws[kept] <= (1 + margin) * least[kept, None]

@@ -84,10 +84,7 @@ _PATTERN = dict.fromkeys(PATTERN_COLUMNS, Column(int)) | {
 def from_runs(
     root: Path | str, experiment: str, runs: Iterable[RunConfig], *, swept: bool = False
 ) -> Results:
-    """Read what `runs/<experiment>` holds for these runs, as `from_results`.
-
-    Raises UserError for a damaged file, too.
-    """
+    """Read what `runs/<experiment>` holds for these runs, as `from_results`."""
     runs = list(runs)
     directories = run_directories(root, experiment, runs)
     files = [str(each.result_file) for each in directories]

@@ -64,12 +64,11 @@ class Results:
     n_formula (8 L d^2 + 2 L d d_h (n_h + n_kv)) or n_given (the file's own). `loss` is in nats,
     `tokens` are training tokens (NaN when unknown), 0 stands for unknown layers and sizes, "" for
     unknown hashes. `pattern` holds the `ContextSharding` of each run, None for dense ones.
-    `missing` names runs that were asked for and have no result; `template` is the
-    model of one of our runs, whose architecture all of them share; `positions` holds, by name, the
-    losses in nats of equal parts of the context, where a run's evaluation has told them apart, and
-    `judged` what else each run was judged by (a `judged.Judged`);
-    `left_out` says which runs were left out on request; `mixed` names runs whose FFN widths follow
-    different rules, so that no law in N holds for all.
+    `missing` names runs that were asked for and have no result; `template` is the model of one of our
+    runs, whose architecture all of them share; `positions` holds, by name, the losses in nats of equal
+    parts of the context, where a run's evaluation has told them apart, and `judged` what else it was
+    judged by (a `judged.Judged`); `left_out` says which runs were left out on request; `mixed` names
+    runs whose FFN widths follow different rules, so that no law in N holds for all.
     """
 
     source: str
@@ -136,10 +135,7 @@ class Results:
         return values[0]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every run as a dictionary of plain values, NaN as None.
-
-        Patterns are columns of their own, absent where all runs are dense.
-        """
+        """Every run as a dictionary of plain values, NaN as None."""
         columns = {k: getattr(self, k).tolist() for k in COLUMNS if k != "pattern"}
         if any(self.pattern):
             for name, field in PATTERN_COLUMNS.items():

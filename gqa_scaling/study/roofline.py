@@ -52,10 +52,7 @@ class Shape:
 
 
 def decode_work(shape: Shape, keys: Number, batch: Number, dtype: str, cache: str) -> Work:
-    """Of one token of each of `batch` sequences, which read `keys` tokens, T_eff.
-
-    Weights are kept in `dtype`, keys and values in `cache`.
-    """
+    """Of one token of each of `batch` sequences, which read `keys` tokens, T_eff."""
     s, read = shape, shape.n + shape.output
     values = batch * kv_cache_values(keys, s.n_layers, s.head_dim, s.n_kv_heads)
     each = VALUE_BYTES[cache] + (SCALE_BYTES / s.head_dim if cache == "int8" else 0)
@@ -97,10 +94,7 @@ class Roofline:
     joined: tuple[str, ...] = ()
 
     def seconds(self, work: Work, cache: str) -> Any:
-        """Seconds of the whole batch's step; infinite where the work is.
-
-        Raises UserError for a type of the cache that was not timed.
-        """
+        """Seconds of the whole batch's step; infinite where the work is."""
         parts = {}
         for name, units in terms(work, self.phase, cache).items():
             known = name in self.seconds_per or name in self.joined

@@ -147,11 +147,7 @@ class Deployment:
         )
 
     def costs(self, n: np.ndarray | float, heads: Heads) -> Costs:
-        """Costs of N*, of the shape that the family gives it.
-
-        Heads with a pattern read and keep T_eff keys (`shapes.effective_context`) of the T in
-        `context`.
-        """
+        """Costs of N*, of the shape that the family gives it."""
         n = np.asarray(n, float)
         layers, width = self.family.shape(n, heads)
         keys = effective_context(heads, layers, self.context)

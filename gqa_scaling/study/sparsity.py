@@ -44,10 +44,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Cheapest:
-    """The density of the cheapest configuration at one context, and how often it is the cheapest.
-
-    `probability` is the share of the refits whose cheapest configuration has this density.
-    """
+    """The density of the cheapest configuration at one context, and how often it is the cheapest."""
 
     context: int
     heads: Heads

@@ -178,8 +178,7 @@ def _strayed(curves: Curves, strays: np.ndarray) -> Curves:
 def scale_of(fit: Fit, head_dim: int) -> Scale:
     """Refit a joint law together with how far each configuration strays from it.
 
-    `fit.sigma` becomes the noise of one run
-    around its own configuration's curve.
+    `fit.sigma` becomes the noise of one run around its own configuration's curve.
     """
     p, refits = fit.points, fit.refits
     model = make_model(fit.law, p, head_dim)

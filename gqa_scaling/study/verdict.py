@@ -40,10 +40,7 @@ def judged(tested: Flatness, fit: Fit, results: Results, answers: Frontier) -> F
 def with_verdict(
     found: Estimates, results: Results, answer: Frontier, fit: Fit | None = None
 ) -> tuple[Estimates, Frontier]:
-    """Whether differences move with T judged by what that does to the answer, and said where it may.
-
-    `fit` has the curves that were ranked, by default those of `found`.
-    """
+    """Whether differences move with T judged by what that does to the answer, and said where it may."""
     if found.flatness is None:
         return found, answer
     tested = judged(found.flatness, fit or found.fit, results, answer)

@@ -231,10 +231,7 @@ def _runner_up(answer: Answer) -> str:
 
 
 def gain_table(frontier: Frontier) -> Table:
-    """What is gained for the baseline's cost at the target loss: the configuration of least loss.
-
-    The page has all other configurations, too.
-    """
+    """What is gained for the baseline's cost at the target loss: the configuration of least loss."""
     base, kind = label(frontier.baseline), OBJECTIVES[frontier.objective]
 
     def lowest(cell: Callable[[Choice], str], none: str = "-") -> Callable[[Answer], str]:

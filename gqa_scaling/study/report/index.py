@@ -21,10 +21,7 @@ DEPTH = 2  # folders below that are looked into: runs/NAME/report.html, and one 
 
 
 def write_index(path: Path, folder: Path) -> list[str]:
-    """Write to `path` what every report in and below `folder` answers; returns their places.
-
-    Raises UserError where there are none, and as `files.write_page`.
-    """
+    """Write to `path` what every report in and below `folder` answers; returns their places."""
     folder = as_path(folder)
     patterns = ["*/" * depth + "*.html" for depth in range(DEPTH + 1)]
     pages = sorted({page for pattern in patterns for page in folder.glob(pattern)}, key=str)

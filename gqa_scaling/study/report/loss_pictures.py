@@ -78,10 +78,7 @@ def _curves(axis: Axes, fit: Fit, to_x: Callable[[np.ndarray, Heads], np.ndarray
 
 @draw.styled
 def loss_against_heads(fit: Fit) -> Figure | None:
-    """Fitted loss against n_heads at one N inside every curve, a line for each n_kv rule.
-
-    None where no configuration is dense.
-    """
+    """Fitted loss against n_heads at one N inside every curve, a line for each n_kv rule."""
     n = common_n(fit)
     heads = {k: h[:2] for k, h in enumerate(fit.heads) if pattern_of(h) is None}
     if not heads:
@@ -176,10 +173,7 @@ def forecast_errors(forecasts: Forecasts, heads: Sequence[Heads]) -> Figure | No
 
 @draw.styled
 def loss_against_density(fit: Fit, found: Sparsity | None) -> Figure | None:
-    """What patterns add to the loss of dense attention with the same heads, against density.
-
-    None where no pattern was run with such heads.
-    """
+    """What patterns add to the loss of dense attention with the same heads, against density."""
     rows = [row for row in found.rows if math.isfinite(row.loss)] if found else []
     if not found or not rows:
         return None

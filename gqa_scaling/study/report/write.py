@@ -102,10 +102,7 @@ def write_judged(
     command: str = "",
     beside: Beside = NOTHING,
 ) -> Path:
-    """The page of runs that no law can be fitted to, for this reason: what each was judged by.
-
-    Otherwise as `write_report`.
-    """
+    """The page of runs that no law can be fitted to, for this reason: what each was judged by."""
     path = settled(as_path(path))
     written: dict[str, bytes] = {}
     if beside.figures or beside.tensorboard:
