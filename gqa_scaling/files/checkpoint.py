@@ -321,6 +321,5 @@ def load_parameters(path: Path, like: PyTree) -> PyTree:
 
 
 def position_of(path: Path) -> dict[str, Any]:
-    """What was saved beside parameters that `load_parameters` found whole; {} if nothing was."""
-    file = path / POSITION_NAME
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """What was saved beside parameters that `load_parameters` found whole."""
+    return json.loads((path / POSITION_NAME).read_text(encoding="utf-8"))

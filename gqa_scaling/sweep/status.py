@@ -107,9 +107,6 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
             said = (told["traceback"].strip().splitlines() or [""])[-1]
             failure = said if told["kind"] in said else f"{told['kind']}: {said}"
             ended = told["time"] if state == "failed" else ended
-    on_cpu = (
-        bool(attempts) and attempts[-1]["layout"]["device"] == "cpu"
-    )  # logged by earlier versions
     use = _time_use(directory, attempts, last, ended)
     return RunStatus(
         name=run.name,
@@ -119,7 +116,7 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
         loss=last.get("learning/loss"),
         evaluation_loss=loss,
         tokens_per_second=last.get("perf/per_device_tokens_per_sec"),
-        mfu=None if on_cpu else last.get("perf/mfu"),
+        mfu=last.get("perf/mfu"),
         restarts=max(0, len(attempts) - 1),
         goodput=use.goodput,
         evaluation=use.evaluation,
@@ -166,8 +163,7 @@ def useful_seconds(attempts: list[Line], lines: list[Line]) -> float:
     """Seconds spent on steps that count, which are those that no later attempt took again.
 
     Each step counts as the mean step of its attempt. That leaves starting, compiling, evaluating and
-    saving out; in logs of earlier versions evaluating and saving are part of the mean. `lines` are
-    those of metrics.jsonl in their order; of a single attempt the last will do.
+    saving out. `lines` are those of metrics.jsonl in their order; of a single attempt the last will do.
     """
     counted = _steps_that_count(attempts, lines)
     return sum((count * line[STEP_SECONDS] for count, line in counted), 0.0)

@@ -52,7 +52,7 @@ def branch_off(
             say(damaged[-1])
             continue
         _say_what_is_missing(say, trunk, setup, step)
-        history = saved_history(setup, place, step, position)
+        history = saved_history(position)
         origin = {"branched_from": place.path.name, "flops_saved": flops_saved(run, step)}
         return Restored(step, state, position, tuple(damaged)), history, origin
 

@@ -93,8 +93,7 @@ def train(
         evaluate = evaluator(setup, store)
         if processes.leaders(is_saved(directory.parameters)):  # and interrupted in its evaluation
             parameters = load_parameters(directory.parameters, setup.parameters)
-            position = position_of(directory.parameters)
-            history = saved_history(setup, directory, setup.steps, position)
+            history = saved_history(position_of(directory.parameters))
         else:
             keep, shared = run.checkpoint.keep, trunk.kept_steps(run) if trunk else ()
             always = [*averaged_steps(run), *shared]
@@ -221,7 +220,7 @@ class _Attempt:
         require(
             digest == expected, f"{directory.checkpoints} holds digest {digest}, not {expected}"
         )
-        return found, saved_history(setup, directory, found.step, found.position), {}
+        return found, saved_history(found.position), {}
 
     def take_steps(self, start: Restored, history: History) -> Any:
         """Take the steps that are left, added to the history, and return the trained parameters.

@@ -10,11 +10,9 @@ from typing import Any
 
 import jax
 
-from gqa_scaling.config import require
 from gqa_scaling.data.loader import TrainingData
 from gqa_scaling.devices import processes
 from gqa_scaling.files.checkpoint import Checkpoints
-from gqa_scaling.files.runs import RunDirectory
 from gqa_scaling.training.setup import Setup
 from gqa_scaling.training.speed import Speed
 from gqa_scaling.training.step import StepMetrics
@@ -51,32 +49,9 @@ class History:
         return sum(last) / len(last)
 
 
-def saved_history(
-    setup: Setup, directory: RunDirectory, step: int, position: Mapping[str, Any]
-) -> History:
-    """The history up to a step, from the position that was saved with the state of that step.
-
-    Earlier versions kept the losses in the log alone. Raises UserError when they are not in the
-    position and the log lacks a step.
-    """
-    names = {each.name for each in dataclasses.fields(History)}
-    saved = {name: value for name, value in position.items() if name in names}
-    if "logged_losses" in saved:
-        return History(**saved)
-    lines = [line for line in directory.metrics() if line["step"] <= step]
-    losses = {line["step"]: line["learning/loss"] for line in lines if "learning/loss" in line}
-    skipped = {line["step"] for line in lines if "skipped" in line}
-    known = losses.keys() | skipped
-    lacking = (n for n in range(1, step + 1) if setup.logs(n) and n not in known)
-    first = next(lacking, None)
-    require(
-        first is None,
-        f"{directory.metrics_file} lacks step {first}, but the losses up to step {step}, at which "
-        f"{directory.path} was saved by an earlier version, are in that log alone: put it back "
-        f"from a copy, or remove {directory.path} to train from the first step",
-    )
-    logged = History([losses[n] for n in sorted(losses)], len(skipped))
-    return dataclasses.replace(logged, **saved)
+def saved_history(position: Mapping[str, Any]) -> History:
+    """The history up to a state, from the position that was saved with it."""
+    return History(**{each.name: position[each.name] for each in dataclasses.fields(History)})
 
 
 @dataclass
