@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gqa_scaling.cli.shared import Version, print_error, print_json, print_table
+from gqa_scaling.cli.shared import Version, print_error, print_json, print_table, say
 from gqa_scaling.config import UserError, require
 from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment, load_experiment
@@ -209,7 +209,7 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
     jobs = group(study.name, left.runs, offered, target.hardware, target.hours, experiment.trunks)
     if not args.json:
         _print_plan(jobs, target, study, [said, *(f"WARNING: {note}" for note in notes)])
-    found = compile_chosen(left, jobs, study.folder / "compiled", _say) if args.compile else {}
+    found = compile_chosen(left, jobs, study.folder / "compiled", say) if args.compile else {}
     if args.json:
         compiled = [one.to_dict() for alike in found.values() for one in alike]
         plan = _plan_dict(jobs, target, study, counts, notes)
@@ -238,10 +238,6 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
         f"status:   {where} {shlex.join(['gqa-scaling', 'status', study.spec, *study.overrides])}"
     )
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _require_to_travel(experiment: Experiment, study: Study, target: Target) -> None:
@@ -341,7 +337,7 @@ def _print_plan(jobs: list[Job], target: Target, study: Study, said: list[str]) 
         listed = row.price == hardware(row.name).price
         source = f"{PRICES}{spot}; --price" if listed else "--price"
         lines += [
-            f"{_counted(jobs)}, {quantity(hours)} chip-hours, ${hours * row.price:,.2f} at "
+            f"{count(len(jobs), 'job')}, {quantity(hours)} chip-hours, ${hours * row.price:,.2f} at "
             f"${row.price:g} a chip-hour ({source})",
             f"times assume {row.mfu:.0%} of {row.peak_flops / 1e12:.3g} TFLOP/s (--mfu) and "
             f"{duration(row.start_seconds)} to start a run; machines also cost while they are set up",
@@ -370,14 +366,10 @@ def _plan_table(jobs: list[Job], target: Target, study: Study) -> Table:
     return table
 
 
-def _counted(jobs: list[Job]) -> str:
-    return count(len(jobs), "job")
-
-
 def _confirm(jobs: list[Job], yes: bool) -> None:
     """Ask a person; raise UserError unless the answer is yes."""
     if yes:
         return
     require(sys.stdin.isatty(), "no terminal to ask at: look at --dry-run, then give --yes")
-    answer = input(f"Submit {_counted(jobs)}? [y/N] ")
+    answer = input(f"Submit {count(len(jobs), 'job')}? [y/N] ")
     require(answer.strip().lower() in ("y", "yes"), "nothing was submitted")

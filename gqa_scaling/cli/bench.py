@@ -3,13 +3,12 @@
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table, whole
+from gqa_scaling.cli.shared import Verb, add_json, finite, print_json, print_table, say, whole
 from gqa_scaling.config import ModelConfig, UserError, require
 from gqa_scaling.files.storage import as_path
 
@@ -97,24 +96,24 @@ def _bench(args: argparse.Namespace, rest: Sequence[str]) -> int:
     timings = _begun(path, devices)
     meter = Meter(devices)
     if timings is None:
-        _say("measuring the machine")
+        say("measuring the machine")
         timings = Timings(meter.machine(), (), versions(), "")
     source = " ".join(dict.fromkeys([*timings.source.split(), *(args.shapes or ["default"])]))
     timings = replace(timings, source=source)
     machine = timings.machine
-    _say(machine_line(machine))
+    say(machine_line(machine))
     cases = cases_of(grids, machine.memory_bytes, len(devices))
     longest = args.longest or LONGEST[jax.default_backend() == "cpu"]
     done = {key_of(row, row.phase) for row in timings.timed}
     asked = {key_of(case, phase) for case in cases for phase in PHASES}
-    _say(f"{len(asked)} rows are asked for; {path} has {len(asked & done)} of them")
+    say(f"{len(asked)} rows are asked for; {path} has {len(asked & done)} of them")
     for rows in time_cases(cases, meter, machine, longest, done):
         new = {key_of(row, row.phase) for row in rows}
         kept = (row for row in timings.rows if key_of(row, row.phase) not in new)
         timings = replace(timings, rows=(*kept, *rows))
         write_timings(path, timings)
         for row in rows:
-            _say(row_line(row, machine))
+            say(row_line(row, machine))
     write_atomic(path.with_suffix(".png"), rendered(timings_picture(timings), "png"))
     shown = [row for row in timings.rows if key_of(row, row.phase) in asked]
     if args.json:
@@ -233,10 +232,6 @@ def _begun(path: Path, devices: Sequence[Any]) -> "Timings | None":
 def _listed(what: Any) -> str:
     pairs = what.items() if isinstance(what, dict) else [what[::-1]]
     return ", ".join(f"{a} {b}" for a, b in pairs)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 VERBS: dict[str, Verb] = {

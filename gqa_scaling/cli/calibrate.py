@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
-from gqa_scaling.config import require
+from gqa_scaling.cli.shared import Verb, add_json, nothing_left, print_json, print_table
 from gqa_scaling.files.storage import as_path
 
 
@@ -22,7 +21,7 @@ def _calibrate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.calibration import require_replaceable, write_calibration
     from gqa_scaling.study.report.calibrated import calibrated
 
-    require(not rest, f"calibrate takes no {' '.join(rest[:1])}")
+    nothing_left(rest)
     path = as_path(args.timings)
     output = path.with_name("calibration.json") if args.output is None else as_path(args.output)
     require_replaceable(output)

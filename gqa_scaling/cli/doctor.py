@@ -5,8 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
-from gqa_scaling.config import require
+from gqa_scaling.cli.shared import Verb, add_json, nothing_left, print_json, print_table
 from gqa_scaling.units import quantity
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 def _doctor(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
 
-    require(not rest, f"unknown arguments: {' '.join(rest)}")
+    nothing_left(rest)
     if computes_on_cpu():
         keep_host_memory()  # before jax is imported
 

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb
+from gqa_scaling.cli.shared import Verb, nothing_left
 from gqa_scaling.config import require
-from gqa_scaling.units import byte_size
+from gqa_scaling.units import byte_size, count
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,10 +20,6 @@ def _on_the_host() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-
-
-def _nothing_left(rest: Sequence[str]) -> None:
-    require(not rest, f"unknown arguments: {' '.join(rest)}")
 
 
 def _folder(text: str) -> "Path":
@@ -54,10 +50,9 @@ def _export(args: argparse.Namespace, rest: Sequence[str]) -> int:
     done = export(
         open_trained(named_run(args.run, rest, args.root)), _folder(args.output), args.dtype
     )
-    files = "1 file" if done.files == 1 else f"{done.files} files"
     print(
         f"{done.path}: {done.architecture}, {byte_size(done.weight_bytes)} of {args.dtype} weights "
-        f"in {files}"
+        f"in {count(done.files, 'file')}"
     )
     for note in done.notes:
         print(f"note: {note}")
@@ -81,7 +76,7 @@ def _import(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.files.runs import runs_root
     from gqa_scaling.inference.hugging_face_import import import_folder
 
-    _nothing_left(rest)
+    nothing_left(rest)
     _on_the_host()
     root = runs_root(args.root)
     directory, new = import_folder(_folder(args.folder), args.name, root, args.dtype)

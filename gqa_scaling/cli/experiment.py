@@ -6,24 +6,25 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gqa_scaling.cli.shared import (
     Verb,
     add_experiment,
     add_json,
     finite,
+    nothing_left,
     print_error,
     print_json,
     print_table,
+    say,
+    show,
 )
 from gqa_scaling.config import UserError, require
 from gqa_scaling.files.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from rich.table import Table
 
     from gqa_scaling.config import RunConfig
     from gqa_scaling.experiment.load import Experiment
@@ -160,7 +161,7 @@ def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _fetch(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.data.fetch import ARCHIVES, fetch
 
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    nothing_left(rest)
     kept = fetch(args.corpus, as_path(args.file) if args.file is not None else None)
     print(f"{kept}: {kept.stat().st_size / 1e6:,.0f} MB, licence {ARCHIVES[args.corpus].licence}")
     return 0
@@ -216,7 +217,7 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not args.json:
         print_table(views.plan_table(plan), *views.plan_summary(plan))
         sys.stdout.flush()  # compiling takes minutes
-    found = None if place is None else pods.compile_experiment(experiment, place, _say)
+    found = None if place is None else pods.compile_experiment(experiment, place, say)
     if args.json:
         compiled = {} if found is None else {"compiled": [each.to_dict() for each in found]}
         print_json(plan.to_dict() | compiled)
@@ -238,10 +239,6 @@ def _finished(args: argparse.Namespace, experiment: "Experiment") -> "set[RunCon
     directories = run_directories(root, experiment.name, experiment.runs)
     done = together(lambda directory: directory.result_file.exists(), directories)
     return {run for run, is_done in zip(experiment.runs, done, strict=True) if is_done}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -395,7 +392,7 @@ def _watch(args: argparse.Namespace, experiment: "Experiment", root: "Path") -> 
 
 def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.experiment.load import load_experiment
-    from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
+    from gqa_scaling.files.runs import run_directory, runs_in, runs_root
     from gqa_scaling.sweep.status import read_checkpoints
     from gqa_scaling.sweep.views import checkpoints_dict, checkpoints_table
 
@@ -403,16 +400,13 @@ def _checkpoints(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if path.is_dir() or is_remote(path):
         selected = rest or args.only or args.shard
         require(not selected, f"{path} is a directory: --only, --shard and fields select of a grid")
-        one = (path / "config.json").exists()
-        found = [path] if one else sorted(p.parent for p in path.glob("*/config.json"))
-        directories = [RunDirectory(p) for p in found]
-        require(bool(directories), f"{path} is neither a run nor a folder of runs: no config.json")
+        directories = runs_in(path)
     else:
         root = runs_root(args.root)
         experiment = load_experiment(args.source, rest, root).select(only(args), args.shard)
         directories = [run_directory(root, experiment.name, r) for r in experiment.runs]
     runs = read_checkpoints(directories)
-    _show(args, checkpoints_dict(runs), checkpoints_table(runs))
+    show(args, checkpoints_dict(runs), checkpoints_table(runs))
     return 1 if any(run.damaged for run in runs) else 0
 
 
@@ -424,15 +418,8 @@ def _learning_rates(args: argparse.Namespace, rest: Sequence[str]) -> int:
     experiment = _experiment(args, rest)
     name, runs = experiment.name, experiment.runs
     choices = learning_rate_choices(name, runs, runs_root(args.root))
-    _show(args, learning_rates_dict(choices), learning_rates_table(name, choices, runs))
+    show(args, learning_rates_dict(choices), learning_rates_table(name, choices, runs))
     return 0
-
-
-def _show(args: argparse.Namespace, for_programs: Any, for_people: "Table") -> None:
-    if args.json:
-        print_json(for_programs)
-    else:
-        print_table(for_people)
 
 
 VERBS: dict[str, Verb] = {

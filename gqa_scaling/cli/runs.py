@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gqa_scaling.cli.shared import Verb, add_json, print_json, print_table
+from gqa_scaling.cli.shared import Verb, add_json, nothing_left, print_json, print_table, show
 from gqa_scaling.config import require
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def _show(args: argparse.Namespace, rest: Sequence[str]) -> int:
     run, directory = find_run(args.run, rest, args.root)
     row, devices = _named_hardware(args.hardware)
     found = details(run, directory, row, devices)
-    if args.json:
-        print_json(found.to_dict())
-    else:
-        print_table(*details_lines(found), config_table(found))
+    show(args, found.to_dict(), *details_lines(found), config_table(found))
     return 0
 
 
@@ -85,10 +82,7 @@ def _diff(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "as 'experiments.smoke --tokens 409600'",
     )
     found = compare_sides(read_side(args.first, args.root), read_side(args.second, args.root))
-    if args.json:
-        print_json(found.to_dict())
-    else:
-        print_table(*difference_parts(found))
+    show(args, found.to_dict(), *difference_parts(found))
     return 0
 
 
@@ -100,11 +94,9 @@ def _disk(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     root = _root(args, rest)
     found = survey(root)
-    if args.json:
-        total = sum(each.bytes for each in found)
-        print_json({"root": str(root), "bytes": total, "places": [asdict(each) for each in found]})
-    else:
-        print_table(space_table(str(root), found, time.time()))
+    total = sum(each.bytes for each in found)
+    told = {"root": str(root), "bytes": total, "places": [asdict(each) for each in found]}
+    show(args, told, space_table(str(root), found, time.time()))
     return 0
 
 
@@ -177,7 +169,7 @@ def _root(args: argparse.Namespace, rest: Sequence[str]) -> "Path":
     """The folder of the runs, which must be there; no fields belong to these verbs."""
     from gqa_scaling.files.runs import runs_root
 
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    nothing_left(rest)
     root = runs_root(args.root)
     require(root.exists(), f"there is no folder {root}: name that of the runs with --root")
     return root

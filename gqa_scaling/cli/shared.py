@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gqa_scaling.config import require
+
 Verb = tuple[  # what it does, what it is for, its arguments
     Callable[[argparse.Namespace, Sequence[str]], int],
     str,
@@ -61,8 +63,26 @@ def _one(text: str) -> None:
         )
 
 
+def nothing_left(rest: Sequence[str]) -> None:
+    """Raise UserError for the first argument that a verb does not know."""
+    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+
+
+def say(line: str) -> None:
+    """A line of progress, on stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
+
+
+def show(args: argparse.Namespace, for_programs: Any, *for_people: Any) -> None:
+    """JSON where --json asks for it, else tables and lines."""
+    if args.json:
+        print_json(for_programs)
+    else:
+        print_table(*for_people)
 
 
 def print_error(error: object, program: str = "gqa-scaling") -> None:

@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from gqa_scaling.cli.shared import Verb
-from gqa_scaling.config import require
+from gqa_scaling.cli.shared import Verb, nothing_left
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -24,7 +23,7 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 def _new(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.experiment.start import start
 
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    nothing_left(rest)
     if args.corpus is not None:
         from gqa_scaling.config import DataConfig
         from gqa_scaling.data.corpus import open_corpus
@@ -45,7 +44,7 @@ def _new(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _completion(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.cli.completion import script
 
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}")
+    nothing_left(rest)
     print(script(args.shell))
     return 0
 

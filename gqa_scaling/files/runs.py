@@ -314,6 +314,14 @@ def runs_root(named: str | None = None) -> Path:
     return root
 
 
+def runs_in(folder: Path) -> list[RunDirectory]:
+    """The run whose folder this is, or those that lie in it. Raises UserError where there are none."""
+    one = (folder / "config.json").exists()
+    found = [folder] if one else sorted(file.parent for file in folder.glob("*/config.json"))
+    require(bool(found), f"{folder} is neither a run nor a folder of runs: no config.json")
+    return [RunDirectory(each) for each in found]
+
+
 def parent_directory(directory: RunDirectory, run: RunConfig) -> RunDirectory | None:
     """The directory of the run that a run starts from, below the same root; None without one."""
     if run.start_from is None:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gqa_scaling import costs
-from gqa_scaling.config import RunConfig, defining_fields, require
+from gqa_scaling.config import RunConfig, defining_fields
 from gqa_scaling.experiment.load import named_runs
-from gqa_scaling.files.runs import RunDirectory, run_directory, runs_root
+from gqa_scaling.files.runs import RunDirectory, run_directory, runs_in, runs_root
 from gqa_scaling.files.storage import as_path, is_remote
 from gqa_scaling.sweep.details import differences, fields_of
 
@@ -81,11 +81,7 @@ def read_side(text: str, root: str | None) -> Side:
     """
     path = as_path(text)
     if is_remote(path) or path.is_dir():
-        one = (path / "config.json").exists()
-        found = [path] if one else sorted(file.parent for file in path.glob("*/config.json"))
-        require(bool(found), f"{path} is neither a run nor a folder of runs: no config.json")
-        directories = [RunDirectory(each) for each in found]
-        return Side(text, tuple((each.config(), each) for each in directories))
+        return Side(text, tuple((each.config(), each) for each in runs_in(path)))
     folder = runs_root(root)
     experiment, _ = named_runs(text, folder)
     runs = experiment.runs
