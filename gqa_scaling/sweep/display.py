@@ -64,7 +64,10 @@ def _progress(console: Console) -> Progress:
 
 def _bar(experiment: Experiment, progress: Progress) -> Show:
     """Shows how much of the grid's work is done, what is trained now, and the time left."""
-    weights, began = _predicted_seconds(experiment), time.monotonic()
+    cpu, began = HARDWARE["cpu"], time.monotonic()
+    weights = [  # relative lengths of the runs
+        cpu.seconds(costs.training_flops(r), costs.training_steps(r)) for r in experiment.runs
+    ]
     task = progress.add_task(experiment.name, total=sum(weights), details="starting")
     before: list[float] = []  # the work that was done when this began
 
@@ -96,12 +99,6 @@ def _lines() -> Show:
         ended = done
 
     return show
-
-
-def _predicted_seconds(experiment: Experiment) -> list[float]:
-    """Relative lengths of the runs; only their ratios are used."""
-    cpu = HARDWARE["cpu"]
-    return [cpu.seconds(costs.training_flops(r), costs.training_steps(r)) for r in experiment.runs]
 
 
 def _describe(rows: list[RunStatus]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gqa_scaling.config import DIGEST_LENGTH, UserError
+from gqa_scaling.config import DIGEST_LENGTH, RunConfig, UserError
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.forecasts import FOLDER as FORECASTS
 from gqa_scaling.files.runs import RunDirectory
@@ -102,12 +102,14 @@ def removals(
         if state == "running":
             busy += 1
             continue
+        run = _config(directory)
+        digest = run.digest if run else directory.path.name[-DIGEST_LENGTH:]
+        may_branch = run and run.optimizer.warmup_tokens and run.optimizer.schedule == "wsd"
         known = declared.get(directory.path.parent.name)
-        other = known is not None and _digest(directory) not in set(known)
-        digest = _digest(directory)
+        other = known is not None and digest not in set(known)
         if state == "done" and "checkpoints" in wanted and digest in branched:
             kept += 1
-        elif state == "done" and "checkpoints" in wanted and known is None and _branches(directory):
+        elif state == "done" and "checkpoints" in wanted and known is None and may_branch:
             unknown += directory.checkpoints.exists()
         elif state == "done" and "checkpoints" in wanted:
             found += _removal(
@@ -240,21 +242,12 @@ def _runs(root: Path) -> list[RunDirectory]:
     return [RunDirectory(file.parent) for file in sorted(root.glob("*/*/config.json"))]
 
 
-def _digest(directory: RunDirectory) -> str:
-    """The digest of a run, from what it was begun with; from its folder's name where that is damaged."""
+def _config(directory: RunDirectory) -> RunConfig | None:
+    """What a run was begun with; None where that cannot be read."""
     try:
-        return directory.config().digest
+        return directory.config()
     except UserError:
-        return directory.path.name[-DIGEST_LENGTH:]
-
-
-def _branches(directory: RunDirectory) -> bool:
-    """Whether runs of larger budgets may begin with a state of this one, if there are any."""
-    try:
-        optimizer = directory.config().optimizer
-    except UserError:
-        return False
-    return bool(optimizer.warmup_tokens) and optimizer.schedule == "wsd"
+        return None
 
 
 def _tokens(directory: RunDirectory) -> str:

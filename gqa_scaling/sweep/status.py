@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
@@ -107,7 +107,6 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
             said = (told["traceback"].strip().splitlines() or [""])[-1]
             failure = said if told["kind"] in said else f"{told['kind']}: {said}"
             ended = told["time"] if state == "failed" else ended
-    use = _time_use(directory, attempts, last, ended)
     return RunStatus(
         name=run.name,
         state=state,
@@ -118,9 +117,7 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
         tokens_per_second=last.get("perf/per_device_tokens_per_sec"),
         mfu=last.get("perf/mfu"),
         restarts=max(0, len(attempts) - 1),
-        goodput=use.goodput,
-        evaluation=use.evaluation,
-        saving=use.saving,
+        **_time_use(directory, attempts, last, ended),
         seconds_left=_seconds_left(attempts, last, steps) if state == "running" else None,
         failure=failure,
         path=str(directory.path),
@@ -130,23 +127,16 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
 # ------------------------------------------------------------------------- what the time went to
 
 
-class TimeUse(NamedTuple):
-    """Shares of the time since the first attempt began; None where the files do not tell."""
-
-    goodput: float | None = None
-    evaluation: float | None = None
-    saving: float | None = None
-
-
 def _time_use(
     directory: RunDirectory, attempts: list[Line], last: Line, ended: float | None
-) -> TimeUse:
-    """What the time of a run went to. One that is not done ends for now with its last sign of life."""
+) -> dict[str, float | None]:
+    """What the time of a run went to, as `RunStatus` has it; {} where the files do not tell. One that
+    is not done ends for now with its last sign of life."""
     if not attempts or ended is None:
-        return TimeUse()
+        return {}
     seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
     if seconds <= 0:
-        return TimeUse()
+        return {}
     # The last line tells all of a single attempt, unless it was logged just after a trace.
     last_is_enough = len(attempts) == 1 and (not last or STEP_SECONDS in last)
     lines = ([last] if last else []) if last_is_enough else directory.metrics()
@@ -155,8 +145,11 @@ def _time_use(
         told = [line[tag] for _, line in _steps_that_count(attempts, lines) if tag in line]
         return sum(told) / seconds if told else None
 
-    goodput = useful_seconds(attempts, lines) / seconds
-    return TimeUse(goodput, share(EVALUATION_SECONDS), share(CHECKPOINT_SECONDS))
+    return {
+        "goodput": useful_seconds(attempts, lines) / seconds,
+        "evaluation": share(EVALUATION_SECONDS),
+        "saving": share(CHECKPOINT_SECONDS),
+    }
 
 
 def useful_seconds(attempts: list[Line], lines: list[Line]) -> float:
