@@ -386,19 +386,16 @@ def training(small, size="150M", context=8192, remat="dots", pattern=False):
 def decode(small):
     """Prefill and decoding, by the verb that times them."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "timings.json"
-        command = [
-            sys.executable,
-            "-m",
-            "gqa_scaling",
-            "bench-inference",
-            "--out",
-            str(out),
-            "--json",
-        ]
+        words = ["bench-inference", "--output", f"{folder}/timings.json", "--json"]
+        words += ["2,1@L2d64", "--contexts", "32", "--batches", "1"] if small else []
+        command = [sys.executable, "-m", "gqa_scaling", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "unknown verb" in done.stderr:
-            return [{"what": "decoding", "note": "there is no verb that times it"}]
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-500:])
-        return [{"what": "decoding", "note": out.read_text()[:100000]}]
+    rows = []
+    for row in json.loads(done.stdout)["rows"]:
+        m, asked = row["model"], f"T {row['context']:,}, batch {row['batch']}, {row['cache']} cache"
+        model = f"{m['n_heads']},{m['n_kv_heads']}@L{m['n_layers']}d{m['d_model']}"
+        note = row["skipped"] or f"{1e3 * row['seconds']:.3g} ms"
+        rows.append({"what": f"{row['phase']} of {model}, {asked}", "note": note})
+    return rows

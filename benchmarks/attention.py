@@ -1,7 +1,7 @@
 """Attention side by side: reference, blockwise, jax.nn's own, the platform's kernels, and sparse.
 
     python benchmarks/attention.py
-    python benchmarks/attention.py --contexts 2048 8192 16384 --heads 2x4 1x8 --plot attention.png
+    python benchmarks/attention.py --contexts 2048 8192 16384 --heads 2x4 1x8
 
 For each context and head configuration (KV heads x query heads of each): milliseconds of the
 forward pass and of forward and backward, temporary memory, seconds to compile, and how much faster
@@ -115,33 +115,6 @@ COLUMNS = {
 }
 
 
-def plot(rows, path):
-    """How much faster than dense against T, one panel for each head configuration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    configurations = list(dict.fromkeys(row["heads"] for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    n = len(configurations)
-    figure, panels = plt.subplots(1, n, figsize=(1 + 4 * n, 4), squeeze=False, sharey=True)
-    for axes, heads in zip(panels[0], configurations, strict=True):
-        for i, name in enumerate(names):
-            mine = [row for row in rows if (row["heads"], row["name"]) == (heads, name)]
-            T = [row["T"] for row in mine]
-            axes.plot(T, [row["faster"] for row in mine], f"C{i}o-", label=name)
-            if any(row["ideal"] > 1 for row in mine):
-                axes.plot(T, [row["ideal"] for row in mine], f"C{i}:", label="1/density")
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set(yscale="log", xlabel="context length T", title=f"KV x group {heads}")
-    panels[0][0].set_ylabel("times as fast as the fastest dense, forward + backward")
-    panels[0][-1].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,21 +127,16 @@ def main():
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--plot", metavar="FILE", help="also draw the ratios, as PNG")
     args = parser.parse_args()
     if jax.default_backend() == "cpu":
         keep_host_memory()
     print(" ".join(f"{name:{form.split('.')[0].rstrip(',')}}" for name, form in COLUMNS.items()))
-    rows = []
     for heads in args.heads:
         n_kv, group = map(int, heads.split("x"))
         for T in args.contexts:
-            rows += measure(T, n_kv, group, args)
-            for row in rows[-len(implementations(T, n_kv, args)) :]:
+            for row in measure(T, n_kv, group, args):
                 line = " ".join(f"{row[name]:{form}}" for name, form in COLUMNS.items())
                 print(line, flush=True)
-    if args.plot:
-        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

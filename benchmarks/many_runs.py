@@ -1,15 +1,15 @@
 """What the verbs cost with many runs: processor seconds, and how often they ask the disk.
 
     python benchmarks/many_runs.py
-    python benchmarks/many_runs.py --runs 168 --verbs status report --profile
+    python benchmarks/many_runs.py --runs 168 --verbs status report
 
 Makes run directories of grids of 168 and of 1,680 runs: the 21 published head configurations at 8
 sizes, and at 20 sizes with four seeds of each, with losses of a law and 0.2% noise, 500 logged steps
 each; of twelve one has failed half-way and one has not begun. Each verb then is a process of its own. Shown are processor
 seconds (user and system; wall time in brackets), the exponent that they grow with between the two
 grids after the start, which is that of `--version`, files opened and asked for (stat, listing) in the
-folder of the runs, for each run, and peak memory. --profile adds where the time goes, --slow 5 a disk that takes
-5 ms for each of these, as one in a network may: read the wall time then.
+folder of the runs, for each run, and peak memory. --slow 5 has a disk take 5 ms for each of these, as
+one in a network may: read the wall time then.
 """
 
 import argparse
@@ -17,12 +17,10 @@ import json
 import math
 import os
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,7 +122,7 @@ def make(root: Path, count: int) -> None:
         directory.finish(result, timing)
 
 
-def counted(root: str, words: list[str], profile: bool, slow: float) -> None:
+def counted(root: str, words: list[str], slow: float) -> None:
     """Do what `gqa-scaling WORDS` does, and say on the last line what it took."""
     found = {"open": 0, "stat": 0}
 
@@ -146,45 +144,22 @@ def counted(root: str, words: list[str], profile: bool, slow: float) -> None:
 
     os.stat, os.lstat = asked(os.stat), asked(os.lstat)
     sys.addaudithook(hook)
-    inside: Counter[str] = Counter()
-
-    def sample(number, frame) -> None:
-        stack = set()
-        while frame is not None:
-            code = frame.f_code
-            stack.add(f"{Path(code.co_filename).name}:{code.co_firstlineno} {code.co_qualname}")
-            frame = frame.f_back
-        inside.update(stack)
-
     from gqa_scaling.cli import main
 
     sys.argv = ["gqa-scaling", *words]
-    if profile:  # by the processor's clock, which a busy machine does not slow
-        signal.signal(signal.SIGPROF, sample)
-        signal.setitimer(signal.ITIMER_PROF, 0.01, 0.01)
     try:
         code = main()
     except SystemExit as end:
         code = end.code or 0
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    most = max(inside.values(), default=0)
-    for name, count in inside.most_common(50 if profile else 0):
-        print(f"{count / most:6.1%} {name}", file=sys.stderr)
     use = resource.getrusage(resource.RUSAGE_SELF)
     row = {"code": code, "seconds": use.ru_utime + use.ru_stime, "MiB": use.ru_maxrss / 2**10}
     print(json.dumps(row | found))
 
 
-def measure(verb: str, folder: Path, count: int, profile: bool, slow: float) -> dict[str, float]:
+def measure(verb: str, folder: Path, count: int, slow: float) -> dict[str, float]:
     names = {"spec": folder / "study.py", "root": folder / "runs", "run": grid(count)[0].name}
     words = VERBS[verb].format(**names).split()
-    arguments = [
-        "--counted",
-        str(folder / "runs"),
-        f"--slow={slow}",
-        *(["--profile"] if profile else []),
-        "--",
-    ]
+    arguments = ["--counted", str(folder / "runs"), f"--slow={slow}", "--"]
     began = time.perf_counter()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     done = subprocess.run(
@@ -206,15 +181,11 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, nargs="+", default=[168, 1680], help="168, or n x 84")
     parser.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
-    parser.add_argument(
-        "--profile", action="store_true", help="where the processor's time goes, on stderr"
-    )
     parser.add_argument("--slow", type=float, default=0.0, metavar="MS", help="of each request")
-    parser.add_argument("--folder", type=Path, help="keep the runs here, and take what is there")
     parser.add_argument("--counted", help=argparse.SUPPRESS)
     args, words = parser.parse_known_args()
     if args.counted is not None:
-        counted(args.counted, [word for word in words if word != "--"], args.profile, args.slow)
+        counted(args.counted, [word for word in words if word != "--"], args.slow)
         return
     start, last = 0.0, {}
     print(
@@ -222,14 +193,13 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         for count in args.runs:
-            folder = (args.folder or Path(temporary)).absolute() / str(count)
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                make(folder / "runs", count)
-                here = str(Path(__file__).parent.absolute())
-                (folder / "study.py").write_text(MODULE.format(here=here, count=count))
+            folder = Path(temporary, str(count))
+            folder.mkdir()
+            make(folder / "runs", count)
+            here = str(Path(__file__).parent.absolute())
+            (folder / "study.py").write_text(MODULE.format(here=here, count=count))
             for verb in args.verbs:
-                row = measure(verb, folder, count, args.profile, args.slow)
+                row = measure(verb, folder, count, args.slow)
                 start = row["seconds"] if verb == "start" else start
                 grows = ""
                 if verb in last and verb != "start":
