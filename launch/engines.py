@@ -17,10 +17,6 @@ SAVE_SECONDS = 120  # that a run is given to finish a step and save
 Jobs = Sequence[Job]
 
 
-def _refuse_nothing(target: Target) -> None:
-    """For an engine that needs no more than its fields."""
-
-
 @dataclass(frozen=True)
 class Engine:
     """Who carries jobs out elsewhere: each module beside this one renders for one of them.
@@ -40,7 +36,7 @@ class Engine:
     render: Callable[[Jobs, Target, Study], list[Step]]
     after: Callable[[Jobs, Target, Study], list[str]]
     needs: Mapping[str, str] = field(default_factory=dict)
-    refuse: Callable[[Target], None] = _refuse_nothing
+    refuse: Callable[[Target], None] | None = None
     offered: Callable[[Slice], list[Slice]] = sizes_up_to
     sends_code: bool = False
     tpus: bool = True
@@ -56,7 +52,8 @@ class Engine:
         """Raise UserError for the first field of the target that is empty or cannot be."""
         for name, remedy in self.needs.items():
             require(bool(getattr(target, name)), f"{self.name} needs --{name}: {remedy}")
-        self.refuse(target)
+        if self.refuse is not None:
+            self.refuse(target)
 
     def submit(self, jobs: Jobs, target: Target, study: Study) -> None:
         """Hand the jobs over. Raises UserError where a command fails, saying how far it got."""

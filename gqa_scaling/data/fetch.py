@@ -146,7 +146,7 @@ def _texts(archive: Archive, package: Path) -> Iterator[tuple[str, str]]:
     """Name and text of every file that is text, as long as people write them, and UTF-8."""
     try:
         with (
-            _member(package, "data.tar.xz") as data,
+            _content(package) as data,
             tarfile.open(fileobj=data, mode="r|xz") as outer,
         ):
             for each in outer:
@@ -171,17 +171,17 @@ def _texts(archive: Archive, package: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _member(package: Path, name: str) -> Iterator[BinaryIO]:
-    """One member of an `ar` archive, which is what a Debian package is: headers of 60 bytes."""
+def _content(package: Path) -> Iterator[BinaryIO]:
+    """The files of a Debian package: a member of an `ar` archive, whose headers have 60 bytes."""
     with package.open("rb") as file:
         require(file.read(8) == b"!<arch>\n", f"{package} is no Debian package")
         while len(header := file.read(60)) == 60:
             size = int(header[48:58])
-            if header[:16].decode().strip().rstrip("/") == name:
+            if header[:16].decode().strip().rstrip("/") == "data.tar.xz":
                 yield io.BufferedReader(_Part(file, size))
                 return
             file.seek(size + size % 2, os.SEEK_CUR)
-    raise UserError(f"{package} holds no {name}")
+    raise UserError(f"{package} holds no data.tar.xz")
 
 
 class _Part(io.RawIOBase):

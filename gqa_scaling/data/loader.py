@@ -89,7 +89,7 @@ class TrainingData:
         )
 
     def iterate(
-        self, start_step: int, pieces: Sequence[tuple[range, range]], prefetch: int = 4
+        self, start_step: int, pieces: Sequence[tuple[range, range]]
     ) -> Iterator[list[np.ndarray]]:
         """The (rows, time) `pieces` of batch `start_step`, `start_step` + 1, ... without end.
 
@@ -99,7 +99,7 @@ class TrainingData:
         batches = self._order[start_step:].map(
             lambda chunks: [self._read(chunks, rows, time) for rows, time in pieces]
         )
-        options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         return iter(batches.to_iter_dataset(options))
 
     def _read(self, chunks: np.ndarray, rows: range, time: range) -> np.ndarray:

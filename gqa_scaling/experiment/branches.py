@@ -113,9 +113,3 @@ def smallest_budget_first(runs: Sequence[RunConfig]) -> list[RunConfig]:
     found = trunks(runs)
     each = (found[run.digest].runs if run.digest in found else (run,) for run in runs)
     return list({run.digest: run for run in itertools.chain.from_iterable(each)}.values())
-
-
-def flops_saved(run: RunConfig, step: int) -> int:
-    """Model FLOPs of the steps up to `step`, which a run that begins there does not take."""
-    each = costs.training_flops_per_token(run.model, run.context_length)
-    return each * run.batch_tokens * step

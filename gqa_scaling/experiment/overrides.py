@@ -15,7 +15,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     separated by commas: --evaluation.contexts 256,512. Raises UserError for an
     unknown field and for a value that is not of the field's type; the config itself checks the rest.
     """
-    known, out = _field_types(RunConfig), {}
+    known, out = field_types(), {}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
@@ -33,13 +33,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def field_types() -> dict[str, Any]:
-    """The type of every field of a run by its dotted name, as it can be changed."""
-    return _field_types(RunConfig)
-
-
-def _field_types(cls: type[Json], prefix: str = "") -> dict[str, Any]:
-    """The type of every field by its dotted name.
+def field_types(cls: type[Json] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every field of a run by its dotted name, as it can be changed.
 
     A table is there field by field, and as a whole with type None if it may be left out.
     """
@@ -48,7 +43,7 @@ def _field_types(cls: type[Json], prefix: str = "") -> dict[str, Any]:
         kinds = [h for h in (hint, *typing.get_args(hint)) if isinstance(h, type)]
         table = next((h for h in kinds if issubclass(h, Json)), None)
         if table is not None:
-            out |= _field_types(table, f"{prefix}{name}.")
+            out |= field_types(table, f"{prefix}{name}.")
         if table is not hint:
             out[prefix + name] = hint if table is None else type(None)
     return out
@@ -112,7 +107,7 @@ def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def overrides_to(runs: Sequence[RunConfig], target: RunConfig) -> list[str]:
     """The arguments that turn every one of these runs into `target`, for `parse_overrides`."""
     out = []
-    for name in _field_types(RunConfig):
+    for name in field_types():
         value, table = _value_of(target, name), _value_of(target, name.rpartition(".")[0])
         if all(_value_of(run, name) == value for run in runs):
             continue

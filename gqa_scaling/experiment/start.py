@@ -1,6 +1,7 @@
 """A starter experiment as a file of one's own, made from `starter.py`."""
 
 import ast
+import json
 import os
 import re
 from pathlib import Path
@@ -27,7 +28,7 @@ def start(name: str, corpus: str | None = None) -> tuple[Path, str]:
     )
     text = STARTER.read_text(encoding="utf-8").replace("SPEC", spec)
     if corpus is not None:
-        text = text.replace('corpus="stdlib"', f"corpus={_quoted(corpus)}")
+        text = text.replace('corpus="stdlib"', f"corpus={json.dumps(corpus, ensure_ascii=False)}")
     ast.parse(text)
     write_atomic(path, text)
     return path, spec
@@ -47,9 +48,3 @@ def _place(name: str) -> tuple[Path, str]:
     )
     module = path.parent == Path(FOLDER)
     return path, f"{FOLDER}.{stem}" if module else path.as_posix()
-
-
-def _quoted(text: str) -> str:
-    """The text as a string of Python in double quotes."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'

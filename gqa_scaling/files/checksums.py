@@ -113,11 +113,11 @@ def damaged_files(folder: Path, seal: Seal, names: Iterable[str] | None = None) 
         return {n: text for n, text in zip(names, pool.map(damage, names), strict=True) if text}
 
 
-def abridged(lines: Iterable[str], most: int = 3) -> str:
-    """The first lines as one, and how many more files there are."""
+def abridged(lines: Iterable[str]) -> str:
+    """The first three lines as one, and how many more files there are."""
     lines = list(lines)
-    more = [f"and {len(lines) - most} more files"] if len(lines) > most else []
-    return "; ".join(lines[:most] + more)
+    more = [f"and {len(lines) - 3} more files"] if len(lines) > 3 else []
+    return "; ".join(lines[:3] + more)
 
 
 def _sha256(path: Path) -> str:

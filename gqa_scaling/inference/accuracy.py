@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from gqa_scaling.config import require
 from gqa_scaling.fields import Json
-from gqa_scaling.inference.cache import CacheType
+from gqa_scaling.files.timings import CacheName
 from gqa_scaling.inference.decode import empty_cache, step
 from gqa_scaling.inference.generate import Decoder
 
@@ -42,7 +42,7 @@ class CacheError(Json):
         )
 
 
-def cache_error(decoder: Decoder, tokens_BT: ArrayLike, cache: CacheType) -> CacheError:
+def cache_error(decoder: Decoder, tokens_BT: ArrayLike, cache: CacheName) -> CacheError:
     """The error of a type of cache where `tokens_BT` are decoded one by one.
 
     Rows must be of one length, at least 2, and on a mesh a multiple of its `data` axis.
@@ -50,7 +50,7 @@ def cache_error(decoder: Decoder, tokens_BT: ArrayLike, cache: CacheType) -> Cac
     tokens_BT = np.asarray(tokens_BT, np.int32)
     B, T = tokens_BT.shape
     require(T > 1, f"{T} tokens have no next one to predict: give at least 2")
-    types: tuple[CacheType, CacheType] = ("float32", cache)
+    types: tuple[CacheName, CacheName] = ("float32", cache)
     losses, square, spread, largest, same = np.zeros(2), 0.0, 0.0, 0.0, 0
     with jax.set_mesh(decoder.mesh):
         caches = [empty_cache(decoder.config, B, T, each) for each in types]

@@ -11,7 +11,7 @@ size, S slots. Keys have their positions last, where a CPU reads them faster (19
 
 import functools
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,11 @@ from gqa_scaling.context_sharding import (
 )
 from gqa_scaling.devices.kernel_limits import DENSE
 from gqa_scaling.devices.mesh import axis_index, constrain
+from gqa_scaling.files.timings import CacheName
 from gqa_scaling.model.attention.shard import MASKED, sees
 from gqa_scaling.model.attention.tiles import Softmax
 from gqa_scaling.model.einsum import einsum_f32
 
-CacheType = Literal["float32", "bfloat16", "int8"]
-CACHE_TYPES: tuple[CacheType, ...] = get_args(CacheType)
 TILE = 512  # slots that several new tokens read at a time
 SPLIT = ("batch", "kv_heads")  # how each array of a cache is split over a mesh
 
@@ -88,7 +87,7 @@ def grouped(pattern: LayerPattern, max_length: int, parts: int = 1) -> tuple[Hea
 
 
 def empty(
-    groups: tuple[Heads, ...], batch: int, max_length: int, head_dim: int, dtype: CacheType
+    groups: tuple[Heads, ...], batch: int, max_length: int, head_dim: int, dtype: CacheName
 ) -> LayerCache:
     """An empty cache of one layer for sequences of up to `max_length` tokens.
 

@@ -35,9 +35,10 @@ from gqa_scaling.context_sharding import kv_cache_values
 from gqa_scaling.costs import VALUE_BYTES
 from gqa_scaling.devices.layout import AXES, serving_tensor
 from gqa_scaling.devices.mesh import axis_size, constrain, on_shards
+from gqa_scaling.files.timings import CacheName
 from gqa_scaling.hardware import GIB
 from gqa_scaling.inference import cache as kv
-from gqa_scaling.inference.cache import CacheType, Heads, LayerCache
+from gqa_scaling.inference.cache import Heads, LayerCache
 from gqa_scaling.model.einsum import einsum_f32
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.transformer import Layers, create, rms_norm, rope_tables
@@ -150,7 +151,7 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> Parameters:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(
-    config: ModelConfig, batch: int, max_length: int, dtype: CacheType | None = None
+    config: ModelConfig, batch: int, max_length: int, dtype: CacheName | None = None
 ) -> Cache:
     """A cache for `batch` sequences of up to `max_length` tokens, by default in the model's dtype.
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from gqa_scaling.config import ModelConfig, UserError, require
 from gqa_scaling.devices.mesh import constrain
 from gqa_scaling.fields import round_up
-from gqa_scaling.inference.cache import CacheType
+from gqa_scaling.files.timings import CacheName
 from gqa_scaling.inference.decode import (
     CHUNK,
     Cache,
@@ -69,7 +69,7 @@ class Generation:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | int = 0,
         stop: Collection[int] = (),
-        cache: CacheType | None = None,
+        cache: CacheName | None = None,
         warm: bool = False,
     ) -> None:
         """Raises `UserError` for no prompts, an empty one, or one that leaves no room to write."""

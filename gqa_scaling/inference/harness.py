@@ -51,14 +51,12 @@ class RunModel(TemplateLM):  # type: ignore[misc]  # lm-eval may not be installe
         self._trained = open_trained(run)
         self._text = self._trained.tokenizer()
         self.max_length = int(max_length or self._trained.run.context_length)
-        print(f"{NAME}: {self._limits}", file=sys.stderr, flush=True)
-
-    @property
-    def _limits(self) -> str:
-        return (
-            f"texts of up to {self.max_length:,} tokens, of longer ones the end; continuations are "
-            f"greedy, {self.max_gen_toks:,} tokens at most where a task does not say; "
-            f"{self._rows} texts at a time"
+        print(
+            f"{NAME}: texts of up to {self.max_length:,} tokens, of longer ones the end; continuations "
+            f"are greedy, {self.max_gen_toks:,} tokens at most where a task does not say; "
+            f"{self._rows} texts at a time",
+            file=sys.stderr,
+            flush=True,
         )
 
     @functools.cached_property

@@ -68,7 +68,8 @@ class Scorer:
             whole.append([*context, *continuation][-(self.longest + 1) :])
         out: list[tuple[float, bool]] = [(0.0, False)] * len(whole)
         order = sorted(range(len(whole)), key=lambda i: -len(whole[i]))
-        for batch in _batches(order, self.rows):
+        for start in range(0, len(order), self.rows):
+            batch = order[start : start + self.rows]
             time = self._length(len(whole[batch[0]]) - 1)
             tokens_BT, targets_BT = np.zeros((2, self.rows, time), np.int32)
             for row, i in enumerate(batch):
@@ -87,7 +88,3 @@ class Scorer:
     def _length(self, tokens: int) -> int:
         """The length that sequences of so many tokens are filled up to."""
         return min(max(SHORTEST, 1 << (tokens - 1).bit_length()), self.longest)
-
-
-def _batches(order: list[int], rows: int) -> list[list[int]]:
-    return [order[start : start + rows] for start in range(0, len(order), rows)]

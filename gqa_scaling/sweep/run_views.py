@@ -86,17 +86,15 @@ def config_table(run: Details) -> Table:
         "default": default,
         "digest": lambda f: "yes" if f.defines else "",
     }
-    made = table(
+    return table(
         columns,
         run.config,
         overflow="fold",
+        words=columns,
         caption="* differs from the default; - must be given. digest: another value makes another "
         "trained model.",
         **LOOK,
     )
-    for column in made.columns:
-        column.justify = "left"
-    return made
 
 
 # -------------------------------------------------------------------------------------- diff
@@ -133,10 +131,7 @@ def fields_table(found: Difference) -> Table:
         "digest": lambda one: "yes" if one.defines else "",
     }
     caption = "digest: another value makes another trained model."
-    made = table(columns, found.fields, overflow="fold", caption=caption, **LOOK)
-    for column in made.columns:
-        column.justify = "left"
-    return made
+    return table(columns, found.fields, overflow="fold", words=columns, caption=caption, **LOOK)
 
 
 def results_table(found: Difference, pairs: Sequence[Pair]) -> Table:
@@ -185,10 +180,8 @@ def space_table(root: str, found: Sequence[Space], now: float) -> Table:
     }
     total = sum(each.bytes for each in found)
     title = f"{root} and what belongs to it: {byte_size(total)} in {count(sum(s.files for s in found), 'file')}"
-    made = table(columns, found, whole={"size", "newest"}, overflow="fold", title=title, **LOOK)
-    for column in made.columns[:2]:
-        column.justify = "left"
-    return made
+    words, whole = {"place", "what"}, {"size", "newest"}
+    return table(columns, found, whole, overflow="fold", words=words, title=title, **LOOK)
 
 
 def removal_table(found: Sequence[Removal]) -> Table:
@@ -200,7 +193,5 @@ def removal_table(found: Sequence[Removal]) -> Table:
         "size": lambda r: byte_size(r.bytes),
         "why": lambda r: r.why,
     }
-    made = table(columns, found, whole={"size"}, overflow="fold", **LOOK)
-    for i in (0, 1, 4):
-        made.columns[i].justify = "left"
-    return made
+    words = {"what", "folder", "why"}
+    return table(columns, found, whole={"size"}, overflow="fold", words=words, **LOOK)

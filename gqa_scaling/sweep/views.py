@@ -37,16 +37,17 @@ def table(
     rows: Iterable[Row],
     whole: Container[str] = (),
     overflow: OverflowMethod = "ellipsis",
+    words: Container[str] = WORDS,
     **look: Any,
 ) -> Table:
     """The table of these rows; `look` are options of rich's Table.
 
-    Words stand to the left and numbers to the right. Columns named in `whole` are never folded on a
+    Columns of `words` stand to the left and numbers to the right. Columns named in `whole` are never folded on a
     narrow terminal; `overflow` is what becomes of text that is too long.
     """
     made = Fitting(**look)
     for name in columns:
-        justify: JustifyMethod = "left" if name in WORDS else "right"
+        justify: JustifyMethod = "left" if name in words else "right"
         made.add_column(name, justify=justify, no_wrap=name in whole, overflow=overflow)
     for row in rows:
         made.add_row(*(cell(row) for cell in columns.values()))

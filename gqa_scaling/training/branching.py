@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gqa_scaling.costs import training_flops_per_token
 from gqa_scaling.data import TokenStore
 from gqa_scaling.devices import processes
-from gqa_scaling.experiment.branches import Trunk, flops_saved
+from gqa_scaling.experiment.branches import Trunk
 from gqa_scaling.files.checkpoint import Restored, restore_kept
 from gqa_scaling.files.checksums import DamagedError
 from gqa_scaling.files.runs import RunDirectory, run_directory
@@ -53,7 +54,8 @@ def branch_off(
             continue
         _say_what_is_missing(say, trunk, setup, step)
         history = saved_history(position)
-        origin = {"branched_from": place.path.name, "flops_saved": flops_saved(run, step)}
+        saved = step * run.batch_tokens * training_flops_per_token(run.model, run.context_length)
+        origin = {"branched_from": place.path.name, "flops_saved": saved}
         return Restored(step, state, position, tuple(damaged)), history, origin
 
 

@@ -81,8 +81,7 @@ def test_order_depends_on_the_seed_and_not_on_the_batch_size(store, data):
 def test_hosts_read_their_rows_of_one_global_batch(data, hosts):
     per_host = B // hosts
     readers = [
-        data.iterate(5, [(range(h * per_host, (h + 1) * per_host), range(T))], prefetch=2)
-        for h in range(hosts)
+        data.iterate(5, [(range(h * per_host, (h + 1) * per_host), range(T))]) for h in range(hosts)
     ]
     for step, parts in zip(range(5, 30), zip(*readers, strict=True), strict=False):
         assert np.array_equal(np.concatenate([p for (p,) in parts]), data.batch(step))

@@ -13,9 +13,9 @@ import pytest
 from training_kit import tiny_run
 
 from gqa_scaling.config import OptimizerConfig, Question, RunConfig
+from gqa_scaling.costs import training_flops, training_steps
 from gqa_scaling.data import open_store
 from gqa_scaling.devices import processes
-from gqa_scaling.experiment.branches import flops_saved
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import RunDirectory, run_directory
@@ -74,7 +74,7 @@ def test_branches_equal_runs_that_were_trained_alone(alone: Path) -> None:
         assert not states(run)  # nobody needs them any more
     (attempt,) = directory(LONG).result()["attempts"]
     assert attempt["branched_from"] == directory(MIDDLE).path.name
-    assert attempt["flops_saved"] == flops_saved(LONG, 24)
+    assert attempt["flops_saved"] == 24 * training_flops(LONG) // training_steps(LONG)
     assert directory(LONG).metrics()[0]["step"] == 25
 
 
