@@ -1,6 +1,6 @@
 """How good the study's estimates and decisions are, on synthetic data with a known truth.
 
-    python benchmarks/study.py speed|coverage|laws|bound [--sets 1000]
+    python benchmarks/study.py coverage|laws|bound [--sets 1000]
 
 Truths are the curves fitted to the 40 published points of Chen et al. 2025 unless said otherwise;
 every number printed is reproducible: data set i uses seed (--seed, i). Nothing was tuned on the
@@ -10,7 +10,6 @@ data sets of the default seed; those of seed 17 were looked at while the methods
 import argparse
 import dataclasses
 import itertools
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -356,39 +355,8 @@ def bound(sets: int, seed: int) -> None:
             )
 
 
-def speed(sets: int, seed: int) -> None:
-    """CPU seconds and peak memory of a fit with 1,000 refits."""
-    for many, sizes in ((7, 6), (60, 8), (300, 6)):
-        r = PUBLISHED if many == 7 else _wide(many, sizes)
-        for law in LAWS:
-            begin = time.process_time()
-            fit(r, refits=1000, law=law)
-            seconds = time.process_time() - begin
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-            print(
-                f"fit and 1,000 refits, {many} configurations, {len(r)} runs, {law}: {seconds:.2f} s, "
-                f"so far at most {peak:.0f} MiB",
-                flush=True,
-            )
-
-
-def _wide(many: int, count: int) -> Results:
-    """Runs of many configurations at `count` sizes, with 0.2% noise."""
-    rng = np.random.default_rng(0)
-    layers = np.tile(np.linspace(8, 40, count).round().astype(int), many)
-    h, kv = (np.repeat(each, count) for each in np.divmod(np.arange(many), 20))
-    h, kv = h + 1, kv + 1
-    n = n_formula(layers, 64 * layers, h, kv).astype(float)
-    loss = 2.0 + (8e7 / (1 + 0.1 * np.log2(h)) / n) ** 0.2
-    loss = loss * (1 + 0.002 * rng.standard_normal(len(n)))
-    columns = {"n_heads": h, "n_kv_heads": kv, "n_layers": layers, "d_model": 64 * layers}
-    columns |= {"n_params": n, "tokens": 20 * n, "loss": loss}
-    columns["name"] = np.array([f"r{i}" for i in range(len(n))], object)
-    return dataclasses.replace(PUBLISHED.select(np.zeros(len(n), int)), **columns)
-
-
 if __name__ == "__main__":
-    every = {f.__name__: f for f in (speed, coverage, laws, bound)}
+    every = {f.__name__: f for f in (coverage, laws, bound)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", metavar="|".join(every))
     parser.add_argument("--sets", type=int, default=200, help="synthetic data sets (default: 200)")

@@ -10,7 +10,6 @@ import functools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from gqa_scaling.devices.compiler_flags import (
 )
 from gqa_scaling.devices.layout import AXES
 from gqa_scaling.doctor import programs
+from gqa_scaling.doctor.speeds import seconds
 from gqa_scaling.model.attention import attend
 
 SLOWER = 30  # times: one place against many. With the GPU's own addition it is a few
@@ -96,21 +96,11 @@ def _diagnosis(fault: Fault, device: jax.Device) -> Diagnosis:
 # ------------------------------------------------------------------------------------ on GPUs
 
 
-def _seconds(f: Callable, *xs: jax.Array) -> float:
-    jax.block_until_ready(f(*xs))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(f(*xs))
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def _one_place_against_many(f: Callable, places: int, width: int) -> Answer:
     """Whether `f(places, values)` takes much longer where all 40,960 values go to one place."""
     values = jnp.ones((1, 40960, width), jnp.float32)
     many = jnp.arange(values.shape[1], dtype=jnp.int32)[None] % places
-    one, spread = _seconds(f, 0 * many, values), _seconds(f, many, values)
+    one, spread = seconds(f, 0 * many, values), seconds(f, many, values)
     return Answer(one > SLOWER * spread, f"{one / spread:.1f} times as long in one row as in many")
 
 

@@ -47,17 +47,17 @@ def speeds() -> list[Speed]:
     peaks = (None, None) if row is None else (row.peak_flops, row.bandwidth)
     name = f"product {side:,} x {side:,} {jnp.dtype(dtype)}"
     return [
-        Speed(name, "FLOP/s", 2 * side**3 / _seconds(product, a), peaks[0]),
-        Speed("memory", "bytes/s", 2 * x.nbytes / _seconds(move, x), peaks[1]),
+        Speed(name, "FLOP/s", 2 * side**3 / seconds(product, a), peaks[0]),
+        Speed("memory", "bytes/s", 2 * x.nbytes / seconds(move, x), peaks[1]),
     ]
 
 
-def _seconds(f: Callable, x: jax.Array) -> float:
+def seconds(f: Callable, *xs: jax.Array) -> float:
     """The least that a call takes; several in a row, so that starting them does not count."""
-    jax.block_until_ready(f(x))
+    jax.block_until_ready(f(*xs))
     best, calls = float("inf"), 4
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        jax.block_until_ready([f(x) for _ in range(calls)])
+        jax.block_until_ready([f(*xs) for _ in range(calls)])
         best = min(best, (time.perf_counter() - start) / calls)
     return best

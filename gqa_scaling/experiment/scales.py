@@ -7,6 +7,7 @@ minutes of a CPU, for trying the way: nothing can be decided by that.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from gqa_scaling import costs
 from gqa_scaling.config import (
@@ -36,7 +37,7 @@ class Scale:
     most_heads: int
     head_dim: int
     vocab_size: int
-    dtype: str
+    dtype: Literal["bfloat16", "float32"]
     data: DataConfig
     context_length: int
     contexts: tuple[int, ...]
@@ -56,16 +57,14 @@ class Scale:
         n_heads, n_kv_heads = heads
         return RunConfig(
             name=f"{size.name}-h{n_heads}-kv{n_kv_heads}{name}",
-            model=ModelConfig.from_dict(
-                {
-                    "n_layers": size.n_layers,
-                    "d_model": size.d_model,
-                    "n_heads": n_heads,
-                    "n_kv_heads": n_kv_heads,
-                    "head_dim": self.head_dim,
-                    "vocab_size": self.vocab_size,
-                    "dtype": self.dtype,
-                }
+            model=ModelConfig(
+                size.n_layers,
+                size.d_model,
+                n_heads,
+                n_kv_heads,
+                head_dim=self.head_dim,
+                vocab_size=self.vocab_size,
+                dtype=self.dtype,
             ),
             data=self.data,
             context_length=self.context_length,
@@ -82,10 +81,11 @@ class Scale:
         if self.devices == 1:
             return ParallelConfig()
         rows = min(self.devices, self.batch_tokens // context)
-        context_ways = self.devices // rows
-        if context > self.context_length:
-            return ParallelConfig(fsdp=rows, context=context_ways, remat="full")
-        return ParallelConfig(fsdp=rows, context=context_ways, remat="dots")
+        return ParallelConfig(
+            fsdp=rows,
+            context=self.devices // rows,
+            remat="full" if context > self.context_length else "dots",
+        )
 
 
 FULL = Scale(
