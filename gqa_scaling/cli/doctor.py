@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from gqa_scaling.doctor.speeds import Speed
 
 
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
-
-
 def _doctor(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
 
@@ -145,6 +141,6 @@ VERBS: dict[str, Verb] = {
     "doctor": (
         _doctor,
         "what this machine has, measures and lacks, and which known faults it has",
-        _add_doctor,
+        add_json,
     ),
 }

@@ -86,7 +86,8 @@ def export(
         aside.mkdir()
         weight_bytes, files = _write_weights(aside, arrays, DTYPES[dtype], shard_bytes)
         write_json(aside / "config.json", config)
-        write_json(aside / "generation_config.json", _generation_config(tokenizer))
+        eos = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+        write_json(aside / "generation_config.json", eos | {"do_sample": False})
         _write_tokenizer(aside, tokenizer, run.context_length, bool(run.imported), first)
         provenance = _provenance(trained, architecture, dtype)
         write_json(aside / PROVENANCE, provenance)
@@ -220,10 +221,6 @@ def bytes_definition(eos: int) -> str:
     library.add_special_tokens([EOS])
     assert library.token_to_id(EOS) == eos == len(vocabulary)
     return library.to_str()
-
-
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos, "do_sample": False}
 
 
 # ------------------------------------------------------------------------ what is said about it

@@ -70,7 +70,9 @@ def import_folder(
     architecture_named(config, file)
     weights = weight_files(folder)
     arrays = Weights(weights)
-    model = model_of(config, file, dtype or _dtype_of(arrays))
+    model = model_of(
+        config, file, dtype or ("bfloat16" if arrays.dtypes == {"BF16"} else "float32")
+    )
     check_arrays(arrays, model, folder)
     tokenizer = _tokenizer(folder, model)
     run = _run(name, model, config["max_position_embeddings"], _hash(weights))
@@ -164,10 +166,6 @@ def _hash(files: list[Path]) -> str:
 
     with ThreadPoolExecutor(READERS) as pool:
         return hashlib.sha256(b"".join(pool.map(of, files))).hexdigest()
-
-
-def _dtype_of(arrays: Weights) -> Literal["bfloat16", "float32"]:
-    return "bfloat16" if arrays.dtypes == {"BF16"} else "float32"
 
 
 def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:

@@ -70,7 +70,8 @@ class Scorer:
         order = sorted(range(len(whole)), key=lambda i: -len(whole[i]))
         for start in range(0, len(order), self.rows):
             batch = order[start : start + self.rows]
-            time = self._length(len(whole[batch[0]]) - 1)
+            # all are filled up to a power of two
+            time = min(max(SHORTEST, 1 << (len(whole[batch[0]]) - 2).bit_length()), self.longest)
             tokens_BT, targets_BT = np.zeros((2, self.rows, time), np.int32)
             for row, i in enumerate(batch):
                 tokens_BT[row, : len(whole[i]) - 1] = whole[i][:-1]
@@ -84,7 +85,3 @@ class Scorer:
                 total = float(likely_BT[row, mine].sum(dtype=np.float64))
                 out[i] = total, bool(best_BT[row, mine].all())
         return out
-
-    def _length(self, tokens: int) -> int:
-        """The length that sequences of so many tokens are filled up to."""
-        return min(max(SHORTEST, 1 << (tokens - 1).bit_length()), self.longest)

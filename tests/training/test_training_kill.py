@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 from training_kit import result_of, tiny_run
 
+from gqa_scaling.config import Question
+from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.runs import run_directory
+from gqa_scaling.sweep.run import run_sweep
 
 TINY = Path(__file__).with_name("training_kit.py")
 
 
-def start(*moment: str) -> int:
-    return subprocess.run([sys.executable, str(TINY), *moment]).returncode
-
-
 def killed_then_continued(*moments: str) -> str:
     for moment in moments:
-        assert start(moment) == -9
+        assert subprocess.run([sys.executable, str(TINY), moment]).returncode == -9
         assert run_directory("runs", "tiny", tiny_run()).state() == "stale"
-    assert start() == 0
+    tiny = Experiment("tiny", (tiny_run(),), Question(), "")
+    assert run_sweep(tiny, Path("runs")).exit_code == 0
     return result_of(Path("runs"))
 
 

@@ -172,8 +172,7 @@ if __name__ == "__main__":
     from gqa_scaling.files.runs import run_directory
     from gqa_scaling.training.loop import train
 
-    if len(sys.argv) > 1:
-        arrange(sys.argv[1])
+    arrange(sys.argv[1])
     run = tiny_run()
     directory = run_directory("runs", "tiny", run)
     with claim(directory.claim_file) as mine:
