@@ -56,7 +56,7 @@ ARCHIVES = {
 }
 
 
-def fetch(name: str, file: Path | None = None, *, show: bool = True) -> Path:
+def fetch(name: str, file: Path | None = None) -> Path:
     """Fetch a corpus by name, check it, and keep its documents; the path of what is kept.
 
     `file` is the archive where it lies on this machine already. The records are written aside and
@@ -73,9 +73,9 @@ def fetch(name: str, file: Path | None = None, *, show: bool = True) -> Path:
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not package.exists():
             require(file is None, f"{file} does not exist: name the package that was downloaded")
-            _download(archive, package, show)
+            _download(archive, package)
         _check(archive, package)
-        _keep(archive, package, partial, show)
+        _keep(archive, package, partial)
         partial.rename(kept)
         if file is None:
             package.unlink()
@@ -89,14 +89,14 @@ def fetch(name: str, file: Path | None = None, *, show: bool = True) -> Path:
     return kept
 
 
-def _download(archive: Archive, package: Path, show: bool) -> None:
+def _download(archive: Archive, package: Path) -> None:
     """The package, from the first source that has it, aside and renamed."""
     partial, failed = package.with_name(f".{package.name}.partial"), []
     for source in archive.sources:
         try:
             # A mirror that stalls is left after a minute without a byte.
             with urllib.request.urlopen(source, timeout=60) as answer, partial.open("wb") as out:
-                _copy(answer, out, f"fetching {package.name}", archive.size, show)
+                _copy(answer, out, f"fetching {package.name}", archive.size)
             partial.rename(package)
             return
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
@@ -109,12 +109,12 @@ def _download(archive: Archive, package: Path, show: bool) -> None:
     )
 
 
-def _copy(source: BinaryIO, out: BinaryIO, what: str, size: int, show: bool) -> None:
+def _copy(source: BinaryIO, out: BinaryIO, what: str, size: int) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not (show and console.is_terminal)) as progress:
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(what, total=size)
         while block := source.read(CHUNK):
             out.write(block)
@@ -131,10 +131,9 @@ def _check(archive: Archive, package: Path) -> None:
     )
 
 
-def _keep(archive: Archive, package: Path, out: Path, show: bool) -> None:
+def _keep(archive: Archive, package: Path, out: Path) -> None:
     """Write the documents of the package as records, in the order of their names."""
-    if show:
-        print(f"unpacking {package.name}", flush=True)
+    print(f"unpacking {package.name}", flush=True)
     texts = sorted(_texts(archive, package))
     require(bool(texts), f"{package} holds no text in {archive.inside}: remove it and fetch again")
     with out.open("wb") as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as file:

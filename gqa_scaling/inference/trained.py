@@ -47,14 +47,14 @@ class Trained:
         graph, _ = nnx.split(nnx.eval_shape(lambda: create(self.run.model, 0)))
         return nnx.merge(graph, self.parameters(device))
 
-    def decoder(self, devices: Sequence[jax.Device] | None = None) -> Decoder:
-        """The model laid out for decoding on these devices, by default all.
+    def decoder(self) -> Decoder:
+        """The model laid out for decoding on all devices.
 
         The mesh that it was trained on does not matter. Raises UserError as `parameters` and
         `tokenizer` do.
         """
         vocab_size = self.tokenizer().vocab_size
-        return load_decoder(self.directory.parameters, self.run.model, vocab_size, devices)
+        return load_decoder(self.directory.parameters, self.run.model, vocab_size)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was trained with, told by its hash.
@@ -128,15 +128,13 @@ def open_trained(path: str | Path | RunDirectory) -> Trained:
     return Trained(directory, run, whole["result"])
 
 
-def load_decoder(
-    path: Path, model: ModelConfig, vocab_size: int, devices: Sequence[jax.Device] | None = None
-) -> Decoder:
-    """Parameters that were saved at a path, laid out for decoding on these devices, by default all.
+def load_decoder(path: Path, model: ModelConfig, vocab_size: int) -> Decoder:
+    """Parameters that were saved at a path, laid out for decoding on all devices.
 
     Raises UserError where they are missing or damaged.
     """
     config = for_platform(model)
-    mesh = serving_mesh(config, devices)
+    mesh = serving_mesh(config)
     with jax.set_mesh(mesh):
         parameters = load_parameters(path, abstract(shapes_of(model), mesh))
         return Decoder(config, lay_out(config, parameters), mesh, vocab_size)

@@ -78,7 +78,7 @@ def test_fetched_documents_are_the_text_files_in_order(package: Path, capsys) ->
     # nothing is left beside it, and what is there is not fetched again
     assert [path.name for path in Path("data").iterdir()] == [Path(FETCHED[NAME]).name]
     package.unlink()
-    assert fetch(NAME, show=False) == Path(FETCHED[NAME])
+    assert fetch(NAME) == Path(FETCHED[NAME])
 
 
 def test_package_that_lies_here_is_used_and_kept(package: Path) -> None:
