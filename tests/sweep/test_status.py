@@ -25,8 +25,8 @@ def line(step: int, at: float = 0.0, seconds: float | None = 2.0, **apart: float
     return {"step": step, "time": START + at, "learning/loss": 3.0, **speed}
 
 
-def attempt(first: int, at: float = 0.0, device: str = "TPU v5e") -> dict:
-    return {"began": START + at, "first_step": first, "layout": {"device": device}}
+def attempt(first: int, at: float = 0.0) -> dict:
+    return {"began": START + at, "first_step": first, "layout": {"device": "TPU v5e"}}
 
 
 @pytest.fixture
