@@ -1,6 +1,7 @@
 """What `doctor` says of this machine, and of others that are not at hand."""
 
 import dataclasses
+import functools
 import json
 import resource
 from importlib import metadata
@@ -22,8 +23,18 @@ YES, NO, UNTOLD = Answer(True, "it is"), Answer(False, "it is not"), Answer(None
 BY_NAME = {fault.name: fault for fault in faults.FAULTS}
 
 
-def test_the_verb_tells_what_is_here_and_fails_where_runs_would(tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def diagnosed():
+    """Of this machine, which takes seconds."""
+    return faults.diagnose()
+
+
+def test_the_verb_tells_what_is_here_and_fails_where_runs_would(
+    tmp_path, capsys, monkeypatch, diagnosed
+):
     """And its table has the versions and faults that its JSON has."""
+    monkeypatch.setattr(faults, "diagnose", lambda: diagnosed)
+    monkeypatch.setattr(speeds, "speeds", functools.cache(speeds.speeds))
     asked = ["doctor", "--root", str(tmp_path / "runs")]
     assert cli.main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -81,9 +92,10 @@ def test_a_fault_has_versions_and_devices(fault, platform, kind, version, touche
 @pytest.mark.skipif(
     metadata.version("jaxlib") != "0.10.2", reason="what other versions show nobody has looked at"
 )
-def test_the_faults_of_this_jaxlib_show():
-    assert "should be 1073741824" in faults.fusion_shows().seen
-    assert faults.rank_shows().yes
+def test_the_faults_of_this_jaxlib_show(diagnosed):
+    shown = {each.fault.name: each.shown for each in diagnosed}
+    assert "should be 1073741824" in shown["wrong fusion"].seen
+    assert shown["seven axes"].yes
 
 
 @pytest.mark.parametrize(
