@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import CensoredData, logrank
 
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.report import drawing as draw
@@ -22,7 +21,7 @@ from gqa_scaling.study.source import Source, read_source
 
 HERE = Path(__file__).parent
 LINUX = str(HERE.parent / "studies" / "linux.csv")
-AWAY = 0.2  # nats below the trend of a width: a run that has learned to copy
+FALLEN = 3.0  # nats of training loss: which no run reaches before it has learned to copy
 
 
 @draw.styled
@@ -71,87 +70,84 @@ def context_gains(results: Results) -> Figure:
 
 @dataclass(frozen=True)
 class Onset:
-    """When a run fell away from the trend of its width, in training tokens; None if not by its end."""
+    """When a run learned to copy, in training tokens; None if not before its learning rate decays, at
+    `watched` tokens."""
 
     heads: Heads
     width: int
     tokens: float | None
-    trained: float
+    watched: float
 
     def __str__(self) -> str:
-        at = f"> {self.trained / 1e6:.1f}M" if self.tokens is None else f"{self.tokens / 1e6:.1f}M"
+        at = f"> {self.watched / 1e6:.1f}M" if self.tokens is None else f"{self.tokens / 1e6:.1f}M"
         return f"{pair(self.heads)} {at}"
 
 
 def onsets(source: Source) -> list[Onset]:
-    """Of every run from width 64 on: when it learned to copy, by its training curve.
+    """Of every run from width 64 on, by its training curve: where it goes below FALLEN and stays there.
 
-    All runs of a width go down one straight line in ln(tokens) from 1M to 2M tokens. A run has fallen
-    away where two places of its curve in a row lie AWAY below that line.
+    Only as long as the learning rate is at its maximum: losses of all runs fall as it decays, those of
+    smaller models after fewer tokens.
     """
     r, kept, found = source.results, source.kept, []
     assert kept is not None
-    for width in sorted(set(r.d_model[r.d_model >= 64].tolist())):
-        mine = np.flatnonzero(r.d_model == width)
-        curves = [np.array(kept.curves[str(r.name[i])]) for i in mine]
-        early = np.concatenate([c[:, (c[0] > 1e6) & (c[0] < 2.05e6)] for c in curves], axis=1)
-        line = np.polyfit(np.log(early[0]), early[1], 1)
-        for i, (tokens, losses) in zip(mine, curves, strict=True):
-            below = (np.polyval(line, np.log(tokens)) - losses > AWAY) & (tokens > early[0].min())
-            both = below[:-1] & below[1:]
-            first = float(tokens[np.argmax(both)]) if both.any() else None
-            found.append(Onset(r.heads[i], width, first, float(r.tokens[i])))
+    decays = {run.name: run.optimizer.decay for run in kept.runs}
+    for i in np.flatnonzero(r.d_model >= 64):
+        name = str(r.name[i])
+        watched = (1 - decays[name]) * float(r.tokens[i])
+        tokens, losses = np.array(kept.curves[name])
+        above = np.flatnonzero((losses >= FALLEN) & (tokens <= watched))[-1]
+        later = tokens[(tokens > tokens[above]) & (tokens <= watched)]
+        first = float(later[0]) if len(later) > 1 else None
+        found.append(Onset(r.heads[i], int(r.d_model[i]), first, watched))
     return found
 
 
 def sooner(found: Sequence[Onset]) -> str:
-    """Whether runs with a KV head for each query head fall away sooner than others of their width: of
-    the pairs in which it can be told, and by a log-rank test, one-sided, of all widths together."""
-    alike, others = ([o for o in found if is_mha(o.heads) == mha] for mha in (True, False))
-    pairs = [_first(a, b) for a in alike for b in others if a.width == b.width]
-    told = [first for first in pairs if first is not None]
-    censored = [
-        CensoredData(
-            [o.tokens for o in group if o.tokens is not None],
-            right=[o.trained for o in group if o.tokens is None],
-        )
-        for group in (alike, others)
-    ]
-    p = logrank(*censored, alternative="greater").pvalue
-    return f"{sum(told)} of {len(told)} pairs, p = {p:.3f}"
+    """Whether runs with a KV head for each query head learn to copy sooner than others of their width: of
+    the pairs in which it can be told, and how often as many or more are, over those that are later, when
+    the runs of each width are shuffled."""
+    order = np.array([[_order(one, other) for other in found] for one in found])
+    alike = np.array([one.heads[0] == one.heads[1] for one in found])
+    told = order[np.ix_(alike, ~alike)]
+    widths, rng, shuffled = np.array([one.width for one in found]), np.random.default_rng(0), []
+    for _ in range(10_000):
+        mixed = alike.copy()
+        for width in set(widths.tolist()):
+            mixed[widths == width] = rng.permutation(alike[widths == width])
+        shuffled.append(order[np.ix_(mixed, ~mixed)].sum())
+    p = np.mean(np.array(shuffled) >= told.sum())
+    return f"{(told > 0).sum()} of {(told != 0).sum()} pairs, p = {p:.2f}"
 
 
-def _first(one: Onset, other: Onset) -> bool | None:
-    """Whether the one fell away first; None where that cannot be told."""
-    if one.tokens is not None and one.tokens < (other.tokens or other.trained):
-        return True
-    if other.tokens is not None and other.tokens < (one.tokens or one.trained):
-        return False
-    return None
-
-
-def is_mha(heads: Heads) -> bool:
-    return heads[0] == heads[1]
+def _order(one: Onset, other: Onset) -> int:
+    """1 if the one is sooner, -1 if the other, 0 where that cannot be told or they differ in width."""
+    if one.width != other.width:
+        return 0
+    if one.tokens is not None and one.tokens < (other.tokens or other.watched):
+        return 1
+    return -int(other.tokens is not None and other.tokens < (one.tokens or one.watched))
 
 
 @draw.styled
 def training(source: Source) -> Figure:
-    """The training curves of each width, and where each run falls away."""
+    """The training curves of each width, and where each run has learned to copy."""
     assert source.kept is not None
     r = source.results
     widths = sorted(set(r.d_model[r.d_model >= 64].tolist()))
     figure, axes = frames(11, 4.1, len(widths), share_y=True)
-    found = iter(onsets(source))
+    found = dict(zip(np.flatnonzero(r.d_model >= 64).tolist(), onsets(source), strict=True))
     for axis, width in zip(axes, widths, strict=True):
         for i in np.flatnonzero(r.d_model == width):
             look = looks(r.heads)[r.heads[i]]
             tokens, losses = map(np.array, source.kept.curves[str(r.name[i])])
-            at, onset = tokens > 5e5, next(found)
+            at, onset = tokens > 5e5, found[i]
             axis.plot(tokens[at], losses[at], **look | {"marker": "", "linewidth": 1})
             if onset.tokens is not None:
                 there = np.interp(onset.tokens, tokens, losses)
                 axis.plot(onset.tokens, there, **look | {"linestyle": "none", "markersize": 9})
         most = r.tokens[r.d_model == width].max()
+        axis.axhline(FALLEN, color=draw.GREY, linewidth=1)
         axis.set(xlabel="training tokens", title=f"Width {width}", xlim=(5e5, 1.1 * most))
         draw.decades_axis(axis)
     shown = list(dict.fromkeys(sorted(r.heads)))
