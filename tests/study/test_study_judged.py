@@ -40,6 +40,7 @@ def runs(workplace):
         value = {"loss": 2.5 + number, "bits_per_byte": 3.25, "hash": "e"}
         if number == 0:
             value |= {"loss_by_context": {"8": 3.5, "32": 2.5}, "needles": NEEDLES}
+            value |= {"loss_of_first_reading": 2.5, "loss_of_second_reading": 2.25}
         result = {"n_exact": 1e4, "tokens": 1280, "data": {"store_hash": "s"}}
         place.finish(result | {"evaluations": {run.evaluation_digest: value}}, {"finished": 1.8e9})
     return runs
@@ -49,8 +50,9 @@ def test_runs_are_read_with_what_they_were_judged_by(runs):
     results = from_runs("runs", "tiny", runs)
     (row,) = judged_rows(results)
     assert row.judged == Judged(
-        3.25, {8: 3.5, 32: 2.5}, (0.0, 1.0), {64: (0.5, 1.0), 32: (1.0, 1.0)}, "number"
+        3.25, {8: 3.5, 32: 2.5}, (0.0, 1.0), {64: (0.5, 1.0), 32: (1.0, 1.0)}, "number", 0.25
     )
+    np.testing.assert_equal(results.gained_by_rereading, [0.25, np.nan])
     assert (row.judged.found(64), row.judged.found(32)) == (0.75, 1.0)
     losses, needles = judged_tables(results)
     assert [c.cell(row) for c in losses.columns][-4:] == ["2.5000", "3.2500", "3.5000", "2.5000"]
