@@ -245,7 +245,9 @@ def flags(results: Results) -> tuple[str, ...]:
             "head size, FFN ratio and aspect change (their table says what)"
         )
     gained = results.gained_by_rereading
-    told = gained[np.isfinite(gained)]
+    told = gained[
+        np.isfinite(gained) & np.array([p is None for p in results.pattern])
+    ]  # who read all
     copying = int(np.sum(told >= COPIES))
     if 0 < copying < len(told):
         out.append(

@@ -25,9 +25,7 @@ POSITION_PARTS = 32  # of the context, for which losses are told apart
 # result itself. Together they cost no more than this share of the training, on two cores as on a pod.
 POINTS = 8
 SHARE = 0.02
-READ_TWICE = (
-    2**14
-)  # targets of the text that is read twice, or those of a batch where they are more
+READ_TWICE = 2**14  # targets of what is read twice, or those of a batch where that is more
 
 
 @dataclass(frozen=True)
