@@ -43,9 +43,6 @@ def _logged(directory: RunDirectory) -> list[tuple[int, float]]:
         pairs = [(line["step"], line[LOSS]) for line in lines if LOSS in line]
         return [(step, loss) for step, loss in pairs if math.isfinite(loss)]
     except (ValueError, KeyError, TypeError):
-        lines = (
-            directory.metrics()
-        )  # raises, and names the damaged line, but for a last one cut short
-        return [
-            (line["step"], line[LOSS]) for line in lines if math.isfinite(line.get(LOSS, math.nan))
-        ]
+        # This raises, and names the damaged line, but for a last one that was cut short.
+        lines = [line for line in directory.metrics() if LOSS in line]
+        return [(line["step"], line[LOSS]) for line in lines if math.isfinite(line[LOSS])]

@@ -97,8 +97,8 @@ def evaluator(
     """A function from parameters to the loss on the run's evaluation stream, compiled once.
 
     Its second argument is how many targets to measure at most, spread evenly over the stream, though
-    never less than a batch; None: all. What is read twice begins as chunks of the stream do. The stream is cut into the run's context length, or into another `context`: the same targets,
-    each counted once. Batches are as large as a training microbatch, the last one filled up
+    never less than a batch; None: all. The stream is cut into the run's context length, or into another
+    `context`, where nothing is read twice: the same targets, each counted once. Batches are as large as a training microbatch, the last one filled up
     with a repeated row that is not counted. Sums are taken on the host in float64, in order.
     """
     judged, mesh, longest = setup.run.evaluation, setup.mesh, setup.run.evaluation_context
