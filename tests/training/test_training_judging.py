@@ -83,6 +83,18 @@ def test_what_is_read_twice_is_the_same_text_again() -> None:
     assert (last.step, last.value) == (24, pytest.approx(gained, abs=1e-6))
 
 
+def test_the_verb_reads_twice_what_an_earlier_version_judged() -> None:
+    whole, digest = finished().result(), tiny_run().evaluation_digest
+    before = dict(whole["result"]["evaluations"][digest])
+    for name in ("first", "second"):
+        del whole["result"]["evaluations"][digest][f"loss_of_{name}_reading"]
+    finished().result_file.write_text(json.dumps(whole))
+    assert cli.main(["judge", str(finished().path)]) == 0
+    again = finished().result()["result"]["evaluations"][digest]
+    assert again["loss_of_second_reading"] == pytest.approx(before["loss_of_second_reading"])
+    assert again["loss"] == pytest.approx(before["loss"])
+
+
 def test_an_answer_counts_where_greedy_decoding_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are what greedy decoding, one token at a time, gives; some then have a token changed."""
     setup = set_up(tiny_run())
