@@ -129,6 +129,7 @@ def summary(program: Program) -> list[dict[str, Any]]:
             "times": sum(c.turns for c in group),
             "bytes": sum(c.turns * c.received for c in group),
             "overlaps": overlaps,
+            "meanwhile": sum(c.turns * c.meanwhile for c in group),
         }
         for (kind, array, devices, overlaps), group in alike.items()
     ]

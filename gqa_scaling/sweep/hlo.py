@@ -33,6 +33,7 @@ _BRANCHES = re.compile(
     r"\b(?:branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _WIDTH = re.compile(r"^[a-z]+(\d+)")  # f32, bf16, s4, u8, c64, f8e4m3fn
 
@@ -205,7 +206,8 @@ class Collective:
     of the array among n devices, twice that for an all-reduce, all of it for a permutation and for
     what comes from other slices, whose number the text does not say: `devices` is 0 there.
     `exact` is as in `Executed`, `source` the name that the program's own code has for it.
-    `overlaps` says whether the program goes on between its start and its end, and not just waits.
+    `overlaps` says whether the program goes on between its start and its end, and not just waits;
+    `meanwhile` are the FLOPs of the matrix products between them, each time, kernels left out.
     """
 
     kind: str
@@ -216,6 +218,7 @@ class Collective:
     exact: bool
     source: str
     overlaps: bool
+    meanwhile: float
 
     @property
     def array(self) -> Array:
@@ -286,13 +289,18 @@ class Program:
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
         """Every collective operation of more than one device."""
-        return tuple(c for each in self.executed if (c := self._collective(each)) is not None)
+        found = map(self._collective, range(len(self.executed)), self.executed)
+        return tuple(each for each in found if each is not None)
 
-    def _collective(self, each: Executed) -> Collective | None:
+    def _collective(self, place: int, each: Executed) -> Collective | None:
+        """What runs at this place of all that is executed, if it is a collective."""
         it, here = each.instruction, each.computation
         if it.opcode == "recv" and "xla_megascale" in it.attributes:
             arrays, received = it.arrays[:1], float(it.arrays[0].bytes)
-            return Collective(BETWEEN_SLICES, arrays, 0, received, each.turns, each.exact, "", True)
+            flops = self._flops_until_done(place)
+            return Collective(
+                BETWEEN_SLICES, arrays, 0, received, each.turns, each.exact, "", True, flops
+            )
         kind = it.opcode.removesuffix("-start")
         devices = self._group(it) if kind in COLLECTIVES else 1
         # TPU programs repeat an asynchronous one in the fusions it overlaps with and in its last.
@@ -310,7 +318,31 @@ class Program:
         source = _SOURCE.search(it.attributes)
         name = source[1] if source else ""
         overlaps = it.opcode.endswith("-start") or here.starts_asynchronous
-        return Collective(kind, arrays, devices, received, each.turns, each.exact, name, overlaps)
+        flops = self._flops_until_done(place) if overlaps else 0.0
+        return Collective(
+            kind, arrays, devices, received, each.turns, each.exact, name, overlaps, flops
+        )
+
+    def _flops_until_done(self, place: int) -> float:
+        """FLOPs of the products that run from the start of a collective until its end, each time.
+
+        Instructions stand in the order in which they run. The end names the start, or has the same
+        channel where a TPU program spells it as fusions; 0 where there is none.
+        """
+        start = self.executed[place]
+        channel = _CHANNEL.search(start.instruction.attributes)
+        flops = 0.0
+        for each in self.executed[place + 1 :]:
+            it = each.instruction
+            named = it.opcode.endswith("-done") and start.instruction.name in it.operands
+            if named and each.computation is start.computation:
+                return flops / start.turns
+            if channel and each.computation.ends_asynchronous:
+                other = _CHANNEL.search(it.attributes)
+                if other and other[1] == channel[1]:
+                    return flops / start.turns
+            flops += each.turns * _flops(each)
+        return 0.0
 
     def _group(self, it: Instruction) -> int:
         """How many devices take part in each group of a collective."""

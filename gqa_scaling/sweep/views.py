@@ -234,7 +234,8 @@ def compiled_summary(found: Sequence[Compiled], runs: Mapping[str, RunConfig]) -
             lines.append(f"{each.run}: a chip receives {density}, {share}")
         for row in top:
             among = f" among {row['devices']}" if row["devices"] else ""
-            meanwhile = "" if row["overlaps"] else ", waiting"
+            flops = f", meanwhile {row['meanwhile'] / row['bytes']:,.0f} FLOPs for each byte"
+            meanwhile = flops if row["overlaps"] else ", waiting"
             what = f"{row['kind']} {row['array']}{among}, {row['times']:g} times{meanwhile}"
             lines.append(f"  {byte_size(row['bytes']):>10}  {what}")
     return lines

@@ -133,6 +133,21 @@ def test_an_asynchronous_collective_counts_once():
     assert [c.overlaps for c in (gathered, scattered, begun)] == [True, False, True]
 
 
+PRODUCT = "  %w{0} = f32[8,8]{{1,0}} dot(%y, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}\n"
+
+
+def test_what_is_computed_until_a_collective_ends_is_counted():
+    """Three products of 8 x 64 by 64 x 8 until either of the asynchronous ones does, not the same three."""
+    before, _, after = ASYNCHRONOUS.partition("  ROOT %b")
+    ended = "  %e = bf16[8,64]{1,0} all-gather-done(%d)\n"
+    first, last = "".join(map(PRODUCT.format, (1, 2))), PRODUCT.format(3)
+    text = before.replace("  %d =", PRODUCT.format(0) + "  %d =")
+    text += first + "  ROOT %b" + after.replace("\n}", "\n" + last + ended + "}", 1)
+    gathered, scattered, begun = Program(text).collectives
+    product = 2 * 8 * 8 * 64
+    assert [c.meanwhile for c in (gathered, scattered, begun)] == [3 * product, 0, 3 * product]
+
+
 SLICES = """\
 HloModule m
 

@@ -36,6 +36,7 @@ COLLECTIVES = [
         "times": 8.0,
         "bytes": 3e6,
         "overlaps": True,
+        "meanwhile": 6e9,
     },
     {
         "kind": "all-reduce",
@@ -44,6 +45,7 @@ COLLECTIVES = [
         "times": 1.0,
         "bytes": 8.0,
         "overlaps": False,
+        "meanwhile": 0.0,
     },
 ]
 FITS = {
@@ -122,6 +124,7 @@ def test_an_answer_is_told_in_full(compiler):
         assert part in text
     assert "2.86 MiB  all-gather bf16[256, 704] among 8, 8 times" in text
     assert "100% of it while computing" in text
+    assert "8 times, meanwhile 2,000 FLOPs for each byte" in text
     assert found.overlapped == 3e6
     assert "WARNING" not in text
     assert json.loads(json.dumps(found.to_dict()))["fits"]
