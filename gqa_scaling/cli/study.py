@@ -42,7 +42,8 @@ def _add_source(
         nargs="+",
         default=[],
         metavar="NAME",
-        help="leave out runs, by a pattern of their names, or configurations such as 8,1",
+        help="leave out runs, by a pattern of their names, or configurations such as 8,1; not-copying: runs "
+        "that have not learned to copy from their context",
     )
 
 

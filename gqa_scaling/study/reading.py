@@ -38,7 +38,7 @@ from gqa_scaling.units import count
 class Column(NamedTuple):
     """What a column may hold, from `low` to `high` in `unit`, and what stands for an absent value.
 
-    Numbers are above 0, or 0 too where `zero` says so.
+    Numbers are above 0, or 0 too where `zero` says so, or of any sign where `low` is below 0.
     """
 
     kind: type
@@ -69,6 +69,7 @@ _COLUMNS = {
     "vocab_size": Column(int, 0, 1, 2**31 - 1),
     "tokenizer": Column(str, ""),
     "corpus": Column(str, ""),
+    "gained_by_rereading": Column(float, math.nan, -math.inf, math.inf, "nats per token"),
     "n_count": Column(str, ""),
 }
 _PATTERN = dict.fromkeys(PATTERN_COLUMNS, Column(int)) | {
@@ -106,7 +107,7 @@ def from_results(
     a loss that is not a number, runs that cannot be compared (`check`, which `swept` is for), and where none
     is finished in `folder`.
     """
-    finished, rows, missing, further = [], [], [], {}
+    finished, rows, missing = [], [], []
     for file, run, whole in found:
         where = f"{file}: run {run.name}"
         evaluations = _value(_value(whole, "result", where), "evaluations", where) if whole else {}
@@ -116,7 +117,6 @@ def from_results(
             continue
         finished.append((run, whole))
         rows.append(_finished(run, whole["result"], judged, where))
-        further[run.name] = judged_of(judged)
     require(
         bool(rows),
         f"no finished runs under {folder}"
@@ -131,7 +131,7 @@ def from_results(
         template=_template([run for run, _ in finished], experiment),
         mixed=_mixed([run for run, _ in finished]),
         positions={row["name"]: row["positions"] for row in rows if row["positions"]},
-        judged=further,
+        judged={row["name"]: row["judged"] for row in rows},
     )
     return check(results, swept=swept)
 
@@ -139,10 +139,11 @@ def from_results(
 def _finished(
     run: RunConfig, result: dict[str, Any], judged: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """A finished run as a row; `judged` is its evaluation, from which come `positions` too."""
+    """A finished run as a row, with its `positions` and what it was `judged` by, its evaluation."""
     model, data = run.model, result.get("data", {})
     shape = ("n_heads", "n_kv_heads", "head_dim", "n_layers", "d_model", "vocab_size", "pattern")
     positions = [_bounded("loss", x, "loss", where) for x in judged.get("loss_by_position") or ()]
+    further = judged_of(judged)
     return {name: getattr(model, name) for name in shape} | {
         "name": run.name,
         "n_params": _bounded("n_exact", _value(result, "n_exact", where), "n_params", where),
@@ -155,7 +156,9 @@ def _finished(
         "evaluation": judged.get("hash", ""),
         "tokenizer": data.get("tokenizer_hash", ""),
         "corpus": data.get("corpus_hash") or data.get("store_hash", ""),
+        "gained_by_rereading": further.gained_by_rereading,
         "positions": tuple(positions),
+        "judged": further,
     }
 
 
@@ -351,10 +354,12 @@ def _read(name: str, text: str, column: Column, where: str) -> Any:
     if column.kind is str:
         return text
     value, integer = float(text) if _is_number(text) else math.nan, column.kind is int
-    good = math.isfinite(value) and (value > 0 or (column.zero and value == 0))
+    signed = column.low < 0
+    good = math.isfinite(value) and (value > 0 or signed or (column.zero and value == 0))
     good = good and (not integer or (value < 2**53 and value == int(value)))
     kind, most = ("a whole number", " and below 2^53") if integer else ("a number", "")
-    require(good, f"{where}: column {name}={text!r} must be {kind} above 0{most}")
+    above = "" if signed else " above 0"
+    require(good, f"{where}: column {name}={text!r} must be {kind}{above}{most}")
     require(
         column.low <= value <= column.high,
         f"{where}: column {name}={text!r} must lie between {column.low:g} and "

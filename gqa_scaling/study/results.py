@@ -64,6 +64,8 @@ class Results:
     n_formula (8 L d^2 + 2 L d d_h (n_h + n_kv)) or n_given (the file's own). `loss` is in nats,
     `tokens` are training tokens (NaN when unknown), 0 stands for unknown layers and sizes, "" for
     unknown hashes. `pattern` holds the `ContextSharding` of each run, None for dense ones.
+    `gained_by_rereading` is the loss on held-out text minus that on the same text right after it, in
+    nats per token (NaN when unknown).
     `missing` names runs that were asked for and have no result; `template` is the model of one of our
     runs, whose architecture all of them share; `positions` holds, by name, the losses in nats of equal
     parts of the context, where a run's evaluation has told them apart, and `judged` what else it was
@@ -91,6 +93,7 @@ class Results:
     tokenizer: Objects
     corpus: Objects
     pattern: Objects
+    gained_by_rereading: Floats
     missing: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     template: ModelConfig | None = None
@@ -113,10 +116,11 @@ class Results:
         return np.array([_density(*run) for run in zip(*columns, strict=True)])
 
     @property
-    def gained_by_rereading(self) -> np.ndarray:
-        """What it gains each run to read a text again, in nats per token; NaN where it is not known."""
-        known = [self.judged.get(str(name)) for name in self.name]
-        return np.array([each.gained_by_rereading if each else np.nan for each in known])
+    def copying(self) -> np.ndarray:
+        """Of each dense run whether it has learned to copy from its context, 1 or 0; NaN where that is
+        not known, and with a pattern, by which heads may not reach what they would copy."""
+        told = np.isfinite(self.gained_by_rereading) & np.array([p is None for p in self.pattern])
+        return np.where(told, self.gained_by_rereading >= COPIES, np.nan)
 
     @property
     def ladder(self) -> tuple[tuple[int, int], ...]:
@@ -147,8 +151,10 @@ class Results:
 
 
 COPIES = 0.3  # nats that a second reading gains a model which has learned to copy from its context
+NOT_COPYING = "not-copying"  # names the dense runs that it is known to gain less
 KINDS = {Integers: int, Floats: float, Objects: object}
 COLUMNS = {f.name: KINDS[f.type] for f in dataclasses.fields(Results) if f.type in KINDS}
+OPTIONAL = ("pattern", "gained_by_rereading")
 PATTERN_COLUMNS = {f"pattern_{f.name}": f.name for f in dataclasses.fields(ContextSharding)}
 
 
@@ -162,12 +168,12 @@ def _density(
 
 
 def table(rows: Sequence[dict[str, Any]], source: str, count: Count, **rest: Any) -> Results:
-    """The table of these rows, each with a value for every column; `pattern` may be absent.
+    """The table of these rows, each with a value for every column but those that are optional.
 
     `rest` are the fields of `Results` that are no columns.
     """
     columns: dict[str, Any] = {
-        name: np.array([row.get(name) if name == "pattern" else row[name] for row in rows], kind)
+        name: np.array([row.get(name) if name in OPTIONAL else row[name] for row in rows], kind)
         for name, kind in COLUMNS.items()
     }
     return Results(source=source, count=count, **columns, **rest)
@@ -244,15 +250,12 @@ def flags(results: Results) -> tuple[str, ...]:
             f"{len(sizes)} sizes were trained in several shapes: a law in N alone takes for noise what "
             "head size, FFN ratio and aspect change (their table says what)"
         )
-    gained = results.gained_by_rereading
-    told = gained[
-        np.isfinite(gained) & np.array([p is None for p in results.pattern])
-    ]  # who read all
-    copying = int(np.sum(told >= COPIES))
-    if 0 < copying < len(told):
+    copying, others = (int(np.sum(results.copying == each)) for each in (1, 0))
+    if copying and others:
         out.append(
-            f"{copying} of {count(len(told), 'run')} learned to copy from their context, the others did not "
-            f"(to read a text again gains them {COPIES:g} nats a token, or less): no one curve holds for both"
+            f"{copying} of {count(copying + others, 'run')} learned to copy from their context, the others did not "
+            f"(to read a text again gains them {COPIES:g} nats a token, or less): no one curve holds for both; "
+            f"train them for longer, or leave them out with --without {NOT_COPYING}"
         )
     if results.missing:
         out.append(f"{count(len(results.missing), 'run')} not finished: {listed(results.missing)}")

@@ -16,7 +16,15 @@ from gqa_scaling.files.storage import as_path
 from gqa_scaling.study.choices import PUBLISHED, is_experiment
 from gqa_scaling.study.reading import from_csv, from_results, from_runs, published
 from gqa_scaling.study.records import Records, beside, read_records, require_equal
-from gqa_scaling.study.results import Heads, Results, heads_of, listed, pair, pairs
+from gqa_scaling.study.results import (
+    NOT_COPYING,
+    Heads,
+    Results,
+    heads_of,
+    listed,
+    pair,
+    pairs,
+)
 from gqa_scaling.units import count
 
 PUBLISHED_QUESTION = Question(
@@ -66,6 +74,15 @@ def named(what: str, name: str, heads: Heads) -> bool:
     return fnmatch.fnmatchcase(name, what) or bare(what) == bare(pair(heads))
 
 
+def _marked(what: str, results: Results) -> np.ndarray:
+    """Which of the runs `what` names: by `named`, or as those that have not learned to copy."""
+    if what == NOT_COPYING:
+        return results.copying == 0
+    return np.array(
+        [named(what, str(n), h) for n, h in zip(results.name, results.heads, strict=True)]
+    )
+
+
 def read_source(
     name: str | Experiment,
     overrides: Sequence[str],
@@ -78,7 +95,8 @@ def read_source(
 
     `name` is as on the command line, or an experiment that was declared in Python. `overrides` change an experiment's fields. `folder` is that of the runs that was given, as in
     `runs_root`: others' data needs none, and is read where there can be none. `without` names runs and
-    configurations to leave out (`named`); what that leaves out is said in the flags of every fit.
+    configurations to leave out (`named`), or those that have not learned to copy from their context
+    (`results.NOT_COPYING`); what that leaves out is said in the flags of every fit.
     `swept` runs may differ in their learning rate alone: nothing is fitted to them.
     Raises UserError as `load_experiment`, `from_runs` and `from_csv` do, for overrides of anything but
     an experiment, and for what names no run or all of them.
@@ -87,11 +105,11 @@ def read_source(
     if not without:
         return whole
     r, source = whole.results, replace(whole, without=tuple(without))
-    marks = [[named(what, str(r.name[i]), h) for i, h in enumerate(r.heads)] for what in without]
+    marks = [_marked(what, r) for what in without]
     for what, found in zip(without, marks, strict=True):
         fewer = replace(whole, without=(what,)).grid != whole.grid
         require(
-            any(found) or fewer,
+            bool(found.any()) or fewer,
             f"{whole.name}: --without {what} names no run or configuration; there are "
             f"{pairs(sorted(set(r.heads), key=str))} and runs such as {r.name[0]}",
         )

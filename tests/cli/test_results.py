@@ -77,9 +77,31 @@ def test_runs_that_copy_and_runs_that_do_not_are_told_apart(grid):
         flag for flag in flags(read_source("experiments.grid", (), None).results) if "copy" in flag
     ]
     assert said.startswith("3 of 7 runs learned to copy")
-    for alike in ("L[12]-*", "L[48]-*"):
+    for alike in ("L[12]-*", "L[48]-*", "not-copying"):
         left = read_source("experiments.grid", (), None, (alike,)).results
         assert not any("learned to copy" in flag for flag in flags(left))
+    assert left.name.tolist() == ["L4-h2", "L4-h4", "L8-h2"]
+
+
+def test_runs_that_do_not_copy_are_left_out_of_a_csv_too(grid):
+    kept = grid / "studies" / "grid.csv"
+    assert cli.main(["results", "experiments.grid", "--output", str(kept)]) == 0
+    kept.with_suffix(".jsonl").unlink()
+    left = read_source(str(kept), (), None, ("not-copying",)).results
+    assert left.name.tolist() == ["L4-h2", "L4-h4", "L8-h2"]
+    assert left.gained_by_rereading.tolist() == pytest.approx([0.4, 0.4, 0.8])
+
+
+def test_whether_a_sparse_run_copies_is_not_told(grid):
+    """Its heads may not reach what they would copy."""
+    name = grid / "sparse.csv"
+    columns = "n_heads,n_kv_heads,loss,n_layers,d_model,context_length,gained_by_rereading"
+    dense, sparse = "2,1,3.0,2,64,64,0.1,,", "2,1,3.1,2,64,64,-0.1,16,1"
+    name.write_text("\n".join([columns + ",pattern_block,pattern_local", dense, sparse]))
+    results = read_source(str(name), (), None).results
+    assert results.gained_by_rereading.tolist() == [0.1, -0.1]
+    left = read_source(str(name), (), None, ("not-copying",)).results
+    assert left.density.tolist() == results.density[1:].tolist() != [1.0]
 
 
 def test_what_is_kept_answers_as_the_runs_do(grid, capsys):

@@ -120,7 +120,9 @@ def test_the_written_csv_reads_back_with_its_patterns(tmp_path):
     assert again.heads == r.heads
     for column in COLUMNS:
         a, b = getattr(again, column), getattr(r, column)
-        assert (a == b).all() or np.allclose(a.astype(float), b.astype(float), rtol=0)
+        assert (a == b).all() or np.allclose(
+            a.astype(float), b.astype(float), rtol=0, equal_nan=True
+        )
     assert again.rows() == r.rows()
     assert json.loads(json.dumps(r.rows()))[5]["pattern_dense_layers"]
 

@@ -17,7 +17,9 @@ def results_csv(results: Results) -> str:
     """The runs as a CSV that `reading.from_csv` reads; unknown values are left empty."""
     rows = [
         {
-            k: "" if v is None or (v == 0 and k not in ("seed", "epochs")) else v
+            k: ""
+            if v is None or (v == 0 and k not in ("seed", "epochs", "gained_by_rereading"))
+            else v
             for k, v in row.items()
         }
         for row in results.rows()
