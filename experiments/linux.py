@@ -5,12 +5,18 @@
     gqa-scaling run experiments.linux@lr --workers 2      # the learning rate, at three sizes
     gqa-scaling run experiments.linux --workers 2         # on a GPU without --workers
     gqa-scaling report experiments.linux
+    gqa-scaling run experiments.linux@equal_tokens --workers 2
 
 Six sizes spanning 30x, each trained on 20 tokens for each of its own parameters as Chen et al. 2025
 do, and eight head configurations: query heads from 2 to 16 at one KV head, KV heads from 1 to 8 at
 eight query heads, and MHA with 2, 4 and 8. Two more seeds of four cells tell what is noise; the last two were
 added when runs of these sizes were seen to differ in whether they had learned to copy from their context.
+
+`equal_tokens` is what that asked for: three of the widths again, each run on the same 16M tokens, some three
+times what it took those that had learned to copy. The runs are new from their first step on, as is their seed.
 """
+
+from dataclasses import replace
 
 from gqa_scaling.config import (
     CheckpointConfig,
@@ -22,7 +28,7 @@ from gqa_scaling.config import (
     RunConfig,
 )
 
-VARIANTS = ("lr",)
+VARIANTS = ("lr", "equal_tokens")
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8))
 SIZES = ((2, 32), (3, 48), (4, 64), (4, 88), (5, 112), (6, 144))  # L, d
 HEADS = ((8, 8), (8, 2), (8, 1), (16, 1), (4, 4), (4, 1), (2, 2), (2, 1))  # <- what is varied
@@ -65,6 +71,8 @@ def runs(variant: str = "") -> list[RunConfig]:
     """Sizes x heads, the smallest first, each with its replicate seeds."""
     if variant == "lr":
         return learning_rate_runs()
+    if variant == "equal_tokens":
+        return equal_token_runs()
     grid = [run(size, heads) for size in SIZES for heads in HEADS]
     replicates = [(SIZES[1], (8, 8)), (SIZES[2], (4, 1)), (SIZES[2], (8, 8)), (SIZES[3], (8, 2))]
     seeds = [run(size, heads, seed) for size, heads in replicates for seed in (1, 2)]
@@ -75,3 +83,13 @@ def learning_rate_runs() -> list[RunConfig]:
     """The three smallest sizes with MHA, a factor of two between rates, another seed than any cell."""
     rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     return [run(size, HEADS[0], 1000, rate, f"-lr{rate:g}") for size in SIZES[:3] for rate in rates]
+
+
+def equal_token_runs() -> list[RunConfig]:
+    """Three widths x heads on 16M tokens, the middle one first, and two more seeds of a cell at two of them."""
+    cells = [(size, heads, 3) for size in (SIZES[2], SIZES[3], SIZES[1]) for heads in HEADS]
+    seeds = [(size, (8, 1), seed) for size in (SIZES[2], SIZES[1]) for seed in (4, 5)]
+    return [
+        replace(run(*cell, name="-16M"), tokens=16_000_000, tokens_per_param=None)
+        for cell in cells + seeds
+    ]
