@@ -129,7 +129,7 @@ def test_the_written_csv_reads_back_with_its_patterns(tmp_path):
 
 def test_a_dense_csv_says_nothing_of_patterns():
     header = results_csv(published()).splitlines()[0]
-    assert header.endswith("tokenizer,corpus,n_count")
+    assert header.endswith("tokenizer,corpus,gained_by_rereading,n_count")
     assert "pattern" not in header
 
 
