@@ -67,7 +67,8 @@ test-browser: $(READY)  ## the page of a report, moved in a browser without a wi
 test-transformers: $(TORCH)/.ready  ## exports, imports and lm-eval, as PyTorch and transformers have them
 	$(TORCH)/bin/python -m pytest tests/inference
 
-bench-transformers: $(TORCH)/.ready  ## decoding beside transformers
+bench-transformers: $(TORCH)/.ready  ## a training step and decoding beside transformers
+	$(TORCH)/bin/python benchmarks/step.py
 	$(TORCH)/bin/python benchmarks/generate.py
 
 lint: $(READY)
