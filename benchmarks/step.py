@@ -140,7 +140,8 @@ def torch_stepper(variant, config, batch, length):
 
 
 def main(variant, name):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     make = torch_stepper if variant in TORCH else stepper
     config, batch, length = CONFIGS[name]
     take = make(variant, config, batch, length)
