@@ -85,11 +85,10 @@ class Proposals:
 
     @cached_property
     def seeds(self) -> dict[tuple, set[int]]:
-        """The seeds that were run, by (heads, layers, width, context)."""
-        r, out = self.results, dict[tuple, set[int]]()
-        columns = (r.heads, r.n_layers, r.d_model, r.context_length, r.seed)
-        for heads, layers, width, context, seed in zip(*columns, strict=True):
-            out.setdefault((heads, int(layers), int(width), int(context)), set()).add(int(seed))
+        """The seeds that were run, also of runs left out, by (heads, layers, width, context)."""
+        out = dict[tuple, set[int]]()
+        for *cell, seed in (*self.results.shapes, *self.results.also_run):
+            out.setdefault(tuple(cell), set()).add(seed)
         return out
 
     @property
@@ -183,14 +182,14 @@ class Proposals:
 
     def new_heads(self) -> list[Heads]:
         """Powers of two up to the largest measured n_h that nobody trained or declared, all dense."""
-        known = {h[:2] for h in self.heads}
+        known = {h[:2] for h in (*self.heads, *(shape[0] for shape in self.results.also_run))}
         known |= {(run.model.n_heads, run.model.n_kv_heads) for run in self.grid}
         most = 2 ** int(math.log2(max(h for h, _ in known)))
         return [h for h in head_candidates(most) if h not in known]
 
     def larger(self, heads: Heads, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """The (layers, width) of the next size beyond the largest of these."""
-        layers, width = sizes[-1]
+        layers, width = max(sizes, key=lambda s: s[0] * s[1] ** 2)
         multiple = max(8, min(64, reduce(math.gcd, (d for _, d in self.sizes))))
         n = LARGER * float(self.family.formula(layers, width, heads))
         shape = nearest_buildable(n, heads[0], heads[1], self.family.head_dim, sizes, multiple)

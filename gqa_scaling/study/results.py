@@ -27,6 +27,10 @@ Objects: TypeAlias = NDArray[np.object_]
 Heads: TypeAlias = tuple[int, int] | tuple[int, int, ContextSharding]
 
 
+# What a run is told apart by: its heads, layers, width, training context and seed.
+Shape: TypeAlias = tuple[Heads, int, int, int, int]
+
+
 def heads_of(n_heads: int, n_kv_heads: int, pattern: ContextSharding | None) -> Heads:
     """A configuration; without a pattern it is the plain pair."""
     pair = int(n_heads), int(n_kv_heads)
@@ -69,8 +73,8 @@ class Results:
     `missing` names runs that were asked for and have no result; `template` is the model of one of our
     runs, whose architecture all of them share; `positions` holds, by name, the losses in nats of equal
     parts of the context, where a run's evaluation has told them apart, and `judged` what else it was
-    judged by (a `judged.Judged`); `left_out` says which runs were left out on request; `mixed` names
-    runs whose FFN widths follow different rules, so that no law in N holds for all.
+    judged by (a `judged.Judged`); `left_out` says which runs were left out on request, and `also_run`
+    has their shapes; `mixed` names runs whose FFN widths follow different rules, so that no law in N holds for all.
     """
 
     source: str
@@ -99,6 +103,7 @@ class Results:
     template: ModelConfig | None = None
     positions: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     left_out: str = ""
+    also_run: tuple[Shape, ...] = ()
     mixed: str = ""
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -108,6 +113,12 @@ class Results:
     @functools.cached_property
     def heads(self) -> list[Heads]:
         return list(map(heads_of, self.n_heads, self.n_kv_heads, self.pattern))
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """What each run is told apart by."""
+        columns = (self.n_layers, self.d_model, self.context_length, self.seed)
+        return tuple(zip(self.heads, *(column.tolist() for column in columns), strict=True))
 
     @property
     def density(self) -> np.ndarray:

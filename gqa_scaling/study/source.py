@@ -108,15 +108,21 @@ def read_source(
     marks = [_marked(what, r) for what in without]
     for what, found in zip(without, marks, strict=True):
         fewer = replace(whole, without=(what,)).grid != whole.grid
-        require(
-            bool(found.any()) or fewer,
-            f"{whole.name}: --without {what} names no run or configuration; there are "
-            f"{pairs(sorted(set(r.heads), key=str))} and runs such as {r.name[0]}",
+        why = (
+            f"names no run or configuration; there are {pairs(sorted(set(r.heads), key=str))} and "
+            f"runs such as {r.name[0]}"
         )
+        if what == NOT_COPYING:
+            why = "names no run: of no dense one it is known that it does not copy from its context"
+        require(bool(found.any()) or fewer, f"{whole.name}: --without {what} {why}")
     keep = ~np.any(marks, axis=0)
     require(bool(keep.any()), f"{whole.name}: --without {' '.join(without)} leaves out every run")
     gone, known = r.name[~keep].tolist(), {run.name for run in source.grid}
-    left = replace(r.select(keep), missing=tuple(m for m in r.missing if m in known))
+    left = replace(
+        r.select(keep),
+        missing=tuple(m for m in r.missing if m in known),
+        also_run=r.select(~keep).shapes,
+    )
     said = (
         f"left out by --without {' '.join(without)}: {count(len(gone), 'run')} ({listed(gone, 4)})"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling import cli
+from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_exact
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory
@@ -102,6 +103,8 @@ def test_whether_a_sparse_run_copies_is_not_told(grid):
     assert results.gained_by_rereading.tolist() == [0.1, -0.1]
     left = read_source(str(name), (), None, ("not-copying",)).results
     assert left.density.tolist() == results.density[1:].tolist() != [1.0]
+    with pytest.raises(UserError, match=r"--without not-copying names no run: of no dense one"):
+        read_source("chen2025", (), None, ("not-copying",))
 
 
 def test_what_is_kept_answers_as_the_runs_do(grid, capsys):

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import approx_fprime
 
@@ -18,6 +18,7 @@ from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Deployment
 from gqa_scaling.study.shapes import family_of
+from gqa_scaling.study.source import read_source
 from gqa_scaling.study.suggest import STRAY_T, Belief, Decider, Runs, suggest
 
 QUESTION = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")
@@ -230,6 +231,7 @@ def test_a_longer_context_tells_by_two_runs_what_one_cannot(some):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, len(R) - 1), min_size=1, max_size=12, unique=True), st.booleans())
+@example([1, 2, 36], False)  # the size that (1,1) lacks is below the one it has
 def test_the_runs_that_a_fit_lacks_make_it_possible(rows, gridded):
     few = R.select(np.isin(np.arange(len(R)), rows))
     steps = for_a_fit(Proposals(few, tuple(GRID) if gridded else ()))
@@ -245,6 +247,19 @@ def test_the_runs_that_a_fit_lacks_make_it_possible(rows, gridded):
     for i in range(len(more)):  # and none of them could be spared
         fewer = few.rows() + [few.rows()[0] | row for j, row in enumerate(more) if j != i]
         assert too_small(table(fewer, "any", "n_formula"))
+
+
+def test_runs_that_were_left_out_are_not_asked_for_again(tmp_path):
+    """Neither one of them nor, as new heads, a configuration: another seed may be, or another size."""
+    file = tmp_path / "some.csv"
+    file.write_text(results_csv(R))
+    left = read_source(str(file), (), None, ("L12-d768-h8-kv8", "4,1")).results
+    assert len(left) < len(R) - 1
+    steps = Proposals(left).beyond((), [])
+    asked = {(run.heads, run.n_layers, run.d_model, run.seed) for s in steps for run in s.runs}
+    assert ((8, 8), 12, 768, 0) not in asked
+    assert ((8, 8), 12, 768, 1) in asked
+    assert not any(heads == (4, 1) for heads, *_ in asked)
 
 
 def test_suggest_from_the_command_line(capsys, tmp_path):
