@@ -15,15 +15,15 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE.csv",
-        help="write the table there, as every verb of a study reads it; of an experiment also what made "
-        "each run and what was asked and forecast, beside it as FILE.jsonl",
+        help="write the table there, as every verb of a study reads it; also what made each "
+        "run and what was asked and forecast, beside it as FILE.jsonl, where that is known",
     )
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out runs")
 
 
 def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.files.storage import as_path, write_atomic
-    from gqa_scaling.study.records import beside, records
+    from gqa_scaling.study.records import beside, records, records_of
     from gqa_scaling.study.report.csv_files import HEADER, results_csv
     from gqa_scaling.study.report.forecasts import forecast_table
     from gqa_scaling.study.report.runs import made_by, runs_table
@@ -33,6 +33,10 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     path = None if args.output is None else as_path(args.output)
     if path is not None:
         require(path.suffix == ".csv", f"--output {args.output} must end with .csv")
+        require(
+            args.source != args.output,
+            f"--output {args.output} is what is read: name another file",
+        )
         require(
             not path.exists() or path.read_text().startswith(HEADER),
             f"--output {args.output} is another file: name one that is not there yet",
@@ -45,11 +49,13 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     results, forecasts, written = source.results, forecasts_of(source), {}
     if path is not None:
         written[path] = results_csv(results)
+        names = set(results.name.tolist())
         if source.root is not None and source.experiment is not None:
-            names = set(results.name.tolist())
             runs = [run for run in source.experiment.runs if run.name in names]
             kept = records(source.root, source.experiment.name, source.question, runs)
             written[beside(path)] = kept
+        elif source.kept is not None:
+            written[beside(path)] = records_of(source.kept, names)
     for file, text in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text)

@@ -10,7 +10,7 @@ question, losses by position, other evaluations, training curves, versions and f
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,24 +48,40 @@ class Records:
 
 def records(root: Path, experiment: str, question: Question, runs: Sequence[RunConfig]) -> str:
     """The text of the file: a line for the study, and one for each of these finished runs."""
-    sealed = read_forecasts(root, experiment)
+    directories = run_directories(root, experiment, runs)
+    lines = together(lambda each: _run(*each), list(zip(directories, runs, strict=True)))
+    return _text(experiment, question, read_forecasts(root, experiment), lines)
+
+
+def records_of(kept: Records, names: Collection[str]) -> str:
+    """The text of the file again, for the runs with these names."""
+    pairs = zip(kept.runs, kept.results, strict=True)
+    lines = [_line(result, kept.curves[run.name]) for run, result in pairs if run.name in names]
+    return _text(kept.experiment, kept.question, kept.forecasts, lines)
+
+
+def _text(
+    experiment: str, question: Question, sealed: Sequence[Sealed], lines: Sequence[dict[str, Any]]
+) -> str:
     study = {
         "schema": SCHEMA,
         "experiment": experiment,
         "question": question.to_dict(),
         "forecasts": {each.path.name: each.said for each in sealed if not each.altered},
     }
-    directories = run_directories(root, experiment, runs)
-    kept = together(lambda each: _run(*each), list(zip(directories, runs, strict=True)))
-    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in (study, *kept))
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in (study, *lines))
 
 
 def _run(directory: RunDirectory, run: RunConfig) -> dict[str, Any]:
-    tokens, losses = training_curve(directory, run.batch_tokens)
-    curve = {"tokens": [round(n) for n in tokens], "losses": [round(loss, 4) for loss in losses]}
     result = directory.result()
     require(result is not None, f"{directory.result_file} went away as it was read: try again")
-    return (result or {}) | {"training_curve": curve}
+    return _line(result or {}, training_curve(directory, run.batch_tokens))
+
+
+def _line(result: dict[str, Any], curve: Curve) -> dict[str, Any]:
+    tokens, losses = curve
+    told = {"tokens": [round(n) for n in tokens], "losses": [round(loss, 4) for loss in losses]}
+    return result | {"training_curve": told}
 
 
 def beside(csv_file: Path) -> Path:

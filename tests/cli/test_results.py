@@ -130,6 +130,20 @@ def test_what_is_kept_answers_as_the_runs_do(grid, capsys):
     assert told.config["context_length"] == 32
 
 
+def test_a_kept_study_is_kept_again_whole_or_in_part(grid, capsys):
+    assert cli.main(["results", "experiments.grid", "--output", "grid.csv"]) == 0
+    assert cli.main(["results", "grid.csv", "--output", "again.csv"]) == 0
+    for ending in ("csv", "jsonl"):
+        assert Path(f"again.{ending}").read_text() == Path(f"grid.{ending}").read_text()
+    assert cli.main(["results", "grid.csv", "--without", "L1-*", "--output", "part.csv"]) == 0
+    assert "5 runs: part.csv and part.jsonl" in capsys.readouterr().out
+    part = read_source("part.csv", (), None)
+    assert part.results.name.tolist() == ["L2-h2", "L2-h4", "L4-h2", "L4-h4", "L8-h2"]
+    assert set(part.kept.curves) == set(part.results.name)
+    assert cli.main(["results", "part.csv", "--without", "L2-*", "--output", "part.csv"]) == 2
+    assert "--output part.csv is what is read: name another file" in capsys.readouterr().err
+
+
 def test_a_kept_study_is_asked_and_scored_as_its_experiment(grid, capsys):
     """Its question, its sealed forecasts and its losses by position are kept with it."""
     assert cli.main(["forecast", "experiments.grid", "--refits", "100"]) == 0
