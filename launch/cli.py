@@ -22,10 +22,10 @@ from gqa_scaling.experiment.load import Experiment, load_experiment
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import run_directory, runs_root
 from gqa_scaling.files.storage import is_remote
-from gqa_scaling.hardware import changed, hardware
+from gqa_scaling.hardware import Slice, changed, hardware
 from gqa_scaling.sweep.plan import check_epochs
 from gqa_scaling.sweep.run import forget_failures, pending
-from gqa_scaling.sweep.views import compiled_summary, compiled_table
+from gqa_scaling.sweep.views import Cell, compiled_summary, compiled_table, table
 from gqa_scaling.units import count, duration, quantity
 from launch import local, skypilot, slurm, tpu_vm, xpk
 from launch.compiled import compile_chosen
@@ -348,22 +348,24 @@ def _print_plan(jobs: list[Job], target: Target, study: Study, said: list[str]) 
 
 def _plan_table(jobs: list[Job], target: Target, study: Study) -> Table:
     """A row for each size of slice."""
+
+    def hours(members: list[Job]) -> float:
+        return sum(job.chip_hours for job in members)
+
+    columns: dict[str, Cell[tuple[Slice, list[Job]]]] = {
+        "slice": lambda row: row[0].vendor_name,
+        "chips": lambda row: str(row[0].chips),
+        "jobs": lambda row: str(len(row[1])),
+        "runs": lambda row: str(sum(len(job.runs) for job in row[1])),
+        "longest job": lambda row: duration(max(job.seconds for job in row[1])),
+        "chip-hours": lambda row: quantity(hours(row[1])),
+        "dollars": lambda row: f"{hours(row[1]) * target.hardware.price:,.2f}",
+    }
     title = f"{study.name} on {target.engine}{', spot' if target.spot else ''}"
-    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("slice", "chips", "jobs", "runs", "longest job", "chip-hours", "dollars"):
-        table.add_column(column, justify="left" if column == "slice" else "right", no_wrap=True)
-    for place, members in sorted(by_slice(jobs).items(), key=lambda found: found[0].chips):
-        hours = sum(job.chip_hours for job in members)
-        table.add_row(
-            place.vendor_name,
-            str(place.chips),
-            str(len(members)),
-            str(sum(len(job.runs) for job in members)),
-            duration(max(job.seconds for job in members)),
-            quantity(hours),
-            f"{hours * target.hardware.price:,.2f}",
-        )
-    return table
+    rows = sorted(by_slice(jobs).items(), key=lambda found: found[0].chips)
+    return table(
+        columns, rows, columns, words={"slice"}, title=Text(title), box=SIMPLE_HEAD, pad_edge=False
+    )
 
 
 def _confirm(jobs: list[Job], yes: bool) -> None:

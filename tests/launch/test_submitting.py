@@ -238,6 +238,16 @@ def test_a_dry_run_needs_no_tool_and_leaves_nothing(
     assert "a chip-hour (an assumption: the on-demand list price" in said.err
 
 
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_a_slice_is_never_cut_by_a_narrow_terminal(columns, workplace, tools, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([*SKY, "--dry-run", *TINY]) == 0
+    said = capsys.readouterr().err
+    assert "v5e-1" in said
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    assert max(map(len, said.split("6 runs")[0].splitlines())) <= columns
+
+
 # ------------------------------------------------------------------------- what is not sent
 
 
