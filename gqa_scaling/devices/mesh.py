@@ -119,10 +119,12 @@ def columns_to_scatter(D: int, F: int) -> int:
 
     Compilers for TPUs scatter a sum over devices only where each part of it is a multiple of PARTS
     tiles; otherwise every device gets all of it, which takes twice the bytes. More than an eighth of
-    columns are not added: they cost FLOPs.
+    columns are not added: they cost FLOPs. GPUs need none.
     """
     ways = axis_size("fsdp", "context")
-    if ways == 1 or axis_size("tensor") > 1:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_gpus = device is not None and device.platform == "gpu"
+    if ways == 1 or axis_size("tensor") > 1 or on_gpus:
         return F
     rows_of_tiles = -(-D // ways // TILE_ROWS)
     wider = round_up(F, LANES * PARTS // math.gcd(PARTS, rows_of_tiles))

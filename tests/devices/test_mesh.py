@@ -170,3 +170,11 @@ def test_one_device_needs_no_mesh():
 def test_gradients_get_columns_up_to_whole_parts(sizes, D, F, columns):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(sizes, AXES)):
         assert columns_to_scatter(D, F) == columns
+
+
+@pytest.mark.parametrize(("platform", "columns"), [("tpu", 768), ("cpu", 768), ("gpu", 704)])
+def test_gradients_get_no_columns_on_gpus(platform, columns):
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), AXES, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert columns_to_scatter(256, 704) == columns
