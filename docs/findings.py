@@ -20,8 +20,9 @@ from gqa_scaling.study.results import COPIES, Heads, Results, pair
 from gqa_scaling.study.source import Source, read_source
 
 HERE = Path(__file__).parent
-LINUX = str(HERE.parent / "studies" / "linux.csv")
-FALLEN = 3.0  # nats of training loss: which no run reaches before it has learned to copy
+STUDIES = HERE.parent / "studies"
+LINUX, EQUAL_TOKENS = (str(STUDIES / f"{name}.csv") for name in ("linux", "linux_equal_tokens"))
+FALLEN = 3.0  # nats of training loss: models of up to width 88 come there, by these tokens, by copying alone
 
 
 @draw.styled
@@ -106,7 +107,7 @@ def onsets(source: Source) -> list[Onset]:
 def sooner(found: Sequence[Onset]) -> str:
     """Whether runs with a KV head for each query head learn to copy sooner than others of their width: of
     the pairs in which it can be told, and how often as many or more are, over those that are later, when
-    the runs of each width are shuffled."""
+    the runs of each width are shuffled: Gehan's test of censored times (1965), within widths."""
     order = np.array([[_order(one, other) for other in found] for one in found])
     alike = np.array([one.heads[0] == one.heads[1] for one in found])
     told = order[np.ix_(alike, ~alike)]
@@ -135,13 +136,13 @@ def training(source: Source) -> Figure:
     assert source.kept is not None
     r = source.results
     widths = sorted(set(r.d_model[r.d_model >= 64].tolist()))
-    figure, axes = frames(11, 4.1, len(widths), share_y=True)
+    figure, axes = frames(3.5 + 2.5 * len(widths), 4.1, len(widths), share_y=True)
     found = dict(zip(np.flatnonzero(r.d_model >= 64).tolist(), onsets(source), strict=True))
     for axis, width in zip(axes, widths, strict=True):
         for i in np.flatnonzero(r.d_model == width):
             look = looks(r.heads)[r.heads[i]]
             tokens, losses = map(np.array, source.kept.curves[str(r.name[i])])
-            at, onset = tokens > 5e5, found[i]
+            at, onset = tokens > 5e5, found[int(i)]
             axis.plot(tokens[at], losses[at], **look | {"marker": "", "linewidth": 1})
             if onset.tokens is not None:
                 there = np.interp(onset.tokens, tokens, losses)
@@ -178,23 +179,32 @@ def forecast_again(source: Source) -> list[str]:
     ]
 
 
-def told(linux: Source) -> str:
-    """When runs learn to copy, in words."""
-    found, lines = onsets(linux), []
+def told() -> str:
+    """When runs learn to copy, and how forecasts fared, in words."""
+    linux, equal = (read_source(name, (), None) for name in (LINUX, EQUAL_TOKENS))
+    both = sooner(onsets(linux) + onsets(equal))
+    lines = copying(linux) + copying(equal, "on equal tokens, ")
+    lines.append(f"in both studies a KV head for each query head is sooner in {both}")
+    return "\n".join(lines + forecast_again(linux))
+
+
+def copying(source: Source, which: str = "") -> list[str]:
+    """When the runs of each width learn to copy, and whether heads matter for it."""
+    found, lines = onsets(source), []
     for width in sorted({o.width for o in found}):
         mine = sorted((o for o in found if o.width == width), key=lambda o: o.tokens or np.inf)
-        lines.append(f"width {width}: {', '.join(map(str, mine))}")
-    lines.append(f"a KV head for each query head is sooner in {sooner(found)}")
-    return "\n".join([*lines, *forecast_again(linux)])
+        lines.append(f"{which}width {width}: {', '.join(map(str, mine))}")
+    return [*lines, f"{which}a KV head for each query head is sooner in {sooner(found)}"]
 
 
 def main() -> None:
-    linux = read_source(LINUX, (), None)
-    print(told(linux))
+    print(told())
+    linux, equal = (read_source(name, (), None) for name in (LINUX, EQUAL_TOKENS))
     figures = {
         "laws": laws(),
         "training": training(linux),
         "context": context_gains(linux.results),
+        "equal_tokens": training(equal),
     }
     for name, figure in figures.items():
         (HERE / f"findings_{name}.png").write_bytes(rendered(figure, "png"))
