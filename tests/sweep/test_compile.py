@@ -54,7 +54,7 @@ def test_a_parameter_joined_in_all_layers_is_told():
     class Program:
         def __init__(self, kind: str, *dims: int) -> None:
             arrays = (Array("f32", (3,)), Array("bf16", dims))
-            self.collectives = (Collective(kind, arrays, 8, 0.0, 1.0, True, "step", False),)
+            self.collectives = (Collective(kind, arrays, 8, 0.0, 1.0, True, "step", False, 0.0),)
 
     mesh = jax.make_mesh((1,), ("fsdp",))
 
