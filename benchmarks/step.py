@@ -1,12 +1,13 @@
 """One training step of small models, side by side with plain variants of the same step and with PyTorch.
 
     python benchmarks/step.py
-    make bench-transformers  # the last variant beside the Llama of transformers, by PyTorch
+    make bench-transformers  # what `run` takes, "+ backward", beside the Llama of transformers
 
 "plain" is what autodiff makes of the textbook equations: reference attention, SwiGLU and
 cross-entropy with no hand-written backward pass, memory handed back to the system after every
-step. transformers has float32, its attention by scaled_dot_product_attention, and AdamW. Each line is a process of its own, on one core. Times are medians
-of several steps in processor seconds, memory the most that the process ever held.
+step. transformers computes in float32, with PyTorch's scaled_dot_product_attention and AdamW, as
+written and compiled. Each line is a process of its own, on one core: processor seconds of the first
+step, the median of later ones, and the most memory that the process held.
 """
 
 import importlib.util
@@ -107,29 +108,20 @@ def torch_stepper(variant, config, batch, length):
     import torch
     import transformers
 
+    from gqa_scaling.inference.hugging_face import config_of
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    known = config_of(config, length, eos=0, dtype="float32")
     llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=length,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
+        transformers.LlamaConfig(**known, attn_implementation="sdpa")
     )
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
     network = torch.compile(llama) if variant == "compiled" else llama
     tokens = torch.from_numpy(tokens_of(config, batch, length))
 
     def take():
-        logits = network(tokens[:, :-1]).logits
+        logits = network(tokens[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()

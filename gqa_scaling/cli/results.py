@@ -34,7 +34,7 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if path is not None:
         require(path.suffix == ".csv", f"--output {args.output} must end with .csv")
         require(
-            args.source != args.output,
+            as_path(args.source).resolve() != path.resolve(),
             f"--output {args.output} is what is read: name another file",
         )
         require(

@@ -74,7 +74,8 @@ class Results:
     runs, whose architecture all of them share; `positions` holds, by name, the losses in nats of equal
     parts of the context, where a run's evaluation has told them apart, and `judged` what else it was
     judged by (a `judged.Judged`); `left_out` says which runs were left out on request, and `also_run`
-    has their shapes; `mixed` names runs whose FFN widths follow different rules, so that no law in N holds for all.
+    has their shapes; `mixed` names runs whose FFN widths follow different rules, so that no law in N
+    holds for all.
     """
 
     source: str
