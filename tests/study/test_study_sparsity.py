@@ -127,6 +127,13 @@ def test_the_written_csv_reads_back_with_its_patterns(tmp_path):
     assert json.loads(json.dumps(r.rows()))[5]["pattern_dense_layers"]
 
 
+def test_no_gain_by_rereading_is_not_an_unknown_one(tmp_path):
+    r = published()
+    gains = np.array([0.0, -0.01, np.nan, *np.full(len(r) - 3, 0.5)])
+    (tmp_path / "r.csv").write_text(results_csv(dataclasses.replace(r, gained_by_rereading=gains)))
+    np.testing.assert_array_equal(from_csv(tmp_path / "r.csv").gained_by_rereading, gains)
+
+
 def test_a_dense_csv_says_nothing_of_patterns():
     header = results_csv(published()).splitlines()[0]
     assert header.endswith("tokenizer,corpus,gained_by_rereading,n_count")

@@ -148,6 +148,35 @@ def test_what_is_computed_until_a_collective_ends_is_counted():
     assert [c.meanwhile for c in (gathered, scattered, begun)] == [3 * product, 0, 3 * product]
 
 
+LOOP = """\
+HloModule m
+
+%body (t: (f32[4,64])) -> (f32[4,64]) {
+  %t = (f32[4,64]{1,0}) parameter(0)
+  %x = f32[4,64]{1,0} get-tuple-element(%t), index=0
+  %s = (f32[4,64]{1,0}, f32[8,64]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+  %w = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %e = f32[8,64]{1,0} all-gather-done(%s)
+  ROOT %r = (f32[4,64]{1,0}) tuple(%x)
+}
+
+ENTRY %main (x: f32[4,64]) -> (f32[4,64]) {
+  %x = f32[4,64]{1,0} parameter(0)
+  %t = (f32[4,64]{1,0}) tuple(%x)
+  ROOT %l = (f32[4,64]{1,0}) while(%t), condition=%any, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # fmt: skip
+
+
+def test_in_a_loop_it_is_counted_for_one_turn_and_summed_over_all():
+    from gqa_scaling.sweep.compile import summary
+
+    (gathered,) = Program(LOOP).collectives
+    assert (gathered.turns, gathered.meanwhile) == (5, 2 * 4 * 4 * 64)
+    (row,) = summary(Program(LOOP))
+    assert (row["times"], row["meanwhile"]) == (5, 5 * 2 * 4 * 4 * 64)
+
+
 SLICES = """\
 HloModule m
 
