@@ -35,7 +35,7 @@ CHECKOUT = Path(__file__).parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from gqa_scaling.devices.compiler_flags import keep_native_atomics  # noqa: E402
-from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory  # noqa: E402
+from gqa_scaling.devices.host_memory import computes_on_cpu, ready_host_memory  # noqa: E402
 from gqa_scaling.files.storage import cache_folder, write_atomic  # noqa: E402
 
 RIGHT, FAST = "right", "fast"
@@ -215,6 +215,7 @@ def _end(process):
 def _child(args):
     from gqa_scaling.devices.processes import end_with
 
+    ready_host_memory()
     end_with(os.getppid())
     part = next(part for part in PARTS if part.name == args.part)
     print(json.dumps(_call(part, small=args.small)))
@@ -223,8 +224,6 @@ def _child(args):
 
 def _call(part, small):
     keep_native_atomics()
-    if computes_on_cpu():
-        keep_host_memory()
     sys.path.insert(0, str(CHECKOUT / "benchmarks"))
     import accelerator_parts
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gqa_scaling.context_sharding import ContextSharding, density
-from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
+from gqa_scaling.devices.host_memory import computes_on_cpu, ready_host_memory
 from gqa_scaling.model.attention import attend
 
 QUADRATIC_UP_TO = 2048
@@ -128,8 +128,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    if jax.default_backend() == "cpu":
-        keep_host_memory()
+    ready_host_memory()
     print(" ".join(f"{name:{form.split('.')[0].rstrip(',')}}" for name, form in COLUMNS.items()))
     for heads in args.heads:
         n_kv, group = map(int, heads.split("x"))

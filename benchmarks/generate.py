@@ -24,9 +24,9 @@ except ModuleNotFoundError as missing:
         f"generate.py needs {missing.name}: `make bench-transformers` installs it and runs this"
     )
 
-from gqa_scaling.devices.host_memory import keep_host_memory
+from gqa_scaling.devices.host_memory import ready_host_memory
 
-keep_host_memory()  # before jax is imported
+ready_host_memory()  # before jax is imported
 sys.path.append(str(Path(__file__).parents[1] / "tests/inference"))
 
 import jax  # noqa: E402

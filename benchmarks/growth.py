@@ -19,7 +19,7 @@ import numpy as np
 
 from gqa_scaling import costs
 from gqa_scaling.config import ModelConfig, RunConfig
-from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
+from gqa_scaling.devices.host_memory import ready_host_memory
 from gqa_scaling.units import quantity
 
 SIZES = ((2, 64), (4, 128), (6, 192), (8, 256))  # L, d
@@ -109,8 +109,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="steps at each point (default: 7)")
     parser.add_argument("--plot", metavar="FILE", help="also draw it, as PNG")
     args = parser.parse_args()
-    if computes_on_cpu():
-        keep_host_memory()
+    ready_host_memory()
     found = {name: measure(name, args.repeats) for name in SERIES}
     if args.plot:
         plot(found, args.plot)

@@ -13,9 +13,9 @@ import functools
 import os
 import time
 
-from gqa_scaling.devices.host_memory import keep_host_memory
+from gqa_scaling.devices.host_memory import ready_host_memory
 
-keep_host_memory()  # before jax starts its threads
+ready_host_memory()  # before jax starts its threads
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 

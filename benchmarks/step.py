@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 
 from gqa_scaling.config import ModelConfig
-from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
+from gqa_scaling.devices.host_memory import ready_host_memory
 
 CONFIGS = {  # name: (model, batch, context)
     "L2 d32 T128": (ModelConfig(2, 32, 2, 1, 16, vocab_size=264, dtype="float32"), 8, 128),
@@ -63,8 +63,8 @@ def plain_nll(hidden, table, targets, chunk):
 def stepper(variant, config, batch, length):
     """A function that takes one step, and waits for it."""
     attention, autodiff, keep, remat = VARIANTS[variant]
-    if keep and computes_on_cpu():
-        keep_host_memory()  # before jax is imported
+    if keep:
+        ready_host_memory()  # before jax is imported
     import jax
     import optax
     from flax import nnx

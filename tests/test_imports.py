@@ -102,7 +102,10 @@ def violations(room: str, source: str) -> list[str]:
 
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
-ROOT_MODULES = {"__init__", "__main__"}  # the version, and the call of cli.main
+ROOT_MODULES = {  # the version, and the call of cli.main in a process made ready for it
+    "__init__": [],
+    "__main__": ["gqa_scaling.devices.host_memory", "gqa_scaling.cli"],
+}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -111,7 +114,7 @@ def test_imports_run_downwards(path):
     source = (PACKAGE / path).read_text(encoding="utf-8")
     if room in ROOT_MODULES:
         own = [m for _, m in imported(source) if room_of(m) or m.startswith(".")]
-        assert own == (["gqa_scaling.cli"] if room == "__main__" else [])
+        assert own == ROOT_MODULES[room]
         return
     assert room in LEVEL or room == "study", (
         f"{path} has no place yet: put {room} on its floor in FLOORS here and in docs/"
@@ -121,7 +124,7 @@ def test_imports_run_downwards(path):
 
 def test_every_room_is_there():
     there = {p.parts[0].removesuffix(".py") for p in MODULES}
-    assert there - ROOT_MODULES >= LEVEL.keys() | {"study"}, "FLOORS names a room that is gone"
+    assert there - set(ROOT_MODULES) >= LEVEL.keys() | {"study"}, "FLOORS names a room that is gone"
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
+    from gqa_scaling.devices.host_memory import computes_on_cpu
 
-    if computes_on_cpu():
-        keep_host_memory()  # before jax is imported
-    elif "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+    if not computes_on_cpu() and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", MEMORY_SHARE)
     require(
         args.longest is None or args.longest > 0,

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 def _doctor(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
-
     nothing_left(rest)
-    if computes_on_cpu():
-        keep_host_memory()  # before jax is imported
-
     from gqa_scaling.devices.processes import require_platform
     from gqa_scaling.doctor import machine
     from gqa_scaling.doctor.faults import diagnose

@@ -244,7 +244,6 @@ def _finished(args: argparse.Namespace, experiment: "Experiment") -> "set[RunCon
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from contextlib import nullcontext
 
-    from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
     from gqa_scaling.files.runs import runs_root
     from gqa_scaling.sweep import display, workers
     from gqa_scaling.sweep import run as sweep
@@ -257,8 +256,6 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         f"--workers {args.workers} makes independent processes, but JAX_NUM_PROCESSES={job} asks for "
         "one job of several: choose one of the two",
     )
-    if computes_on_cpu():
-        keep_host_memory()  # before jax is imported
     if worker:
         workers.be_worker(args.cores, args.parent)
     experiment, root = _experiment(args, rest), runs_root(args.root)

@@ -33,10 +33,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
-
-    if computes_on_cpu():
-        keep_host_memory()  # before jax is imported
     from gqa_scaling.experiment.load import named_run
     from gqa_scaling.inference.sampling import Sampling
 

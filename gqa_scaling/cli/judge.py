@@ -47,10 +47,6 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
 
 
 def _judge(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.devices.host_memory import computes_on_cpu, keep_host_memory
-
-    if computes_on_cpu():
-        keep_host_memory()  # before jax is imported
     from gqa_scaling.experiment.load import named_run
 
     directory = named_run(args.source, rest, args.root)

@@ -34,7 +34,6 @@ def generate(workplace, capsys, monkeypatch):
     """generate(*arguments): exit code, stdout, stderr."""
     monkeypatch.setenv("GQA_SCALING_CACHE", str(workplace / "cache"))
     monkeypatch.setattr("gqa_scaling.devices.compilation_cache.keep_compiled", lambda folder: None)
-    monkeypatch.setattr("gqa_scaling.devices.host_memory.keep_host_memory", lambda: None)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         code = cli.main(["generate", *arguments])
