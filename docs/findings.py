@@ -162,21 +162,40 @@ def forecast_again(source: Source) -> list[str]:
     much its loss missed either forecast, in millinats."""
     r, kept = source.results, source.kept
     assert kept is not None
-    made: dict[str, list[float]] = {}
+    made: dict[str, dict[int, float]] = {}  # by how many runs each was made from
     began = {
         each["result"]["config"]["name"]: each["attempts"][0]["began"] for each in kept.results
     }
-    for sealed in sorted(kept.forecasts, key=lambda each: float(each.said["sealed"])):
+    for sealed in kept.forecasts:
+        known = len(sealed.said["predicted_from"]["runs"])
         for run in sealed.said["runs"]:
             if sealed.said["sealed"] < began.get(run["name"], 0):
-                made.setdefault(run["name"], []).append(run["predicted_nats"])
+                made.setdefault(run["name"], {})[known] = run["predicted_nats"]
     loss = dict(zip(map(str, r.name), r.loss.tolist(), strict=True))
     return [
-        f"{name}: {1e3 * (loss[name] - first):+.0f} from all runs, "
-        f"{1e3 * (loss[name] - again):+.0f} from those that copy"
-        for name, (first, *more) in made.items()
-        for again in more[-1:]
+        f"{name}: {1e3 * (loss[name] - said[max(said)]):+.0f} from all runs, "
+        f"{1e3 * (loss[name] - said[min(said)]):+.0f} from those that copy"
+        for name, said in made.items()
+        if len(said) > 1
     ]
+
+
+def reading_again(source: Source) -> list[str]:
+    """When runs were first seen to gain by reading a text again, from training that was measured on the
+    way: after the one and by the other of these training tokens."""
+    r, kept, lines = source.results, source.kept, []
+    assert kept is not None
+    for width in sorted(set(r.d_model.tolist())):
+        seen = []
+        for i in np.flatnonzero(r.d_model == width):
+            places, gains = kept.rereading[str(r.name[i])]
+            places, gains = (0.0, *places, r.tokens[i]), (0.0, *gains, r.gained_by_rereading[i])
+            at = next((k for k, gain in enumerate(gains) if gain >= COPIES), None)
+            span = f"> {places[-1] / 1e6:.0f}M" if at is None else ""
+            span = span or f"{places[at - 1] / 1e6:.0f} to {places[at] / 1e6:.0f}M"
+            seen.append((np.inf if at is None else places[at], f"{pair(r.heads[i])} {span}"))
+        lines.append(f"by reading again, width {width}: {', '.join(s for _, s in sorted(seen))}")
+    return lines
 
 
 def told() -> str:
@@ -185,7 +204,7 @@ def told() -> str:
     both = sooner(onsets(linux) + onsets(equal))
     lines = copying(linux) + copying(equal, "on equal tokens, ")
     lines.append(f"in both studies a KV head for each query head is sooner in {both}")
-    return "\n".join(lines + forecast_again(linux))
+    return "\n".join(lines + reading_again(equal) + forecast_again(linux))
 
 
 def copying(source: Source, which: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Which heads at 20 tokens a parameter? Some fifteen hours of two CPU cores.
+"""Which heads at 20 tokens a parameter? Some thirty hours of two CPU cores.
 
     gqa-scaling fetch linux-6.1                           # 139 MB from Debian, no account
     gqa-scaling prepare experiments.linux
@@ -10,7 +10,8 @@
 Six sizes spanning 30x, each trained on 20 tokens for each of its own parameters as Chen et al. 2025
 do, and eight head configurations: query heads from 2 to 16 at one KV head, KV heads from 1 to 8 at
 eight query heads, and MHA with 2, 4 and 8. Two more seeds of four cells tell what is noise; the last two were
-added when runs of these sizes were seen to differ in whether they had learned to copy from their context.
+added when runs of these sizes were seen to differ in whether they had learned to copy from their context. The last run
+is three times as large as any other, to be forecast from them (`gqa-scaling forecast`) before it begins.
 
 `equal_tokens` is what that asked for: three of the widths again, each run on the same 16M tokens, some three
 times what it took those that had learned to copy. The runs are new from their first step on, as is their seed.
@@ -28,6 +29,7 @@ from gqa_scaling.config import (
     RunConfig,
 )
 
+LARGEST = (8, 232), (4, 4)  # 4.0M parameters
 VARIANTS = ("lr", "equal_tokens")
 QUESTION = Question(contexts=(2048, 8192, 32768), baseline=(8, 8))
 SIZES = ((2, 32), (3, 48), (4, 64), (4, 88), (5, 112), (6, 144))  # L, d
@@ -68,7 +70,7 @@ def run(
 
 
 def runs(variant: str = "") -> list[RunConfig]:
-    """Sizes x heads, the smallest first, each with its replicate seeds."""
+    """Sizes x heads, the smallest first, each with its replicate seeds, and one run of a far larger size."""
     if variant == "lr":
         return learning_rate_runs()
     if variant == "equal_tokens":
@@ -76,7 +78,7 @@ def runs(variant: str = "") -> list[RunConfig]:
     grid = [run(size, heads) for size in SIZES for heads in HEADS]
     replicates = [(SIZES[1], (8, 8)), (SIZES[2], (4, 1)), (SIZES[2], (8, 8)), (SIZES[3], (8, 2))]
     seeds = [run(size, heads, seed) for size, heads in replicates for seed in (1, 2)]
-    return sorted(grid + seeds, key=lambda r: r.model.d_model)
+    return sorted([*grid, *seeds, run(*LARGEST)], key=lambda r: r.model.d_model)
 
 
 def learning_rate_runs() -> list[RunConfig]:

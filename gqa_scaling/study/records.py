@@ -2,7 +2,7 @@
 
     studies/linux.csv     a row for each finished run, as every verb of a study reads it
     studies/linux.jsonl   the question and the sealed forecasts, then of each run the whole result.json
-                          and its training curve
+                          and its curves: the training loss, and what reading again gained on the way
 
 Where the second file lies beside the first, the study is what it was among its run directories: its
 question, losses by position, other evaluations, training curves, versions and forecasts.
@@ -21,17 +21,21 @@ from gqa_scaling.files.forecasts import Sealed, read_forecasts, unsealed
 from gqa_scaling.files.runs import RESULT, RunDirectory, parse_json, run_directories
 from gqa_scaling.files.storage import together
 from gqa_scaling.study.results import Results
-from gqa_scaling.study.training_curves import Curve, training_curve
+from gqa_scaling.study.training_curves import Curve, rereading_curve, training_curve
 
 SCHEMA = 1
 _STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
-_RUN: Shape = RESULT | {"training_curve?": {"tokens": [float], "losses": [float]}}
+CURVES = {"training_curve": "losses", "rereading_curve": "gains"}  # beside the tokens of each
+_RUN: Shape = RESULT | {
+    f"{curve}?": {"tokens": [float], of: [float]} for curve, of in CURVES.items()
+}
 
 
 @dataclass(frozen=True)
 class Records:
     """What is kept of an experiment in `path`: `results` are the result.json of its finished runs, in the
-    order of their declaration, `runs` their configs and `curves` their training curves by name."""
+    order of their declaration, `runs` their configs; `curves` are their training losses by name, and
+    `rereading` what reading again gained them on the way."""
 
     path: Path
     experiment: str
@@ -40,6 +44,7 @@ class Records:
     runs: tuple[RunConfig, ...]
     results: tuple[dict[str, Any], ...]
     curves: dict[str, Curve]
+    rereading: dict[str, Curve]
 
     def result(self, digest: str) -> dict[str, Any] | None:
         """The result.json of the run with this digest; None where it is not kept."""
@@ -56,7 +61,11 @@ def records(root: Path, experiment: str, question: Question, runs: Sequence[RunC
 def records_of(kept: Records, names: Collection[str]) -> str:
     """The text of the file again, for the runs with these names."""
     pairs = zip(kept.runs, kept.results, strict=True)
-    lines = [_line(result, kept.curves[run.name]) for run, result in pairs if run.name in names]
+    lines = [
+        _line(result, kept.curves[run.name], kept.rereading[run.name])
+        for run, result in pairs
+        if run.name in names
+    ]
     return _text(kept.experiment, kept.question, kept.forecasts, lines)
 
 
@@ -75,13 +84,17 @@ def _text(
 def _run(directory: RunDirectory, run: RunConfig) -> dict[str, Any]:
     result = directory.result()
     require(result is not None, f"{directory.result_file} went away as it was read: try again")
-    return _line(result or {}, training_curve(directory, run.batch_tokens))
+    curves = (curve(directory, run.batch_tokens) for curve in (training_curve, rereading_curve))
+    return _line(result or {}, *curves)
 
 
-def _line(result: dict[str, Any], curve: Curve) -> dict[str, Any]:
-    tokens, losses = curve
-    told = {"tokens": [round(n) for n in tokens], "losses": [round(loss, 4) for loss in losses]}
-    return result | {"training_curve": told}
+def _line(result: dict[str, Any], *curves: Curve) -> dict[str, Any]:
+    """`curves` are those of CURVES."""
+    told = {
+        name: {"tokens": [round(n) for n in tokens], of: [round(value, 4) for value in values]}
+        for (name, of), (tokens, values) in zip(CURVES.items(), curves, strict=True)
+    }
+    return result | told
 
 
 def beside(csv_file: Path) -> Path:
@@ -100,20 +113,28 @@ def read_records(path: Path) -> Records:
     )
     with _naming(path, 1):
         question = Question.from_dict(study["question"])
-    runs, results, curves = [], [], {}
+    runs, results = [], []
+    curves: dict[str, dict[str, Curve]] = {name: {} for name in CURVES}
     for number, line in enumerate(lines, 2):
         result, wrong = parse_json(line, _RUN)
         _require_whole(path, number, wrong)
         with _naming(path, number):
             runs.append(RunConfig.from_dict(result["result"].get("config")))
-        curve = result.pop("training_curve", {"tokens": [], "losses": []})
-        alike = len(curve["tokens"]) == len(curve["losses"])
-        _require_whole(path, number, "" if alike else "training_curve has not a loss at each place")
-        curves[runs[-1].name] = tuple(curve["tokens"]), tuple(curve["losses"])
+        for name, of in CURVES.items():
+            curve = result.pop(name, {"tokens": [], of: []})
+            alike = len(curve["tokens"]) == len(curve[of])
+            _require_whole(path, number, "" if alike else f"{name} has not as many {of} as places")
+            curves[name][runs[-1].name] = tuple(curve["tokens"]), tuple(curve[of])
         results.append(result)
     forecasts = [unsealed(path / name, said) for name, said in study["forecasts"].items()]
     return Records(
-        path, study["experiment"], question, tuple(forecasts), tuple(runs), tuple(results), curves
+        path,
+        study["experiment"],
+        question,
+        tuple(forecasts),
+        tuple(runs),
+        tuple(results),
+        *curves.values(),
     )
 
 

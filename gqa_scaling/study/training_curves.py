@@ -1,4 +1,4 @@
-"""Training curves: the losses that a run logged as it went, thinned."""
+"""Training curves: what a run logged of its losses as it went."""
 
 import json
 import math
@@ -7,22 +7,20 @@ import numpy as np
 
 from gqa_scaling.files.runs import RunDirectory
 
-LOSS = "learning/loss"
+LOSS, GAIN = "learning/loss", "evaluation/gained_by_rereading"
 MOST_PLACES = 100
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]
-"""The training tokens seen, and the training loss there in nats; each a mean of the steps logged since the
-place before. Places are even in the logarithm of the step."""
+"""The training tokens seen at each place, and what was measured there in nats per token."""
 
 
 def training_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
-    """The training curve of one run; empty where nothing was logged.
+    """The training loss of one run; empty where nothing was logged.
 
-    Raises UserError for a damaged line, naming it; a last one that a kill cut short is left out.
+    Thinned: each is a mean of the steps logged since the place before, and places are even in the
+    logarithm of the step. Raises UserError for a damaged line, naming it; a last one that a kill cut short is left out.
     """
-    if not directory.metrics_file.exists():
-        return (), ()
-    logged = _logged(directory)
+    logged = _logged(directory, LOSS)
     if not logged:
         return (), ()
     edges = np.geomspace(1, len(logged) + 1, MOST_PLACES + 1)
@@ -32,17 +30,30 @@ def training_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
     return tuple((steps * batch_tokens).tolist()), tuple(losses.tolist())
 
 
-def _logged(directory: RunDirectory) -> list[tuple[int, float]]:
-    """The steps that have a finite loss, and their losses.
+def rereading_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
+    """What reading a text again gained one run, each time that it was measured before the end of training.
+
+    Raises UserError as `training_curve` does.
+    """
+    logged = _logged(directory, GAIN)
+    return tuple(float(step * batch_tokens) for step, _ in logged), tuple(
+        gain for _, gain in logged
+    )
+
+
+def _logged(directory: RunDirectory, name: str) -> list[tuple[int, float]]:
+    """The steps for which this was logged and is finite, with it; none where nothing was logged.
 
     What lines should be is looked at where they are not (`RunDirectory.metrics`): reading thousands of
     runs takes half the time so.
     """
+    if not directory.metrics_file.exists():
+        return []
     try:
         lines = [json.loads(line) for line in directory.metrics_file.read_bytes().splitlines()]
-        pairs = [(line["step"], line[LOSS]) for line in lines if LOSS in line]
-        return [(step, loss) for step, loss in pairs if math.isfinite(loss)]
+        pairs = [(line["step"], line[name]) for line in lines if name in line]
+        return [(step, value) for step, value in pairs if math.isfinite(value)]
     except (ValueError, KeyError, TypeError):
         # This raises, and names the damaged line, but for a last one that was cut short.
-        lines = [line for line in directory.metrics() if LOSS in line]
-        return [(line["step"], line[LOSS]) for line in lines if math.isfinite(line[LOSS])]
+        lines = [line for line in directory.metrics() if name in line]
+        return [(line["step"], line[name]) for line in lines if math.isfinite(line[name])]

@@ -61,6 +61,7 @@ def finish(run):
     known = {"data": {"store_hash": "s"}, "evaluations": {run.evaluation_digest: judged}}
     lines = [{"step": 1, "learning/loss": 3.0}, {"step": 2, "learning/loss": 2.8}]
     lines.append({"step": 3, "learning/loss": 2.7})
+    lines.append({"step": 2, "evaluation/loss": 2.9, "evaluation/gained_by_rereading": gained / 2})
     directory.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     directory.finish(result | known, {})
 
@@ -128,6 +129,7 @@ def test_what_is_kept_answers_as_the_runs_do(grid, capsys):
     assert set(told.curves) == set(names)
     assert told.curves["L4-h4"] == ((128, 256, 384), (3.0, 2.8, 2.7))
     assert told.config["context_length"] == 32
+    assert read_source(str(kept), (), None).kept.rereading["L4-h4"] == ((256,), (0.2,))
 
 
 def test_a_kept_study_is_kept_again_whole_or_in_part(grid, capsys):
