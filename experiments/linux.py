@@ -1,4 +1,4 @@
-"""Which heads at 20 tokens a parameter? Some thirty hours of two CPU cores.
+"""Which heads at 20 tokens a parameter? Some twenty-five hours of two CPU cores.
 
     gqa-scaling fetch linux-6.1                           # 139 MB from Debian, no account
     gqa-scaling prepare experiments.linux

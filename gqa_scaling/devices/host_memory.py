@@ -17,7 +17,7 @@ DEVICES = Path("/dev")
 # What a driver puts there for each accelerator: TPUs (two kinds), NVIDIA's and AMD's GPUs.
 ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-TUNABLES, ASKED = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+TUNABLES, PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 
 
 def computes_on_cpu() -> bool:
@@ -33,12 +33,13 @@ def ready_host_memory() -> None:
 
     Where Linux gives huge pages to those who ask, only the environment that a process starts
     in makes glibc ask for them: the program starts itself again, once, under the same process number.
-    Otherwise `keep_host_memory`. Does nothing where an accelerator computes.
+    What the user has set of it stands. Otherwise `keep_host_memory`. Does nothing where an
+    accelerator computes.
     """
     if not computes_on_cpu():
         return
     if _huge_pages_on_request() and not _asked():
-        tunables = filter(None, (os.environ.get(TUNABLES), ASKED))
+        tunables = filter(None, (os.environ.get(TUNABLES), f"{PAGES}=1"))
         os.environ[TUNABLES] = ":".join(tunables)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     keep_host_memory()
@@ -51,7 +52,7 @@ def keep_host_memory() -> None:
     an arena of its own by then maps whatever is larger than 64 MiB all the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or (_asked() and _huge_pages_on_request()):
+    if mallopt is None or (_asked() not in ("", "0") and _huge_pages_on_request()):
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # <malloc.h>
     mallopt(mmap_max, 0)
@@ -59,8 +60,10 @@ def keep_host_memory() -> None:
     mallopt(arena_max, 1)
 
 
-def _asked() -> bool:
-    return ASKED in os.environ.get(TUNABLES, "").split(":")
+def _asked() -> str:
+    """What glibc was told of huge pages as this process started: "0" none, "" nothing."""
+    tunables = (each.partition("=") for each in os.environ.get(TUNABLES, "").split(":"))
+    return {name: value for name, _, value in tunables}.get(PAGES, "")
 
 
 def _huge_pages_on_request() -> bool:

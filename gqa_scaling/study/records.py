@@ -21,7 +21,7 @@ from gqa_scaling.files.forecasts import Sealed, read_forecasts, unsealed
 from gqa_scaling.files.runs import RESULT, RunDirectory, parse_json, run_directories
 from gqa_scaling.files.storage import together
 from gqa_scaling.study.results import Results
-from gqa_scaling.study.training_curves import Curve, rereading_curve, training_curve
+from gqa_scaling.study.training_curves import Curve, training_curves
 
 SCHEMA = 1
 _STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
@@ -84,8 +84,7 @@ def _text(
 def _run(directory: RunDirectory, run: RunConfig) -> dict[str, Any]:
     result = directory.result()
     require(result is not None, f"{directory.result_file} went away as it was read: try again")
-    curves = (curve(directory, run.batch_tokens) for curve in (training_curve, rereading_curve))
-    return _line(result or {}, *curves)
+    return _line(result or {}, *training_curves(directory, run.batch_tokens))
 
 
 def _line(result: dict[str, Any], *curves: Curve) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,26 @@ Curve = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def training_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
-    """The training loss of one run; empty where nothing was logged.
+    """The first of `training_curves`."""
+    return training_curves(directory, batch_tokens)[0]
 
-    Thinned: each is a mean of the steps logged since the place before, and places are even in the
-    logarithm of the step. Raises UserError for a damaged line, naming it; a last one that a kill cut short is left out.
+
+def training_curves(directory: RunDirectory, batch_tokens: int) -> tuple[Curve, Curve]:
+    """The training loss of one run, and what reading a text again gained it each time that it was
+    measured before the end of training; empty where nothing was logged.
+
+    Losses are thinned: each is a mean of the steps logged since the place before, and places are even
+    in the logarithm of the step. Raises UserError for a damaged line, naming it; a last one that a kill
+    cut short is left out.
     """
-    logged = _logged(directory, LOSS)
+    losses, gains = _logged(directory)
+    return _thinned(losses, batch_tokens), (
+        tuple(float(step * batch_tokens) for step, _ in gains),
+        tuple(gain for _, gain in gains),
+    )
+
+
+def _thinned(logged: list[tuple[int, float]], batch_tokens: int) -> Curve:
     if not logged:
         return (), ()
     edges = np.geomspace(1, len(logged) + 1, MOST_PLACES + 1)
@@ -30,30 +45,23 @@ def training_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
     return tuple((steps * batch_tokens).tolist()), tuple(losses.tolist())
 
 
-def rereading_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
-    """What reading a text again gained one run, each time that it was measured before the end of training.
-
-    Raises UserError as `training_curve` does.
-    """
-    logged = _logged(directory, GAIN)
-    return tuple(float(step * batch_tokens) for step, _ in logged), tuple(
-        gain for _, gain in logged
-    )
-
-
-def _logged(directory: RunDirectory, name: str) -> list[tuple[int, float]]:
-    """The steps for which this was logged and is finite, with it; none where nothing was logged.
+def _logged(directory: RunDirectory) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """The steps with a finite LOSS, and those with a finite GAIN, with it; none where nothing was logged.
 
     What lines should be is looked at where they are not (`RunDirectory.metrics`): reading thousands of
     runs takes half the time so.
     """
     if not directory.metrics_file.exists():
-        return []
+        return [], []
     try:
         lines = [json.loads(line) for line in directory.metrics_file.read_bytes().splitlines()]
-        pairs = [(line["step"], line[name]) for line in lines if name in line]
-        return [(step, value) for step, value in pairs if math.isfinite(value)]
+        return _finite(lines, LOSS), _finite(lines, GAIN)
     except (ValueError, KeyError, TypeError):
         # This raises, and names the damaged line, but for a last one that was cut short.
-        lines = [line for line in directory.metrics() if name in line]
-        return [(line["step"], line[name]) for line in lines if math.isfinite(line[name])]
+        lines = directory.metrics()
+        return _finite(lines, LOSS), _finite(lines, GAIN)
+
+
+def _finite(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    pairs = [(line["step"], line[name]) for line in lines if name in line]
+    return [(step, value) for step, value in pairs if math.isfinite(value)]

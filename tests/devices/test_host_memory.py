@@ -82,6 +82,13 @@ def test_a_program_starts_again_once_where_huge_pages_are_to_be_asked_for(starte
     assert started == ["kept"]  # which leaves alone what asks for huge pages
 
 
+@pytest.mark.parametrize("pages", ["0", "2"])
+def test_what_the_user_set_of_huge_pages_stands(started, monkeypatch, pages):
+    monkeypatch.setenv(host_memory.TUNABLES, f"glibc.malloc.hugetlb={pages}")
+    host_memory.ready_host_memory()
+    assert started == ["kept"]
+
+
 @pytest.mark.parametrize(
     ("library", "pages"),
     [
