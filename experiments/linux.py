@@ -2,6 +2,7 @@
 
     gqa-scaling fetch linux-6.1                           # 139 MB from Debian, no account
     gqa-scaling prepare experiments.linux
+    gqa-scaling restore studies/linux.csv                 # to go on from the runs that are kept
     gqa-scaling run experiments.linux@lr --workers 2      # the learning rate, at three sizes
     gqa-scaling run experiments.linux --workers 2         # on a GPU without --workers
     gqa-scaling report experiments.linux

@@ -1,4 +1,5 @@
-"""The verb of finished runs as data: a table to read, or files that stay when run directories go."""
+"""The verbs of finished runs as data: results, a table to read or files that stay when run directories
+go; restore, which makes run directories of such files again."""
 
 import argparse
 from collections.abc import Sequence
@@ -81,6 +82,33 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _add_restore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="FILE.csv", help="what `results --output` has written")
+
+
+def _restore(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from gqa_scaling.files.runs import runs_root
+    from gqa_scaling.files.storage import as_path
+    from gqa_scaling.study.records import beside, put_back
+    from gqa_scaling.study.results import listed
+    from gqa_scaling.study.source import read_source
+
+    require(
+        args.source.endswith(".csv") and beside(as_path(args.source)).exists(),
+        f"{args.source} cannot be put back among the runs: that takes FILE.csv with FILE.jsonl beside it, "
+        "as `gqa-scaling results EXPERIMENT --output FILE.csv` writes them",
+    )
+    kept = read_source(args.source, rest, args.root, swept=True).kept
+    assert kept is not None
+    root = runs_root(args.root)
+    back, left = put_back(kept, root)
+    print(f"{root / kept.experiment}: {count(len(back), 'finished run')} put back")
+    if left:
+        print(f"left as they are, having begun there: {listed(left, 4)}")
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "results": (_results, "finished runs as a table, or as files to keep", _add_results),
+    "restore": (_restore, "put a kept study back among the runs, to go on from it", _add_restore),
 }

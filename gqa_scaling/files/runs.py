@@ -11,6 +11,8 @@
         averaged-K/      the mean over its last states, where the evaluation asks for one
         judged.json      parts of its evaluation as they become known, where it has several
         result.json      written last, atomically: with it the run is done
+        curves.json      in place of metrics.jsonl, of a run put back from a kept study (`study/records.py`),
+                         which has its result and no parameters
 
 Beside them lies what was said of runs before they began (`forecasts`).
 
@@ -147,6 +149,7 @@ class RunDirectory:
         self.parameters = self.path / "parameters"
         self.judged_file = self.path / "judged.json"
         self.result_file = self.path / "result.json"
+        self.curves_file = self.path / "curves.json"
 
     def averaged(self, run: RunConfig) -> Path:
         """Where the mean over the run's last states lies, as many as its evaluation asks for."""
@@ -280,6 +283,24 @@ class RunDirectory:
         }
         write_json(self.result_file, whole)
         self.clean(kept_steps)
+
+    def put_back(
+        self, config: RunConfig, whole: dict[str, Any], curves: dict[str, dict[str, Any]]
+    ) -> bool:
+        """Make this the directory of a run that was finished elsewhere, whose result.json is `whole`.
+
+        False, and nothing is changed, where the run has begun here. A kill leaves what another call completes.
+        """
+        interrupted = self.curves_file.exists() and not self.result_file.exists()
+        if self.begun() and (not interrupted or self.metrics_file.exists()):
+            return False
+        make_folder(self.path)
+        write_json(self.curves_file, curves)
+        self.begin(config, whole["result"].get("data", {}))
+        if whole.get("attempts"):
+            _write_json_lines(self.attempts_file, whole["attempts"])
+        write_json(self.result_file, whole)
+        return True
 
     def forget_judgements(self) -> None:
         """Drop what was kept of evaluations of other parameters."""

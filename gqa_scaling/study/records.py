@@ -17,18 +17,22 @@ from typing import Any
 
 from gqa_scaling.config import Question, RunConfig, UserError, require
 from gqa_scaling.fields import Shape
-from gqa_scaling.files.forecasts import Sealed, read_forecasts, unsealed
+from gqa_scaling.files.forecasts import FOLDER, Sealed, read_forecasts, unsealed
 from gqa_scaling.files.runs import RESULT, RunDirectory, parse_json, run_directories
-from gqa_scaling.files.storage import together
+from gqa_scaling.files.storage import as_path, make_folder, together, write_json
 from gqa_scaling.study.results import Results
-from gqa_scaling.study.training_curves import Curve, training_curves
+from gqa_scaling.study.training_curves import (
+    CURVE_SHAPES,
+    CURVES,
+    Curve,
+    curves_told,
+    tell_curves,
+    training_curves,
+)
 
 SCHEMA = 1
 _STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
-CURVES = {"training_curve": "losses", "rereading_curve": "gains"}  # beside the tokens of each
-_RUN: Shape = RESULT | {
-    f"{curve}?": {"tokens": [float], of: [float]} for curve, of in CURVES.items()
-}
+_RUN: Shape = RESULT | CURVE_SHAPES
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def records_of(kept: Records, names: Collection[str]) -> str:
     """The text of the file again, for the runs with these names."""
     pairs = zip(kept.runs, kept.results, strict=True)
     lines = [
-        _line(result, kept.curves[run.name], kept.rereading[run.name])
+        result | tell_curves(kept.curves[run.name], kept.rereading[run.name])
         for run, result in pairs
         if run.name in names
     ]
@@ -84,16 +88,7 @@ def _text(
 def _run(directory: RunDirectory, run: RunConfig) -> dict[str, Any]:
     result = directory.result()
     require(result is not None, f"{directory.result_file} went away as it was read: try again")
-    return _line(result or {}, *training_curves(directory, run.batch_tokens))
-
-
-def _line(result: dict[str, Any], *curves: Curve) -> dict[str, Any]:
-    """`curves` are those of CURVES."""
-    told = {
-        name: {"tokens": [round(n) for n in tokens], of: [round(value, 4) for value in values]}
-        for (name, of), (tokens, values) in zip(CURVES.items(), curves, strict=True)
-    }
-    return result | told
+    return (result or {}) | tell_curves(*training_curves(directory, run.batch_tokens))
 
 
 def beside(csv_file: Path) -> Path:
@@ -119,12 +114,11 @@ def read_records(path: Path) -> Records:
         _require_whole(path, number, wrong)
         with _naming(path, number):
             runs.append(RunConfig.from_dict(result["result"].get("config")))
-        for name, of in CURVES.items():
-            curve = result.pop(name, {"tokens": [], of: []})
-            alike = len(curve["tokens"]) == len(curve[of])
+        for (name, of), curve in zip(CURVES.items(), curves_told(result), strict=True):
+            alike = len(curve[0]) == len(curve[1])
             _require_whole(path, number, "" if alike else f"{name} has not as many {of} as places")
-            curves[name][runs[-1].name] = tuple(curve["tokens"]), tuple(curve[of])
-        results.append(result)
+            curves[name][runs[-1].name] = curve
+        results.append({key: value for key, value in result.items() if key not in CURVES})
     forecasts = [unsealed(path / name, said) for name, said in study["forecasts"].items()]
     return Records(
         path,
@@ -135,6 +129,33 @@ def read_records(path: Path) -> Records:
         tuple(results),
         *curves.values(),
     )
+
+
+def put_back(kept: Records, root: Path) -> tuple[list[str], list[str]]:
+    """Make run directories of what is kept, below `root`, and its sealed forecasts: the names of the runs
+    put back, and of those left as they are, which have begun there.
+
+    A run that is put back has its result and its curves; its parameters are not kept. Raises UserError,
+    before anything is written, where this version would call a run by another digest.
+    """
+    for run, result in zip(kept.runs, kept.results, strict=True):
+        digest = result["result"].get("digest")
+        require(
+            digest == run.digest,
+            f"{kept.path}: {run.name} was kept with digest {digest}, and this version calls it "
+            f"{run.digest}: put it back with the version that kept it",
+        )
+    folder = as_path(root) / kept.experiment / FOLDER
+    for sealed in kept.forecasts:
+        if not sealed.altered and not (folder / sealed.path.name).exists():
+            make_folder(folder)
+            write_json(folder / sealed.path.name, sealed.said)
+    directories = run_directories(root, kept.experiment, kept.runs)
+    back, left = list[str](), list[str]()
+    for directory, run, result in zip(directories, kept.runs, kept.results, strict=True):
+        curves = tell_curves(kept.curves[run.name], kept.rereading[run.name])
+        (back if directory.put_back(run, result, curves) else left).append(run.name)
+    return back, left
 
 
 def _require_whole(path: Path, number: int, wrong: str) -> None:

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.files.runs import RunDirectory
+from gqa_scaling.fields import Shape
+from gqa_scaling.files.runs import RunDirectory, read_json
 
 LOSS, GAIN = "learning/loss", "evaluation/gained_by_rereading"
 MOST_PLACES = 100
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]
 """The training tokens seen at each place, and what was measured there in nats per token."""
+
+CURVES = {"training_curve": "losses", "rereading_curve": "gains"}  # beside the tokens of each
+CURVE_SHAPES: Shape = {f"{name}?": {"tokens": [float], of: [float]} for name, of in CURVES.items()}
 
 
 def training_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
@@ -26,13 +30,36 @@ def training_curves(directory: RunDirectory, batch_tokens: int) -> tuple[Curve, 
 
     Losses are thinned: each is a mean of the steps logged since the place before, and places are even
     in the logarithm of the step. Raises UserError for a damaged line, naming it; a last one that a kill
-    cut short is left out.
+    cut short is left out. Of a run that was put back from a kept study they are those that were kept.
     """
+    if not directory.metrics_file.exists() and directory.curves_file.exists():
+        told = read_json(
+            directory.curves_file, CURVE_SHAPES, "remove it: the run then has no curves"
+        )
+        return curves_told(told)
     losses, gains = _logged(directory)
     return _thinned(losses, batch_tokens), (
         tuple(float(step * batch_tokens) for step, _ in gains),
         tuple(gain for _, gain in gains),
     )
+
+
+def tell_curves(*curves: Curve) -> dict[str, dict[str, list[float]]]:
+    """Those of CURVES as they are kept: tokens are whole, values have four digits."""
+    return {
+        name: {"tokens": [round(n) for n in tokens], of: [round(value, 4) for value in values]}
+        for (name, of), (tokens, values) in zip(CURVES.items(), curves, strict=True)
+    }
+
+
+def curves_told(told: dict[str, Any]) -> tuple[Curve, Curve]:
+    """Those of CURVES as `tell_curves` had them; empty where one was not kept."""
+
+    def curve(name: str) -> Curve:
+        kept = told.get(name, {"tokens": [], CURVES[name]: []})
+        return tuple(kept["tokens"]), tuple(kept[CURVES[name]])
+
+    return curve("training_curve"), curve("rereading_curve")
 
 
 def _thinned(logged: list[tuple[int, float]], batch_tokens: int) -> Curve:

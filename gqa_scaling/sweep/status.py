@@ -131,8 +131,8 @@ def _time_use(
     directory: RunDirectory, attempts: list[Line], last: Line, ended: float | None
 ) -> dict[str, float | None]:
     """What the time of a run went to, as `RunStatus` has it; {} where the files do not tell. One that
-    is not done ends for now with its last sign of life."""
-    if not attempts or ended is None:
+    is not done ends for now with its last sign of life; one that was put back has no log."""
+    if not attempts or ended is None or (not last and directory.curves_file.exists()):
         return {}
     seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
     if seconds <= 0:
@@ -226,7 +226,8 @@ def read_checkpoints(directories: Sequence[RunDirectory]) -> list[RunCheckpoints
         state = directory.state()
         if state == "done":  # but for what it keeps for branches they are dropped, perhaps just now
             kept = [each for each in kept if each.step is None or each.state == "whole"]
-            if all(each.step is not None for each in kept):
+            put_back = directory.curves_file.exists()  # of such a run no parameters are kept
+            if not put_back and all(each.step is not None for each in kept):
                 kept += [
                     StoredCheckpoint(
                         None, "damaged", (f"{directory.parameters} is missing",), 0, None

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,77 @@ def test_a_kept_study_is_asked_and_scored_as_its_experiment(grid, capsys):
     Path("grid.jsonl").write_text(seal)
     assert cli.main(["results", "grid.csv"]) == 0
     assert "it was altered since and does not count" in capsys.readouterr().out
+
+
+def keep_and_lose(grid, name="grid.csv"):
+    """The study in files, and its run directories gone."""
+    assert cli.main(["results", "experiments.grid", "--output", name]) == 0
+    shutil.rmtree("runs")
+
+
+def test_a_kept_study_goes_on_on_another_machine(grid, capsys):
+    """Its runs are done there, with all that was known of them, and only the last is left to train."""
+    assert cli.main(["forecast", "experiments.grid", "--refits", "100"]) == 0
+    before = run_directory("runs", "grid", load_experiment("experiments.grid").runs[0]).result()
+    keep_and_lose(grid)
+    assert cli.main(["restore", "grid.csv"]) == 0
+    assert "runs/grid: 7 finished runs put back" in capsys.readouterr().out
+    runs = load_experiment("experiments.grid").runs
+    assert run_directory("runs", "grid", runs[0]).result() == before
+    assert cli.main(["status", "experiments.grid", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["runs"]
+    assert [row["state"] for row in told] == ["done"] * 7 + ["pending"]
+    assert told[0]["goodput"] is None  # what its time went to is not kept
+    assert cli.main(["checkpoints", "experiments.grid"]) == 0
+    assert "damaged" not in capsys.readouterr().out
+    assert set(histories(read_source("experiments.grid", (), None), "").curves) == {
+        run.name for run in runs[:-1]
+    }
+    assert cli.main(["results", "experiments.grid", "--output", "again.csv"]) == 0
+    for ending in ("csv", "jsonl"):
+        assert Path(f"again.{ending}").read_text() == Path(f"grid.{ending}").read_text()
+    finish(runs[-1])
+    capsys.readouterr()
+    assert cli.main(["results", "experiments.grid"]) == 0
+    assert "1 of the finished run inside" in capsys.readouterr().out
+
+
+def test_putting_back_leaves_what_has_begun_and_completes_what_was_interrupted(grid, capsys):
+    keep_and_lose(grid)
+    first, second, third, *_, last = load_experiment("experiments.grid").runs[:-1]
+    here = run_directory("runs", "grid", first)
+    here.begin(first, {"store_hash": "another"})
+    assert cli.main(["restore", "grid.csv"]) == 0
+    told = capsys.readouterr().out
+    assert "6 finished runs put back\nleft as they are, having begun there: L1-h2" in told
+    assert here.state() == "pending"
+    assert here.data() == {"store_hash": "another"}
+    for run, lost in ((second, ("result",)), (third, ("result", "config", "attempts"))):
+        directory = run_directory("runs", "grid", run)
+        for name in lost:  # as a kill leaves it
+            getattr(directory, f"{name}_file").unlink()
+    trained = run_directory("runs", "grid", last)  # put back half, and then trained here
+    trained.result_file.unlink()
+    trained.metrics_file.write_text('{"step": 1}\n')
+    assert cli.main(["restore", "grid.csv"]) == 0
+    told = capsys.readouterr().out
+    assert "2 finished runs put back" in told
+    assert "begun there: L1-h2, L2-h4, L4-h2, L4-h4 and 1 more" in told
+    assert not trained.result_file.exists()
+
+
+def test_what_cannot_be_put_back_is_refused(grid, capsys):
+    keep_and_lose(grid)
+    for source in ("experiments.grid", "chen2025", "other.csv"):
+        assert cli.main(["restore", source]) == 2
+        told = capsys.readouterr().err
+        assert f"{source} cannot be put back among the runs: that takes FILE.csv with" in told
+    record = Path("grid.jsonl")
+    digest = load_experiment("experiments.grid").runs[3].digest
+    record.write_text(record.read_text().replace(digest, "0123456789ab"))
+    assert cli.main(["restore", "grid.csv"]) == 2
+    assert "L2-h4 was kept with digest 0123456789ab" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
