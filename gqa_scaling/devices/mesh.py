@@ -76,6 +76,12 @@ def axis_size(*axes: str) -> int:
     return int(np.prod([shape.get(axis, 1) for axis in axes]))
 
 
+def platform() -> str:
+    """What is computed on, "cpu", "gpu" or "tpu": the mesh, or what jax runs on where none is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...] = (), mesh: Any = None
 ) -> PartitionSpec:
@@ -122,9 +128,7 @@ def columns_to_scatter(D: int, F: int) -> int:
     columns are not added: they cost FLOPs. GPUs need none.
     """
     ways = axis_size("fsdp", "context")
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    on_gpus = device is not None and device.platform == "gpu"
-    if ways == 1 or axis_size("tensor") > 1 or on_gpus:
+    if ways == 1 or axis_size("tensor") > 1 or platform() == "gpu":
         return F
     rows_of_tiles = -(-D // ways // TILE_ROWS)
     wider = round_up(F, LANES * PARTS // math.gcd(PARTS, rows_of_tiles))

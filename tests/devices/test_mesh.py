@@ -8,11 +8,19 @@ import pytest
 from eight_devices import on_eight_devices
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, RunConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.devices.layout import attention_implementation, axis_sizes, zigzag
-from gqa_scaling.devices.mesh import AXES, BatchLayout, columns_to_scatter, constrain, make_mesh
+from gqa_scaling.devices.mesh import (
+    AXES,
+    BatchLayout,
+    columns_to_scatter,
+    constrain,
+    make_mesh,
+    platform,
+)
 
 MODEL = ModelConfig(2, 32, 8, 4, head_dim=8, d_ff=64, vocab_size=64)
 SHARDED = replace(MODEL, pattern=ContextSharding(16, 1, stride=4, dense_kv_heads=1))
@@ -168,13 +176,20 @@ def test_one_device_needs_no_mesh():
     ],
 )
 def test_gradients_get_columns_up_to_whole_parts(sizes, D, F, columns):
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(sizes, AXES)):
+    with use_abstract_mesh(jax.sharding.AbstractMesh(sizes, AXES)):
         assert columns_to_scatter(D, F) == columns
 
 
 @pytest.mark.parametrize(("platform", "columns"), [("tpu", 768), ("cpu", 768), ("gpu", 704)])
 def test_gradients_get_no_columns_on_gpus(platform, columns):
-    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
     mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), AXES, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with use_abstract_mesh(mesh):
         assert columns_to_scatter(256, 704) == columns
+
+
+def test_the_platform_is_that_of_the_mesh_also_where_it_is_only_compiled_for():
+    assert platform() == jax.default_backend()
+    tpu = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), abstract_device=tpu)):
+        assert platform() == "tpu"

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from masked_attention import assert_equals_masked, masked, operands
+from masked_attention import assert_equals_masked, both, masked, operands
 
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.model.attention import attend as attention
-from gqa_scaling.model.attention import blockwise
+from gqa_scaling.model.attention import blockwise, turns
 
 attend = jax.jit(attention, static_argnames=("implementation", "interpret", "patterns"))
 
@@ -27,8 +27,50 @@ def assert_dense(shape, K, implementation="blockwise", seed=0):
 )
 def test_blockwise_equals_the_masked_reference(shape, K, monkeypatch):
     """One query, less than a tile, a whole tile, more than two."""
-    monkeypatch.setattr(blockwise, "_block", lambda T: min(T, 16))
+    monkeypatch.setattr(blockwise, "_block", lambda T, *_: min(T, 16))
     assert_dense(shape, K)
+
+
+TURNS = {  # scores of a turn: the sequences and KV heads that it takes, of 8 and 6
+    1: (1, 1),
+    3 * 512: (1, 3),
+    5 * 512: (1, 3),
+    3 * 6 * 512: (2, 6),  # three do not divide eight
+    24 * 512: (8, 6),  # all of it is no more than two tiles
+}
+
+
+@pytest.mark.parametrize("scores", TURNS)
+def test_one_core_takes_sequences_and_heads_by_turns(scores, monkeypatch):
+    """With the same output and gradients, and tiles that are no larger than they may be."""
+    B, T, K, G, H = 8, 33, 6, 2, 8
+    seen, forward = [], blockwise.forward
+    monkeypatch.setattr(blockwise, "forward", lambda *a, **k: seen.append(a[1]) or forward(*a, **k))
+    monkeypatch.setattr(blockwise, "_block", lambda T, *_: min(T, 16))
+    monkeypatch.setattr(turns, "cores", lambda: [0])
+    monkeypatch.setattr(turns, "SCORES", scores)
+    assert_dense((B, T, G, H), K)
+    b, k = TURNS[scores]
+    assert {x.q_BTKGH.shape for x in seen} == {(b, T, k, G, H)}
+
+
+def test_one_core_holds_less_at_once(monkeypatch):
+    """What a forward and backward pass need beside their operands, in bytes."""
+    *qkv, do = operands(8, 256, 4, 1, 16)
+    needed = []
+    for cores in ([0, 1], [0]):
+        monkeypatch.setattr(turns, "cores", lambda cores=cores: cores)
+        passes = jax.jit(lambda *xs: both(attention, *xs))  # traced anew
+        memory = passes.lower(*qkv, do).compile().memory_analysis()
+        needed.append(memory.temp_size_in_bytes)
+    assert needed[1] < 0.6 * needed[0]
+
+
+@pytest.mark.parametrize(("T", "G"), [(128, 8), (1024, 1), (1100, 1), (4096, 2), (4096, 8)])
+def test_tiles_of_one_core_are_as_large_as_stay_in_its_cache(T, G):
+    side = blockwise._block(T, G, turns.SCORES)
+    assert side == 128 or G * side**2 <= turns.SCORES < G * (2 * side) ** 2
+    assert (side > 128) == (T > 1024 and G <= 2)
 
 
 def test_blockwise_with_its_own_block_size():

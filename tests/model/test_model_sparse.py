@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from masked_attention import assert_equals_masked, both, masked, operands
 
 from gqa_scaling.context_sharding import HeadPattern
-from gqa_scaling.model.attention import attend, sparse
+from gqa_scaling.model.attention import attend, sparse, turns
 
 
 def check(shape, *patterns, seed=0, implementation="blockwise"):
@@ -22,8 +22,8 @@ def check(shape, *patterns, seed=0, implementation="blockwise"):
 def small_rows(patch, row):
     """Rows and tiles so small that T = 60 needs many."""
 
-    def tiling(x, kind):
-        t = real(x, kind)
+    def tiling(x, kind, most):
+        t = real(x, kind, most)
         blocks = max(1, 8 // kind.block)
         side = min(t.far, blocks * kind.block)
         far = -(-t.far // max(1, side)) * side
@@ -60,6 +60,18 @@ CASES = {  # length of a row, (B, T, G, H) and the heads of each layer
 def test_equals_the_masked_reference(case, monkeypatch):
     small_rows(monkeypatch, case[0])
     check(*case[1:])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_core_takes_heads_by_turns(case, monkeypatch):
+    """Each with the offset of its own stripes."""
+    small_rows(monkeypatch, case[0])
+    taken, forward = [], sparse.forward
+    monkeypatch.setattr(sparse, "forward", lambda *a, **k: taken.append(a[1]) or forward(*a, **k))
+    monkeypatch.setattr(turns, "cores", lambda: [0])
+    monkeypatch.setattr(turns, "SCORES", 1)
+    check(*case[1:])
+    assert {x.q_BTKGH.shape[0] * x.q_BTKGH.shape[2] for x in taken} == {1}
 
 
 @st.composite

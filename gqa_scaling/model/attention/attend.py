@@ -4,7 +4,7 @@ q_BTKGH on k_BSKH and v_BSKH: query head (k, g) reads KV head k; softmax in floa
 by 1/sqrt(H). What is common to all implementations is here: which heads are computed together,
 the choice between the kinds of layers of a scanned stack, keys of other devices, and where
 gradients go. The work itself is done by `blockwise` and `sparse` (XLA, any platform), `splash` (TPU)
-and `triton` (GPU), all of one form (`shard`).
+and `triton` (GPU), all of one form (`shard`); the first two by `turns` where one core is alone.
 
 On a mesh positions are in zig-zag order over `context` (`layout.zigzag`): K and V, which are small,
 are gathered, and each device answers its own queries.
@@ -27,7 +27,7 @@ from gqa_scaling.context_sharding import HeadPattern, LayerPattern
 from gqa_scaling.devices.kernel_limits import DENSE, KERNEL_PLATFORM, kernel_limit
 from gqa_scaling.devices.layout import zigzag
 from gqa_scaling.devices.mesh import all_gather, axis_index, axis_size, on_shards, reduce_scatter
-from gqa_scaling.model.attention import blockwise, reference, sparse
+from gqa_scaling.model.attention import blockwise, reference, sparse, turns
 from gqa_scaling.model.attention.shard import Operands, Upstream
 
 _Q = ("batch", "time", "kv_heads", None, None)
@@ -124,7 +124,7 @@ class _Plan:
         An implementation is the module of its name, loaded when it is asked for.
         """
         if self.implementation == "blockwise":
-            return getattr(blockwise if kind == DENSE else sparse, name)
+            return functools.partial(turns.run, blockwise if kind == DENSE else sparse, name)
         module = importlib.import_module(f"{__package__}.{self.implementation}")
         function = getattr(module, name)
         if self.implementation not in KERNEL_PLATFORM:

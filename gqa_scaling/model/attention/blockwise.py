@@ -5,6 +5,7 @@ on, by 3 times at 256 (benchmarks/attention.py). It is not `sparse` with every k
 that walks over keys in another order and multiplies in another layout, and so rounds otherwise.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -18,11 +19,12 @@ from gqa_scaling.model.attention.tiles import Softmax, natural, rows_of
 from gqa_scaling.model.einsum import einsum_f32
 
 
-def _block(T: int) -> int:
+def _block(T: int, G: int = 1, most: float = math.inf) -> int:
     """Positions on a tile's side, for T queries on this device: small tiles skip more of the half
     above the diagonal, large ones mean fewer turns of the loop."""
     C = axis_size("context")
-    block = min(T, 128 if T * C <= 1024 else 512)
+    sides = (512, 256) if T * C > 1024 else ()
+    block = min(T, next((side for side in sides if G * side**2 <= most), 128))
     if C > 1:  # a tile may not reach from one part of the sequence into another
         block = next(b for b in range(min(block, T // 2), 0, -1) if T // 2 % b == 0)
     return block
@@ -55,10 +57,16 @@ def _scores(q: jax.Array, k_BKHS: jax.Array, diagonal: jax.Array) -> jax.Array:
     return jnp.where(visible | ~diagonal, einsum_f32("bkqh,bkhs->bkqs", q, k_BKHS), MASKED)
 
 
-def forward(kind: HeadPattern, x: Operands) -> tuple[jax.Array, jax.Array]:
+def least_scores(kind: HeadPattern, x: Operands, most: float) -> int:
+    """See `turns`."""
+    T, _, G = x.q_BTKGH.shape[1:4]
+    return G * _block(T, G, most) ** 2
+
+
+def forward(kind: HeadPattern, x: Operands, most: float = math.inf) -> tuple[jax.Array, jax.Array]:
     """See `shard`. Of each row of queries, softmax over one tile of keys after the other."""
     T, _, G, H = x.q_BTKGH.shape[1:]
-    block = _block(T)
+    block = _block(T, G, most)
     (q_rows,) = _rows(block, x.q_BTKGH * H**-0.5)
     k_tiles, v_tiles = _tiles(x.k_BSKH, block), _tiles(x.v_BSKH, block)
 
@@ -78,13 +86,15 @@ def forward(kind: HeadPattern, x: Operands) -> tuple[jax.Array, jax.Array]:
     return natural(o_rows[:, :, :, None], T, G), natural(lse_rows[:, :, :, None], T, G)
 
 
-def backward(kind: HeadPattern, x: Operands, y: Upstream) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(
+    kind: HeadPattern, x: Operands, y: Upstream, most: float = math.inf
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `shard`. Recomputes each tile's weights from the log-sum-exp (ibid., algorithm 4).
 
     The operand with H comes first and positions last, so that no product transposes a tile.
     """
     (_, T, K, G, H), dtype, S = x.q_BTKGH.shape, x.q_BTKGH.dtype, x.k_BSKH.shape[1]
-    block = _block(T)
+    block = _block(T, G, most)
     delta_BTKG = einsum_f32("BTKGH,BTKGH->BTKG", y.do_BTKGH, y.o_BTKGH)
     rows = _rows(block, x.q_BTKGH * H**-0.5, y.do_BTKGH, delta_BTKG, y.lse_BTKG)
     k_tiles, v_tiles = _tiles(x.k_BSKH, block), _tiles(x.v_BSKH, block)

@@ -9,7 +9,8 @@
 is the natural logarithm of the sum of exponentials of a query's scores, float32. dk and dv, in
 float32, are what these queries contribute to the gradients of all S keys. Scores are scaled by
 1/sqrt(H), softmax is in float32, memory is O(S), and T need not be a multiple of any tile. The two
-kernels also take `interpret`, which runs them on any platform, slowly.
+kernels also take `interpret`, which runs them on any platform, slowly; the other two `most`, as many
+scores as a tile should have (`turns`).
 """
 
 from typing import Any, NamedTuple

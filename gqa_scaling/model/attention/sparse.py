@@ -48,7 +48,7 @@ class _Keys(NamedTuple):
     near_BKSH: jax.Array
 
 
-def _tiling(x: Operands, kind: HeadPattern) -> _Tiling:
+def _tiling(x: Operands, kind: HeadPattern, most: int) -> _Tiling:
     (B, T, K, G, _), S, block, runs = x.q_BTKGH.shape, x.k_BSKH.shape[1], kind.block, len(x.starts)
     if runs > 1 and T // runs % block:
         raise ValueError(
@@ -64,7 +64,7 @@ def _tiling(x: Operands, kind: HeadPattern) -> _Tiling:
 
     window = queries(block, 64 if G >= 4 else 128)
     near = (kind.local - 1) * block + window
-    row = queries(window, _SCORES // (B * K * G * near))
+    row = queries(window, most // (B * K * G * near))
     blocks = sum(most_distant(kind, S))
     tiles = max(1, min(blocks, blocks * block // 128))
     side = -(-blocks // tiles) * block
@@ -133,10 +133,16 @@ def _cut(x: jax.Array, n: jax.Array, t: _Tiling, axis: int = 2) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, n * t.side, t.side, axis)
 
 
-def forward(kind: HeadPattern, x: Operands) -> tuple[jax.Array, jax.Array]:
+def least_scores(kind: HeadPattern, x: Operands, most: int) -> int:
+    """See `turns`."""
+    G, t = x.q_BTKGH.shape[3], _tiling(x, kind, 0)
+    return G * t.row * t.near
+
+
+def forward(kind: HeadPattern, x: Operands, most: int = _SCORES) -> tuple[jax.Array, jax.Array]:
     """See `shard`. Softmax over the window, then over one tile of distant keys after the other."""
     T, _, G, H = x.q_BTKGH.shape[1:]
-    t, dtype, offset_K = _tiling(x, kind), x.q_BTKGH.dtype, x.offset_K
+    t, dtype, offset_K = _tiling(x, kind, most), x.q_BTKGH.dtype, x.offset_K
     k, v = (_laid(keys, x.residue_K(kind), kind, t) for keys in (x.k_BSKH, x.v_BSKH))
     since_KS = _since(offset_K, kind, t)
     q_rows = rows_of(x.q_BTKGH * H**-0.5, t.row, t.window)
@@ -167,10 +173,12 @@ def forward(kind: HeadPattern, x: Operands) -> tuple[jax.Array, jax.Array]:
     return natural(o_rows, T, G), natural(lse_rows, T, G)
 
 
-def backward(kind: HeadPattern, x: Operands, y: Upstream) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(
+    kind: HeadPattern, x: Operands, y: Upstream, most: int = _SCORES
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `shard`. Gradients of windows and of distant keys are apart until all are summed."""
     (T, _, G, H), dtype = x.q_BTKGH.shape[1:], x.q_BTKGH.dtype
-    t, offset_K = _tiling(x, kind), x.offset_K
+    t, offset_K = _tiling(x, kind, most), x.offset_K
 
     def laid(x_BSKH: jax.Array) -> _Keys:
         return _laid(x_BSKH, x.residue_K(kind), kind, t)
