@@ -2,7 +2,9 @@
 
     gqa-scaling fetch linux-6.1                           # 139 MB from Debian, no account
     gqa-scaling prepare experiments.linux
-    gqa-scaling restore studies/linux.csv                 # to go on from the runs that are kept
+    gqa-scaling restore studies/linux_lr.csv              # these three to go on from the runs that are kept
+    gqa-scaling restore studies/linux.csv
+    gqa-scaling restore studies/linux_equal_tokens.csv
     gqa-scaling run experiments.linux@lr --workers 2      # the learning rate, at three sizes
     gqa-scaling run experiments.linux --workers 2         # on a GPU without --workers
     gqa-scaling report experiments.linux
@@ -15,7 +17,8 @@ added when runs of these sizes were seen to differ in whether they had learned t
 is three times as large as any other, to be forecast from them (`gqa-scaling forecast`) before it begins.
 
 `equal_tokens` is what that asked for: three of the widths again, each run on the same 16M tokens, some three
-times what it took those that had learned to copy. The runs are new from their first step on, as is their seed.
+times what it took those that had learned to copy. The runs are new from their first step on, as is their seed. Its last
+run has the shape of the largest above, for what is forecast of it to be seen in hours instead of a day.
 """
 
 from dataclasses import replace
@@ -89,10 +92,11 @@ def learning_rate_runs() -> list[RunConfig]:
 
 
 def equal_token_runs() -> list[RunConfig]:
-    """Three widths x heads on 16M tokens, the middle one first, and two more seeds of a cell at two of them."""
+    """Three widths x heads on 16M tokens, the middle one first, two more seeds of a cell at two of them, and
+    the far larger size."""
     cells = [(size, heads, 3) for size in (SIZES[2], SIZES[3], SIZES[1]) for heads in HEADS]
     seeds = [(size, (8, 1), seed) for size in (SIZES[2], SIZES[1]) for seed in (4, 5)]
     return [
         replace(run(*cell, name="-16M"), tokens=16_000_000, tokens_per_param=None)
-        for cell in cells + seeds
+        for cell in [*cells, *seeds, (*LARGEST, 3)]
     ]

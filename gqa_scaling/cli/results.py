@@ -24,10 +24,11 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.files.storage import as_path, write_atomic
-    from gqa_scaling.study.records import beside, records, records_of
+    from gqa_scaling.study.records import beside, read_records, records, records_of
     from gqa_scaling.study.report.csv_files import HEADER, results_csv
     from gqa_scaling.study.report.forecasts import forecast_table
     from gqa_scaling.study.report.runs import made_by, runs_table
+    from gqa_scaling.study.results import listed
     from gqa_scaling.study.scores import forecasts_of
     from gqa_scaling.study.source import read_source
 
@@ -57,6 +58,14 @@ def _results(args: argparse.Namespace, rest: Sequence[str]) -> int:
             written[beside(path)] = kept
         elif source.kept is not None:
             written[beside(path)] = records_of(source.kept, names)
+        if path.exists() and beside(path).exists():
+            gone = [r.name for r in read_records(beside(path)).runs if r.name not in names]
+            require(
+                not gone,
+                f"--output {args.output} keeps {count(len(gone), 'run')} that would be lost "
+                f"({listed(gone, 4)}): put them back with `gqa-scaling restore {args.output}`, or name "
+                "another file",
+            )
     for file, text in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text)
@@ -102,7 +111,11 @@ def _restore(args: argparse.Namespace, rest: Sequence[str]) -> int:
     assert kept is not None
     root = runs_root(args.root)
     back, left = put_back(kept, root)
-    print(f"{root / kept.experiment}: {count(len(back), 'finished run')} put back")
+    forecasts = count(len(kept.forecasts), "sealed forecast")
+    print(
+        f"{root / kept.experiment}: {count(len(back), 'finished run')} put back, without parameters"
+        + f", and {forecasts}" * bool(kept.forecasts)
+    )
     if left:
         print(f"left as they are, having begun there: {listed(left, 4)}")
     return 0

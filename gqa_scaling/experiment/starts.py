@@ -127,6 +127,11 @@ def require_parent(run: RunConfig, directory: RunDirectory, tokenizer_hash: str)
         f"{run.name} starts from {run.start_from}, and {directory.path} is not finished ({state}): "
         "train that run first",
     )
+    require(
+        not directory.is_restored(),
+        f"{run.name} starts from {run.start_from}, and {directory.path} was put back from a kept study, without "
+        "its parameters: remove it and train that run again first",
+    )
     known = directory.data().get("tokenizer_hash")
     require(
         known == tokenizer_hash,

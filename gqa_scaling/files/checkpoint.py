@@ -309,10 +309,7 @@ def load_parameters(path: Path, like: PyTree) -> PyTree:
     """
     remedy = f"remove {path.parent} and run it again"
     if not is_saved(path):
-        raise UserError(
-            f"{path} is missing: the run lost its trained parameters, or was put back from a kept study, which "
-            f"has none; {remedy}"
-        )
+        raise UserError(f"{path} is missing: the run lost its trained parameters; {remedy}")
     try:
         saved = _verify_files(path)
         with ocp.StandardCheckpointer(temporary_path_class=_committed_in(path)) as checkpointer:

@@ -38,7 +38,7 @@ from gqa_scaling.config import (
     require,
 )
 from gqa_scaling.fields import Shape, misfit
-from gqa_scaling.files.claims import LOCK, claim_state
+from gqa_scaling.files.claims import claim, claim_state
 from gqa_scaling.files.storage import (
     as_path,
     is_remote,
@@ -160,7 +160,12 @@ class RunDirectory:
         if not self.result_file.exists():
             return None
         made_anew = f"remove it, and the run makes it anew from {self.parameters}"
-        return read_json(self.result_file, RESULT, made_anew)
+        again = "remove it, and put the kept study back again"
+        return read_json(self.result_file, RESULT, again if self.is_restored() else made_anew)
+
+    def is_restored(self) -> bool:
+        """Whether the run was put back from a kept study, and not trained here since: it has no parameters."""
+        return self.curves_file.exists() and not self.metrics_file.exists()
 
     def failure(self) -> dict[str, Any] | None:
         """Why the run stopped, or None where it has not failed."""
@@ -252,8 +257,9 @@ class RunDirectory:
         _write_json_lines(self.attempts_file, [*self.attempts(), attempt])
 
     def begun(self) -> bool:
-        """Whether a process was ever at this run: all but the lock of a claim given back says so."""
-        return any(name != LOCK for name in sizes(self.path))
+        """Whether a process was ever at this run: all but the lock of a claim given back, and files that
+        a kill left half written, says so."""
+        return any(not name.startswith(".") for name in sizes(self.path))
 
     def state(self) -> State:
         """How far the run is, by which files are there. None but the claim is read here."""
@@ -291,15 +297,22 @@ class RunDirectory:
 
         False, and nothing is changed, where the run has begun here. A kill leaves what another call completes.
         """
-        interrupted = self.curves_file.exists() and not self.result_file.exists()
-        if self.begun() and (not interrupted or self.metrics_file.exists()):
+        if self.result_file.exists():
             return False
         make_folder(self.path)
-        write_json(self.curves_file, curves)
-        self.begin(config, whole["result"].get("data", {}))
-        if whole.get("attempts"):
-            _write_json_lines(self.attempts_file, whole["attempts"])
-        write_json(self.result_file, whole)
+        with claim(self.claim_file) as mine:
+            here = {name for name in sizes(self.path) if not name.startswith(".")}
+            here.discard(self.claim_file.name)
+            interrupted = {
+                each.name for each in (self.curves_file, self.config_file, self.attempts_file)
+            }
+            if not mine or (here and not self.curves_file.name in here <= interrupted):
+                return False
+            write_json(self.curves_file, curves)
+            self.begin(config, whole["result"].get("data", {}))
+            attempts = [each for each in whole.get("attempts") or () if not misfit(each, _ATTEMPT)]
+            _write_json_lines(self.attempts_file, attempts)
+            write_json(self.result_file, whole)
         return True
 
     def forget_judgements(self) -> None:

@@ -108,7 +108,8 @@ class Trained:
 
 
 def open_trained(path: str | Path | RunDirectory) -> Trained:
-    """The run at this path. Raises UserError where there is none, or where it is not done."""
+    """The run at this path. Raises UserError where there is none, where it is not done, or where it was put
+    back from a kept study, which has no parameters."""
     directory = path if isinstance(path, RunDirectory) else RunDirectory(as_path(path))
     require(
         directory.config_file.exists(),
@@ -125,6 +126,11 @@ def open_trained(path: str | Path | RunDirectory) -> Trained:
             "failed": "see why with `gqa-scaling status`, and `run --retry-failed`",
         }.get(state, "finish it with `gqa-scaling run`")
         raise UserError(f"{directory.path} is unfinished ({state}{trained}): {remedy}")
+    require(
+        not directory.is_restored(),
+        f"{directory.path} was put back from a kept study, without its parameters: remove it and train it "
+        "again with `gqa-scaling run`",
+    )
     return Trained(directory, run, whole["result"])
 
 

@@ -105,6 +105,9 @@ def read_records(path: Path) -> Records:
         study["schema"] == SCHEMA,
         f"{path} has schema {study['schema']}, this version reads {SCHEMA}",
     )
+    name = study["experiment"]
+    plain = name not in ("", ".", "..") and not set(name) & set("/\\")
+    _require_whole(path, 1, "" if plain else f"experiment={name!r} does not name a folder")
     with _naming(path, 1):
         question = Question.from_dict(study["question"])
     runs, results = [], []

@@ -32,7 +32,7 @@ def training_curves(directory: RunDirectory, batch_tokens: int) -> tuple[Curve, 
     in the logarithm of the step. Raises UserError for a damaged line, naming it; a last one that a kill
     cut short is left out. Of a run that was put back from a kept study they are those that were kept.
     """
-    if not directory.metrics_file.exists() and directory.curves_file.exists():
+    if directory.is_restored():
         told = read_json(
             directory.curves_file, CURVE_SHAPES, "remove it: the run then has no curves"
         )

@@ -35,7 +35,7 @@ from gqa_scaling.files.storage import (
 )
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import check_average, check_epochs, check_profile, check_steps
-from gqa_scaling.units import byte_size
+from gqa_scaling.units import byte_size, count
 
 LONGEST_PAUSE = 32  # seconds between two looks at runs in a bucket that others are at
 
@@ -97,6 +97,7 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
 
     require_platform()
     check_starts(experiment.runs, experiment.name, root)
+    _require_judged(experiment, root)
     stores: dict[str, TokenStore] = {}
     need = 0
     for run in experiment.runs:
@@ -113,10 +114,12 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         check_average(run)
         directory = run_directory(root, experiment.name, run)
         parent = parent_directory(directory, run)
-        if parent is not None and parent_of(run, experiment.runs) is None:
+        own = parent is not None and parent_of(run, experiment.runs) is not None
+        done = directory.state() == "done"
+        if parent is not None and (not own or (not done and parent.state() == "done")):
             require_parent(run, parent, stores[path].describe()["tokenizer_hash"])
         _require_average(run, directory)
-        if directory.state() != "done":
+        if not done:
             need = max(need, memory.checkpoint_bytes(run) + memory.finished_bytes(run))
     if is_remote(root):
         if is_leader():
@@ -130,6 +133,20 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         "checkpoints; make room or set GQA_SCALING_RUNS",
     )
     return stores
+
+
+def _require_judged(experiment: Experiment, root: Path) -> None:
+    """Refuse a new evaluation of runs that were put back without their parameters."""
+    directories = run_directories(root, experiment.name, experiment.runs)
+    pairs = zip(experiment.runs, directories, strict=True)
+    restored = [(run, each.result()) for run, each in pairs if each.is_restored()]
+    named = [run.name for run, result in restored if result and not _is_judged(run, result)]
+    require(
+        not named,
+        f"{count(len(named), 'run')} of {experiment.name} ({', '.join(named[:4])}{', ...' * (len(named) > 4)}) "
+        "were put back from a kept study, and cannot be judged by another evaluation without their parameters: "
+        "keep to that of the study, leave them out with --only, or remove their directories to train them again",
+    )
 
 
 def _require_average(run: RunConfig, directory: RunDirectory) -> None:

@@ -132,7 +132,7 @@ def _time_use(
 ) -> dict[str, float | None]:
     """What the time of a run went to, as `RunStatus` has it; {} where the files do not tell. One that
     is not done ends for now with its last sign of life; one that was put back has no log."""
-    if not attempts or ended is None or (not last and directory.curves_file.exists()):
+    if not attempts or ended is None or directory.is_restored():
         return {}
     seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
     if seconds <= 0:
@@ -226,8 +226,7 @@ def read_checkpoints(directories: Sequence[RunDirectory]) -> list[RunCheckpoints
         state = directory.state()
         if state == "done":  # but for what it keeps for branches they are dropped, perhaps just now
             kept = [each for each in kept if each.step is None or each.state == "whole"]
-            put_back = directory.curves_file.exists()  # of such a run no parameters are kept
-            if not put_back and all(each.step is not None for each in kept):
+            if not directory.is_restored() and all(each.step is not None for each in kept):
                 kept += [
                     StoredCheckpoint(
                         None, "damaged", (f"{directory.parameters} is missing",), 0, None

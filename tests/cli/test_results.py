@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from gqa_scaling import cli
 from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_exact
 from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.experiment.starts import require_parent
+from gqa_scaling.files.claims import claim
 from gqa_scaling.files.runs import run_directory
+from gqa_scaling.inference.trained import open_trained
 from gqa_scaling.study.histories import histories
 from gqa_scaling.study.results import flags
 from gqa_scaling.study.source import read_source
+from gqa_scaling.sweep.run import check
 
 GRID = """
 from gqa_scaling.config import ModelConfig, Question, RunConfig
@@ -188,7 +193,8 @@ def test_a_kept_study_goes_on_on_another_machine(grid, capsys):
     before = run_directory("runs", "grid", load_experiment("experiments.grid").runs[0]).result()
     keep_and_lose(grid)
     assert cli.main(["restore", "grid.csv"]) == 0
-    assert "runs/grid: 7 finished runs put back" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "runs/grid: 7 finished runs put back, without parameters, and 1 sealed forecast" in told
     runs = load_experiment("experiments.grid").runs
     assert run_directory("runs", "grid", runs[0]).result() == before
     assert cli.main(["status", "experiments.grid", "--json"]) == 0
@@ -216,13 +222,17 @@ def test_putting_back_leaves_what_has_begun_and_completes_what_was_interrupted(g
     here.begin(first, {"store_hash": "another"})
     assert cli.main(["restore", "grid.csv"]) == 0
     told = capsys.readouterr().out
-    assert "6 finished runs put back\nleft as they are, having begun there: L1-h2" in told
+    assert "6 finished runs put back, without parameters\nleft as they are, having" in told
+    assert "begun there: L1-h2\n" in told
     assert here.state() == "pending"
     assert here.data() == {"store_hash": "another"}
-    for run, lost in ((second, ("result",)), (third, ("result", "config", "attempts"))):
+    killed = ((second, ("result",)), (third, ("result", "config", "attempts", "curves")))
+    for run, lost in killed:
         directory = run_directory("runs", "grid", run)
-        for name in lost:  # as a kill leaves it
+        for name in lost:
             getattr(directory, f"{name}_file").unlink()
+        (directory.path / ".curves.json.1f").write_text("{")
+        assert directory.begun() == ("curves" not in lost)
     trained = run_directory("runs", "grid", last)  # put back half, and then trained here
     trained.result_file.unlink()
     trained.metrics_file.write_text('{"step": 1}\n')
@@ -233,6 +243,60 @@ def test_putting_back_leaves_what_has_begun_and_completes_what_was_interrupted(g
     assert not trained.result_file.exists()
 
 
+def test_a_run_that_is_being_trained_is_not_put_back(grid):
+    keep_and_lose(grid)
+    first = load_experiment("experiments.grid").runs[0]
+    directory = run_directory("runs", "grid", first)
+    directory.path.mkdir(parents=True)
+    with claim(directory.claim_file) as mine:
+        assert mine
+        assert cli.main(["restore", "grid.csv"]) == 0
+        assert directory.state() == "running"
+    assert not directory.begun()
+    assert cli.main(["restore", "grid.csv"]) == 0
+    assert directory.state() == "done"
+
+
+def test_what_needs_parameters_says_that_none_were_kept(grid, capsys):
+    keep_and_lose(grid)
+    assert cli.main(["restore", "grid.csv"]) == 0
+    run = load_experiment("experiments.grid").runs[0]
+    directory = run_directory("runs", "grid", run)
+    for command in (
+        ["generate", str(directory.path), "--prompt", "a"],
+        ["export", str(directory.path), "out"],
+        ["judge", str(directory.path)],
+    ):
+        assert cli.main(command) == 2
+        told = capsys.readouterr().err
+        assert "was put back from a kept study, without its parameters: remove it and train" in told
+    other = load_experiment("experiments.grid", ["--evaluation.tokens", "64"])
+    with pytest.raises(
+        UserError, match=r"^7 runs of grid \(L1-h2, L1-h4, L2-h2, L2-h4, \.\.\.\) were"
+    ):
+        check(other, Path("runs"))
+    child = replace(run, start_from=f"grid/{directory.path.name}", name="child")
+    with pytest.raises(UserError, match="was put back from a kept study, without its parameters"):
+        require_parent(child, directory, "t")
+    directory.metrics_file.write_text('{"step": 1}\n')  # trained here since
+    assert open_trained(directory.path).run == run
+
+
+def test_a_kept_study_is_not_replaced_by_less(grid, capsys):
+    keep_and_lose(grid)
+    finish(load_experiment("experiments.grid").runs[0])
+    before = Path("grid.csv").read_text(), Path("grid.jsonl").read_text()
+    assert cli.main(["results", "experiments.grid", "--output", "grid.csv"]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "--output grid.csv keeps 6 runs that would be lost (L1-h4, L2-h2, L2-h4, L4-h2 and 2"
+        in told
+    )
+    assert (Path("grid.csv").read_text(), Path("grid.jsonl").read_text()) == before
+    assert cli.main(["restore", "grid.csv"]) == 0
+    assert cli.main(["results", "experiments.grid", "--output", "grid.csv"]) == 0
+
+
 def test_what_cannot_be_put_back_is_refused(grid, capsys):
     keep_and_lose(grid)
     for source in ("experiments.grid", "chen2025", "other.csv"):
@@ -240,6 +304,12 @@ def test_what_cannot_be_put_back_is_refused(grid, capsys):
         told = capsys.readouterr().err
         assert f"{source} cannot be put back among the runs: that takes FILE.csv with" in told
     record = Path("grid.jsonl")
+    whole = record.read_text()
+    for name in ("", "..", "a/b", "/elsewhere"):
+        record.write_text(whole.replace('"experiment": "grid"', f'"experiment": "{name}"'))
+        assert cli.main(["restore", "grid.csv"]) == 2
+        assert f"experiment='{name}' does not name a folder" in capsys.readouterr().err
+    record.write_text(whole)
     digest = load_experiment("experiments.grid").runs[3].digest
     record.write_text(record.read_text().replace(digest, "0123456789ab"))
     assert cli.main(["restore", "grid.csv"]) == 2

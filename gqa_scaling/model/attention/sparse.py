@@ -136,7 +136,7 @@ def _cut(x: jax.Array, n: jax.Array, t: _Tiling, axis: int = 2) -> jax.Array:
 def least_scores(kind: HeadPattern, x: Operands, most: int) -> int:
     """See `turns`."""
     G, t = x.q_BTKGH.shape[3], _tiling(x, kind, 0)
-    return G * t.row * t.near
+    return G * t.row * max(t.near, t.side)
 
 
 def forward(kind: HeadPattern, x: Operands, most: int = _SCORES) -> tuple[jax.Array, jax.Array]:

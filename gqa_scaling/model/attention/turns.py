@@ -2,8 +2,8 @@
 
 A core computes fastest what its own cache holds. Tiles of all heads and sequences together are
 several times as large; where many cores share them each has its part, but one alone fetches them
-from memory between any two products. `--workers` gives each process one core, and there a turn takes
-as many as make up a tile that stays.
+from memory between any two products. With as many `--workers` as cores each process has one, and there
+a turn takes as many as make up a tile that stays.
 """
 
 from types import ModuleType
@@ -17,14 +17,12 @@ from gqa_scaling.devices.mesh import platform
 from gqa_scaling.hardware import cores
 from gqa_scaling.model.attention.shard import Operands
 
-SCORES = (
-    2**17
-)  # of a turn's tile: half a MiB in float32, half of what the caches of most cores hold
+SCORES = 2**17  # of a turn's tile: half a MiB in float32, half of what most cores have as a cache
 
 
 def run(module: ModuleType, name: str, kind: HeadPattern, x: Operands, *more: Any) -> Any:
     """`module.forward` or `module.backward` (see `shard`): by turns on one core of a CPU, else of all
-    heads at once, as also where a tile of all is no larger than two.
+    heads at once. One core takes all at once too where a tile of all is no larger than two of a turn's.
 
     The module also has `least_scores(kind, x, most)`: how many scores the smallest tile has of one KV
     head of one sequence, where no tile shall have more than `most`.
@@ -34,7 +32,7 @@ def run(module: ModuleType, name: str, kind: HeadPattern, x: Operands, *more: An
         return function(kind, x, *more)
     (B, _, K), least = x.q_BTKGH.shape[:3], module.least_scores(kind, x, SCORES)
     if B * K * least <= 2 * SCORES:
-        return function(kind, x, *more)
+        return function(kind, x, *more, most=SCORES)
     k = _part(K, SCORES // least)
     b = _part(B, SCORES // (K * least)) if k == K else 1
 
