@@ -19,7 +19,7 @@ from masked_attention import both, masked, operands
 
 from gqa_scaling.context_sharding import HeadPattern
 from gqa_scaling.devices.layout import AXES, zigzag
-from gqa_scaling.model.attention import attend, blockwise
+from gqa_scaling.model.attention import attend, blockwise, turns
 
 tiles: Counter[int] = Counter()
 
@@ -112,7 +112,12 @@ def main(every: bool) -> dict:
         "heads": refused(1, 2, 96, heads(0, None)),
         "kernel": refused(2, 1, 48, dense, **kernel("triton")),
     }
-    blockwise._block = lambda T: 8
+    several, turns.cores = turns.cores, lambda: [0]
+    turns.SCORES = 1  # one head of one sequence after the other
+    errors["one core"] = error(4, 2, 128, (None,) * 4)
+    errors["one core, stripes"] = error(2, 2, 128, heads(0, 1, 2, 3))
+    turns.cores = several
+    blockwise._block = lambda *_: 8
     errors["small tiles"] = error(4, 2, 128, two)
     blockwise.lax = SimpleNamespace(**{**vars(jax.lax), "fori_loop": counted})
     error(8, 1, 512, dense)
