@@ -132,7 +132,7 @@ def _time_use(
 ) -> dict[str, float | None]:
     """What the time of a run went to, as `RunStatus` has it; {} where the files do not tell. One that
     is not done ends for now with its last sign of life; one that was put back has no log."""
-    if not attempts or ended is None or directory.is_restored():
+    if not attempts or ended is None or (not last and directory.is_restored()):
         return {}
     seconds = max(ended, attempts[-1]["began"]) - attempts[0]["began"]
     if seconds <= 0:

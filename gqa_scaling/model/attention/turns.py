@@ -17,7 +17,7 @@ from gqa_scaling.devices.mesh import platform
 from gqa_scaling.hardware import cores
 from gqa_scaling.model.attention.shard import Operands
 
-SCORES = 2**17  # of a turn's tile: half a MiB in float32, half of what most cores have as a cache
+SCORES = 2**17  # of a turn's tile: half a MiB in float32, which the caches of most cores hold
 
 
 def run(module: ModuleType, name: str, kind: HeadPattern, x: Operands, *more: Any) -> Any:
