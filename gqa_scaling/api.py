@@ -44,7 +44,7 @@ def declare(name: str, runs: Iterable[RunConfig], question: Question | None = No
     found = list(runs)
     require(bool(found), f"{name}: an experiment needs at least one run")
     ordered = tuple(parents_first(unique(found)))
-    return Experiment(name, ordered, question or Question(), "", ordered)
+    return Experiment(name, ordered, question or Question(), ordered)
 
 
 def train(experiment: "Experiment", root: str | Path | None = None) -> None:

@@ -180,13 +180,8 @@ def cache_bytes(model: ModelConfig, context: int, batch: int, cache: str) -> int
     return batch * (VALUE_BYTES[cache] * values + scales)
 
 
-def decode_bytes(model: ModelConfig, context: int, batch: int, cache: str) -> int:
-    """Bytes that a step reads which decodes one token of each sequence, the last of T."""
-    return weight_bytes(model) + cache_bytes(model, context, batch, cache)
-
-
 def decode_flops(model: ModelConfig, context: int, batch: int) -> int:
-    """FLOPs of that step: 2 N + 2 d V + 4 T_eff L d_h n_h for each sequence, norms left out."""
+    """FLOPs of a step that decodes one token of each sequence, the last of T: 2 N + 2 d V + 4 T_eff L d_h n_h for each sequence, norms left out."""
     p = parameters(model)
     linear = 2 * (p.attention + p.ffn) + 2 * model.d_model * model.vocab_size
     keys = effective_context(model.layer_patterns, context)

@@ -40,7 +40,6 @@ class Experiment:
     name: str
     runs: tuple[RunConfig, ...]
     question: Question
-    about: str
     declared: tuple[RunConfig, ...] = ()
 
     @property
@@ -112,8 +111,7 @@ def load_experiment(
             question = module.question(variant)
     is_one = isinstance(question, Question)
     require(is_one, f"{spec}: QUESTION must be a Question, not {_kind(question)}")
-    about = (module.__doc__ or "").strip().split("\n")[0]
-    return Experiment(name, tuple(runs), question, about, tuple(runs))
+    return Experiment(name, tuple(runs), question, tuple(runs))
 
 
 def split_variant(spec: str) -> tuple[str, str]:

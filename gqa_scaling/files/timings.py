@@ -3,7 +3,6 @@
 Nothing of this needs jax: what is fitted to the timings reads them by `read_timings`.
 """
 
-import json
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -78,8 +77,9 @@ class Timing:
     `context` is the tokens of each sequence that are there after the step, the new one counted, or
     of its prompt. `seconds` is the median over `rounds` for the whole batch, `spread` the distance
     of its quartiles as a fraction of it. `bytes` are those of the weights and the cache that are
-    read, `flops` those that the model needs (`costs`: `decode_bytes`, `decode_flops`,
-    `prefill_bytes`, `prefill_flops`), `memory_bytes` what is held; each of all devices together.
+    read, every copy of a KV head that serves several devices counted (`inference/cases.py`,
+    `read_bytes`). `flops` are those that the model needs (`costs.py`, `decode_flops` and
+    `prefill_flops`), and `memory_bytes` is what is held; each of all devices together.
     `model.dtype` is what was computed in, and `cache` what keys and values are kept in.
 
     `bandwidth` and `peak` are what the machine did between the rounds, bytes and FLOP/s of a product
@@ -170,7 +170,7 @@ def to_json(timings: Timings) -> dict[str, Any]:
 def write_timings(path: Path, timings: Timings) -> None:
     """Replace the file at one stroke."""
     make_folder(path.parent)
-    write_json(path, json.loads(json.dumps(to_json(timings))))
+    write_json(path, to_json(timings))
 
 
 def read_timings(path: Path) -> Timings:

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -130,7 +129,7 @@ class Calibration:
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Replace the file at one stroke."""
     make_folder(path.parent)
-    write_json(path, json.loads(json.dumps(calibration.to_dict())))
+    write_json(path, calibration.to_dict())
 
 
 def require_replaceable(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import require
-from gqa_scaling.study.fit import Refitting, brought, fit_model
+from gqa_scaling.study.fit import brought, fit_model
 from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Points, cells, labels
@@ -86,7 +86,8 @@ def context_law(results: Results, *, refits: int = 1000, seed: int = 0) -> Conte
         model,
         (p.size, labels(p.size, p.context)),
         title="the context law",
-        how=Refitting(refits, seed),
+        refits=refits,
+        seed=seed,
         context_length=reference,
     )
     at = lengths.index(reference)  # E is followed by the offsets of the other lengths

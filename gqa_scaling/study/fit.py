@@ -7,7 +7,6 @@ intervals rest on.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,18 +20,6 @@ from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.uncertainty import REFITS, influence, strange
-
-
-@dataclass(frozen=True)
-class Refitting:
-    """How often a law is fitted again, and the seed of the errors drawn; UserError outside 100 to
-    10,000 refits."""
-
-    refits: int = 1000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        between("refits", self.refits, *REFITS)
 
 
 def fit(
@@ -51,7 +38,6 @@ def fit(
     several. Raises UserError when the runs are too few or cannot be compared, or when most refits
     fail.
     """
-    how = Refitting(refits, seed)
     require(law in LAWS, f"law={law!r} must be one of {', '.join(LAWS)}")
     p = points(results, context_length, joint=law != "separate")
     model = make_model(law, p, results.head_dim[0])
@@ -67,7 +53,8 @@ def fit(
         (p.size,),
         law=law,
         title=f"law {law!r}",
-        how=how,
+        refits=refits,
+        seed=seed,
         remedy="add sizes, or fit a law with fewer parameters",
         context_length=context_length,
     )
@@ -81,7 +68,8 @@ def fit_model(
     groups: Sequence[np.ndarray],
     *,
     title: str,
-    how: Refitting,
+    refits: int,
+    seed: int,
     remedy: str = "add runs, of more sizes or with several seeds",
     law: Law = "separate",
     context_length: int | None = None,
@@ -90,10 +78,11 @@ def fit_model(
 
     `groups` are ways to label the points whose errors may be common (a size whatever else, or a
     size in one setting); the one that the residuals speak for most is used. `title` names what is
-    fitted, and `remedy` says what to do where it cannot be. Raises UserError when half of the refits
-    or more fail: the others are then a selection, and no interval comes from none.
+    fitted, and `remedy` says what to do where it cannot be. Raises UserError for a number of refits outside
+    100 to 10,000, and when half of them or more fail: the others are then a selection, and no interval comes from none.
     """
-    refits, w = how.refits, p.replicates.astype(float)
+    between("refits", refits, *REFITS)
+    w = p.replicates.astype(float)
     best = solve_point(model, p.loss, w)
     predicted = model.predict(best.parameters[None])[0]
     residual = p.loss - predicted
@@ -105,8 +94,8 @@ def fit_model(
         f"{absorbed} parameters; {remedy}",
     )
     odd = strange(residual, w, leverage, seeds, dof)
-    common = likeliest(residual, best.absorbing, w, groups, seeds, p.noise_dof, how.seed)
-    noise = common.draw(refits, np.random.default_rng(how.seed))
+    common = likeliest(residual, best.absorbing, w, groups, seeds, p.noise_dof, seed)
+    noise = common.draw(refits, np.random.default_rng(seed))
     y = np.maximum(predicted + noise, 1e-3 * p.loss)  # losses are above 0
     rows, _, done = refit(model, y, np.tile(w, (refits, 1)), np.tile(best.parameters, (refits, 1)))
     failed = int((~done).sum())
@@ -136,9 +125,10 @@ def fit_model(
         converged=best.converged,
         at_bound=best.at_bound,
         shared=common,
-        misfit=misfit(p, model, best, residual, groups, how.seed),
+        misfit=misfit(p, model, best, residual, groups, seed),
         refits_failed=failed,
-        **vars(how),
+        refits=refits,
+        seed=seed,
     )
 
 

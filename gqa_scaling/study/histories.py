@@ -7,7 +7,7 @@ from gqa_scaling.config import RunConfig
 from gqa_scaling.files.runs import RunDirectory, State, run_directories
 from gqa_scaling.files.storage import together
 from gqa_scaling.study.source import Source
-from gqa_scaling.study.training_curves import Curve, training_curve
+from gqa_scaling.study.training_curves import Curve, training_curves
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def histories(source: Source, command: str) -> Histories:
 
     def history(run: RunConfig, directory: RunDirectory) -> Curve | Unfinished:
         if run.name in finished:
-            return training_curve(directory, run.batch_tokens)
+            return training_curves(directory, run.batch_tokens)[0]
         return _unfinished(directory, run)
 
     directories = run_directories(source.root, source.experiment.name, source.grid)

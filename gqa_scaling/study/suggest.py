@@ -26,8 +26,9 @@ from gqa_scaling.study.proposals import Kind, Proposals, Proposed, Step
 from gqa_scaling.study.results import Heads, Results, pair, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of, shapes
+from gqa_scaling.study.strays import SPREADS
 
-STRAY_U, STRAY_B = 0.02, 0.01  # of one configuration from what all share, prior deviations
+STRAY_U, STRAY_B = SPREADS  # of one configuration from what all share, prior deviations
 STRAY_T = 0.001  # share of the loss that m_H is an octave: 1% from 8K to 128K is 2.5 deviations
 DRAWS = 1000
 LEAST = 4  # finished runs, as many as the curve of one configuration needs

@@ -2,7 +2,7 @@
 
 a and b are each configuration's own, E, B and beta are shared: the additive form of Hoffmann et
 al. 2022 (their approach 3) with the curves of Chen et al. 2025, section 4.1. It needs token budgets
-that vary at a fixed size, and is what aligns configurations by training FLOPs (see `aligned`).
+that vary at a fixed size, and is what aligns configurations by training FLOPs (see `equal_training`).
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.study import laws
-from gqa_scaling.study.fit import Refitting, brought, fit_model
+from gqa_scaling.study.fit import brought, fit_model
 from gqa_scaling.study.fitted import Fit, flagged, plain
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.models import SeparateCurves
@@ -211,7 +211,8 @@ def token_law(
         model,
         (p.size, labels(p.size, budget)),
         title="the token law",
-        how=Refitting(refits, seed),
+        refits=refits,
+        seed=seed,
         context_length=length or None,
     )
     jacobian = np.sqrt(p.replicates)[:, None] * model.jacobian(fitted.parameters[None])[0]

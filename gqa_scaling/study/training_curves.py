@@ -19,11 +19,6 @@ CURVES = {"training_curve": "losses", "rereading_curve": "gains"}  # beside the 
 CURVE_SHAPES: Shape = {f"{name}?": {"tokens": [float], of: [float]} for name, of in CURVES.items()}
 
 
-def training_curve(directory: RunDirectory, batch_tokens: int) -> Curve:
-    """The first of `training_curves`."""
-    return training_curves(directory, batch_tokens)[0]
-
-
 def training_curves(directory: RunDirectory, batch_tokens: int) -> tuple[Curve, Curve]:
     """The training loss of one run, and what reading a text again gained it each time that it was
     measured before the end of training; empty where nothing was logged.

@@ -26,7 +26,6 @@ def test_an_experiment_is_a_module_or_a_file(workplace, spec):
     assert experiment.name == "tiny"
     assert names(experiment) == NAMES
     assert experiment.question == Question(contexts=(64,))
-    assert experiment.about == "What the tests ask."
 
 
 def test_a_file_anywhere(workplace, tmp_path_factory):
@@ -40,7 +39,7 @@ def test_an_experiment_without_question_and_docstring(workplace):
         "from experiments.tiny import runs as all_runs\ndef runs():\n    return all_runs()[:2]\n"
     )
     bare = load_experiment("bare.py")
-    assert (names(bare), bare.question, bare.about) == (NAMES[:2], Question(), "")
+    assert (names(bare), bare.question) == (NAMES[:2], Question())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,6 @@ def test_the_experiments_shipped_here_load(workplace, monkeypatch, name):
     monkeypatch.chdir(CHECKOUT)
     experiment = load_experiment(f"experiments.{name}")
     assert experiment.runs
-    assert experiment.about
 
 
 def test_the_published_grid_is_21_heads_by_8_sizes(workplace, monkeypatch):

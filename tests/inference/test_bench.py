@@ -13,7 +13,6 @@ from gqa_scaling.config import ModelConfig
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import (
     cache_bytes,
-    decode_bytes,
     decode_flops,
     prefill_bytes,
     prefill_flops,
@@ -53,7 +52,6 @@ def test_the_bytes_of_a_step_are_those_of_the_arrays(name, cache):
         held = jax.eval_shape(lambda: empty_cache(model, 3, 64, cache).layers)
     size = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in (weights, held)]
     assert [weight_bytes(model), cache_bytes(model, 64, 3, cache)] == size
-    assert decode_bytes(model, 64, 3, cache) == sum(size)
 
 
 def test_flops_and_bytes_of_both_phases_by_hand():
@@ -152,7 +150,7 @@ def test_the_verb_times_shows_and_goes_on_where_it_was_killed(
     assert len(whole.timed) == 8
     assert all(row.rounds == 2 and row.bandwidth > 0 and row.peak > 0 for row in whole.rows)
     for row in whole.rows:
-        assert row.memory_bytes > decode_bytes(row.model, row.context, row.batch, row.cache)
+        assert row.memory_bytes > weight_bytes(row.model)
     assert "(2,1)@L1d16" in out
     assert Path("t.png").read_bytes()[:4] == b"\x89PNG"
     before = path.read_bytes()

@@ -94,7 +94,7 @@ def test_budgets_that_share_their_steps_are_one_job_at_the_price_of_the_plan():
     row = replace(V5E, start_seconds=0.0)
     priced = group("study", budgets, offered, row, 24, trunks(budgets))
     (one,) = priced
-    counted = make_plan(Experiment("study", tuple(budgets), Question(), ""), row, one.slice.chips)
+    counted = make_plan(Experiment("study", tuple(budgets), Question()), row, one.slice.chips)
     assert one.seconds == pytest.approx(3600 * counted.hours)
     separate = sum(plan_run(each, row, one.slice.chips).seconds for each in budgets)
     assert one.seconds < 0.75 * separate

@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from gqa_scaling.config import ModelConfig
-from gqa_scaling.costs import decode_bytes, decode_flops, prefill_flops
+from gqa_scaling.costs import cache_bytes, decode_flops, prefill_flops, weight_bytes
 from gqa_scaling.files.timings import Machine, Timing, Timings, write_timings
 from gqa_scaling.study.calibrate import calibrate
 from gqa_scaling.study.calibration import write_calibration
@@ -26,7 +26,7 @@ def rows(
     for (layers, width), (h, kv), context, batch in product(sizes, heads, contexts, batches):
         model = ModelConfig(layers, width, h, kv, vocab_size=8192, dtype="float32")
         flops = (decode_flops if phase == "decode" else prefill_flops)(model, context, batch)
-        read = decode_bytes(model, context, batch, cache)
+        read = weight_bytes(model) + cache_bytes(model, context, batch, cache)
         out.append(Timing(model, phase, context, batch, cache, 1.0, 0.0, 5, read, flops, read))
     return out
 
@@ -39,7 +39,7 @@ def parts(row):
     """Seconds of reading weights, of their products, of reading the cache and of attention, from the
     bytes and FLOPs that `costs` counts for a built model."""
     m, kept = row.model, row.cache
-    empty = decode_bytes(m, 0, row.batch, kept)
+    empty = weight_bytes(m)
     attention = row.batch * 4 * row.context * m.n_layers * m.head_dim * m.n_heads
     return (
         empty / RATES["weights"],

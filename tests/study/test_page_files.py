@@ -25,7 +25,7 @@ from gqa_scaling.study.report.page import study_page
 from gqa_scaling.study.report.write import write_report
 from gqa_scaling.study.source import Source
 from gqa_scaling.study.study import Study
-from gqa_scaling.study.training_curves import MOST_PLACES, training_curve
+from gqa_scaling.study.training_curves import MOST_PLACES, training_curves
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def begun(workplace):
 
 def test_training_curves_are_thinned_and_end_where_training_ended(begun):
     _, directory = begun
-    tokens, losses = training_curve(directory, 128)
+    (tokens, losses), _ = training_curves(directory, 128)
     assert 50 < len(tokens) <= MOST_PLACES
     first = round(2 * tokens[-1] / 128) - 5000  # the last place is a mean of all steps from here on
     assert first < 4900
@@ -147,10 +147,10 @@ def test_a_damaged_line_is_named_and_one_cut_short_is_not(begun):
     _, directory = begun
     whole = directory.metrics_file.read_text()
     directory.metrics_file.write_text(whole[:-9])
-    assert training_curve(directory, 128)[0][-1] < 5000 * 128
+    assert training_curves(directory, 128)[0][0][-1] < 5000 * 128
     directory.metrics_file.write_text(whole.replace('{"step": 1,', '{"step" 1,', 1))
     with pytest.raises(UserError, match="line 1 is damaged"):
-        training_curve(directory, 128)
+        training_curves(directory, 128)
 
 
 def test_what_failed_is_told_with_its_last_line(begun):

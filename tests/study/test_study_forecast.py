@@ -86,7 +86,7 @@ def estimated(root: Path, runs: list[RunConfig], **options) -> tuple[Estimates, 
 
 
 def source(root: Path, runs: list[RunConfig]) -> Source:
-    experiment = Experiment("grid", tuple(runs), Question(), "")
+    experiment = Experiment("grid", tuple(runs), Question())
     return Source(
         "experiments.grid", (), from_runs(root, "grid", runs), Question(), experiment, root
     )

@@ -30,7 +30,7 @@ def run(name: str = "a", layers: int = 2, **changes) -> RunConfig:
 
 
 def experiment(*runs: RunConfig) -> Experiment:
-    return Experiment("exp", runs, Question(), "")
+    return Experiment("exp", runs, Question())
 
 
 def shown(table) -> str:

@@ -90,7 +90,7 @@ def compiler(monkeypatch):
 
 
 def experiment(*runs: RunConfig) -> Experiment:
-    return Experiment("exp", runs, Question(), "")
+    return Experiment("exp", runs, Question())
 
 
 def shown(found: list[pods.Compiled], *runs: RunConfig) -> str:

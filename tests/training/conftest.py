@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
     make_workplace(folder)
     with pytest.MonkeyPatch.context() as patch, keeping_programs(compiled):
         patch.chdir(folder)
-        tiny = Experiment("tiny", (tiny_run(),), Question(), "")
+        tiny = Experiment("tiny", (tiny_run(),), Question())
         assert run_sweep(tiny, Path("runs")).exit_code == 0
     return folder
 

@@ -27,7 +27,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_tokens=4 * 128)
 SHORT, MIDDLE, LONG = RUNS = tuple(
     tiny_run(f"D{steps}", tokens=steps * 128, optimizer=OPTIMIZER) for steps in (15, 30, 40)
 )  # the decay begins after 12, 24 and 32 steps
-GRID = Experiment("tiny", RUNS, Question(), "")
+GRID = Experiment("tiny", RUNS, Question())
 ROOT = Path("runs")
 
 

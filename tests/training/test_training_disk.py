@@ -64,7 +64,7 @@ def test_no_run_is_blamed_and_none_tried_after_it(
     monkeypatch.setattr(loop, "train", train)
     runs = (tiny_run("one"), tiny_run("two", seed=1))
     with pytest.raises(failures.DiskError) as caught:
-        sweep.run_sweep(Experiment("tiny", runs, Question(), ""), Path("runs"))
+        sweep.run_sweep(Experiment("tiny", runs, Question()), Path("runs"))
     assert failures.failure(caught.value) is caught.value
     assert tried == [runs[0]]
     assert [run_directory("runs", "tiny", run).state() for run in runs] == ["pending"] * 2

@@ -35,7 +35,7 @@ def judged(**asked: object) -> RunConfig:
 
 def evaluate(run: RunConfig) -> dict:
     """The run's evaluation, of the finished run in this working directory."""
-    assert sweep.run_sweep(Experiment("tiny", (run,), Question(), ""), Path("runs")).done == 1
+    assert sweep.run_sweep(Experiment("tiny", (run,), Question()), Path("runs")).done == 1
     return finished().result()["result"]["evaluations"][run.evaluation_digest]
 
 
@@ -260,4 +260,4 @@ def test_an_average_that_was_not_asked_for_in_time_is_refused() -> None:
 )
 def test_what_cannot_be_judged_is_refused_before_training(asked: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        sweep.check(Experiment("tiny", (judged(**asked),), Question(), ""), Path("elsewhere"))
+        sweep.check(Experiment("tiny", (judged(**asked),), Question()), Path("elsewhere"))

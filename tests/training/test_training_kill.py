@@ -19,7 +19,7 @@ def killed_then_continued(*moments: str) -> str:
     for moment in moments:
         assert subprocess.run([sys.executable, str(TINY), moment]).returncode == -9
         assert run_directory("runs", "tiny", tiny_run()).state() == "stale"
-    tiny = Experiment("tiny", (tiny_run(),), Question(), "")
+    tiny = Experiment("tiny", (tiny_run(),), Question())
     assert run_sweep(tiny, Path("runs")).exit_code == 0
     return result_of(Path("runs"))
 

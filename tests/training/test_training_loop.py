@@ -38,7 +38,7 @@ from gqa_scaling.training.setup import Setup, set_up
 
 
 def experiment(*runs: RunConfig) -> Experiment:
-    return Experiment("tiny", runs, Question(), "")
+    return Experiment("tiny", runs, Question())
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ CHILD = dataclasses.replace(
 
 
 def grid(*runs: RunConfig) -> Experiment:
-    return Experiment("tiny", runs, Question(), "")
+    return Experiment("tiny", runs, Question())
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from gqa_scaling.config import Question
 from gqa_scaling.files.storage import as_path
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Format = Literal["svg", "pdf"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 PARTS = (
     "judged",
     "fit",
