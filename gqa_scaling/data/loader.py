@@ -120,7 +120,8 @@ def heldout_chunks(
 ) -> np.ndarray:
     """The evaluation stream as overlapping chunks, int32 [n, context_length + 1], read-only.
 
-    The stream is the beginning of the held-out split: at most `tokens` targets, trimmed to a
+    The stream is the beginning of the held-out split, whose documents lie in the order of their
+    hashes and so are of all kinds (`tokenise.py`): at most `tokens` targets, trimmed to a
     multiple of `multiple_of`, and one token before them. Chunks overlap by one token, so every
     token after the first is a target exactly once, whatever the context length. Raises UserError
     when the split is too short.
