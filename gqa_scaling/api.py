@@ -303,6 +303,7 @@ class LoadedModel:
         from flax import nnx
 
         from gqa_scaling.inference.decode import for_platform
+        from gqa_scaling.model.einsum import full_precision
 
         run = replace(self.run, model=for_platform(self.run.model))
         graph, parameters = nnx.split(replace(self.trained, run=run).model())
@@ -310,7 +311,8 @@ class LoadedModel:
         @jax.jit
         def logits(parameters: Any, tokens_BT: Any) -> Any:
             model = nnx.merge(graph, parameters)
-            return model.logits(model(tokens_BT))
+            with full_precision(run.model.dtype):
+                return model.logits(model(tokens_BT))
 
         return functools.partial(logits, parameters)
 

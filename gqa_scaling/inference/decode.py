@@ -39,7 +39,7 @@ from gqa_scaling.files.timings import CacheName
 from gqa_scaling.hardware import GIB
 from gqa_scaling.inference import cache as kv
 from gqa_scaling.inference.cache import Heads, LayerCache
-from gqa_scaling.model.einsum import einsum_f32
+from gqa_scaling.model.einsum import einsum_f32, full_precision
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.model.transformer import Layers, create, rms_norm, rope_tables
 from gqa_scaling.units import byte_size, count
@@ -229,10 +229,11 @@ def read(
 ) -> tuple[jax.Array, New]:
     """Logits (B, V) after the first `count_B[b]` of T tokens of each sequence, and their keys and
     values, for `write`. Where none of a sequence's tokens count, its logits mean nothing."""
-    hidden_BTD, new = hidden(config, parameters, cache, tokens_BT)
-    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
-    return logits(parameters, hidden_B1D)[:, 0], new
+    with full_precision(config.dtype):
+        hidden_BTD, new = hidden(config, parameters, cache, tokens_BT)
+        last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+        hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
+        return logits(parameters, hidden_B1D)[:, 0], new
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

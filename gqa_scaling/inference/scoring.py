@@ -13,7 +13,7 @@ from flax import nnx
 
 from gqa_scaling.config import require
 from gqa_scaling.costs import LOGIT_BYTES
-from gqa_scaling.model.einsum import einsum_f32
+from gqa_scaling.model.einsum import einsum_f32, full_precision
 from gqa_scaling.model.transformer import Transformer
 
 SHORTEST = 32  # tokens that shorter sequences are filled up to
@@ -32,7 +32,12 @@ class Scorer:
             parameters: nnx.State, tokens_BT: jax.Array, targets_BT: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
             """Log-likelihood of each target in nats, and whether no token is more likely."""
-            model = nnx.merge(graph, parameters)
+            with full_precision(model.config.dtype):
+                return scored(nnx.merge(graph, parameters), tokens_BT, targets_BT)
+
+        def scored(
+            model: Transformer, tokens_BT: jax.Array, targets_BT: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             hidden_BTD, table_VD = model(tokens_BT), model.output_table()
             table_VD = table_VD.astype(hidden_BTD.dtype)
 

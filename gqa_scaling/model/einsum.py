@@ -1,7 +1,21 @@
-"""Matrix products of low-precision operands with a float32 result."""
+"""Matrix products: of low-precision operands with a float32 result, and of float32 as float32."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
+
+from gqa_scaling.devices.mesh import platform
+
+
+def full_precision(dtype: str) -> contextlib.AbstractContextManager:
+    """What a model that computes in `dtype` is traced within, so that float32 is float32.
+
+    By default accelerators round the float32 operands of products, TPUs to bfloat16 and GPUs to TF32,
+    which has as few digits.
+    """
+    exact = dtype == "float32" and platform() != "cpu"
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
 def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

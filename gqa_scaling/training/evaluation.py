@@ -16,6 +16,7 @@ from gqa_scaling.data import TokenStore
 from gqa_scaling.data.loader import evaluation_hash, heldout_chunks
 from gqa_scaling.devices.layout import zigzag
 from gqa_scaling.devices.mesh import BatchLayout
+from gqa_scaling.model.einsum import full_precision
 from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.text import NeedleForm
 from gqa_scaling.training.setup import Setup, at_length
@@ -118,7 +119,7 @@ def evaluator(
     ) -> tuple[jax.Array, jax.Array]:
         """Summed over positions, (B,), and over the rows that count, (T,)."""
         model = nnx.merge(setup.graph, parameters)
-        with setup.precision():
+        with full_precision(run.model.dtype):
             nll_BT = per_position_nll(model, inputs_BT, targets_BT, attention=setup.attention)
         counted = jnp.arange(rows)[:, None] < rows_left
         return nll_BT.sum(1), jnp.where(counted, nll_BT, 0).sum(0)

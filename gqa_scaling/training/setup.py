@@ -1,6 +1,5 @@
 """What follows from a run's config and the devices it is on, worked out once and passed down."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,13 +57,6 @@ class Setup:
     def platform(self) -> str:
         """What JAX calls its devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
-
-    def precision(self) -> contextlib.AbstractContextManager:
-        """The precision to trace the model in. By default accelerators round the float32 operands
-        of products, TPUs to bfloat16 and GPUs to TF32, which has as few digits: a model that is to
-        be computed in float32 would not be."""
-        exact = self.run.model.dtype == "float32" and self.platform != "cpu"
-        return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
     @property
     def layout(self) -> dict[str, Any]:

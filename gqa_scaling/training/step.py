@@ -14,6 +14,7 @@ from flax import nnx
 
 from gqa_scaling.config import RunConfig
 from gqa_scaling.devices import mesh as parallel
+from gqa_scaling.model.einsum import full_precision
 from gqa_scaling.model.loss import next_token_loss
 from gqa_scaling.model.transformer import create
 from gqa_scaling.training.setup import Setup, set_up
@@ -80,7 +81,7 @@ def train_step(setup: Setup) -> Any:
         state: State, inputs_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[State, StepMetrics]:
         parameters, moments = state
-        with setup.precision():
+        with full_precision(run.model.dtype):
             loss, grads = gradients(parameters, inputs_BT, targets_BT)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -3,14 +3,19 @@
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hugging_face_kit import make_run, model, some_tokens
 
-from gqa_scaling.config import UserError
+from gqa_scaling.config import ModelConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.inference.decode import empty_cache, random_parameters, read
 from gqa_scaling.inference.scoring import Scorer
 from gqa_scaling.inference.trained import named
+from gqa_scaling.model import einsum
+from gqa_scaling.model.transformer import create
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 import numpy_transformer
@@ -81,3 +86,22 @@ def test_sizes_that_are_none_are_refused(tmp_path):
         Scorer(network, 0, 1)
     with pytest.raises(UserError, match="batch_size=0"):
         Scorer(network, 8, 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_decoding_and_scoring_in_float32_keep_all_digits(dtype, monkeypatch):
+    """As training does (tests/training/test_training_lowering.py): what is compared is computed alike."""
+    monkeypatch.setattr(einsum, "platform", lambda: "gpu")
+    config = ModelConfig(2, 32, 4, 2, vocab_size=264, dtype=dtype)
+    parameters = jax.eval_shape(lambda: random_parameters(config))
+    cache = jax.eval_shape(lambda: empty_cache(config, 2, 64))
+    tokens, counts = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    decoded = read.trace(config, parameters, cache, tokens, counts)
+    scorer = Scorer(create(config, 0), 32, 2)
+    scored = scorer._score.trace(scorer._parameters, tokens, tokens)
+    for traced in (decoded, scored):
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        exact = ["precision = [HIGHEST, HIGHEST]" in line for line in products]
+        assert len(products) > 5
+        assert all(exact) if dtype == "float32" else not any(exact)

@@ -8,6 +8,7 @@ import pytest
 from training_kit import tiny_run
 
 from gqa_scaling.config import ModelConfig, ParallelConfig, UserError
+from gqa_scaling.model import einsum
 from gqa_scaling.training import setup as setups
 from gqa_scaling.training.setup import Setup, set_up
 from gqa_scaling.training.step import _compiler_options, abstract_state, train_step
@@ -24,7 +25,9 @@ def test_train_step_lowers(platform: str, dtype: str, monkeypatch: pytest.Monkey
         parallel=parallel, evaluation=dataclasses.replace(tiny_run().evaluation, tokens=2048),
     )  # fmt: skip
     setup = set_up(run)
-    monkeypatch.setattr(Setup, "platform", {"cuda": "gpu"}.get(platform, platform))
+    computed_on = {"cuda": "gpu"}.get(platform, platform)
+    monkeypatch.setattr(Setup, "platform", computed_on)
+    monkeypatch.setattr(einsum, "platform", lambda: computed_on)
     tokens = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
     traced = train_step(setup).trace(abstract_state(setup), tokens, tokens)
     lowered = traced.lower(lowering_platforms=(platform,))
