@@ -3,6 +3,7 @@
 python docs/findings.py
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gqa_scaling.study.estimates import estimate
+from gqa_scaling.study.fit import fit
 from gqa_scaling.study.report import drawing as draw
 from gqa_scaling.study.report.drawing import frames
 from gqa_scaling.study.report.looks import looks
@@ -198,13 +200,36 @@ def reading_again(source: Source) -> list[str]:
     return lines
 
 
+def on_text_as_trained_on(source: Source, which: str = "") -> list[str]:
+    """Law `product` of the training losses that runs ended at, as the held-out text is of another kind:
+    means over the last logged steps, of batches that were new to the run."""
+    r, kept = source.results, source.kept
+    assert kept is not None
+    ends = np.array([kept.curves[str(name)][1][-1] for name in r.name])
+    apart = r.loss - ends
+    lines = [f"{which}held-out minus training loss: {apart.min():.2f} to {apart.max():.2f} nats"]
+    r = dataclasses.replace(r, loss=ends)
+    for those, runs in (("all", r), ("that copy", r.select(r.gained_by_rereading >= COPIES))):
+        found = fit(runs, law="product")
+        drawn = dict(zip(found.names, found.parameter_draws.T, strict=True))
+        drawn["p - q"] = drawn["p"] - drawn["q"]
+        ends_of = {
+            name: np.quantile(drawn[name], (0.05, 0.95)) for name in ("E", "p", "q", "p - q")
+        }
+        said = "; ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in ends_of.items())
+        bend = found.misfit.p_value if found.misfit else np.nan
+        noise = f"noise {1e3 * found.sigma:.0f} millinats, bend p = {bend:.2f}"
+        lines.append(f"{which}training losses, {len(runs)} runs {those}: {said}; {noise}")
+    return lines
+
+
 def told() -> str:
     """When runs learn to copy, and how forecasts fared, in words."""
     linux, equal = (read_source(name, (), None) for name in (LINUX, EQUAL_TOKENS))
-    both = sooner(onsets(linux) + onsets(equal))
     lines = copying(linux) + copying(equal, "on equal tokens, ")
-    lines.append(f"in both studies a KV head for each query head is sooner in {both}")
-    return "\n".join(lines + reading_again(equal) + forecast_again(linux))
+    lines += reading_again(equal) + forecast_again(linux)
+    lines += on_text_as_trained_on(linux) + on_text_as_trained_on(equal, "on equal tokens, ")
+    return "\n".join(lines)
 
 
 def copying(source: Source, which: str = "") -> list[str]:
