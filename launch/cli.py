@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gqa_scaling.cli.shared import Version, print_error, print_json, print_table, say
-from gqa_scaling.config import UserError, require
+from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment, load_experiment
 from gqa_scaling.files.failures import failure
-from gqa_scaling.files.runs import run_directory, runs_root
+from gqa_scaling.files.runs import RunDirectory, parent_directory, run_directory, runs_root
 from gqa_scaling.files.storage import is_remote
 from gqa_scaling.hardware import Slice, changed, hardware
 from gqa_scaling.sweep.plan import check_epochs
@@ -261,8 +261,9 @@ def _left_to_launch(
     """The runs to submit, and how many there are of what: all runs, those to launch, and by state those
     that are left out."""
     left = pending(experiment, root)
-    states = {run: run_directory(root, experiment.name, run).state() for run in left}
-    skipped = ("running",) if retry else ("running", "failed")
+    directories = {run: run_directory(root, experiment.name, run) for run in left}
+    states = {run: _launch_state(run, each) for run, each in directories.items()}
+    skipped = ("running", "waiting") if retry else ("running", "failed", "waiting")
     chosen = tuple(run for run in left if states[run] not in skipped)
     counts = {"runs": len(experiment.runs), "to launch": len(chosen)}
     counts["finished"] = len(experiment.runs) - len(left)
@@ -270,12 +271,25 @@ def _left_to_launch(
     return replace(experiment, runs=chosen), counts
 
 
+def _launch_state(run: RunConfig, directory: RunDirectory) -> str:
+    """The run's state, or that it waits: its job would end at once, or keep a machine that is paid for
+    waiting, before the run that it starts from has its result."""
+    state, parent = directory.state(), parent_directory(directory, run)
+    unready = parent is not None and not parent.result_file.exists()
+    return "waiting" if unready and state not in ("done", "running") else state
+
+
 def _counts_said(counts: dict[str, int]) -> str:
     said = [
         f"{count(counts['runs'], 'run')}: {counts['to launch']} to launch",
         f"{counts['finished']} finished",
     ]
-    for state, remedy in (("running", ""), ("failed", " (again with --retry-failed)")):
+    remedies = {
+        "running": "",
+        "failed": " (again with --retry-failed)",
+        "waiting": " for a parent (launch again when it is finished)",
+    }
+    for state, remedy in remedies.items():
         n = counts.get(state, 0)
         said += [f"{n} {state}{remedy}"] if n else []
     return ", ".join(said)

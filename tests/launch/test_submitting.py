@@ -210,7 +210,8 @@ def test_programs_are_told_what_a_dry_run_shows(workplace, bucket, tools, capsys
     said = capsys.readouterr()
     told = json.loads(said.out)
     assert (said.err, tools.calls()) == ("", [])
-    assert told["counts"] == {"runs": 6, "to_launch": 6, "finished": 0, "running": 0, "failed": 0}
+    left_out = {"finished": 0, "running": 0, "failed": 0, "waiting": 0}
+    assert told["counts"] == {"runs": 6, "to_launch": 6, **left_out}
     assert told["totals"]["jobs"] == len(told["jobs"]) == len(told["steps"]) == 6
     hours = sum(job["seconds"] * job["chips"] for job in told["jobs"]) / 3600
     assert told["totals"]["chip_hours"] == pytest.approx(hours)
@@ -286,6 +287,47 @@ def test_running_and_failed_runs_are_left_alone(workplace, bucket, tools, capsys
     assert main([*SKY, "--yes", "--retry-failed", *TINY]) == 0
     assert submitted(tools) == sorted(run.name for run in (failed, *left))
     assert not failure.failure_file.exists()
+
+
+CHILD = """
+from dataclasses import replace
+
+from experiments import tiny
+from gqa_scaling.experiment.starts import start_of
+
+
+def runs():
+    parent = tiny.runs()[0]
+    return [parent, replace(parent, name="child", start_from=start_of(parent, "family"))]
+"""
+
+
+def test_a_run_is_launched_once_the_one_that_it_starts_from_is_finished(
+    workplace, bucket, tools, capsys
+):
+    tools.add("sky")
+    Path("experiments/family.py").write_text(CHILD)
+    command = [*SKY, "--yes", "experiments.family", *STORE]
+    parent, child = load_experiment("experiments.family", STORE).runs
+    said = (
+        "2 runs: 1 to launch, 0 finished, 1 waiting for a parent (launch again when it is finished)"
+    )
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "child" not in shown.out
+    assert main(command) == 0
+    assert said in capsys.readouterr().err
+    assert submitted(tools) == [parent.name]
+    tools.log.unlink()
+    failed = run_directory(runs_root(), "family", child)
+    failed.path.mkdir(parents=True)
+    failed.fail("a traceback", "ValueError")
+    assert main([*command, "--retry-failed", "--only", "child"]) == 0
+    assert tools.calls() == []
+    finish(parent, "family")
+    assert main([*command, "--retry-failed"]) == 0
+    assert submitted(tools) == ["child"]
 
 
 def test_nothing_goes_without_a_yes(workplace, bucket, tools, capsys, monkeypatch):
