@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.experiment.load import split_variant
 from gqa_scaling.files.storage import make_folder
 from launch.jobs import Job, label
 
@@ -43,7 +44,8 @@ class Study:
     @property
     def source(self) -> Path:
         """Where the experiment's module lies, from here."""
-        path = Path(self.spec) if self.spec.endswith(".py") else Path(*self.spec.split("."))
+        place, _ = split_variant(self.spec)
+        path = Path(place) if place.endswith(".py") else Path(*place.split("."))
         return path if path.exists() else path.with_suffix(".py")
 
     def work(self, job: Job) -> list[str]:

@@ -476,6 +476,8 @@ def test_an_experiment_elsewhere_in_the_folder_is_copied_too():
     for spec, names in (
         ("experiments/x.py", ()),
         ("mine.py", ("mine.py",)),
+        ("mine.py@small", ("mine.py",)),
+        ("own.grid@small", ("own",)),
         ("own.grid", ("own",)),
     ):
         assert tpu_vm.code(Study(spec, "x", (), "runs")) == (*tpu_vm.CODE, *names)
