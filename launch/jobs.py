@@ -29,6 +29,11 @@ class Job:
     seconds: float
 
     @property
+    def stores(self) -> list[str]:
+        """Where its runs' tokens lie."""
+        return sorted({run.data.store_path for run in self.runs})
+
+    @property
     def chip_hours(self) -> float:
         return self.seconds * self.slice.chips / 3600
 

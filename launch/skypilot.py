@@ -49,7 +49,7 @@ def task(job: Job, target: Target, study: Study) -> dict[str, object]:
         "num_nodes": 1 if place.is_tpu else place.hosts,  # the hosts of a TPU slice are one node
         "resources": resources,
         "envs": study.environment(job),
-        "setup": _script(target.setup_commands),
+        "setup": _script(target.setup_commands(job.stores)),
         "run": _script([*(_PEERS if not place.is_tpu and place.hosts > 1 else ()), command]),
     }
 

@@ -1,9 +1,11 @@
 """Where jobs are to run, and what they may cost."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gqa_scaling.config import UserError, require
+from gqa_scaling.files.storage import SCHEMES
 from gqa_scaling.hardware import SLICES, Hardware, Slice, slice_of
 
 PRICES = "an assumption: the on-demand list price of 2025, rounded, from gqa_scaling/hardware.py"
@@ -69,14 +71,15 @@ class Target:
         """The options of gcloud and xpk that say where machines are."""
         return ("--project", self.project, "--zone", self.zone)
 
-    @property
-    def setup_commands(self) -> tuple[str, ...]:
-        """The environment on a fresh machine, whatever Python that has."""
-        storage = {"gs": ",gcs", "s3": ",s3"}.get(self.bucket.partition("://")[0], "")
+    def setup_commands(self, stores: Iterable[str]) -> tuple[str, ...]:
+        """The environment on a fresh machine, whatever Python that has, for runs in the bucket that read
+        these token stores."""
+        schemes = {place.partition("://")[0] for place in (self.bucket, *stores)}
+        storage = [extra for scheme, (_, extra) in SCHEMES.items() if scheme in schemes]
+        extras = ",".join(["tpu" if self.largest.is_tpu else "cuda", *storage])
         return self.setup or (
             "python3 -m pip install --quiet --user uv",
             "rm -rf .venv",  # of a machine that starts again, whole or not; uv refuses both
             "python3 -m uv venv --quiet --python 3.12 .venv",
-            "python3 -m uv pip install --quiet --python .venv/bin/python -e "
-            f"'.[{'tpu' if self.largest.is_tpu else 'cuda'}{storage}]'",
+            f"python3 -m uv pip install --quiet --python .venv/bin/python -e '.[{extras}]'",
         )

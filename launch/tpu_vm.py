@@ -61,7 +61,7 @@ def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
     environment = [f"{name}={shlex.quote(v)}" for name, v in study.environment(job).items()]
     again = "|".join(map(str, (PREEMPTED, *LOST)))
     copy = shlex.join(["gcloud", "storage", "rsync", "--recursive", copied, "."])
-    set_up = "\n".join([copy, *target.setup_commands])
+    set_up = "\n".join([copy, *target.setup_commands(job.stores)])
     lines = [
         "#!/bin/bash",
         f"export HOME=/root {' '.join(environment)}",

@@ -19,7 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqa_scaling.config import ModelConfig, RunConfig, UserError
+from gqa_scaling.config import DataConfig, ModelConfig, RunConfig, UserError
 from gqa_scaling.hardware import SLICES, hardware
 from launch import cli, skypilot, slurm, tpu_vm, work, xpk
 from launch.jobs import Job, group, job_name
@@ -82,6 +82,22 @@ def shown(target):
 def test_golden(name):
     again = f"if this is meant, run python {Path(__file__).name} in tests/launch"
     assert shown(TARGETS[name]) == (GOLDEN / f"{name}.txt").read_text(), again
+
+
+@pytest.mark.parametrize(
+    ("bucket", "store", "extras"),
+    [
+        ("gs://mine", "gs://mine/data", "tpu,gcs"),
+        ("gs://mine", "s3://other/data", "tpu,gcs,s3"),
+        ("s3://mine", "gs://other/data", "tpu,gcs,s3"),
+    ],
+)
+def test_a_machine_can_reach_the_bucket_of_the_runs_and_that_of_the_tokens(bucket, store, extras):
+    target = replace(TARGETS["skypilot-v5e-16"], bucket=bucket)
+    run = RunConfig("r", ModelConfig(1, 32, 1, 1), 32, 32, tokens=32, data=DataConfig(store=store))
+    job = Job("j", target.largest, (run,), 60.0)
+    setup = skypilot.task(job, target, Study("x.py", "x", (), f"{bucket}/runs"))["setup"]
+    assert f"-e '.[{extras}]'\n" in setup
 
 
 # ------------------------------------------------------------------- all 168 published runs
