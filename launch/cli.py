@@ -19,6 +19,7 @@ from gqa_scaling.cli.shared import Version, print_error, print_json, print_table
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import open_store
 from gqa_scaling.experiment.load import Experiment, load_experiment
+from gqa_scaling.files.claims import clock, held_until
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import RunDirectory, parent_directory, run_directory, runs_root
 from gqa_scaling.files.storage import is_remote
@@ -197,8 +198,8 @@ def _launch(args: argparse.Namespace, target: Target, root: str, states: Path) -
     study = Study(args.experiment, experiment.name, tuple(args.overrides), root)
     if not engine.shares_files:
         _require_to_travel(experiment, study, target)
-    left, counts = _left_to_launch(experiment, states, args.retry_failed)
-    said = _counts_said(counts)
+    left, counts, claims_end = _left_to_launch(experiment, states, args.retry_failed)
+    said = _counts_said(counts, claims_end)
     if args.dry_run and is_remote(root):
         said += f" (--dry-run does not look into {root}: it assumes that nothing is finished there)"
     missing = missing_code() if engine.sends_code else ""
@@ -257,9 +258,9 @@ def _require_to_travel(experiment: Experiment, study: Study, target: Target) -> 
 
 def _left_to_launch(
     experiment: Experiment, root: Path, retry: bool
-) -> tuple[Experiment, dict[str, int]]:
-    """The runs to submit, and how many there are of what: all runs, those to launch, and by state those
-    that are left out."""
+) -> tuple[Experiment, dict[str, int], float | None]:
+    """The runs to submit; how many there are of what: all runs, those to launch, and by state those
+    that are left out; and when the last claim on a running one ends, as a lost machine gives none back."""
     left = pending(experiment, root)
     directories = {run: run_directory(root, experiment.name, run) for run in left}
     states = {run: _launch_state(run, each) for run, each in directories.items()}
@@ -268,7 +269,9 @@ def _left_to_launch(
     counts = {"runs": len(experiment.runs), "to launch": len(chosen)}
     counts["finished"] = len(experiment.runs) - len(left)
     counts |= {state: sum(states[run] == state for run in left) for state in skipped}
-    return replace(experiment, runs=chosen), counts
+    running = [each.claim_file for run, each in directories.items() if states[run] == "running"]
+    ends = [end for end in map(held_until, running) if end is not None]
+    return replace(experiment, runs=chosen), counts, max(ends, default=None)
 
 
 def _launch_state(run: RunConfig, directory: RunDirectory) -> str:
@@ -279,13 +282,14 @@ def _launch_state(run: RunConfig, directory: RunDirectory) -> str:
     return "waiting" if unready and state not in ("done", "running") else state
 
 
-def _counts_said(counts: dict[str, int]) -> str:
+def _counts_said(counts: dict[str, int], claims_end: float | None) -> str:
+    lost = f"claims of lost machines end by {clock(claims_end)}" if claims_end else ""
     said = [
         f"{count(counts['runs'], 'run')}: {counts['to launch']} to launch",
         f"{counts['finished']} finished",
     ]
     remedies = {
-        "running": "",
+        "running": f" ({lost}: launch again then)" if lost else "",
         "failed": " (again with --retry-failed)",
         "waiting": " for a parent (launch again when it is finished)",
     }

@@ -101,18 +101,30 @@ def claim_state(file: Path) -> Literal["free", "held", "stale"]:
 
 def waited_for(file: Path) -> str | None:
     """Who holds the claim and until when, in words; None where a live process of this machine does."""
-    holder = _read(file)
-    if holder is None or (holder.born and holder.host == _host(file)):
-        return None
-    try:
-        until = modified(file) + _patience(holder)
-    except FileNotFoundError:  # it was given back just now
+    holder, until = _read(file), held_until(file)
+    if holder is None or until is None:
         return None
     who = f"its claim {file} is damaged"
     if holder is not DAMAGED:
         who = f"process {holder.pid} of {holder.host} is at it"
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(until))
-    return f"{who}; it is taken over at {clock} unless the claim is renewed before"
+    return f"{who}; it is taken over at {clock(until)} unless the claim is renewed before"
+
+
+def held_until(file: Path) -> float | None:
+    """When the claim ends unless it is renewed; None where it ends with a process of this machine, or is
+    not there."""
+    holder = _read(file)
+    if holder is None or (holder.born and holder.host == _host(file)):
+        return None
+    try:
+        return modified(file) + _patience(holder)
+    except FileNotFoundError:  # it was given back just now
+        return None
+
+
+def clock(seconds: float) -> str:
+    """A time as people read it, by this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 # ------------------------------------------------------------------------- taking a claim

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gqa_scaling.experiment.load import load_experiment
+from gqa_scaling.files import claims
 from gqa_scaling.files.runs import run_directory, runs_root, write_json
 from launch import submission, tpu_vm, work
 from launch.cli import main
@@ -276,10 +277,15 @@ def test_running_and_failed_runs_are_left_alone(workplace, bucket, tools, capsys
     failure = run_directory(runs_root(), "tiny", failed)
     failure.fail("a traceback", "ValueError")
     other = {"host": "another", "pid": 1, "born": "", "token": "t"}
-    write_json(run_directory(runs_root(), "tiny", running).claim_file, other)
+    claim_file = run_directory(runs_root(), "tiny", running).claim_file
+    write_json(claim_file, other)
+    ends = claims.clock(claim_file.stat().st_mtime + claims.STALE_SECONDS)
     finish(done, "tiny")
     assert main([*SKY, "--yes", *TINY]) == 0
-    said = "6 runs: 3 to launch, 1 finished, 1 running, 1 failed (again with --retry-failed)"
+    said = (
+        "6 runs: 3 to launch, 1 finished, 1 running (claims of lost machines end by "
+        f"{ends}: launch again then), 1 failed (again with --retry-failed)"
+    )
     assert said in capsys.readouterr().err
     assert submitted(tools) == sorted(run.name for run in left)
     assert failure.failure_file.exists()
