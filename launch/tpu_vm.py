@@ -53,7 +53,8 @@ def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
     The service outlives the start-up script, and starts the job again when it was preempted or
     lost a process, STARTS_A_DAY times at most. When the machine is shut down systemd ends it with
     SIGTERM, which the run hears, and the next boot begins again. Whatever fails, the worker copies
-    its log to the bucket and deletes the slice; where that is refused the log says what it costs.
+    its log to the bucket and deletes the slice, as the first would wait in vain for one that failed
+    alone; where that is refused the log says what it costs.
     """
     log = f'"{target.bucket}/logs/{job.name}-w-$worker.log"'
     delete = delete_command(job, target)
@@ -99,7 +100,8 @@ def startup_script(job: Job, target: Target, study: Study, copied: str) -> str:
         "  code=$?",
         f"  case $code in {again}) sleep 30 ;; *) break ;; esac",
         "done",
-        '[ $worker != 0 ] || give_back "the job ended with exit code $code"',
+        "[ $worker = 0 ] || [ $code = 0 ] || sleep 60  # the first may be copying its log",
+        '[ $worker != 0 ] && [ $code = 0 ] || give_back "the job ended with exit code $code"',
     ]
     return "".join(f"{line}\n" for line in lines)
 

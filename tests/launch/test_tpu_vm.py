@@ -197,6 +197,17 @@ def test_another_worker_leaves_the_slice_to_the_first_unless_it_cannot_go_on(mac
     assert not any("launch.work" in call for call in calls)
 
 
+@pytest.mark.parametrize("code", [1, 2])
+def test_another_worker_that_fails_alone_gives_the_slice_back_after_the_first_had_its_time(
+    code, machine
+):
+    third = 'if [[ $call = "hostname "* ]]; then echo t1v-n-0a1b-w-3; exit; fi\n'
+    calls = machine.boot(f'{third}if [[ $call = "python -m launch"* ]]; then exit {code}; fi')
+    assert given_back(calls)
+    assert calls.index("sleep 60") < next(i for i, c in enumerate(calls) if "cp log" in c)
+    assert f"the job ended with exit code {code}" in machine.log_in_bucket
+
+
 def test_run_again_by_hand_it_leaves_a_job_in_peace(machine):
     calls = machine.boot('if [[ $call = "systemctl is-active"* ]]; then exit 0; fi')
     assert [call.split()[0] for call in calls] == ["hostname", "mkdir", "systemctl"]
