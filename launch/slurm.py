@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CPUS_PER_GPU = 8  # where a job has part of a node; every node with such GPUs has more than these
 GIB_PER_GPU = 64
 LOST_RESTARTS = 3  # a process that dies on a healthy machine will likely die again
+REQUEUE_SECONDS = 45  # for SLURM's signal, which may come late, and for asking it to requeue
 TIME_LIMITS = 50  # each follows hours of progress, but nothing goes on for ever
 
 
@@ -138,12 +139,16 @@ class ArrayTask:
             raise RuntimeError(f"gqa-scaling run ended with exit code {code}")
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Called by submitit's handler of its signal, before it requeues: save, and come again."""
+        """Called by submitit's handler of its signal, before it requeues: save, and come again.
+
+        A job that has not asked for it when its time is over is never requeued: a run that saves for too
+        long is left, and goes on from the checkpoint before.
+        """
         from submitit.helpers import DelayedSubmission
 
         assert _work is not None
         _work.stop()
-        _work.wait()
+        _work.wait(SAVE_SECONDS - REQUEUE_SECONDS)
         return DelayedSubmission(replace(self, lost_restarts=self.lost_restarts - _lost))
 
 

@@ -8,10 +8,12 @@ alone. SIGTERM is passed on and the run saves. Exit codes are those of `gqa-scal
 143 a process was lost. Any other end of a process is a crash, 1.
 """
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 DONE, FAILED, MENDABLE, PREEMPTED = 0, 1, 2, 75
@@ -61,10 +63,15 @@ class Work:
         if self.stopped and self._child is not None:
             self._child.terminate()
 
-    def wait(self) -> None:
-        """Return when the run has ended; also inside a signal handler, where Popen.wait hangs."""
-        if self._child is not None and self._child.returncode is None:
-            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+    def wait(self, seconds: float = math.inf) -> None:
+        """Return when the run has ended, or after so many seconds; also inside a signal handler, where
+        Popen.wait hangs."""
+        options = os.WEXITED | os.WNOWAIT | (os.WNOHANG if seconds < math.inf else 0)
+        began = time.monotonic()
+        while self._child is not None and self._child.returncode is None:
+            if os.waitid(os.P_PID, self._child.pid, options) or time.monotonic() - began >= seconds:
+                return
+            time.sleep(0.1)
 
 
 def meaning(code: int) -> int:

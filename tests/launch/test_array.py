@@ -15,9 +15,11 @@ from submitit import LocalExecutor
 
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.hardware import SLICES
+from launch import slurm
 from launch.jobs import Job
 from launch.slurm import ArrayTask, array_tasks
 from launch.submission import Study
+from launch.work import Work
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -92,6 +94,14 @@ def test_before_the_time_limit_it_saves_and_is_requeued(executor, tmp_path):
     os.kill(the_child(int(job.job_id)), signal.SIGUSR2)
     job.result()
     assert saved.exists()
+
+
+def test_a_run_that_does_not_save_in_time_is_requeued_all_the_same(monkeypatch):
+    monkeypatch.setattr(slurm, "_work", Work([]))
+    waited = []
+    monkeypatch.setattr(Work, "wait", lambda self, seconds: waited.append(seconds))
+    assert task("").checkpoint().function == task("")
+    assert waited == [75]
 
 
 def test_after_sigterm_it_saves_and_leaves_the_rest_to_slurm(executor, tmp_path):

@@ -109,6 +109,16 @@ def test_a_signal_handler_may_wait_for_the_run(tmp_path, monkeypatch):
     assert seen == [True]
 
 
+def test_a_run_that_does_not_end_is_waited_for_no_longer_than_was_said():
+    job = Work([])
+    job._child = subprocess.Popen(child("time.sleep(600)"))
+    job.wait(0)
+    assert job._child.poll() is None
+    job._child.kill()
+    job.wait(600)
+    assert job._child.wait() == -9
+
+
 def test_it_needs_nothing_but_python(tmp_path):
     """A host may have a broken environment; the message of that is the run's."""
     done = subprocess.run([sys.executable, "-S", work.__file__, "x.py"], cwd=tmp_path)
