@@ -14,7 +14,10 @@ from launch.jobs import Job, label
 
 FOLDER = Path(".launch")  # of the files written for engines, in the checkout
 # What machines are sent of the checkout, beside the experiment.
-CODE = ("gqa_scaling", "launch", "experiments", "pyproject.toml", "requirements.txt", "README.md")
+CODE = (
+    *("gqa_scaling", "launch", "experiments"),
+    *("pyproject.toml", "requirements.txt", "README.md", "LICENSE"),  # what setuptools reads
+)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ OURS = ("gqa-scaling", ".venv/bin/gqa-scaling", "python", ".venv/bin/python", "m
 # Other tools' commands, by how they begin. Look at a new one before it is added: is it spelt as
 # that tool has it, and does the text say what must be there first, and what it costs?
 OTHERS = """
-docker build --tag us-docker.pkg.dev/my-project/gqa/gqa:1 .
+docker build --platform linux/amd64 --tag us-docker.pkg.dev/my-project/gqa/gqa:1 .
 docker push us-docker.pkg.dev/my-project/gqa/gqa:1
 gcloud artifacts repositories create gqa --repository-format=docker --location=us --project
 gcloud auth application-default login

@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -499,6 +500,10 @@ def test_launching_loads_no_jax():
 
 def test_the_code_that_is_copied_is_there():
     assert [name for name in tpu_vm.CODE if not (CHECKOUT / name).exists()] == []
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    requirements = project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]
+    read = {project["project"]["readme"], *project["project"]["license-files"], *requirements}
+    assert read <= set(tpu_vm.CODE)  # where they are not, no environment is made
 
 
 def test_an_image_holds_what_is_copied_and_nothing_that_git_ignores():
