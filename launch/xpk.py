@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
+from gqa_scaling.files.claims import STALE_SECONDS
 from gqa_scaling.hardware import Slice
 from launch.engines import BUCKET, PROJECT, SAVE_SECONDS, Engine
 from launch.jobs import Job
@@ -12,6 +13,9 @@ from launch.work import PREEMPTED
 
 # xpk also restarts on 127 to 255, and there is no way to have it not: so not for ever.
 MAX_RESTARTS = 20
+# A finished job's workload and logs. While it is there xpk asks whether to overwrite it when the same job
+# is launched again: so no longer than a claim of the job may last.
+KEPT_SECONDS = STALE_SECONDS
 
 
 def offered(largest: Slice) -> list[Slice]:
@@ -45,6 +49,7 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
                 *("--docker-image", target.image),
                 *("--max-restarts", str(MAX_RESTARTS)),
                 *("--restart-on-exit-codes", str(PREEMPTED)),
+                *("--ttl-seconds-after-finished", str(KEPT_SECONDS)),
                 *("--termination-grace-period-seconds", str(SAVE_SECONDS)),
                 *("--command", command_line(job, study)),
             )
@@ -56,9 +61,13 @@ def render(jobs: Sequence[Job], target: Target, study: Study) -> list[Step]:
 def after(jobs: Sequence[Job], target: Target, study: Study) -> list[str]:
     """What to type next."""
     where = shlex.join(["--cluster", target.cluster, *target.google_place])
+    most = max(
+        job.slice.chips for job in jobs
+    )  # of pods there are fewer; unless told kubectl follows 5
     return [
         f"queue:    xpk workload list {where}",
-        "log:      kubectl logs --follow --selector jobset.sigs.k8s.io/jobset-name=JOB",
+        f"log:      kubectl logs --follow --max-log-requests={most} "
+        "--selector jobset.sigs.k8s.io/jobset-name=JOB",
         f"cancel:   xpk workload delete --workload JOB {where}",
         f"clean up: xpk cluster delete {where}",
     ]

@@ -103,7 +103,7 @@ def test_the_digest_of_the_code_moves_with_the_code_alone(workplace):
     assert tpu_vm.code_digest(["experiments"]) != before
 
 
-def test_xpk_gets_a_workload(workplace, bucket, tools):
+def test_xpk_gets_a_workload(workplace, bucket, tools, capsys):
     tools.add("gcloud", says="someone@example.com")
     tools.add("xpk")
     assert main([*XPK, "--yes", *TINY, "--only", "L1-h1", *WIDE]) == 0
@@ -115,9 +115,11 @@ def test_xpk_gets_a_workload(workplace, bucket, tools):
     assert call[5:] == [
         *("--cluster", "c", "--project", "p", "--zone", "us-west4-a", "--tpu-type", "v5litepod-64"),
         *("--docker-image", "i:1", "--max-restarts", "20", "--restart-on-exit-codes", "75"),
-        *("--termination-grace-period-seconds", "120"),
+        *("--ttl-seconds-after-finished", "600", "--termination-grace-period-seconds", "120"),
         *("--command", f"{inside} -- --data.store gs://mine/data {shlex.join(WIDE)}"),
     ]
+    # of the 16 pods of a v5e-64 kubectl would refuse to follow more than 5
+    assert "kubectl logs --follow --max-log-requests=64 --selector" in capsys.readouterr().out
 
 
 def test_sbatch_gets_the_file_that_the_dry_run_shows(workplace, bucket, tools, capsys):

@@ -107,6 +107,7 @@ def test_xpk_makes_a_job_set_that_runs_the_job(name, tmp_path, monkeypatch):
     assert job_set["metadata"]["name"] == "x-l1-0123abcd"
     assert "kueue.x-k8s.io/queue-name" in job_set["metadata"]["labels"]
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] == xpk.MAX_RESTARTS
+    assert job_set["spec"]["ttlSecondsAfterFinished"] == xpk.KEPT_SECONDS
     (replicated,) = job_set["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     assert job["parallelism"] == max(1, place.chips // 4)
