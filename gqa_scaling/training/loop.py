@@ -52,6 +52,8 @@ from gqa_scaling.training.telemetry import (
 )
 from gqa_scaling.versions import commit, versions
 
+LOOK_SECONDS = 2  # between two looks for what another process has just made
+
 
 def check_data(run: RunConfig, store: TokenStore) -> TrainingData:
     """The run's training batches, or a UserError when model and tokens do not go together."""
@@ -85,7 +87,7 @@ def train(
         directory.begin(run, store.describe())
     processes.wait_for_all("run directory")
     require(
-        directory.config_file.exists(),
+        _is_seen(directory),
         f"{directory.path} is not seen by process {jax.process_index()}: all processes must share "
         "one file system; set GQA_SCALING_RUNS to a folder there",
     )
@@ -115,6 +117,21 @@ def train(
         result = _result(setup, store, history, value)
         directory.finish(result, _timing(setup, directory), trunk.kept_steps(run) if trunk else ())
     processes.wait_for_all("result")
+
+
+def _is_seen(directory: RunDirectory) -> bool:
+    """Whether this process sees the directory that the first one began, looking for about a minute.
+
+    It looked for results there before. An NFS client keeps that there was nothing for up to a minute, or
+    until it lists the folders above.
+    """
+    for pause in (0, *[LOOK_SECONDS] * (60 // LOOK_SECONDS)):
+        time.sleep(pause)
+        if directory.config_file.exists():
+            return True
+        for folder in (directory.path.parent.parent, directory.path.parent, directory.path):
+            list(folder.glob("*"))
+    return False
 
 
 def reevaluate(

@@ -541,6 +541,24 @@ def test_one_spike_hardly_moves_the_mean_and_a_rise_that_lasts_is_followed(
         assert skipped == most < tiny_run().max_spike_steps
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_directory_that_another_process_has_just_made_is_looked_for_a_minute(
+    comes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where it is not seen at first."""
+    directory, slept = RunDirectory(tmp_path / "runs/tiny/L1"), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if comes and sum(slept) >= 40:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            directory.config_file.touch()
+
+    monkeypatch.setattr(loop.time, "sleep", sleep)
+    assert loop._is_seen(directory) is comes
+    assert sum(slept) == (40 if comes else 60)
+
+
 def test_resume_under_another_definition_or_data_is_refused(tmp_path: Path) -> None:
     run = tiny_run()
     directory = run_directory(tmp_path, "tiny", run)
