@@ -173,7 +173,9 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     from gqa_scaling.devices.compilation_cache import keep_compiled
 
     stores = check(experiment, root)
-    keep_compiled(cache_folder() / "compiled" if is_remote(root) else root / ".compiled")
+    folder = _compiled_folder(root)
+    if folder is not None:
+        keep_compiled(folder)
     left, done, failed, found = list(experiment.runs), 0, 0, experiment.trunks
     grid = experiment.declared or experiment.runs
     longest = LONGEST_PAUSE if is_remote(root) else 1
@@ -211,6 +213,22 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             _stop_if_told(left[0])
             time.sleep(1)
     return Outcome(done, failed)
+
+
+def _compiled_folder(root: Path) -> Path | None:
+    """Where compiled programs are kept; None where they must not be.
+
+    Only the first process writes them. Where the others do not see its folder they compile what it reads,
+    and on GPUs wait for ever for its part of choosing kernels, which XLA divides among the processes.
+    """
+    import jax
+
+    from gqa_scaling.devices import processes
+
+    if not is_remote(root):
+        return root / ".compiled"
+    apart = processes.several() and jax.default_backend() == "gpu"
+    return None if apart else cache_folder() / "compiled"
 
 
 class _Waits(enum.IntEnum):
