@@ -5,7 +5,8 @@
 Each run is `gqa-scaling run` in a process of its own, so that one that crashes leaves the others
 alone. SIGTERM is passed on and the run saves. Exit codes are those of `gqa-scaling run`: 0 done;
 1 a run failed and the others went on; 2 the user can mend it; 75 saved, start again; 134, 137 and
-143 a process was lost. Any other end of a process is a crash, 1.
+143 a process was lost. Any other end of a process is a crash, 1. A run that ends with 74, as its bucket
+is away, is given again after each of WAITS; then the job ends with 1.
 """
 
 import math
@@ -16,8 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-DONE, FAILED, MENDABLE, PREEMPTED = 0, 1, 2, 75
+DONE, FAILED, MENDABLE, AWAY, PREEMPTED = 0, 1, 2, 74, 75
 LOST = (134, 137, 143)  # SIGABRT when a peer is gone, SIGKILL, SIGTERM before it could be heard
+WAITS = (
+    60,
+    300,
+    900,
+)  # seconds; a machine is paid for meanwhile, and so would one be that is made anew
 
 
 def commands(experiment: str, runs: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
@@ -43,16 +49,30 @@ class Work:
         """Do it all and return the exit code."""
         worst = DONE
         for command in self.todo:
-            if self.stopped:
-                return PREEMPTED
-            self._child = subprocess.Popen(command)
-            self._end_if_stopped()  # while it was started
-            self.wait()
-            code = meaning(self._child.wait())
+            code = self._carry_out(command)
+            for seconds in WAITS:
+                if code == AWAY:
+                    print(f"launch: once more in {seconds} s: {command}", file=sys.stderr)
+                    self._pause(seconds)
+                    code = self._carry_out(command)
             if code not in (DONE, FAILED):
-                return code
+                return FAILED if code == AWAY else code
             worst = max(worst, code)
         return worst
+
+    def _carry_out(self, command: list[str]) -> int:
+        """The exit code of one run, or that of a job that was stopped before."""
+        if self.stopped:
+            return PREEMPTED
+        self._child = subprocess.Popen(command)
+        self._end_if_stopped()  # while it was started
+        self.wait()
+        return meaning(self._child.wait())
+
+    def _pause(self, seconds: int) -> None:
+        for _ in range(seconds):
+            if not self.stopped:
+                time.sleep(1)
 
     def stop(self, *_: object) -> None:
         """Have the run save and end, and begin no other."""
@@ -77,7 +97,7 @@ class Work:
 def meaning(code: int) -> int:
     """The exit code of the contract for how a process ended."""
     code = 128 - code if code < 0 else code
-    return code if code in (DONE, FAILED, MENDABLE, PREEMPTED, *LOST) else FAILED
+    return code if code in (DONE, FAILED, MENDABLE, AWAY, PREEMPTED, *LOST) else FAILED
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Container, Sequence
@@ -30,7 +31,7 @@ from gqa_scaling.cli.hints import refuse_near_misses
 from gqa_scaling.cli.shared import Verb, Version, print_error
 from gqa_scaling.config import UserError, require
 from gqa_scaling.fields import did_you_mean
-from gqa_scaling.files.failures import failure
+from gqa_scaling.files.failures import StorageError, failure
 from gqa_scaling.files.runs import runs_root
 from gqa_scaling.files.storage import NO_PLACE
 
@@ -116,8 +117,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 75 preempted
-    and saved, 130 interrupted."""
+    """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 74 a
+    bucket is away, 75 preempted and saved, 130 interrupted."""
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
     except Exception:
@@ -171,7 +172,9 @@ def _main(arguments: list[str]) -> int:
                 sys.stdout.flush()
             except OSError:
                 _drop_output()
-            return away.exit_code
+            # to its peers this process is lost, and so it ends as they do
+            lost = _one_of_several() and away.exit_code == StorageError.exit_code
+            return 128 + signal.SIGABRT if lost else away.exit_code
         if not isinstance(error, OSError):
             raise
         if error.errno == errno.ENOENT or error.errno not in (*NO_PLACE, errno.EISDIR):

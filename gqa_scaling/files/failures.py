@@ -41,7 +41,7 @@ class StorageError(OSError):
     `exit_code` is that of a command that ends so.
     """
 
-    exit_code = 1
+    exit_code = 74  # EX_IOERR of <sysexits.h>
 
 
 class DiskError(StorageError):

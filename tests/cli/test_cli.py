@@ -575,3 +575,18 @@ def test_runs_without_a_corpus_say_what_the_model_is(call):
     (line,) = [x for x in out.splitlines() if x.startswith("To build for 2.8 nats")]
     assert "ModelConfig(n_layers=24, d_model=1536, n_heads=8, n_kv_heads=1, head_dim=64" in line
     assert "declare an experiment" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "alone", "several"), [("StorageError", 74, 134), ("DiskError", 2, 2)]
+)
+def test_a_process_whose_bucket_is_away_is_one_that_its_peers_lost(
+    error, alone, several, call, monkeypatch
+):
+    def verb(args, rest):
+        raise getattr(failures, error)("away")
+
+    monkeypatch.setitem(cli.VERBS, "status", (verb, *cli.VERBS["status"][1:]))
+    assert call("status", TINY) == (alone, "", "gqa-scaling: away\n")
+    monkeypatch.setattr(cli, "_one_of_several", lambda: True)
+    assert call("status", TINY) == (several, "", "gqa-scaling: away\n")

@@ -40,7 +40,7 @@ def test_the_command_line_reads_back():
 
 @pytest.mark.parametrize(
     ("ended", "code"),
-    [(0, 0), (1, 1), (2, 2), (75, 75), (134, 134), (137, 137), (143, 143)]
+    [(0, 0), (1, 1), (2, 2), (74, 74), (75, 75), (134, 134), (137, 137), (143, 143)]
     + [(-6, 134), (-9, 137), (-15, 143), (-11, 1), (127, 1), (139, 1), (42, 1)],
 )
 def test_every_end_has_a_meaning(ended, code):
@@ -57,6 +57,33 @@ def test_a_failed_run_leaves_the_others_and_a_stopped_job_ends(tmp_path, codes, 
     ]
     assert Work([child(body) for body in bodies]).run() == code
     assert len(list(tmp_path.iterdir())) == begun
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "waited"),
+    [
+        ((74, 0, 0), 0, 60),
+        ((74, 74, 1, 0), 1, 360),
+        ((74, 74, 74, 74), 1, 1260),  # and the other run is not begun
+        ((74, 134), 134, 60),
+    ],
+)
+def test_a_run_whose_bucket_is_away_is_given_again(codes, code, waited, tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(work.time, "sleep", slept.append)
+    ends, begun = tmp_path / "ends", tmp_path / "begun"
+    ends.write_text("".join(f"{each}\n" for each in codes))
+    body = f"open({str(begun)!r}, 'a').write('x')\nleft = open({str(ends)!r}).readlines()\n"
+    body += f"open({str(ends)!r}, 'w').writelines(left[1:])\nsys.exit(int(left[0]))"
+    assert Work([child(body)] * 2).run() == code
+    assert sum(slept) == waited
+    assert begun.read_text() == "x" * len(codes)
+
+
+def test_a_job_that_waits_for_its_bucket_can_be_stopped(monkeypatch):
+    job = Work([child("sys.exit(74)")])
+    monkeypatch.setattr(work.time, "sleep", job.stop)
+    assert job.run() == 75
 
 
 def test_after_a_stop_no_run_begins():
