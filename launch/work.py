@@ -6,7 +6,9 @@ Each run is `gqa-scaling run` in a process of its own, so that one that crashes 
 alone. SIGTERM is passed on and the run saves. Exit codes are those of `gqa-scaling run`: 0 done;
 1 a run failed and the others went on; 2 the user can mend it; 75 saved, start again; 134, 137 and
 143 a process was lost. Any other end of a process is a crash, 1. A run that ends with 74, as its bucket
-is away, is given again after each of WAITS; then the job ends with 1.
+is away, is given again after each of WAITS; then the job ends with 1. One of several processes that fails
+is recorded and ends with 70, and its peers are lost: where runs are left the job is to start again, with 75,
+and passes over that one.
 """
 
 import math
@@ -17,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-DONE, FAILED, MENDABLE, AWAY, PREEMPTED = 0, 1, 2, 74, 75
+DONE, FAILED, MENDABLE, FAILED_OF_SEVERAL, AWAY, PREEMPTED = 0, 1, 2, 70, 74, 75
 LOST = (134, 137, 143)  # SIGABRT when a peer is gone, SIGKILL, SIGTERM before it could be heard
 WAITS = (
     60,
@@ -55,8 +57,10 @@ class Work:
                     print(f"launch: once more in {seconds} s: {command}", file=sys.stderr)
                     self._pause(seconds)
                     code = self._carry_out(command)
+            if code == FAILED_OF_SEVERAL and command is not self.todo[-1]:
+                return PREEMPTED
             if code not in (DONE, FAILED):
-                return FAILED if code == AWAY else code
+                return FAILED if code in (AWAY, FAILED_OF_SEVERAL) else code
             worst = max(worst, code)
         return worst
 
@@ -97,7 +101,8 @@ class Work:
 def meaning(code: int) -> int:
     """The exit code of the contract for how a process ended."""
     code = 128 - code if code < 0 else code
-    return code if code in (DONE, FAILED, MENDABLE, AWAY, PREEMPTED, *LOST) else FAILED
+    known = (DONE, FAILED, MENDABLE, FAILED_OF_SEVERAL, AWAY, PREEMPTED, *LOST)
+    return code if code in known else FAILED
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -298,6 +299,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             except processes.Preempted as stop:
                 print(f"gqa-scaling: {stop}; the same command continues", file=sys.stderr)
                 return processes.EXIT_PREEMPTED
+            except processes.RunFailed as failed:
+                traceback.print_exception(failed.__cause__)
+                return processes.EXIT_RUN_FAILED
     if worker or not leads:
         return code
     code = max(code, display.report_end(experiment, root))

@@ -1,7 +1,7 @@
 """The processes of one job: joining them, agreeing, stopping together when preempted.
 
 Exit codes that a launcher can act on: 0 done; 75 preempted, saved, start again; 1 a bug, do not
-start again; 2 the user can mend it; 134, 137 and 143 a peer died, start again.
+start again; 70 the same, but recorded, so that the other runs can be gone on with; 2 the user can mend it; 134, 137 and 143 a peer died, start again.
 """
 
 import contextlib
@@ -23,11 +23,16 @@ from gqa_scaling.config import UserError, require
 from gqa_scaling.devices.compiler_flags import keep_native_atomics
 
 EXIT_MENDABLE = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>
+EXIT_RUN_FAILED = 70  # EX_SOFTWARE of <sysexits.h>
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL
 HEARTBEAT_SECONDS = 30  # a process not heard from for so long is taken for dead, and all end
 
 _calls = itertools.count()
 _told_to_stop = False
+
+
+class RunFailed(Exception):
+    """A run failed, for the reason that is its cause, and that is recorded; the other processes are lost."""
 
 
 class Preempted(Exception):

@@ -165,7 +165,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
 
     A run that fails is recorded with its traceback and the next one starts; it is not tried again
     until `forget_failures`. In a job of several processes all of them call this and a failure is
-    raised, as the others cannot go on. Raises UserError for what the user can mend, OSError for a
+    raised as RunFailed, as the others cannot go on. Raises UserError for what the user can mend, OSError for a
     disk or a bucket that cannot be used, when no later run could do better, and Preempted once all
     is saved.
     """
@@ -309,7 +309,7 @@ def _finish(
             processes.wait_to_end()
         directory.fail(traceback.format_exc(), type(error).__name__)
         if processes.several():
-            raise
+            raise processes.RunFailed(run.name) from error
         return False
     return True
 

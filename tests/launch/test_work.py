@@ -40,7 +40,7 @@ def test_the_command_line_reads_back():
 
 @pytest.mark.parametrize(
     ("ended", "code"),
-    [(0, 0), (1, 1), (2, 2), (74, 74), (75, 75), (134, 134), (137, 137), (143, 143)]
+    [(0, 0), (1, 1), (2, 2), (70, 70), (74, 74), (75, 75), (134, 134), (137, 137), (143, 143)]
     + [(-6, 134), (-9, 137), (-15, 143), (-11, 1), (127, 1), (139, 1), (42, 1)],
 )
 def test_every_end_has_a_meaning(ended, code):
@@ -49,7 +49,9 @@ def test_every_end_has_a_meaning(ended, code):
 
 @pytest.mark.parametrize(
     ("codes", "code", "begun"),
-    [((0, 0, 0), 0, 3), ((0, 1, 0), 1, 3), ((2, 0), 2, 1), ((1, 75, 0), 75, 2), ((134, 0), 134, 1)],
+    [((0, 0, 0), 0, 3), ((0, 1, 0), 1, 3), ((2, 0), 2, 1), ((1, 75, 0), 75, 2), ((134, 0), 134, 1)]
+    # one of several processes: the job starts again where runs are left, and ends where they failed before
+    + [((70, 0), 75, 1), ((1, 70, 0), 75, 2), ((1, 1), 1, 2), ((0, 70), 1, 2)],
 )
 def test_a_failed_run_leaves_the_others_and_a_stopped_job_ends(tmp_path, codes, code, begun):
     bodies = [

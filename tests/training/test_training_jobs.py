@@ -141,9 +141,9 @@ def test_a_job_ended_again_and_again_learns_the_same(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_fails_takes_the_others_down_and_shows_why(folder: Path) -> None:
     failed = job("runs", disturb="1:ERROR:7")
-    assert failed.returncode == 1
+    assert failed.returncode == 70
     assert "[1] RuntimeError: process 1 fails at step 7" in failed.stderr
-    assert "launch: process 1 ended with 1; the job was ended" in failed.stderr
+    assert "launch: process 1 ended with 70; the job was ended" in failed.stderr
     assert "fails at step 7" in json.loads(directory("runs").failure_file.read_text())["traceback"]
 
 
@@ -183,7 +183,7 @@ def test_without_a_supervisor_a_lost_peer_ends_the_others(
         for i in range(2)
     ]
     lost, other = peers[int(process)], peers[1 - int(process)]
-    assert lost.wait() == (1 if what == "ERROR" else -signal.SIGKILL)
+    assert lost.wait() == (70 if what == "ERROR" else -signal.SIGKILL)
     began = time.monotonic()
     assert other.wait() == -signal.SIGABRT  # a shell says 134: start again
     print(f"ended {time.monotonic() - began:.1f} s later, heartbeat {HEARTBEAT_SECONDS} s")
