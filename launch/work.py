@@ -21,11 +21,7 @@ from collections.abc import Sequence
 
 DONE, FAILED, MENDABLE, FAILED_OF_SEVERAL, AWAY, PREEMPTED = 0, 1, 2, 70, 74, 75
 LOST = (134, 137, 143)  # SIGABRT when a peer is gone, SIGKILL, SIGTERM before it could be heard
-WAITS = (
-    60,
-    300,
-    900,
-)  # seconds; a machine is paid for meanwhile, and so would one be that is made anew
+WAITS = (60, 300, 900)  # seconds; a machine is paid for meanwhile, as one made anew would be
 
 
 def commands(experiment: str, runs: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
