@@ -14,6 +14,8 @@ from typing import IO
 from gqa_scaling.config import require
 from launch.work import PREEMPTED
 
+MOST = 256  # processes
+
 ABOUT = "one job of several processes on this machine, as on a pod"
 
 
@@ -38,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def launch(args: argparse.Namespace) -> int:
     """Run the job and return its exit code: 75 when preempted and saved, else the first failure's."""
     n, devices = args.processes, args.devices_per_process
-    require(n > 0, f"--processes {n} must be greater than 0")
+    require(0 < n <= MOST, f"--processes {n} must be 1 to {MOST}: all of them are on this machine")
     require(devices > 0, f"--devices-per-process {devices} must be greater than 0")
     require(bool(args.run), "name an experiment, such as experiments.smoke")
     from gqa_scaling.devices.processes import free_port

@@ -60,6 +60,10 @@ def serving_of(args: argparse.Namespace) -> "Serving":
         args.hardware is None or args.cost is None,
         "--hardware and --cost are two machines: name one",
     )
+    require(
+        args.price is None or args.hardware is not None or args.cost is not None,
+        f"--price {args.price} is that of a machine: name it with --hardware or --cost",
+    )
     sizes = {"weight_bytes": args.weight_bytes, "cache_bytes": args.cache_bytes}
     served: Hardware | Clock | None = None
     if args.hardware:

@@ -1,10 +1,11 @@
 """The maximum learning rate of each size, chosen by a sweep that has been run before the grid."""
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gqa_scaling.config import RunConfig
+from gqa_scaling.config import RunConfig, require
 from gqa_scaling.files.runs import run_directory, runs_root
 
 
@@ -28,11 +29,14 @@ class LearningRateChoice:
 
     @property
     def edge(self) -> str:
-        """'lowest' or 'highest' when the best rate is the last one tried on that side, else ''.
+        """'lowest' or 'highest' when the best rate is the last one tried on that side, 'only' when no
+        other was tried, else ''.
 
         The best rate may then lie outside the sweep.
         """
         rates = [rate for rate, _ in self.tried]
+        if len(rates) == 1:
+            return "only"
         if self.learning_rate == rates[0]:
             return "lowest"
         return "highest" if self.learning_rate == rates[-1] else ""
@@ -45,25 +49,34 @@ def learning_rate_choices(
 
     Chen et al. 2025, appendix: swept once per size with MHA and kept for every head
     configuration. `runs` are those of the sweep; a size of which one is unfinished, or not judged
-    by its evaluation, is left out, so that a grid never changes while its sweep goes on. `root` is
-    the folder of all runs, without it `runs_root()`.
+    by its evaluation, is left out, so that a grid never changes while its sweep goes on. Of seeds the
+    mean counts. `root` is the folder of all runs, without it `runs_root()`. Raises UserError where
+    different models of one size were trained at one rate: which of them should choose?
     """
     root = root or runs_root()
-    tried: dict[tuple[int, int], dict[float, float]] = {}
+    tried: dict[tuple[int, int], dict[float, list[float]]] = {}
+    first: dict[tuple[tuple[int, int], float], RunConfig] = {}
     unfinished = set()
     for run in runs:
         size = (run.model.n_layers, run.model.d_model)
+        rate = run.optimizer.learning_rate
+        other = first.setdefault((size, rate), run)
+        require(
+            run.model == other.model,
+            f"{experiment}: {other.name} and {run.name} have one size and one learning rate, but are "
+            "different models: let a sweep train one model of each size",
+        )
         whole = run_directory(root, experiment, run).result()
         value = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
         if value:
-            tried.setdefault(size, {})[run.optimizer.learning_rate] = value["loss"]
+            tried.setdefault(size, {}).setdefault(rate, []).append(value["loss"])
         else:
             unfinished.add(size)
-    return {
-        size: LearningRateChoice(min(losses, key=losses.__getitem__), tuple(sorted(losses.items())))
-        for size, losses in sorted(tried.items())
-        if size not in unfinished
-    }
+    choices = {}
+    for size in sorted(tried.keys() - unfinished):
+        means = {rate: statistics.fmean(losses) for rate, losses in sorted(tried[size].items())}
+        choices[size] = LearningRateChoice(min(means, key=means.__getitem__), (*means.items(),))
+    return choices
 
 
 def with_learning_rate(

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gqa_scaling.config import require
+
 _RATIOS = np.r_[0.0, np.geomspace(0.02, 20.0, 70)]  # of the shared to the independent deviation
 
 
@@ -96,6 +98,11 @@ def estimate(
     squares = (vectors.T @ (known.T @ away)) ** 2 / values
     rest = max(float(away @ away - squares.sum()), 0.0) + replicate_squares
     dof = len(residual) - basis.shape[1] + replicate_dof
+    require(
+        dof > 0,
+        f"{len(residual)} points leave nothing to judge the noise of {basis.shape[1]} parameters by: "
+        "add sizes or seeds",
+    )
     others = dof - len(values)
     # all contrasts moved alike: only the sum of the two variances shows
     told = bool(len(values) and np.ptp(np.r_[values, np.zeros(others)]) > 1e-9 * values.max())

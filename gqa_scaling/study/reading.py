@@ -7,6 +7,7 @@ run would bend every curve: it is refused with its place, as is whatever contrad
 import csv
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -303,12 +304,13 @@ def _cells(line: str, where: str) -> list[str]:
         raise UserError(f"{where}: cannot be read as CSV ({error}); mend the line") from None
 
 
+# As spreadsheets and programs write them; Python also reads 3_1 and other scripts' digits, which here
+# are slips of the hand.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.I)
+
+
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return _NUMBER.fullmatch(text.strip()) is not None
 
 
 def _row(header: list[str], values: list[str], needed: set[str], where: str) -> dict[str, Any]:

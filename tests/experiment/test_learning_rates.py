@@ -1,6 +1,8 @@
 import dataclasses
 
-from gqa_scaling.config import ModelConfig, OptimizerConfig, RunConfig
+import pytest
+
+from gqa_scaling.config import ModelConfig, OptimizerConfig, RunConfig, UserError
 from gqa_scaling.experiment.learning_rates import (
     LearningRateChoice,
     learning_rate_choices,
@@ -44,7 +46,18 @@ def test_a_size_has_no_choice_until_all_its_rates_are_finished(tmp_path):
     assert list(learning_rate_choices("rates", declared, tmp_path)) == [(4, 32)]
 
 
+def test_seeds_are_averaged_and_other_models_of_a_size_are_refused(tmp_path):
+    declared = [run("a", 1e-3), dataclasses.replace(run("b", 1e-3), seed=1), run("c", 1e-2)]
+    for config, loss in zip(declared, (3.0, 2.0, 2.75), strict=True):
+        finish(tmp_path, config, loss)
+    found = learning_rate_choices("rates", declared, tmp_path)
+    assert found == {(2, 32): LearningRateChoice(1e-3, ((1e-3, 2.5), (1e-2, 2.75)))}
+    with pytest.raises(UserError, match="a and d have one size and one learning rate"):
+        learning_rate_choices("rates", [*declared, run("d", 1e-3, n_kv_heads=2)], tmp_path)
+
+
 def test_a_choice_at_the_edge_says_which():
+    assert LearningRateChoice(1e-3, ((1e-3, 2.5),)).edge == "only"
     tried = ((1e-4, 4.0), (1e-3, 2.5), (1e-2, 3.0))
     edges = {rate: LearningRateChoice(rate, tried).edge for rate, _ in tried}
     assert edges == {1e-4: "lowest", 1e-3: "", 1e-2: "highest"}

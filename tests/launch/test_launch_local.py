@@ -62,7 +62,7 @@ def test_sigterm_is_passed_on_and_75_comes_back(tmp_path: Path) -> None:
     [
         (
             ("local", "--processes", "0", "experiments.smoke"),
-            "--processes 0 must be greater than 0",
+            "--processes 0 must be 1 to 256",
         ),
         (("local", "--devices-per-process", "0", "x"), "--devices-per-process 0 must be"),
         (("local",), "name an experiment"),

@@ -232,6 +232,7 @@ def test_no_size_comes_out_smaller_at_its_own_cost(seed, place, held):
             "objective='dollars' needs a price above 0",
         ),
         ("--objective seconds", "objective='seconds' needs hardware"),
+        ("--price 5", "--price 5.0 is that of a machine: name it with --hardware or --cost"),
         ("--refits 1000000000", "refits=1000000000 must be a number from 100 to 10000"),
         ("--refits 99", "refits=99"),
         ("--refits -5", "refits=-5"),
@@ -322,3 +323,13 @@ def test_a_dearest_question_and_a_flattest_one_are_answered():
         for answer in frontier(found, r, question, serving=Serving(batch=10**9)).answers:
             assert all(math.isfinite(c.cost) for c in answer.choices)
             assert answer.best.saving["z"] >= 0
+
+
+def test_two_sizes_are_too_few_in_one_line(capsys):
+    args = ["chen2025", "--without", "L12*", "L16*", "L20*", "L24*"]
+    for verb in ("frontier", "compare", "fit"):
+        assert main([verb, args[0], *(["8,1", "1,1"] if verb == "compare" else []), *args[1:]]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "too few runs to fit" in err or "needs" in err

@@ -94,6 +94,8 @@ def test_own_parameter_counts_are_kept_and_named(tmp_path):
         (f"{HEADER}\n4,1,2.5,128,2\n", ("line 2", "n_layers", "whole")),
         (f"{HEADER}\n3,4,2,128,2\n", ("line 2", "n_kv_heads=4", "at most n_heads=3")),
         (f"{HEADER}\n4,1,2,128\n", ("line 2", "4 values for 5 columns")),
+        (f"{HEADER}\n4,1,2,128,3_1\n", ("line 2", "'3_1' must be a number")),
+        (f"{HEADER}\n4,1,1２,128,3\n", ("line 2", "must be a whole number")),
         (f"{HEADER}\n4,1,2,,2\n", ("line 2", "d_model is empty")),
         ("n_heads,loss,n_params\n4,2,1\n", ("column n_kv_heads is missing",)),
         ("n_heads,n_kv_heads,loss\n4,1,2\n", ("n_params, or n_layers and d_model",)),
