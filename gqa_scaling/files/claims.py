@@ -1,7 +1,7 @@
 """Who is at a run: a claim file that one process holds, renews and gives back.
 
-A claim is stale when its process is gone (same machine) or it has not been renewed for
-`STALE_SECONDS` (another machine); whoever finds a stale claim takes it over. On a disk a lock makes
+A claim is stale when its process is gone, which can be told where its pid means the same, or it has
+not been renewed for `STALE_SECONDS`; whoever finds a stale claim takes it over. On a disk a lock makes
 judging and taking over one step; in a bucket the server refuses a write that is based on what is
 there no more.
 """
@@ -30,7 +30,7 @@ from gqa_scaling.files.storage import (
     write_json,
 )
 
-STALE_SECONDS = 600  # a claim from another machine that has not been renewed for this long
+STALE_SECONDS = 600  # a claim from elsewhere that has not been renewed for this long
 RENEW_SECONDS = 30
 LOCK = ".claim.lock"  # stays beside a claim that was given back
 SETTLE_SECONDS = 5  # between taking a claim over and counting on it, where the server cannot decide
@@ -38,7 +38,11 @@ SETTLE_SECONDS = 5  # between taking a claim over and counting on it, where the 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a claim; `token` tells this claim from others of the same process."""
+    """The process that holds a claim; `token` tells this claim from others of the same process.
+
+    `host` is where its pid means something, see `_host`; older versions wrote less there, so their
+    claims are judged by their age.
+    """
 
     host: str
     pid: int
@@ -58,7 +62,7 @@ def claim(file: Path) -> Iterator[bool]:
     it interrupts the main thread.
     """
     pid = os.getpid()
-    mine = Holder(_host(file), pid, _born(pid), os.urandom(16).hex())
+    mine = Holder(_host(), pid, _born(pid), os.urandom(16).hex())
     if not _take(file, mine):
         yield False
         return
@@ -100,21 +104,21 @@ def claim_state(file: Path) -> Literal["free", "held", "stale"]:
 
 
 def waited_for(file: Path) -> str | None:
-    """Who holds the claim and until when, in words; None where a live process of this machine does."""
+    """Who holds the claim and until when, in words; None where a live process of this host does."""
     holder, until = _read(file), held_until(file)
     if holder is None or until is None:
         return None
     who = f"its claim {file} is damaged"
     if holder is not DAMAGED:
-        who = f"process {holder.pid} of {holder.host} is at it"
+        who = f"process {holder.pid} of {holder.host.partition(' ')[0]} is at it"
     return f"{who}; it is taken over at {clock(until)} unless the claim is renewed before"
 
 
 def held_until(file: Path) -> float | None:
-    """When the claim ends unless it is renewed; None where it ends with a process of this machine, or is
+    """When the claim ends unless it is renewed; None where it ends with a process of this host, or is
     not there."""
     holder = _read(file)
-    if holder is None or (holder.born and holder.host == _host(file)):
+    if holder is None or (holder.born and holder.host == _host()):
         return None
     try:
         return modified(file) + _patience(holder)
@@ -192,7 +196,7 @@ def _is_mine(file: Path, mine: Holder) -> bool:
 
 def _is_stale(holder: Holder, file: Path, now: float) -> bool:
     """Whether nobody is at the run any more; `now` is by the clock that dates the claim."""
-    if holder.host == _host(file):
+    if holder.host == _host():
         if not _alive(holder):
             return True
         if holder.born:
@@ -213,16 +217,19 @@ def _patience(holder: Holder) -> float:
     return 2 * RENEW_SECONDS if holder is DAMAGED else STALE_SECONDS
 
 
-def _host(file: Path) -> str:
-    """This machine's name; in a bucket, where names may be those of strangers, this boot's too."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not is_remote(file) or not boot.exists():
-        return os.uname().nodename
-    return f"{os.uname().nodename} {boot.read_text().strip()}"
+def _host() -> str:
+    """Where pids mean what they mean here: this machine's name, its boot and the PID namespace.
+
+    Machines that share a disk or a bucket may share a name, and containers that of their machine.
+    """
+    name, boot = os.uname().nodename, Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():  # no Linux
+        return name
+    return f"{name} {boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _alive(holder: Holder) -> bool:
-    """Whether the holder's process, of this machine, is still there."""
+    """Whether the holder's process, of this host, is still there."""
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:

@@ -24,7 +24,7 @@ NOW = 1_800_000_000.0  # what the clock is made to say
 
 def plant(directory: RunDirectory, **changes) -> None:
     """A claim of this very process, or with some of it changed."""
-    holder = {"host": os.uname().nodename, "pid": os.getpid(), "token": "t"}
+    holder = {"host": claims._host(), "pid": os.getpid(), "token": "t"}
     holder["born"] = claims._born(os.getpid())
     write_json(directory.claim_file, holder | changes)
 
@@ -135,6 +135,31 @@ def test_a_killed_claimant_loses_its_claim_even_before_its_parent_has_noticed(di
         assert taken(directory)
 
 
+ELSEWHERE = {
+    "another machine": "elsewhere",
+    "another machine of this name": f"{os.uname().nodename} 0f8fad5b pid:[4026531836]",
+    "an older version": os.uname().nodename,
+}
+
+
+@pytest.mark.parametrize("host", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_pids_of_other_hosts_say_nothing(directory, host):
+    directory.path.mkdir()
+    plant(directory, host=host, pid=ended_pid())
+    assert directory.state() == "running"
+    assert not taken(directory)
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="no PID namespaces here")
+def test_pids_of_other_containers_of_this_machine_say_nothing(directory, monkeypatch):
+    directory.path.mkdir()
+    plant(directory, pid=ended_pid())
+    assert directory.state() == "stale"
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")  # as another container sees it
+    assert directory.state() == "running"
+    assert not taken(directory)
+
+
 AGES = [(STALE_SECONDS - 1, False), (STALE_SECONDS + 1, True)]
 
 
@@ -193,7 +218,7 @@ GARBAGE = {
     "a group": json.dumps({**WHOLE, "pid": -7}).encode(),
     "a host that clears the screen": json.dumps({**WHOLE, "host": "h\n\x1b[2J"}).encode(),
     "no such number": json.dumps({**WHOLE, "pid": 10**30}).encode(),
-    "our own": json.dumps({**WHOLE, "host": os.uname().nodename, "pid": 10**30}).encode(),
+    "our own": json.dumps({**WHOLE, "host": claims._host(), "pid": 10**30}).encode(),
 }
 
 
@@ -227,7 +252,7 @@ def test_what_is_waited_for_is_said_with_its_end(directory, now):
     assert waited_for(directory.claim_file) is None
     plant(directory)
     assert waited_for(directory.claim_file) is None  # a process here, whose progress is shown
-    plant(directory, host="node7", pid=123)
+    plant(directory, host="node7 0f8fad5b pid:[4026531836]", pid=123)
     os.utime(directory.claim_file, (NOW, NOW))
     end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(NOW + STALE_SECONDS))
     assert waited_for(directory.claim_file) == (
