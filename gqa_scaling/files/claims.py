@@ -58,8 +58,8 @@ DAMAGED = Holder("", 0, "", "")
 def claim(file: Path) -> Iterator[bool]:
     """Hold the claim in this file while training the run beside it; yields False when it is held.
 
-    A thread renews the claim. When it finds that somebody else took it over, or garbage in its place,
-    it interrupts the main thread.
+    A thread renews the claim. When it finds that somebody else took it over, or garbage in its place
+    or nothing, as after somebody took it over and gave it back, it interrupts the main thread.
     """
     pid = os.getpid()
     mine = Holder(_host(), pid, _born(pid), os.urandom(16).hex())
@@ -73,9 +73,10 @@ def claim(file: Path) -> Iterator[bool]:
             with failures_are_fine():  # a disk that is away for a moment may come back
                 seen = version(file) if is_remote(file) else None
                 holder = _read(file)
-                if holder is not None and holder.token != mine.token:
-                    how = "its claim is damaged" if holder is DAMAGED else "taken over while asleep"
-                    print(f"{file.parent}: {how}, stopping", file=sys.stderr)
+                if holder is None or holder.token != mine.token:
+                    how = "gone" if holder is None else "taken over while asleep"
+                    how = "damaged" if holder is DAMAGED else how
+                    print(f"{file.parent}: its claim is {how}, stopping", file=sys.stderr)
                     _thread.interrupt_main()
                     return
                 if is_remote(file):  # the time makes it another version

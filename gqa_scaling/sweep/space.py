@@ -166,14 +166,14 @@ def remove(root: Path, what: Sequence[Removal]) -> Iterator[tuple[Removal, bool]
     for each in what:
         path = as_path(each.path)
         if each.run is None:
-            _remove(path, _base(root, path))
+            _remove(_put_aside(path, _base(root, path)))
             yield each, True
             continue
         directory = RunDirectory(as_path(each.run))
         with claim(directory.claim_file) as mine:
             done = mine and directory.result_file.exists() == (each.kind == "checkpoints")
-            if done:
-                _remove(path, _base(root, path))
+            aside = _put_aside(path, _base(root, path)) if done else None
+        _remove(aside)  # the claim may lie in it, and nobody needs one for it any more
         yield each, done
     for folder in {root, cache_folder()}:
         if not is_remote(folder):
@@ -278,20 +278,25 @@ def _base(root: Path, path: Path) -> Path:
     return caches if caches in path.parents else root
 
 
-def _remove(path: Path, base: Path) -> None:
-    """Remove a folder: at one stroke for everybody else, where it lies on a disk of this machine."""
-    if is_remote(path):
-        remove_folder(path)
-        return
-    aside = path
-    if path.name != ASIDE:
+def _put_aside(path: Path, base: Path) -> Path | None:
+    """Take a folder out of its place, at one stroke where it lies on a disk of this machine; where its
+    files then are, unless they are removed."""
+    if path.name == ASIDE:
+        return path
+    if not is_remote(path):
         aside = base / ASIDE / f"{os.urandom(4).hex()}-{path.name}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(path, aside)
+            return aside
         except OSError as error:
             if error.errno != errno.EXDEV:  # a disk of its own is mounted there
                 raise
-            aside = path
-    with contextlib.suppress(FileNotFoundError):  # another clean is at it
-        remove_folder(aside)
+    remove_folder(path)
+    return None
+
+
+def _remove(aside: Path | None) -> None:
+    if aside is not None:
+        with contextlib.suppress(FileNotFoundError):  # another clean is at it
+            remove_folder(aside)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,6 +320,20 @@ def test_clean_takes_no_run_that_began_since_the_plan_was_made(call):
     assert done[str(place.path)] is False
     assert done[str(places["left"].checkpoints)] is False
     assert place.result_file.exists()
+
+
+def test_a_clean_holds_no_claim_that_it_has_removed(call, monkeypatch):
+    spread()
+    alone, remove = [], space.remove_folder
+
+    def watched(path: Path) -> None:
+        alone.append(threading.active_count())  # nobody renews what is aside
+        remove(path)
+
+    before = threading.active_count()
+    monkeypatch.setattr(space, "remove_folder", watched)
+    code, _, _ = call("clean", TINY, "--what", "digests", "--yes")
+    assert (code, alone) == (0, [before])
 
 
 def test_a_clean_that_is_killed_leaves_runs_whole_or_gone_and_the_next_ends_it(call, monkeypatch):

@@ -1,5 +1,6 @@
 """Claims: of all that look at a run one is at it, and a run that nobody is at is found free."""
 
+import errno
 import json
 import os
 import signal
@@ -235,16 +236,21 @@ def test_a_damaged_claim_is_waited_for_no_longer_than_a_holder_needs_to_see_it(
         assert taken(directory) == free
 
 
-def test_a_holder_whose_claim_is_damaged_stops(directory, monkeypatch, capsys):
+@pytest.mark.parametrize("lost", ["damaged", "gone"])
+def test_a_holder_whose_claim_is_lost_stops(directory, monkeypatch, capsys, lost):
     monkeypatch.setattr(claims, "RENEW_SECONDS", 0.001)
     told = threading.Event()
     monkeypatch.setattr(claims._thread, "interrupt_main", told.set)
     with claim(directory.claim_file) as mine:
         assert mine
-        write_atomic(directory.claim_file, "[]")
+        if lost == "gone":  # who took it over has given it back
+            directory.claim_file.unlink()
+        else:
+            write_atomic(directory.claim_file, "[]")
         until(told.is_set)
-    assert "its claim is damaged, stopping" in capsys.readouterr().err
-    assert directory.claim_file.read_text() == "[]"  # given back by nobody
+    assert f"its claim is {lost}, stopping" in capsys.readouterr().err
+    if lost == "damaged":
+        assert directory.claim_file.read_text() == "[]"  # given back by nobody
 
 
 def test_what_is_waited_for_is_said_with_its_end(directory, now):
@@ -277,24 +283,19 @@ def test_a_held_claim_is_renewed(directory, monkeypatch):
         until(lambda: directory.claim_file.stat().st_mtime > 1.0)
 
 
-def test_renewing_survives_a_claim_file_that_is_away_for_a_moment(directory, monkeypatch):
+def test_renewing_survives_a_disk_that_is_away_for_a_moment(directory, monkeypatch):
     monkeypatch.setattr(claims, "RENEW_SECONDS", 0.001)
-    tried = threading.Event()
-    renew = os.utime
+    read, tried = claims._read, threading.Event()
 
-    def utime(path: Path, *times: object) -> None:
-        try:
-            renew(path, *times)
-        finally:
-            tried.set()
+    def away(file: Path) -> None:
+        tried.set()
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with claim(directory.claim_file):
-        monkeypatch.setattr(os, "utime", utime)
-        aside = directory.claim_file.rename(directory.path / "aside")
-        tried.clear()
+        monkeypatch.setattr(claims, "_read", away)
         until(tried.is_set)
-        renew(aside, (1.0, 1.0))
-        aside.rename(directory.claim_file)
+        os.utime(directory.claim_file, (1.0, 1.0))
+        monkeypatch.setattr(claims, "_read", read)
         until(lambda: directory.claim_file.stat().st_mtime > 1.0)
 
 

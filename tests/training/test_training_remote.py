@@ -359,19 +359,19 @@ def test_where_the_server_cannot_decide_the_last_that_writes_has_a_stale_claim(
     assert not stale.claim_file.exists()
 
 
-def test_a_claim_is_renewed(bucket, monkeypatch):
-    directory = RunDirectory(bucket / "run")
+def test_a_claim_is_renewed_until_it_is_gone(bucket, monkeypatch):
+    directory, told = RunDirectory(bucket / "run"), threading.Event()
     monkeypatch.setattr(claims, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(claims._thread, "interrupt_main", told.set)
     with claim(directory.claim_file):
-        first = json.loads(directory.claim_file.read_text())
         seen = version(directory.claim_file)
         while version(directory.claim_file) == seen:
             pass
         assert not replace(directory.claim_file, "{}", seen)  # a stranger's that judged the first
+        assert not told.is_set()
         directory.claim_file.unlink()
-        while not directory.claim_file.exists():
-            pass
-        assert json.loads(directory.claim_file.read_text())["token"] == first["token"]
+        assert told.wait(60)  # nor is a claim that is gone made anew
+    assert not directory.claim_file.exists()
 
 
 # -------------------------------------------------------------------------------------- tokens
