@@ -42,23 +42,34 @@ LONGEST_PAUSE = 32  # seconds between two looks at runs in a bucket that others 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many runs are done and how many failed, now or before."""
+    """How many runs are done and how many failed, now or before; of these, how many by what the user
+    can mend."""
 
     done: int
     failed: int
+    mendable: int = 0
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.failed else 0
+        return 2 if self.mendable else int(self.failed > 0)
+
+
+class _End(enum.Enum):
+    """How one run of a sweep has ended, now or before."""
+
+    DONE = enum.auto()
+    FAILED = enum.auto()
+    MENDABLE = enum.auto()  # failed by what the user can mend
 
 
 class _Left(enum.IntEnum):
     """What is left to do of a run. Numbers, as the leader tells them to the other processes."""
 
     NOTHING = 0  # it failed before
-    TRAINING = 1
-    EVALUATION = 2
-    CLEANING = 3
+    MENDING = 1  # it failed before, by what the user can mend
+    TRAINING = 2
+    EVALUATION = 3
+    CLEANING = 4
 
 
 def pending(experiment: Experiment, root: Path) -> list[RunConfig]:
@@ -165,7 +176,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
 
     A run that fails is recorded with its traceback and the next one starts; it is not tried again
     until `forget_failures`. In a job of several processes all of them call this and a failure is
-    raised as RunFailed, as the others cannot go on. Raises UserError for what the user can mend, OSError for a
+    raised, as RunFailed or UserError, since the others cannot go on. Raises UserError for what `check` finds, OSError for a
     disk or a bucket that cannot be used, when no later run could do better, and Preempted once all
     is saved.
     """
@@ -176,7 +187,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     folder = _compiled_folder(root)
     if folder is not None:
         keep_compiled(folder)
-    left, done, failed, found = list(experiment.runs), 0, 0, experiment.trunks
+    left, found, ends = list(experiment.runs), experiment.trunks, list[_End]()
     grid = experiment.declared or experiment.runs
     longest = LONGEST_PAUSE if is_remote(root) else 1
     pause, announced = 1, set[str]()
@@ -190,7 +201,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             if run.start_from or trunk:
                 waits = _Waits(processes.leaders(_waits(run, directory, trunk, left)))
             if waits == _Waits.IN_VAIN:
-                failed += 1
+                ends.append(_End.FAILED)
                 if leads:
                     print(f"{run.name} is left out: {run.start_from} failed", file=sys.stderr)
                 continue
@@ -200,10 +211,9 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             with claim(directory.claim_file) if leads else nullcontext(False) as mine:
                 if not processes.leaders(mine):
                     elsewhere.append(run)
-                elif _finish(run, directory, stores[run.data.store_path], trunk, grid):
-                    done += 1
                 else:
-                    failed += 1
+                    store = stores[run.data.store_path]
+                    ends.append(_finish(run, directory, store, trunk, grid))
         pause = min(2 * pause, longest) if elsewhere == left else 1
         left = elsewhere
         if processes.is_leader():
@@ -212,7 +222,8 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
         for _ in range(pause if left else 0):
             _stop_if_told(left[0])
             time.sleep(1)
-    return Outcome(done, failed)
+    done, mendable = ends.count(_End.DONE), ends.count(_End.MENDABLE)
+    return Outcome(done, len(ends) - done, mendable)
 
 
 def _compiled_folder(root: Path) -> Path | None:
@@ -284,34 +295,37 @@ def _finish(
     store: TokenStore,
     trunk: Trunk | None,
     grid: tuple[RunConfig, ...],
-) -> bool:
-    """Do what is left of one run of a grid; whether it then has its result. Raises as `run_sweep` does."""
+) -> _End:
+    """Do what is left of one run of a grid. Raises as `run_sweep` does."""
     from gqa_scaling.devices import processes
     from gqa_scaling.training.loop import reevaluate, train
 
-    left = processes.leaders(_left_to_do(run, directory))
-    if left == _Left.NOTHING:
-        return False
     try:
+        left = processes.leaders(_left_to_do(run, directory))
+        if left in (_Left.NOTHING, _Left.MENDING):
+            return _End.MENDABLE if left == _Left.MENDING else _End.FAILED
         if left == _Left.TRAINING:
             train(run, directory, store, trunk, grid=grid)
         elif left == _Left.EVALUATION:
             reevaluate(run, directory, store, trunk)
         if processes.is_leader():
             clean(run, directory, trunk)
-    except (UserError, processes.Preempted):
+    except processes.Preempted:
         raise
     except Exception as error:
-        storage_away = failure(error, directory.path)
+        mendable = isinstance(error, UserError)
+        storage_away = None if mendable else failure(error, directory.path)
         if storage_away is not None:
             raise storage_away from None
         if processes.several() and _may_be_a_peers(error):
             processes.wait_to_end()
         directory.fail(traceback.format_exc(), type(error).__name__)
         if processes.several():
+            if mendable:
+                raise
             raise processes.RunFailed(run.name) from error
-        return False
-    return True
+        return _End.MENDABLE if mendable else _End.FAILED
+    return _End.DONE
 
 
 def tidy(experiment: Experiment, root: Path) -> None:
@@ -332,8 +346,9 @@ def clean(run: RunConfig, directory: RunDirectory, trunk: Trunk | None) -> None:
 
 
 def _left_to_do(run: RunConfig, directory: RunDirectory) -> _Left:
-    if directory.failure_file.exists():
-        return _Left.NOTHING
+    failed = directory.failure()
+    if failed is not None:
+        return _Left.MENDING if failed["kind"] == UserError.__name__ else _Left.NOTHING
     result = directory.result()
     if result is None:
         return _Left.TRAINING

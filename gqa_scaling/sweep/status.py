@@ -106,6 +106,8 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
         if told is not None:
             said = (told["traceback"].strip().splitlines() or [""])[-1]
             failure = said if told["kind"] in said else f"{told['kind']}: {said}"
+            if told["kind"] == UserError.__name__:  # the line is for people as it is
+                failure = said.rpartition(f"{UserError.__name__}: ")[2]
             ended = told["time"] if state == "failed" else ended
     return RunStatus(
         name=run.name,

@@ -20,7 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_kit import tiny_run, traced_steps
 
 from gqa_scaling import costs
-from gqa_scaling.config import EvaluationConfig, ParallelConfig, Question, RunConfig, UserError
+from gqa_scaling.config import (
+    EvaluationConfig,
+    ParallelConfig,
+    Question,
+    RunConfig,
+    UserError,
+    require,
+)
 from gqa_scaling.data import TokenStore, open_store
 from gqa_scaling.data.loader import TrainingData, evaluation_hash, heldout_chunks
 from gqa_scaling.devices import processes
@@ -31,6 +38,7 @@ from gqa_scaling.files.runs import RunDirectory, run_directory, write_json
 from gqa_scaling.files.storage import make_folder
 from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.sweep import run as sweep
+from gqa_scaling.sweep.display import report_end
 from gqa_scaling.training import loop, step
 from gqa_scaling.training.evaluation import evaluator
 from gqa_scaling.training.monitor import NonFiniteLoss
@@ -252,6 +260,36 @@ def test_failure_is_recorded_and_the_sweep_goes_on(
         loop, "train", lambda r, d, s, *_, **__: train(dataclasses.replace(r, name="x"), d, s)
     )
     sweep.forget_failures(grid, tmp_path)
+    assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
+
+
+def test_a_run_that_can_be_mended_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, mended = [], []
+
+    def train(run: RunConfig, directory: RunDirectory, *_: object, **__: object) -> None:
+        trained.append(run.name)
+        require(run.name == "good" or bool(mended), "checkpoints/500 is damaged; remove it")
+        directory.finish({"evaluations": {run.evaluation_digest: {"loss": 2.5}}}, {})
+
+    monkeypatch.setattr(loop, "train", train)
+    grid = experiment(tiny_run("bad", seed=1), tiny_run("good", seed=2))
+    for _ in range(2):  # the second time from what is recorded
+        found = sweep.run_sweep(grid, tmp_path)
+        assert (found, found.exit_code) == (sweep.Outcome(1, 1, 1), 2)
+    assert trained == ["bad", "good"]
+    assert report_end(grid, tmp_path) == 1
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("bad failed: checkpoints/500 is damaged; remove it (")
+    sweep.forget_failures(grid, tmp_path)
+    monkeypatch.setattr(processes, "several", lambda: True)
+    with pytest.raises(UserError, match="checkpoints/500 is damaged"):
+        sweep.run_sweep(grid, tmp_path)  # the others of a job cannot go on
+    bad = run_directory(tmp_path, "tiny", grid.runs[0])
+    assert bad.failure()["kind"] == "UserError"
+    sweep.forget_failures(grid, tmp_path)
+    mended.append("bad")
     assert sweep.run_sweep(grid, tmp_path) == sweep.Outcome(2, 0)
 
 
