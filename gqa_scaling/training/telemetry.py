@@ -93,7 +93,7 @@ class Telemetry:
             file = directory.metrics_file
             self._remote, self._flushed = is_remote(file), time.monotonic()
             self._file = GrowingFile(file) if self._remote else open(file, "ab")  # noqa: SIM115
-            self._board = TensorBoard(directory, start_step + 1 if start_step else None)
+            self._board = TensorBoard(directory, start_step + 1)
 
     def introduce(self, setup: Setup, grid: Sequence[RunConfig] = ()) -> None:
         """Have TensorBoard's HParams tab show the run while it trains, beside those of its grid."""

@@ -2,10 +2,12 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import jax
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
@@ -112,6 +114,19 @@ def test_hparams_of_a_run_without_a_grid_are_all_its_size_and_heads_first(tmp_pa
     write_hparams(RunDirectory(tmp_path), set_up(tiny_run()), {})
     assert columns(tmp_path)[0][:3] == ["N", "n_heads", "n_kv_heads"]
     assert "head_dim" in columns(tmp_path)[0]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_run_that_begins_again_shows_each_step_once(tmp_path, monkeypatch, start):
+    clock = SimpleNamespace(time=count(1_800_000_000).__next__)  # event files are named by it
+    monkeypatch.setattr("tensorboardX.event_file_writer.time", clock)
+    for first, last in ((0, 5), (start, 4)):
+        with Telemetry(RunDirectory(tmp_path), first) as telemetry:
+            for step in range(first + 1, last + 1):
+                telemetry.log(step, {"learning/loss": float(last)})
+    shown = event_accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("learning/loss")
+    assert [each.step for each in shown] == [1, 2, 3, 4]
+    assert [each.value for each in shown] == [5.0] * start + [4.0] * (4 - start)
 
 
 # -------------------------------------------------------------------------------------- traces
