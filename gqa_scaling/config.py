@@ -135,7 +135,8 @@ class OptimizerConfig(Json):
     """AdamW with a warmup-stable-decay or cosine schedule (Chen et al. 2025, appendix).
 
     `warmup` and `decay` are fractions of all steps; the decay is a cosine from `learning_rate`
-    to `final_fraction` of it. With schedule "cosine" the decay begins where the warmup ends.
+    to `final_fraction` of it. With schedule "cosine" the decay begins where the warmup ends, and
+    `decay` stays at its default.
     `warmup_tokens` > 0 is the warmup in tokens instead: the same at every token budget, so that
     runs which differ in their budget alone are one run until the decay (`experiment/branches.py`).
     Weight decay acts on matrices only.
@@ -175,7 +176,12 @@ class OptimizerConfig(Json):
             f"spike_factor={self.spike_factor} must be 0 (off) or greater than 1",
         )
         require(
-            self.warmup + self.decay <= 1,
+            self.schedule == "wsd" or self.decay == 0.2,  # one spelling, one digest
+            f"decay={self.decay} is for schedule wsd: with schedule cosine the decay takes all steps "
+            "after the warmup, leave it out",
+        )
+        require(
+            self.schedule == "cosine" or self.warmup + self.decay <= 1,
             f"warmup={self.warmup} and decay={self.decay} are fractions of all steps and must not "
             "exceed 1 together",
         )

@@ -107,12 +107,12 @@ def patterns(draw):
 
 @st.composite
 def optimizers(draw):
-    warmup = draw(fractions)
+    warmup, schedule = draw(fractions), draw(st.sampled_from(["wsd", "cosine"]))
     return OptimizerConfig(
         learning_rate=draw(positive),
-        schedule=draw(st.sampled_from(["wsd", "cosine"])),
+        schedule=schedule,
         warmup=warmup,
-        decay=draw(st.floats(0, (1 - warmup) / 2)),
+        decay=draw(st.floats(0, (1 - warmup) / 2)) if schedule == "wsd" else 0.2,
         final_fraction=draw(fractions),
         beta1=draw(st.floats(0, 0.99) | st.just(0)),
         weight_decay=draw(st.floats(0, 10) | st.integers(0, 10)),
@@ -414,6 +414,11 @@ def test_what_cannot_be_is_refused_by_name_and_value(path, value):
 )
 def test_nonsense_is_refused_when_built(path, value, said):
     refused(lambda: changed(run(), path, value), said)
+
+
+def test_a_cosine_decays_after_whatever_warmup_and_takes_no_other_decay():
+    assert OptimizerConfig(schedule="cosine", warmup=0.9).phases(100, 1) == (90, 10)
+    refused(lambda: OptimizerConfig(schedule="cosine", decay=0.3), "decay=0.3 is for schedule wsd")
 
 
 def test_from_dict_names_what_is_wrong():
