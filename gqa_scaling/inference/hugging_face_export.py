@@ -91,7 +91,7 @@ def export(
         _write_tokenizer(aside, tokenizer, run.context_length, bool(run.imported), first)
         provenance = _provenance(trained, architecture, dtype)
         write_json(aside / PROVENANCE, provenance)
-        (aside / "README.md").write_text(_readme(provenance, notes), encoding="utf-8")
+        (aside / "README.md").write_text(_readme(provenance, notes, first), encoding="utf-8")
         sync(aside)
         _put(aside, output)
     finally:
@@ -263,8 +263,8 @@ def _provenance(trained: Trained, architecture: str, dtype: str) -> dict[str, An
     }
 
 
-def _readme(provenance: dict[str, Any], notes: tuple[str, ...]) -> str:
-    """The model card: what it is, where it came from, how it is loaded."""
+def _readme(provenance: dict[str, Any], notes: tuple[str, ...], first: int | None) -> str:
+    """The model card: what it is, where it came from, how it is loaded, with what texts begin."""
     run, data = provenance["run"], provenance["data"]
     model, weights = provenance["model"], provenance["weights"]
     rows = [
@@ -295,6 +295,7 @@ def _readme(provenance: dict[str, Any], notes: tuple[str, ...]) -> str:
         )
     rows.append(("weights", f"{weights['architecture']}, {weights['dtype']}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    before = "nothing" if first is None else f"token {first}, which the tokenizer puts there,"
     remarks = "".join(f"* {note}\n" for note in notes)
     return f"""---
 library_name: transformers
@@ -313,6 +314,6 @@ A grouped-query transformer, exported by gqa-scaling {provenance["tool"]["gqa-sc
     model = AutoModelForCausalLM.from_pretrained(".")
     tokenizer = AutoTokenizer.from_pretrained(".")
 
-Documents end with the end-of-text token, and nothing stands before a text. `{PROVENANCE}` holds all
+Documents end with the end-of-text token, and {before} stands before a text. `{PROVENANCE}` holds all
 of this for programs.
 {remarks and chr(10)}{remarks}"""

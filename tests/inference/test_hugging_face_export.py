@@ -110,7 +110,8 @@ def test_the_folder_says_where_it_came_from(tmp_path):
     notes = export(trained, tmp_path / "out").notes
     text = (tmp_path / "out/README.md").read_text()
     said = json.loads((tmp_path / "out/gqa_scaling.json").read_text())
-    for part in (trained.run.digest, "5" * 64, "e" * 64, "5.5000 nats", *notes):
+    begin = "nothing stands before a text"
+    for part in (trained.run.digest, "5" * 64, "e" * 64, "5.5000 nats", begin, *notes):
         assert part in text
     assert [note.split()[0] for note in notes] == ["head_dim=14", "hidden_size=50"]
     assert said["run"]["digest"] == trained.run.digest

@@ -166,6 +166,8 @@ def test_texts_begin_with_the_token_that_the_tokenizer_puts_there(tmp_path, fold
     back = open_trained(import_folder(folder, "back", tmp_path)[0].path)
     assert back.tokens_of(["ab"])[0].tolist() == [BOS, 97, 98]
     export(back, tmp_path / "again")
+    said = f"token {BOS}, which the tokenizer puts there, stands before a text"
+    assert said in (tmp_path / "again/README.md").read_text()
     again = open_trained(import_folder(tmp_path / "again", "again", tmp_path)[0].path)
     assert again.first_token == BOS
     assert json.loads((tmp_path / "again/config.json").read_text())["bos_token_id"] == BOS
