@@ -1,7 +1,8 @@
 """One optimizer step as a pure function of the state, and the state it begins with.
 
 The state is (parameters, optimizer moments); with spike skipping also what is known of gradient
-norms. A step whose loss or gradient is not finite changes neither.
+norms. A step whose loss or gradient is not finite changes neither; only the number of steps, by which
+the learning rate goes, goes on.
 """
 
 from collections.abc import Sequence
@@ -103,14 +104,19 @@ def train_step(setup: Setup) -> Any:
             norms = Norms(jnp.where(finite, followed, norms.mean), norms.count)  # when skipped
             new, old = (new[0], (new[1], new_norms)), (old[0], (old[1], norms))
 
-        def unless_skipped(new: jax.Array, old: jax.Array) -> jax.Array:
-            # counters go on: the learning rate is that of the step's number
-            return jnp.where(taken, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+        def unless_skipped(new: Any, old: Any) -> Any:
+            # the schedule's counter goes on: the learning rate is that of the step's number
+            return new if counts_steps(new) else jnp.where(taken, new, old)
 
         metrics = StepMetrics(loss, norm, taken, usual_norm)
-        return jax.tree.map(unless_skipped, new, old), metrics
+        return jax.tree.map(unless_skipped, new, old, is_leaf=counts_steps), metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(setup))
+
+
+def counts_steps(part: Any) -> bool:
+    """Whether this part of the optimizer's state counts all steps, those that are not taken too."""
+    return isinstance(part, optax.ScaleByScheduleState)
 
 
 def _compiler_options(setup: Setup) -> dict[str, Any] | None:
