@@ -239,6 +239,12 @@ class _Attempt:
         )
         return found, saved_history(found.position), {}
 
+    def owes_measurement(self, step: int) -> bool:
+        """Whether the loss after this step, with which training goes on, is due and not in the log: it
+        was told to stop there, and what is left of its time may be short."""
+        told = any(m["step"] == step and "evaluation/loss" in m for m in self.directory.metrics())
+        return step > 0 and is_measured(self.setup, step) and not told
+
     def take_steps(self, start: Restored, history: History) -> Any:
         """Take the steps that are left, added to the history, and return the trained parameters.
 
@@ -259,6 +265,14 @@ class _Attempt:
             monitor = Monitor(
                 setup, self.data, self.checkpoints, telemetry, speed, history, start.step
             )
+
+            def measure(step: int) -> None:
+                with monitor.outside_steps("evaluation"):
+                    value = self.evaluate(state[0], targets_of_a_point(setup))
+                telemetry.log(step, value.measures())
+
+            if processes.leaders(leader and self.owes_measurement(start.step)):
+                measure(start.step)
             for step in range(start.step + 1, steps + 1):
                 profiler.before(step, monitor)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -266,10 +280,8 @@ class _Attempt:
                 self.checkpoints.check()
                 monitor.dispatched(step, metrics)
                 stop = processes.preempted() and step < steps
-                if is_measured(setup, step):
-                    with monitor.outside_steps("evaluation"):
-                        value = self.evaluate(state[0], targets_of_a_point(setup))
-                    telemetry.log(step, value.measures())
+                if is_measured(setup, step) and not stop:  # else it is measured when it goes on
+                    measure(step)
                 due = step % run.checkpoint.every_steps == 0 and step < steps
                 if stop or due or step in shared:
                     with monitor.outside_steps("checkpoint"):  # what is saved has been judged

@@ -40,7 +40,7 @@ from gqa_scaling.model.loss import per_position_nll
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.sweep.display import report_end
 from gqa_scaling.training import loop, step
-from gqa_scaling.training.evaluation import evaluator
+from gqa_scaling.training.evaluation import Evaluation, evaluator
 from gqa_scaling.training.monitor import NonFiniteLoss
 from gqa_scaling.training.setup import Setup, set_up
 
@@ -148,6 +148,38 @@ def test_tracing_steps_and_measuring_nothing_on_the_way_change_no_result() -> No
     result = directory.result()["result"]
     result["config"]["evaluation"]["every_steps"] = 0
     assert result == finished().result()["result"]
+
+
+def test_a_run_that_is_told_to_stop_saves_first_and_is_measured_there_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, order = iter(range(1, 100)), []
+    make, save = loop.evaluator, loop.Checkpoints.save
+
+    def evaluator(*setup: object) -> Callable[..., Evaluation]:
+        evaluate = make(*setup)
+        return lambda *what: order.append("measured") or evaluate(*what)
+
+    def saved(self: loop.Checkpoints, step: int, *what: object) -> None:
+        order.append(step)
+        save(self, step, *what)
+
+    monkeypatch.setattr(loop, "evaluator", evaluator)
+    monkeypatch.setattr(loop.Checkpoints, "save", saved)
+    monkeypatch.setattr(processes, "preempted", lambda: next(asked) == 6)
+    directory = run_directory(tmp_path, "tiny", tiny_run())
+    with pytest.raises(processes.Preempted, match="saved step 6 of 24"):
+        loop.train(tiny_run(), directory, store())
+    assert order == ["measured", 5, 6]
+    loop.train(tiny_run(), directory, store())
+    assert order[3:6] == ["measured", "measured", 10]  # of step 6 and of step 9
+    assert directory.result()["result"] == finished().result()["result"]
+
+    def curve(directory: RunDirectory) -> list[tuple[int, float]]:
+        lines = directory.metrics()
+        return [(m["step"], m["evaluation/loss"]) for m in lines if "evaluation/loss" in m]
+
+    assert curve(directory) == curve(finished())
 
 
 def test_a_second_sweep_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
