@@ -20,15 +20,15 @@ def check(shape, *patterns, seed=0, implementation="blockwise"):
 
 
 def small_rows(patch, row):
-    """Rows and tiles so small that T = 60 needs many."""
+    """Rows and tiles so small that T = 60 needs many, and that blocks of 8 have several windows."""
 
     def tiling(x, kind, most):
         t = real(x, kind, most)
         blocks = max(1, 8 // kind.block)
         side = min(t.far, blocks * kind.block)
         far = -(-t.far // max(1, side)) * side
-        window = max(1, 4 // kind.block) * kind.block
-        near = (kind.local - 1) * kind.block + window
+        window = max(1, 4 // kind.block) * kind.block if kind.block < 8 else 4
+        near = (kind.local - 1) * kind.block + max(kind.block, window)
         return sparse._Tiling(window, max(1, row // 4) * window, near, far, side)
 
     real = sparse._tiling
@@ -52,6 +52,12 @@ CASES = {  # length of a row, (B, T, G, H) and the heads of each layer
     ),
     "one row": (64, (1, 59, 2, 8), (P(2, 3, 6, 1, 3), P(2, 3, 6, 4, 3), P(2, 1))),
     "blocks of one token": (64, (1, 37, 1, 8), (P(1, 3, 4, 2),)),
+    "blocks of several windows": (
+        12,
+        (2, 61, 2, 8),
+        (P(8, 2, 3, 1, 1), P(8, 1, 2, 0)),
+        (P(8, 1), P(8, 3, sinks=1)),
+    ),
     "shorter than a block": (16, (2, 5, 1, 8), (P(8, 1, 2, 1, 1), P(2, 1, 2, 1, 1))),
 }
 
@@ -114,6 +120,22 @@ def test_many_mixtures_equal_the_masked_reference(case, row, seed):
 
 def test_with_its_own_tiling_and_a_ragged_end():
     check((1, 16 * 41 + 5, 4, 8), tuple(P(16, 2, 4, offset) for offset in (0, 2)))
+
+
+def test_large_blocks_with_their_own_tiling():
+    check((1, 256 * 3 + 5, 2, 8), tuple(P(256, local, 2, 0) for local in (1, 2)))
+
+
+def test_the_memory_of_large_blocks_grows_with_the_block_and_not_with_its_square():
+    def temporary(block):
+        """Bytes, forward and backward, with 8 query heads and a window of 2048 keys."""
+        heads = (P(block, 2048 // block, 2 * 2048 // block),)
+        x = [jax.ShapeDtypeStruct((1, 4096, 1, *rest), "float32") for rest in ((8, 16), (16,))]
+        f = jax.jit(lambda *x: both(lambda *qkv: attend(*qkv, (heads,)), *x))
+        compiled = f.lower(x[0], x[1], x[1], x[0]).compile({"xla_backend_optimization_level": 0})
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(2048) < 2 * temporary(128)
 
 
 def test_a_stripe_inside_the_window_counts_once():

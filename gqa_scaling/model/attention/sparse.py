@@ -5,7 +5,8 @@ XLA on any platform, without gathers. The distant keys of a KV head, its sinks a
 slice and a strided slice of the keys, taken once; heads that differ in their offsets alone share one
 computation. A row of queries reads its windows, overlapping slices side by side, then walks over
 tiles of distant keys as far as it sees any, in one softmax. A distant key counts for the queries
-whose window has left it, so that none counts twice.
+whose window has left it, so that none counts twice. The queries of a large block are cut into several
+windows, so that no tile has as many scores as the square of a block.
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from gqa_scaling.model.attention.shard import (
 from gqa_scaling.model.attention.tiles import Softmax, natural, rows_of
 from gqa_scaling.model.einsum import einsum_f32
 
+_QUERIES = 128  # of a window, at most, where blocks are larger
 _SCORES = 512 * 512 * 2  # computed at once: enough for all cores, and they stay in the cache
 
 
@@ -63,7 +65,10 @@ def _tiling(x: Operands, kind: HeadPattern, most: int) -> _Tiling:
         return unit * next(m for m in range(n, 0, -1) if runs == 1 or T // runs % (m * unit) == 0)
 
     window = queries(block, 64 if G >= 4 else 128)
-    near = (kind.local - 1) * block + window
+    if block > _QUERIES:
+        part = max(n for n in range(1, _QUERIES + 1) if block % n == 0)
+        window = part if part > _QUERIES // 4 else block  # a prime number has no parts to work with
+    near = (kind.local - 1) * block + max(block, window)
     row = queries(window, most // (B * K * G * near))
     blocks = sum(most_distant(kind, S))
     tiles = max(1, min(blocks, blocks * block // 128))
@@ -99,9 +104,12 @@ def _near_visible(start: jax.Array, G: int, kind: HeadPattern, t: _Tiling) -> ja
     """Which keys of its window a query sees: (row / window, G window, near)."""
     query = np.tile(np.arange(t.window), G).reshape(-1, 1)
     key = np.arange(t.near) - (t.near - t.window)  # both from the first query of the window on
-    fixed = (key <= query) & (query // kind.block - key // kind.block < kind.local)
-    there = start + jnp.arange(0, t.row, t.window)[:, None, None] + key >= 0
-    return there & fixed
+    first = start + jnp.arange(0, t.row, t.window)[:, None, None]
+    there = first + key >= 0
+    if t.window < kind.block:  # the window begins somewhere in a block, which it does not leave
+        there &= first % kind.block + key >= (1 - kind.local) * kind.block
+        return there & (key <= query)
+    return there & (key <= query) & (query // kind.block - key // kind.block < kind.local)
 
 
 def _far_visible(start: jax.Array, since_KS: jax.Array, G: int, t: _Tiling) -> jax.Array:
@@ -123,7 +131,8 @@ def _since(offset_K: jax.Array, kind: HeadPattern, t: _Tiling) -> jax.Array:
 
 def _far_tiles(start: jax.Array, offset_K: jax.Array, kind: HeadPattern, t: _Tiling) -> jax.Array:
     """How many tiles of distant keys the row of queries that begins at `start` sees any of."""
-    gone = jnp.maximum(0, (start + t.row) // kind.block - kind.local)  # blocks before a window
+    begun = -(-(start + t.row) // kind.block)  # blocks up to that of the last query
+    gone = jnp.maximum(0, begun - kind.local)  # blocks before its window
     blocks = distant_before(gone, kind.stride, offset_K, kind.sinks).max()
     return jnp.minimum(-(-blocks * kind.block // t.side), t.far // t.side)
 
