@@ -7,6 +7,7 @@ from gqa_scaling.config import Question
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads, pairs, pattern_of
+from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.units import quantity
 
 if TYPE_CHECKING:
@@ -45,8 +46,13 @@ def beyond_training(heads: Sequence[Heads], trained: int, q: Question) -> list[s
     return out
 
 
-def caveats(answers: "Sequence[Answer]", reach: dict[Heads, Interval], baseline: str) -> list[str]:
-    """What a reader must know before deciding by these answers; `reach` as `Family.reach`."""
+def caveats(
+    answers: "Sequence[Answer]", reach: dict[Heads, Interval], baseline: str, indifference: float
+) -> list[str]:
+    """What a reader must know before deciding by these answers; `reach` as `Family.reach`.
+
+    `indifference` is the share that costs may differ by and be as good as equal.
+    """
 
     def goals(some: "Sequence[Answer]") -> str:
         return "; ".join(f"{a.loss:g} nats at {a.context:,} tokens" for a in some)
@@ -107,10 +113,17 @@ def caveats(answers: "Sequence[Answer]", reach: dict[Heads, Interval], baseline:
     )
     unbuilt = [a for a in reached if a.model is None and a.best.heads not in uneven]
     tell(unbuilt, f"no model near the best N* can be built within the bytes: {goals(unbuilt)}")
-    ties = sum(len(a.tied) > 1 + len(a.equivalent) for a in answers)
+    ties = [a for a in answers if len(a.tied) > 1 + len(a.equivalent)]
+    noisy = sum(a.best.probability < LEVEL for a in ties)
+    close = len(ties) - noisy
     tell(
-        range(ties),
-        f"the noise cannot separate the best configuration in {ties} of {many} answers: they are "
+        range(noisy),
+        f"the noise cannot separate the best configuration in {noisy} of {many} answers: they are "
         "printed as tied",
+    )
+    tell(
+        range(close),
+        f"in {close} of {many} answers the best is the cheapest in {LEVEL:.0%} of the refits or more, "
+        f"but others may be within {100 * indifference:g}% of it: they are printed as tied, too",
     )
     return out

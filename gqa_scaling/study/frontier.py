@@ -139,7 +139,7 @@ class Answer:
 
     @property
     def equivalent(self) -> tuple[Heads, ...]:
-        """Of the tied those as good as the cheapest whatever the noise, in 90% of the refits."""
+        """Of the tied those as good as the cheapest in 90% of the refits."""
         others = (self.choice(h) for h in self.tied if h != self.best.heads)
         return tuple(c.heads for c in others if c.within >= LEVEL)
 
@@ -293,7 +293,12 @@ def frontier(
         *fit.flags,
         *([among.note] if among.note else []),
         *beyond_training(among.heads, train_context, q),
-        *caveats(answers, {h: family.reach(h) for h in among.heads}, label(baseline)),
+        *caveats(
+            answers,
+            {h: family.reach(h) for h in among.heads},
+            label(baseline),
+            q.indifference,
+        ),
     ]
     if s.clock:
         sizes = [a.least(kind).n for a in answers for kind in _BOTH]

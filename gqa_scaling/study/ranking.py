@@ -147,7 +147,7 @@ def tied(near: np.ndarray, first: int) -> list[int]:
 
     With a probability of 90% all that are left out are dearer than the cheapest by more than the
     margin of `near` (`near_least`). So a tie is either practical, two costs that differ by less than
-    the margin whatever the noise, or of noise: draws in which another one is the cheapest. Taken in
+    the margin in nearly all draws, or of noise: draws in which another one is the cheapest. Taken in
     are `first`, then what is near the cheapest most often, until in 90% of the draws nothing near it
     is left. Without a margin these are the fewest that hold 90% of the probability of being cheapest.
     """

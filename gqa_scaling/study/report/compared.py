@@ -42,7 +42,7 @@ def sentence(found: Versus) -> str:
     verdict = {
         "first": f"{one} is the cheaper",
         "second": f"{other} is the cheaper",
-        "equivalent": f"{one} and {other} are as good, within {most} whatever the noise",
+        "equivalent": f"{one} and {other} are as good, within {most} in {LEVEL:.0%} of the refits",
         "open": f"these runs leave open whether {one} or {other} is cheaper by more than {most}",
         "untimed": f"it is NOT DECIDED whether {one} or {other} is cheaper ({untimed(m.stretch)})",
     }[m.verdict]

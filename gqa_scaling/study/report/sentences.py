@@ -47,7 +47,9 @@ def sentence(frontier: Frontier) -> str:
     ]
     if alike and not untimed:
         most = margin(frontier.question.indifference)
-        said.append(f"As good, within {most} of the cheapest whatever the noise: {pairs(alike)}.")
+        said.append(
+            f"As good, within {most} of the cheapest in {LEVEL:.0%} of the refits: {pairs(alike)}."
+        )
     if best.unreachable > MISSED:
         said.append(
             f"{percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size "

@@ -87,7 +87,7 @@ const Words = (() => {
     out.push(`${start}For ${goal(a)}, take ${several(c.n_heads, "query head")} and ${several(c.n_kv_heads, "KV head")}${sparse} at ${quantity(best.n)} parameters: ${saving}.`);
     out.push(untimed ? `NOT DECIDED which is the cheapest: ${untimed}.` : others.length ? `The noise leaves open whether ${listed(others)} ${others.length > 1 ? "are" : "is"} as good.`
       : `It is the cheapest in ${percent(best.probability, 0)} of the refits.`);
-    if (a.equivalent.length && !untimed) out.push(`As good, within ${margin(s.indifference)} of the cheapest whatever the noise: ${listed(a.equivalent)}.`);
+    if (a.equivalent.length && !untimed) out.push(`As good, within ${margin(s.indifference)} of the cheapest in 90% of the refits: ${listed(a.equivalent)}.`);
     if (best.unreachable > 0.05) out.push(`${percent(best.unreachable, 0)} of the refits never reach that loss with it, at any size that can be built within what must hold.`);
     if (c.known !== "measured") {
       out.push(`Its heads were never trained: they are ${c.known_words}.`);
