@@ -12,7 +12,7 @@ from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.study import laws
 from gqa_scaling.study.choices import Law
 from gqa_scaling.study.laws import Curves
-from gqa_scaling.study.misfit import SUSPICIOUS, Misfit
+from gqa_scaling.study.misfit import ROUNDED, SUSPICIOUS, Misfit
 from gqa_scaling.study.models import MIN_SPREAD, formula
 from gqa_scaling.study.noise import Noise
 from gqa_scaling.study.points import Interval, Points
@@ -259,4 +259,9 @@ def flagged(fitted: Fit, known: Sequence[str]) -> Fit:
         out.append(fitted.misfit.flag)
     if p.noise is None:
         out.append("no replicate seeds: the noise is judged from the residuals alone")
+    elif p.noise <= ROUNDED:
+        out.append(
+            "replicate seeds end in identical losses, as they do where a seed is never used: they say "
+            "nothing of the noise"
+        )
     return dataclasses.replace(fitted, flags=tuple(out))

@@ -21,6 +21,7 @@ from gqa_scaling.study.solver import Solution
 SUSPICIOUS = 0.05  # p-value below which something is said to be there
 POWER = 0.8  # how often a bend of the size that is printed would be found
 BEND = 0.1  # nats for each factor of e in N: a term c ln N of this size should not go unseen
+ROUNDED = 1e-7  # nats: replicate seeds that differ by no more end in the same loss
 _DRAWS = 4000
 
 Verdict = Literal["bends", "misses", "unseen", "untested", "none"]
@@ -116,12 +117,13 @@ def misfit(
 
 def _against_seeds(p: Points, squares: float, free: int) -> dict[str, float]:
     """The F-test of the curves' misses against the noise between replicate seeds."""
-    if not p.noise or free < 1:
+    if p.noise is None or free < 1:
         return {}
-    ratio = squares / free / p.noise**2
+    noise = max(p.noise, ROUNDED)  # seeds that all agree leave every miss to the curves
+    ratio = squares / free / noise**2
     limit = fdtri(free, p.noise_dof, 1 - SUSPICIOUS)
     more = ncfdtrinc(free, p.noise_dof, 1 - POWER, limit)  # noncentrality
     return {
         "replicate_p_value": float(fdtrc(free, p.noise_dof, ratio)),
-        "replicate_found": float(p.noise * np.sqrt(more / p.replicates.sum())),
+        "replicate_found": float(noise * np.sqrt(more / p.replicates.sum())),
     }

@@ -455,6 +455,17 @@ def test_curves_that_miss_replicates_are_told():
     assert fit(study(TRUTH, 0.0005), refits=100).misfit.replicate_p_value is None
 
 
+def test_replicate_seeds_with_identical_losses_are_told_and_leave_every_miss_to_the_curves():
+    once = study(TRUTH, 0.0005)
+    row = [*range(len(once)), *range(len(once))]
+    found = fit(once.select(row), refits=100)
+    assert found.points.noise == 0
+    assert found.misfit.verdict == "misses"
+    assert found.misfit.replicate_p_value < 1e-9
+    assert any("identical losses" in flag for flag in found.flags)
+    assert not any("identical losses" in flag for flag in fit(once, refits=100).flags)
+
+
 def test_what_is_shared_is_not_told_of_one_configuration():
     r = study({(4, 1): TRUTH[4, 1]}, 0.002)
     alone = fit(r, refits=300)
