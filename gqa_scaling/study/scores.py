@@ -98,17 +98,6 @@ class Forecasts:
         errors = [score.error for score in self.judged]
         return float(np.mean(errors)) if errors else math.nan
 
-    @property
-    def chance(self) -> float:
-        """The probability that so few or fewer lie inside, of intervals that hold 90% each.
-
-        Binomial, as if runs erred independently: runs of one size and one fit do not quite.
-        """
-        n = len(self.judged)
-        return sum(
-            math.comb(n, k) * LEVEL**k * (1 - LEVEL) ** (n - k) for k in range(self.inside + 1)
-        )
-
     def to_dict(self) -> dict[str, Any]:
         rows = []
         for score in self.scores:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from gqa_scaling.study.report.table import Column, Table, millinats, percent, span
+from gqa_scaling.study.report.table import Column, Table, millinats, span
 from gqa_scaling.study.results import pair
 from gqa_scaling.study.scores import Forecasts, Score
 from gqa_scaling.study.uncertainty import LEVEL
@@ -72,13 +72,9 @@ def _counted(forecasts: Forecasts) -> list[str]:
     runs = "the finished run" if n == 1 else f"{n} finished runs"
     return [
         f"{forecasts.inside} of {runs} inside; of {LEVEL:.0%} intervals {LEVEL * n:.1f} are expected, "
-        f"and so few or fewer {_often(forecasts.chance)} of the time. Error {millinats(forecasts.mean)} "
-        f"on average, {millinats(forecasts.rms)} root mean square (millinats)."
+        f"but misses of one fit come together. Error {millinats(forecasts.mean)} on average, "
+        f"{millinats(forecasts.rms)} root mean square (millinats)."
     ]
-
-
-def _often(chance: float) -> str:
-    return percent(chance, 0) if chance >= 0.01 else percent(chance, 2)
 
 
 def _marks(beyond: Iterable[str]) -> list[str]:
