@@ -17,7 +17,7 @@ import numpy as np
 
 from gqa_scaling.study.fit import make_model
 from gqa_scaling.study.fitted import Fit
-from gqa_scaling.study.laws import Curves
+from gqa_scaling.study.laws import Curves, centred
 from gqa_scaling.study.models import Model
 from gqa_scaling.study.noise import Noise, estimate
 from gqa_scaling.study.points import Points
@@ -164,8 +164,8 @@ class Scale:
         curves = self.model([(h, kv) for h, kv in heads.tolist()]).curves(self.rows)
         curves = dataclasses.replace(curves, u=curves.u[:, k:], b=curves.b[:, k:])
         curves = _strayed(curves, np.repeat(self.unseen(label)[:, None], len(heads), 1))
-        x = np.log(backbone) - curves.centre[0]
-        return np.asarray(curves.floor[:, None] + np.exp(curves.u - curves.b * x))
+        ends = curves.floor[:, None], curves.centre[0]
+        return np.asarray(centred(backbone, curves.u, curves.b, *ends))
 
 
 _PARTS: tuple[Any, ...] = (0, slice(1, None))  # the point estimate, and the refits

@@ -224,6 +224,11 @@ def scale_loss(among, layers, width, n_heads):
     return float(among.scale.losses(heads, backbone, "llama3")[0, 0])
 
 
+def test_a_family_far_below_the_sizes_has_an_endless_loss_and_no_warning(all_21):
+    steep = dataclasses.replace(all_21.scale, rows=all_21.scale.rows + 9.0 * np.eye(5)[2])
+    assert (steep.losses(np.array([[8.0, 8.0]]), np.array([1e-80]), "llama3") == np.inf).all()
+
+
 def test_what_8_1_saves_against_llama_3_at_1_2b_and_128k(all_21):
     """Chen et al. 2025: 50.8% less memory and 57.8% fewer FLOPs at equal loss, 2.615 nats."""
     q = Question(contexts=(131072,), losses=(2.615,), baseline="llama3")
