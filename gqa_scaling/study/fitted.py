@@ -105,12 +105,21 @@ class Fit:
 
     @property
     def constants(self) -> dict[str, tuple[float, Interval]]:
-        """The parameters of `constant_names`, which all configurations share, with intervals."""
-        return {
+        """The parameters of `constant_names`, which all configurations share, with intervals.
+
+        In the product law "p - q" is how much more a doubling of query heads gains than one of KV
+        heads, in each refit: whether the intervals of p and q overlap does not tell it.
+        """
+        found = {
             name: (float(self.parameters[i]), interval(self.parameter_draws[:, i]))
             for i, name in enumerate(self.names)
             if name in self.constant_names
         }
+        if self.law == "product" and {"p", "q"} <= found.keys():
+            p, q = map(self.names.index, "pq")
+            draws = self.parameter_draws[:, p] - self.parameter_draws[:, q]
+            found["p - q"] = float(self.parameters[p] - self.parameters[q]), interval(draws)
+        return found
 
     @property
     def how(self) -> str:

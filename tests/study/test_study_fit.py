@@ -23,6 +23,7 @@ from gqa_scaling.study.heads import head_laws, solve_heads
 from gqa_scaling.study.models import LAWS, Model
 from gqa_scaling.study.noise import estimate
 from gqa_scaling.study.reading import from_csv, published
+from gqa_scaling.study.report.estimates import fit_table
 from gqa_scaling.study.results import table
 from gqa_scaling.study.solver import refit, solve_point
 from gqa_scaling.study.uncertainty import interval
@@ -513,6 +514,17 @@ def _joint_truth(law, results):
     return dataclasses.replace(results, loss=1.9 + excess)
 
 
+def test_what_query_heads_gain_more_is_told_refit_by_refit():
+    found = fit(published(), law="product", refits=200)
+    constants = found.constants
+    value, (low, high) = constants["p - q"]
+    assert value == pytest.approx(constants["p"][0] - constants["q"][0])
+    p, q = (found.parameter_draws[:, found.names.index(name)] for name in "pq")
+    assert np.mean((low <= p - q) & (p - q <= high)) == pytest.approx(0.9, abs=0.01)
+    notes = " ".join(fit_table(found).notes)
+    assert f"p - q = {value:.4f}, 90% interval {low:.4f} to {high:.4f}: how much more" in notes
+
+
 @pytest.mark.parametrize("law", ["product", "fading"])
 def test_joint_truths_are_recovered_and_inverted(law):
     r = _joint_truth(law, published())
@@ -521,6 +533,7 @@ def test_joint_truths_are_recovered_and_inverted(law):
     assert found.constants["b"][0] == pytest.approx(0.21, abs=1e-5)
     assert found.constants["p"][0] == pytest.approx(0.04, abs=1e-5)
     assert found.constants["q"][0] == pytest.approx(0.015, abs=1e-5)
+    assert ("p - q" in found.constants) == (law == "product")
     if law == "fading":
         assert found.constants["g"][0] == pytest.approx(0.6, abs=1e-3)
     for k in range(len(found.heads)):

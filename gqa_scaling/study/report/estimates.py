@@ -16,6 +16,10 @@ from gqa_scaling.study.tokens import TokenLaw
 from gqa_scaling.study.uncertainty import LEVEL, interval
 from gqa_scaling.units import count, quantity
 
+_MEANING = {
+    "p - q": ": how much more of ln(L - E) doubling query heads gains than doubling KV heads"
+}
+
 
 def law_tables(found: Estimates) -> list[Table]:
     """The curves and whatever law and test stand behind them."""
@@ -34,7 +38,7 @@ def wide_law_tables(found: Estimates) -> list[Table]:
 
 def fit_table(fit: Fit) -> Table:
     constants = [
-        f"{name} = {value:.4f}, {INTERVAL} {span(ends, '.4f')}"
+        f"{name} = {value:.4f}, {INTERVAL} {span(ends, '.4f')}{_MEANING.get(name, '')}"
         for name, (value, ends) in fit.constants.items()
         if name != "E"
     ]
