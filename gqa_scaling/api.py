@@ -194,7 +194,8 @@ def compare(
 ) -> "Versus":
     """Which of two is cheaper or better, by how much and how sure: heads 8,1 or models 8,1@L24d1536.
 
-    The rest is as in `frontier`.
+    Two that were trained are compared by curves of their own, others as `frontier` ranks them. The
+    rest is as there.
     """
     from gqa_scaling.study.ask import compare_two
 

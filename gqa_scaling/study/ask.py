@@ -86,8 +86,9 @@ def compare_two(
     law: Law | None = None,
     **options: Any,
 ) -> Versus:
-    """Which of the two is cheaper or better, on the scale that `answer` ranks them on.
+    """Which of the two is cheaper or better, by their own curves where both were trained.
 
+    Where one was not, or has too few sizes, both stand on the scale that `answer` ranks them on.
     `changes` are fields of the source's question, as `asked` takes them; `options` are those of
     `estimate`. Raises UserError as `side`, `candidates` and `versus` do.
     """
@@ -96,7 +97,7 @@ def compare_two(
     if changes.get("losses") is None and (one.shape or other.shape):
         question = replace(question, losses=None)  # a whole model has a loss of its own
     heads = (one.heads, other.heads)
-    among = candidates(source.results, None, law, heads, source.leaves_out, **options)
+    among = candidates(source.results, heads, law, **options)
     result = (among.estimates, source.results, one, other)
     return versus(*result, question, objective, serving, fit=among.fit)
 

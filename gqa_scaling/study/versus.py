@@ -15,7 +15,7 @@ import numpy as np
 from gqa_scaling.config import Question, require
 from gqa_scaling.study.candidates import KNOWN, known_as, sizes_of
 from gqa_scaling.study.caveats import beyond_training
-from gqa_scaling.study.choices import Objective
+from gqa_scaling.study.choices import Law, Objective
 from gqa_scaling.study.clock import SECOND_WHOLE, WHOLE, Timed, untimed
 from gqa_scaling.study.equal_cost import affordable
 from gqa_scaling.study.estimates import Estimates
@@ -89,8 +89,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Versus:
-    """A comparison of two, one `Match` for each loss and context; `no_training` says in a line why
-    there is no compute multiplier, "" where there is one."""
+    """A comparison of two, one `Match` for each loss and context, by the curves of `law`.
+
+    `no_training` says in a line why there is no compute multiplier, "" where there is one.
+    """
 
     source: str
     count: str
@@ -102,6 +104,7 @@ class Versus:
     matches: tuple[Match, ...]
     no_training: str
     intervals: str
+    law: Law
     flags: tuple[str, ...]
 
     @property
@@ -198,6 +201,7 @@ def versus(
         matches=matches,
         no_training=why,
         intervals=fit.how,
+        law=fit.law,
         flags=tuple(flags),
     )
 

@@ -229,17 +229,21 @@ def test_what_cannot_be_compared_is_refused(chen):
 def test_the_command_line(capsys):
     ask = ["chen2025", "--refits", "100", "--context", "131072", "--loss", "2.8"]
     assert cli.main(["compare", "chen2025", "4,1", "(8, 2)", *ask[1:]]) == 0
-    assert "At equal size, that of (8,2) at that loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "At equal size, that of (8,2) at that loss" in out
+    assert "Compared by a curve of its own for each." in out
     assert cli.main(["compare", "chen2025", "4,1", "8,2", *ask[1:], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["matches"][0]["verdict"] == "first"
     assert told["first_label"] == "(4,1)"
+    assert told["law"] == "separate"  # as --help says of two that were trained
     assert cli.main(["compare", "chen2025", "4,1", "8,2@L24d1536", "--refits", "100"]) == 0
     assert "8,2)@L24d1536" in capsys.readouterr().out
     assert cli.main(["compare", "chen2025", "4,1", "3,1", *ask[1:]]) == 0  # predicted
     out = capsys.readouterr().out
     assert "N of (3,1)" in out
     assert "(3,1) was never trained: predicted, by law" in out
+    assert "around which each configuration strays" in out
     assert cli.main(["compare", "chen2025", "4,1", "3,1", "--law", "separate", *ask[1:]]) == 2
     assert "(3,1) cannot be predicted" in capsys.readouterr().err
 

@@ -125,6 +125,9 @@ def tables(found: Versus) -> list[Table]:
         out.append(_training(one, other, firsts))
     notes = [
         f"FLOPs: {u['flops']}. Z: {u['z']}. Probabilities and intervals: {found.intervals}.",
+        "Compared by a curve of its own for each."
+        if found.law == "separate"
+        else f"Compared by law {found.law!r}, around which each configuration strays.",
         f"Told apart: one is dearer by more than {margin(found.question.indifference)} in {LEVEL:.0%} "
         "of the refits.",
     ]
