@@ -22,9 +22,12 @@ from scipy.special import stdtrit
 from gqa_scaling.config import Question
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.grid import head_candidates
+from gqa_scaling.study.candidates import candidates
+from gqa_scaling.study.choices import Law
 from gqa_scaling.study.compare import preferred_law
 from gqa_scaling.study.context import context_law
 from gqa_scaling.study.fit import fit, make_model
+from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.points import points
 from gqa_scaling.study.reading import published
@@ -36,7 +39,10 @@ from gqa_scaling.study.uncertainty import interval
 
 SEED = 2027
 PUBLISHED = published()
-TRUTH = fit(PUBLISHED, refits=100)
+TRUTHS: dict[Law, Fit] = {
+    law: fit(PUBLISHED, law=law, refits=100) for law in ("separate", "product")
+}
+TRUTH = TRUTHS["separate"]
 _AT = {name: i for i, name in enumerate(TRUTH.points.name)}
 SMOOTH = dataclasses.replace(PUBLISHED, loss=TRUTH.predicted[[_AT[n] for n in PUBLISHED.name]])
 
@@ -48,6 +54,7 @@ class World:
     `own` and `shared` are standard deviations in nats, of a run and of all runs of a size; `t` draws
     a run's errors from Student's t with three degrees of freedom. `floors` is the deviation of E
     between configurations, `further` the c of a further term c ln N, `spoiled` nats added to one run.
+    `law` is the one whose curves, fitted to the published points, are the truth.
     """
 
     own: float = 0.0028
@@ -56,10 +63,11 @@ class World:
     floors: float = 0.0
     further: float = 0.0
     spoiled: float = 0.0
+    law: Law = "separate"
 
     def data(self, seed: int, i: int) -> tuple[Results, Callable[[int, np.ndarray], np.ndarray]]:
         """Data set i, and its truth."""
-        rng, c = np.random.default_rng((seed, i)), TRUTH.curves
+        rng, c = np.random.default_rng((seed, i)), TRUTHS[self.law].curves
         floors = self.floors * rng.standard_normal(len(TRUTH.heads))
         floors -= floors.mean()
 
@@ -79,6 +87,7 @@ class World:
 
 WORLDS = {
     "independent errors, 2.8 mn": World(),
+    "the same, product truth": World(law="product"),
     "and 1 mn shared by a size": World(shared=0.001),
     "and 2 mn shared by a size": World(shared=0.002),
     "and 4 mn shared by a size": World(shared=0.004),
@@ -133,11 +142,31 @@ def plain_fit(r: Results, far: np.ndarray, losses: np.ndarray) -> tuple[dict, np
     return intervals, star
 
 
+def told_by(f: Fit, far: np.ndarray, losses: np.ndarray) -> tuple[dict, dict]:
+    """What a study's curves say of the configurations of `TRUTH`, as `plain_fit` does.
+
+    Curves in N_b have a b of another meaning, which is left out.
+    """
+    k = [f.index(h) for h in TRUTH.heads]
+    with np.errstate(divide="ignore"):
+        n_star = [np.log(f.draws.n_star(loss)[:, j]) for loss, j in zip(losses, k, strict=True)]
+        star = {loss: np.log(f.curves.n_star(loss))[k] for loss in ASKED.losses}
+    drawn = {
+        "E": f.draws.floor[:, None],
+        "N*": np.stack(n_star, 1),
+        "loss beyond": np.stack([f.draws.loss(j, n) for j, n in zip(k, far, strict=True)], 1),
+    }
+    if f.curves.backbone is None:
+        drawn["b"] = f.draws.b[:, k]
+    return {key: interval(value) for key, value in drawn.items()}, star
+
+
 ASKED = Question(contexts=(8192, 131072), losses=(3.0, 2.9, 2.8, 2.7), convention="per_sequence")
 
 
 def coverage(sets: int, seed: int) -> None:
-    """Coverage, choice and regret of the study's fit and of the plain alternative, world by world.
+    """Coverage, choice and regret of `fit`, of the curves that `frontier` ranks by, and of the plain
+    alternative, world by world.
 
     90% intervals of E, of every b, of ln N* at the loss of the largest size, and of the loss at
     twice that size. Right: how often the configuration chosen is the cheapest, over 4 losses by 2
@@ -148,45 +177,40 @@ def coverage(sets: int, seed: int) -> None:
     far = np.array([2 * TRUTH.points.range_n(k)[1] for k in range(len(TRUTH.heads))])
     family = family_of(SMOOTH)
     print(
-        "coverage in %" + 21 * " " + "E    b   N*  loss at 2N  width of E  right  regret  seconds"
+        "coverage in %" + 26 * " " + "E    b   N*  loss at 2N  width of E  right  regret  seconds"
     )
     for name, world in WORLDS.items():
-        hits: dict[str, list] = {"study": [], "plain": []}
+        hits: dict[str, list] = {"fit": [], "frontier": [], "plain": []}
         told: Counter = Counter()
         for i in range(sets):
             r, truth = world.data(seed, i)
             smooth = np.array([truth(k, grid) for k in range(len(far))])
-            floors = np.array([float(truth(k, np.array(1e30))) for k in range(len(far))])
             losses = np.array([float(truth(k, n / 2)) for k, n in enumerate(far)])
             actual = {
-                "E": np.array([floors.mean()]) if not world.further else np.array([np.nan]),
-                "b": TRUTH.curves.b if not world.further else np.full(len(far), np.nan),
+                "E": np.array([TRUTHS[world.law].floor if not world.further else np.nan]),
+                "b": TRUTH.curves.b
+                if not world.further and world.law == "separate"
+                else np.full(len(far), np.nan),
                 "N*": np.log(far / 2),
                 "loss beyond": np.array([float(truth(k, n)) for k, n in enumerate(far)]),
             }
             begin = time.process_time()
             f = fit(r, refits=400, seed=i)
-            k = range(len(far))
-            with np.errstate(divide="ignore"):
-                drawn = {
-                    "E": f.draws.floor[:, None],
-                    "b": f.draws.b,
-                    "N*": np.stack([np.log(f.draws.n_star(losses[j])[:, j]) for j in k], 1),
-                    "loss beyond": np.stack([f.draws.loss(j, far[j]) for j in k], 1),
-                }
-                star = {loss: np.log(f.curves.n_star(loss)) for loss in ASKED.losses}
-            ours = {key: interval(value) for key, value in drawn.items()}, star
-            seconds = time.process_time() - begin
+            ways = {"fit": told_by(f, far, losses)}
+            spent = {"fit": time.process_time() - begin}
             begin = time.process_time()
-            plain = plain_fit(r, far, losses)
-            spent = {"study": seconds, "plain": time.process_time() - begin}
+            ways["frontier"] = told_by(candidates(r, refits=400, seed=i).fit, far, losses)
+            spent["frontier"] = time.process_time() - begin
+            begin = time.process_time()
+            ways["plain"] = plain_fit(r, far, losses)
+            spent["plain"] = time.process_time() - begin
             told["shared"] += (f.shared.p_value or 1) < 0.05
             told["spoiled"] += bool(f.strange)
             told[f.misfit.verdict] += 1
-            for way, (intervals, stars) in {"study": ours, "plain": plain}.items():
+            for way, (intervals, stars) in ways.items():
                 row = [
                     np.mean((intervals[key][0] <= value) & (value <= intervals[key][1]))
-                    if np.isfinite(value).all()
+                    if key in intervals and np.isfinite(value).all()
                     else np.nan
                     for key, value in actual.items()
                 ]
@@ -194,9 +218,12 @@ def coverage(sets: int, seed: int) -> None:
                 for loss, context in itertools.product(ASKED.losses, ASKED.contexts):
                     at = Deployment(family, ASKED, context)
                     true = [np.interp(-loss, -each, grid) for each in smooth]
-                    costs = np.array([float(at.costs(n, f.heads[j]).z) for j, n in enumerate(true)])
+                    costs = np.array(
+                        [float(at.costs(n, TRUTH.heads[j]).z) for j, n in enumerate(true)]
+                    )
                     guess = [
-                        float(at.costs(np.exp(n), f.heads[j]).z) for j, n in enumerate(stars[loss])
+                        float(at.costs(np.exp(n), TRUTH.heads[j]).z)
+                        for j, n in enumerate(stars[loss])
                     ]
                     best = int(np.nanargmin(guess))
                     right.append(best == costs.argmin())
@@ -207,11 +234,11 @@ def coverage(sets: int, seed: int) -> None:
             e, b, n, loss = 100 * np.mean(rows, 0)[:4]
             width, (right, regret) = np.median(rows, 0)[4], 100 * np.mean(rows, 0)[5:7]
             print(
-                f"{name if way == 'study' else '':31}{way}  {e:3.0f}  {b:3.0f}  {n:3.0f}  {loss:10.0f}"
+                f"{name if way == 'fit' else '':31}{way:8}  {e:3.0f}  {b:3.0f}  {n:3.0f}  {loss:10.0f}"
                 f"  {width:10.3f}  {right:4.0f}%  {regret:5.2f}%  {np.median(rows, 0)[-1]:7.3f}"
             )
         print(
-            " " * 36 + ", ".join(f"{what} {times / sets:.0%}" for what, times in told.items()),
+            " " * 41 + ", ".join(f"{what} {times / sets:.0%}" for what, times in told.items()),
             flush=True,
         )
 
