@@ -3,9 +3,14 @@
     ln(L - E) of configuration H = the law's + s_H - t_H x,  x = ln N_b, centred
 
 s_H and t_H are normal with mean 0 and two spreads that all configurations share (partial pooling),
-so that trained and predicted configurations stand on one scale. The strays of a trained one are what
-its runs say, shrunk towards 0 by as much as their noise could have made them. Those of a
-configuration without runs are unknown: every refit draws them anew.
+so that trained and predicted configurations stand on one scale. The strays of a configuration without
+runs are unknown: every refit draws them anew. A trained one with sizes enough has a curve of its own,
+and its strays are what lies between that and the law; E is then that of these curves. With fewer
+sizes its strays are what its runs say, shrunk towards 0 by as much as their noise could have made them.
+
+Curves of their own are not shrunk, although that would make them surer where the law is true: where
+slopes differ systematically with heads, shrunk ones and an E that the law bends leave out the truth
+too often (docs/estimation.md).
 """
 
 import dataclasses
@@ -15,16 +20,19 @@ from typing import Any
 
 import numpy as np
 
+from gqa_scaling.costs import n_formula
 from gqa_scaling.study.fit import make_model
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.laws import Curves, centred
-from gqa_scaling.study.models import Model
+from gqa_scaling.study.misfit import misfit
+from gqa_scaling.study.models import Model, SeparateCurves
 from gqa_scaling.study.noise import Noise, estimate
 from gqa_scaling.study.points import Points
 from gqa_scaling.study.results import Heads
-from gqa_scaling.study.solver import refit
+from gqa_scaling.study.solver import Solution, refit, solve_point
 
 SPREADS = (0.02, 0.01)  # of s_H and t_H: the scales of what is believed before any run
+OWN = (5, 4)  # configurations with so many sizes, for these to have curves of their own
 _ITERATIONS = 300  # most refits need ten; those still on their way along a flat valley are kept
 _GRID = np.r_[0.0, np.geomspace(0.05, 20, 24)]  # of a spread, in those scales
 
@@ -175,10 +183,39 @@ def _strayed(curves: Curves, strays: np.ndarray) -> Curves:
     return dataclasses.replace(curves, u=curves.u + strays[..., 0], b=curves.b + strays[..., 1])
 
 
+@dataclass(frozen=True)
+class _OwnCurves:
+    """Curves in ln N_b of each configuration with sizes enough, `whose` (heads,), with one E."""
+
+    whose: np.ndarray
+    weight: np.ndarray
+    model: Model
+    best: Solution
+
+    def refitted(self, y: np.ndarray) -> tuple[Curves, np.ndarray]:
+        """The curves for every row of losses (rows, points), and which rows converged."""
+        w, start = (np.tile(v, (len(y), 1)) for v in (self.weight, self.best.parameters))
+        rows, cost, _ = refit(self.model, y, w, start, iterations=_ITERATIONS)
+        return self.model.curves(rows), np.isfinite(cost)
+
+
+def _own_curves(p: Points, weight: np.ndarray) -> _OwnCurves | None:
+    """None where too few configurations have sizes enough."""
+    sizes = [len(np.unique(p.n[p.curve == k])) for k in range(len(p.heads))]
+    least, enough = OWN
+    whose = np.array(sizes) >= enough
+    if whose.sum() < least:
+        return None
+    backbone = dataclasses.replace(p, n=n_formula(p.n_layers, p.d_model, 0, 0))
+    model, seen = SeparateCurves(backbone), weight * whose[p.curve]
+    return _OwnCurves(whose, seen, model, solve_point(model, p.loss, seen))
+
+
 def scale_of(fit: Fit, head_dim: int) -> Scale:
     """Refit a joint law together with how far each configuration strays from it.
 
-    `fit.sigma` becomes the noise of one run around its own configuration's curve.
+    `fit.sigma` becomes the noise of one run around its own configuration's curve; where all have
+    curves of their own, `fit.misfit` and `fit.at_bound` are those of these curves.
     """
     p, refits = fit.points, fit.refits
     model = make_model(fit.law, p, head_dim)
@@ -187,22 +224,34 @@ def scale_of(fit: Fit, head_dim: int) -> Scale:
     chosen = rng.choice(len(strays.probability), refits, p=strays.probability)
     spreads = strays.spreads[chosen]
     moved = rng.standard_normal((refits, len(p.heads), 2)) * spreads[:, None]
-    y = p.loss + strays.noise.draw(refits, rng) - strays.added(moved)
-    y = np.maximum(y, 1e-3 * p.loss)  # losses are above 0
-    start = np.tile(fit.parameters, (refits, 1))
-    again = refit(model, y, np.tile(weight, (refits, 1)), start, iterations=_ITERATIONS)
-    rows, done = again[0], np.isfinite(again[1])
-    drawn = moved + strays.most_likely(y - model.predict(rows), spreads)
-    law = model.predict(fit.parameters[None])[0]
-    each = strays.most_likely(p.loss - law, strays.spreads)
+    noisy = np.vstack([p.loss, p.loss + strays.noise.draw(refits, rng)])  # the point estimate first
+    y = noisy - strays.added(np.concatenate([np.zeros_like(moved[:1]), moved]))
+    noisy, y = (np.maximum(each, 1e-3 * p.loss) for each in (noisy, y))  # losses are above 0
+    weights, start = (np.tile(v, (len(y), 1)) for v in (weight, fit.parameters))
+    alone = _own_curves(p, weight)
+    curves, found = alone.refitted(noisy) if alone else (None, np.ones(len(y), bool))
+    limits = (curves.floor, curves.floor) if curves else None
+    rows, cost, _ = refit(model, y, weights, start, limits, iterations=_ITERATIONS)
+    left = y - model.predict(rows)
+    each = strays.most_likely(left[0], strays.spreads)
     point = np.einsum("g,gki->ki", strays.probability, each)
-    noise = strays.noise
+    own = np.concatenate([point[None], moved + strays.most_likely(left[1:], spreads)])
+    fitted, done = fit, np.isfinite(cost) & found
+    if alone and curves:
+        law = model.curves(rows)
+        u = curves.u - curves.b * (model.centre - curves.centre)
+        own = np.where(alone.whose[:, None], np.stack([u - law.u, curves.b - law.b], -1), own)
+        if alone.whose.all():
+            residual = p.loss - alone.model.predict(alone.best.parameters[None])[0]
+            given = p, alone.model, alone.best, residual, (p.size,), fit.seed
+            fitted = dataclasses.replace(fit, misfit=misfit(*given), at_bound=alone.best.at_bound)
+    done[0] = True
+    floor, strayed = rows[0, 0], own[0, p.curve, 0] - own[0, p.curve, 1] * model.x
     fitted = dataclasses.replace(
-        fit,
-        predicted=law + strays.added(point),
-        sigma=float(np.hypot(noise.independent, noise.shared or 0.0)),
-        shared=noise,
+        fitted,
+        predicted=floor + (model.predict(rows[:1])[0] - floor) * np.exp(strayed),
+        sigma=float(np.hypot(strays.noise.independent, strays.noise.shared or 0.0)),
+        shared=strays.noise,
         refits_failed=int((~done).sum()),
     )
-    rows = np.vstack([fit.parameters, rows[done]])
-    return Scale(fitted, head_dim, rows, np.vstack([point[None], drawn[done]]), spreads[done])
+    return Scale(fitted, head_dim, rows[done], own[done], spreads[done[1:]])

@@ -163,6 +163,21 @@ def test_a_trained_configuration_keeps_what_its_runs_say(tmp_path):
     assert calm < 0.5 * spread
 
 
+def test_with_sizes_enough_trained_configurations_have_curves_of_their_own(tmp_path):
+    """Slopes that grow with the heads: no strays around a law of one slope, and nothing is shrunk."""
+    slope = {h: 0.19 + 0.01 * k for k, h in enumerate(SEVEN)}
+    r = study(tmp_path / "a.csv")
+    log_n = np.log(8 * r.n_layers * r.d_model**2.0 / 4e8)
+    b = np.array([slope[h] for h in r.heads])
+    noise = np.random.default_rng(0).normal(0, 1e-5, len(r))
+    r = dataclasses.replace(r, loss=2.05 + 0.9 * np.exp(-b * log_n) + noise)
+    found = candidates(r, refits=100).fit
+    assert found.floor == pytest.approx(2.05, abs=2e-3)
+    for h, value in slope.items():
+        assert found.curves.b[found.index(h)] == pytest.approx(value, abs=1e-3)
+    assert found.misfit.verdict != "bends"  # the law does, these curves do not
+
+
 def test_an_unseen_configuration_is_the_same_whoever_asks(all_21):
     one = all_21.scale.fit_of([(16, 4)])
     k, m = one.index((16, 4)), all_21.fit.index((16, 4))
