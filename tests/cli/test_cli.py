@@ -47,12 +47,13 @@ def call(workplace, capsys, monkeypatch):
     return run
 
 
-def directories() -> list[RunDirectory]:
-    return [run_directory("runs", "tiny", run) for run in load_experiment(TINY).runs]
+def directories(experiment: str = TINY) -> list[RunDirectory]:
+    found = load_experiment(experiment)
+    return [run_directory("runs", found.name, run) for run in found.runs]
 
 
-def finish(directory: RunDirectory, loss: float = 2.5) -> None:
-    run = load_experiment(TINY).runs[directories().index(directory)]
+def finish(directory: RunDirectory, loss: float = 2.5, experiment: str = TINY) -> None:
+    run = load_experiment(experiment).runs[directories(experiment).index(directory)]
     directory.begin(run, {})
     directory.finish({"evaluations": {run.evaluation_digest: {"loss": loss}}}, {})
 
@@ -414,15 +415,25 @@ def test_a_finished_experiment_is_not_run_again(call):
 def test_learning_rates_for_programs(call):
     for directory in directories():
         finish(directory)
-    code, out, _ = call("learning-rates", TINY, "--json")
+    code, out, err = call("learning-rates", TINY)
+    assert (code, out) == (2, "")
+    assert "L1-h1 and L1-h2 have one size and one learning rate, but are different models" in err
+    sweep = ("sweep.py", "--json")
+    Path("sweep.py").write_text(
+        "from experiments.tiny import runs as grid\n"
+        "def runs():\n    return [run for run in grid() if run.name.endswith('h1')]\n"
+    )
+    for directory in directories("sweep.py"):
+        finish(directory, experiment="sweep.py")
+    code, out, _ = call("learning-rates", *sweep)
     assert code == 0
     rows = json.loads(out)
     assert [(r["n_layers"], r["learning_rate"], r["edge"]) for r in rows] == [
-        (1, 1e-3, "lowest"),
-        (2, 1e-3, "lowest"),
+        (1, 1e-3, "only"),
+        (2, 1e-3, "only"),
     ]
-    _, table, _ = call("learning-rates", TINY)
-    assert "the lowest rate tried: widen the sweep" in table
+    _, table, _ = call("learning-rates", "sweep.py")
+    assert "the only rate tried: widen the sweep" in table
 
 
 # --------------------------------------------------------------------- from an answer to its model

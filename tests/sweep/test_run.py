@@ -43,4 +43,5 @@ def test_one_of_several_processes_records_why_its_run_failed_before_it_ends(tmp_
         run._finish(tiny, directory, None, None, (tiny,))
     assert str(raised.value.__cause__) == "a bug"
     assert directory.failure()["kind"] == "ValueError"
-    assert not run._finish(tiny, directory, None, None, (tiny,))  # started again it is passed over
+    again = run._finish(tiny, directory, None, None, (tiny,))  # started again it is passed over
+    assert again == run._End.FAILED
