@@ -10,9 +10,10 @@ or, where jax is installed already, in calls of any length:
 First whether all is right: what `gqa-scaling doctor` says, every attention kernel against the
 reference, training against the CPU, gradients, a resumed run. Then how fast: attention and training
 beside PyTorch, where a Python with torch is named by --torch or is this one. Each part runs in a
-process of its own and is kept when it ends: killed at any point, the same command goes on. A part
-that was wrong is tried again, and so is one whose code has changed. Ends with a table and pictures in docs/accelerators/DEVICE.md, and with 1
-where something is wrong, 75 where time ran out.
+process of its own and is kept when it ends, for this device alone: killed at any point, the same
+command goes on. A part that was wrong is tried again, and so is one whose code, jax or torch has
+changed. Ends with a table and pictures in docs/accelerators/DEVICE.md, and with 1 where something is
+wrong, 2 where jax computes on the CPU, 75 where time ran out.
 """
 
 import argparse
@@ -40,6 +41,9 @@ from gqa_scaling.files.storage import cache_folder, write_atomic  # noqa: E402
 
 RIGHT, FAST = "right", "fast"
 LEAST_MINUTES = 0.5  # with less left no part is started
+NAMED = {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}  # what jax is told, so that it does not go on without
+# Parts that start jax only in processes of their own, which need the device for themselves.
+STARTERS = ("doctor", "resume", "decode")
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,18 @@ def main(words=None):
     if computes_on_cpu() and not args.small:
         print("this machine has no accelerator: --small runs a shrunken set on the CPU")
         return 2
-    folder = Path(args.out)
+    here = where()
+    if here["platform"] == "cpu" and not args.small:
+        print("jax goes on without this machine's accelerator: gqa-scaling doctor says why")
+        return 2
+    folder = Path(args.out) / _named_after(here["device"], args.small)
     folder.mkdir(parents=True, exist_ok=True)
     names = {*args.only} or {RIGHT, FAST}
-    parts = [part for part in PARTS if names & {part.kind, part.name}]
+    torch = _with_torch(args)
+    parts = [p for p in PARTS if names & {p.kind, p.name} and (torch or not p.torch)]
     ends = time.monotonic() + 60 * args.minutes
     for part in parts:
-        there = folder / part.file
-        if there.exists() and _read(there).get("source") == source(part) and right(_read(there)):
+        if right(_kept(part, args, folder) or {"failed": "not done"}):
             continue
         left = (ends - time.monotonic()) / 60
         if left < LEAST_MINUTES:
@@ -119,10 +127,10 @@ def main(words=None):
         found = _start(part, args, min(left, part.minutes))
         if found is None:  # this call's time is up, not the part's
             break
-        write_atomic(there, json.dumps({**found, "source": source(part)}, indent=1))
+        write_atomic(folder / part.file, json.dumps({**found, **key(part, args)}, indent=1))
         print(f"{part.name}: {summary(found)}", flush=True)
-    done = {part: _read(folder / part.file) for part in PARTS if (folder / part.file).exists()}
-    page = write_page(done, Path(args.docs), args.small)
+    done = {part: found for part in PARTS if (found := _kept(part, args, folder))}
+    page = write_page(done, Path(args.docs), here, args.small)
     missing = [part.name for part in parts if part not in done]
     wrong = [part.name for part in parts if part in done and not right(done[part])]
     for name in wrong:
@@ -130,6 +138,8 @@ def main(words=None):
     print(
         f"{len(parts) - len(missing)} of {len(parts)} parts are done, {len(wrong)} of them wrong: {page}"
     )
+    if names & {FAST} and not (torch or args.small):
+        print("no Python here has torch: --torch names one, to measure PyTorch too")
     if missing:
         print(f"the same command goes on with {missing[0]}")
     return 1 if wrong else 75 if missing else 0
@@ -153,6 +163,23 @@ def _arguments(words):
 # ------------------------------------------------------------------------------- running parts
 
 
+ASK = """
+import json, jax
+device = jax.devices()[0]
+print(json.dumps([device.platform, device.device_kind, jax.__version__]))
+"""
+
+
+@functools.cache
+def where():
+    """What jax computes on here, by a process that ends: a device serves one at a time."""
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"jax does not start: {done.stderr.strip()[-600:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(("platform", "device", "jax"), found, strict=True))
+
+
 @functools.cache
 def source(part):
     """What a part's result hangs on: the code that it runs."""
@@ -162,25 +189,47 @@ def source(part):
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
+def key(part, args):
+    """What is kept holds for: the part's code, the device, jax, and the Python that has torch."""
+    found = {"source": source(part), "small": args.small, **where()}
+    return {**found, "torch": _with_torch(args)} if part.torch else found
+
+
+def _kept(part, args, folder):
+    """What was found of a part under this key, None where nothing was. Without a Python that has
+    torch, what another call timed by one holds as well."""
+    path, wanted = folder / part.file, key(part, args)
+    if part.torch and wanted["torch"] is None:
+        del wanted["torch"]
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if wanted.items() <= found.items() else None
+
+
+def _with_torch(args):
+    """A Python that has torch, or None; a shrunken set is without."""
+    if args.small:
+        return None
+    has_torch = importlib.util.find_spec("torch") is not None
+    return args.torch or (sys.executable if has_torch else None)
+
+
 def _start(part, args, minutes):
     """What a part found, {"failed": why}, or None where it was cut short by the call's time."""
-    python = sys.executable
     began = time.monotonic()
     if part.torch:
-        has_torch = importlib.util.find_spec("torch") is not None
-        python = args.torch or (sys.executable if has_torch else None)
-        if python is None or args.small:
-            return {"rows": [], "note": "no torch"}
         asked = {"part": part.function, **part.arguments}
-        command = [python, str(CHECKOUT / "benchmarks/torch_llama.py"), json.dumps(asked)]
+        command = [_with_torch(args), str(CHECKOUT / "benchmarks/torch_llama.py")]
+        command.append(json.dumps(asked))
     else:
-        command = [python, __file__, "--part", part.name, *(["--small"] if args.small else [])]
+        command = [sys.executable, __file__, "--part", part.name]
+        command += ["--small"] if args.small else []
     environment = dict(os.environ)
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    platforms = environment.get("JAX_PLATFORMS", "")
+    platforms = environment.get("JAX_PLATFORMS") or NAMED.get(where()["platform"], "")
     if platforms and "cpu" not in platforms:
-        environment["JAX_PLATFORMS"] = f"{platforms},cpu"  # whose results are the reference
-    if part.function in ("doctor", "resume", "decode"):
+        platforms = f"{platforms},cpu"  # whose results are the reference
+    environment["JAX_PLATFORMS"] = platforms
+    if part.function in STARTERS:
         environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION")
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -226,25 +275,20 @@ def _call(part, small):
     keep_native_atomics()
     sys.path.insert(0, str(CHECKOUT / "benchmarks"))
     import accelerator_parts
+    import jax
 
     from gqa_scaling.devices.compilation_cache import keep_compiled
 
     if not small:
+        if part.function not in STARTERS and jax.default_backend() == "cpu":
+            return {"failed": "jax goes on without this machine's accelerator"}
         keep_compiled(cache_folder() / "compiled")
     try:
         rows = getattr(accelerator_parts, part.function)(small, **part.arguments)
     except Exception as error:
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {str(error)[-600:]}"}
-    if part.function in ("doctor", "resume", "decode"):
-        return {"rows": rows}
-    import jax
-
-    return {"rows": rows, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-
-
-def _read(path):
-    return json.loads(path.read_text())
+    return {"rows": rows}
 
 
 def checks(found):
@@ -285,11 +329,14 @@ def _measured(row):
 # ------------------------------------------------------------------------------------ the page
 
 
-def write_page(done, folder, small):
+def _named_after(device, small):
+    """What the page of a device is called, and the folder of its parts."""
+    return re.sub(r"\W+", "-", device.lower()) + ("-small" if small else "")
+
+
+def write_page(done, folder, here, small):
     """docs/accelerators/DEVICE.md and its pictures; where it is."""
-    device = next((found["device"] for found in done.values() if found.get("device")), "unknown")
-    version = next((found["jax"] for found in done.values() if found.get("jax")), "unknown")
-    name = re.sub(r"\W+", "-", device.lower()) + ("-small" if small else "")
+    device, version, name = here["device"], here["jax"], _named_after(here["device"], small)
     lines = [f"# {device}", ""]
     lines.append(
         f"Written by `python benchmarks/accelerator.py` with jax {version}; what it measures stands in "

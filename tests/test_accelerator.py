@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import accelerator
 from accelerator import Part
 
-GOOD = {"rows": [{"what": "a", "found": 0.1, "limit": 1}], "device": "NVIDIA H200", "jax": "1"}
+GOOD = {"rows": [{"what": "a", "found": 0.1, "limit": 1}]}
 BAD = {"rows": [{"what": "a|b", "found": float("nan"), "limit": 1}]}
+H200 = {"platform": "gpu", "device": "NVIDIA H200", "jax": "1"}
 SLEEPS = "import sys, time; print(sys.argv[1]); time.sleep(60)"
 
 
@@ -27,13 +28,14 @@ def run(tmp_path, *words):
 def test_kernels_are_checked_in_a_process_and_kept(tmp_path, capsys):
     assert run(tmp_path, "--only", "attention") == 0
     assert "attention: 4 checks are right" in capsys.readouterr().out
-    kept = json.loads((tmp_path / "out/attention.json").read_text())
+    path = tmp_path / "out/cpu-small/attention.json"
+    kept = json.loads(path.read_text())
     assert {row["what"].split(",")[0] for row in kept["rows"]} == {"blockwise"}
     assert all(0 < row["found"] < row["limit"] for row in kept["rows"])
     kept["rows"] = kept["rows"][:1]
-    (tmp_path / "out/attention.json").write_text(json.dumps(kept))
+    path.write_text(json.dumps(kept))
     assert run(tmp_path, "--only", "attention") == 0  # nothing is done again
-    assert len(json.loads((tmp_path / "out/attention.json").read_text())["rows"]) == 1
+    assert len(json.loads(path.read_text())["rows"]) == 1
     assert "| attention | 1 checks are right |" in (tmp_path / "docs/cpu-small.md").read_text()
 
 
@@ -47,6 +49,7 @@ def started(monkeypatch):
         return found.get(part.name, GOOD)
 
     monkeypatch.setattr(accelerator, "_start", start)
+    monkeypatch.setattr(accelerator, "where", lambda: H200)
     return names, found
 
 
@@ -67,6 +70,43 @@ def test_parts_that_were_wrong_or_whose_code_changed_are_tried_again(
     assert names == ["attention"]
 
 
+def test_what_is_kept_holds_for_its_device_its_size_its_jax_and_its_torch(
+    tmp_path, started, monkeypatch
+):
+    names, _ = started
+    monkeypatch.setattr(accelerator, "computes_on_cpu", lambda: False)
+    asked = ["--out", f"{tmp_path}/out", "--docs", f"{tmp_path}/docs", "--only", "steps"]
+    other = "PyTorch 150M 8K"
+
+    def starts(*words, **here):
+        names.clear()
+        monkeypatch.setattr(accelerator, "where", lambda: {**H200, **here})
+        assert accelerator.main([*asked, *words]) == 0
+        return names
+
+    assert starts() == ["steps"]
+    assert starts() == []
+    assert starts("--small") == ["steps"]
+    assert starts(device="NVIDIA A100-SXM4-80GB") == ["steps"]
+    assert starts(jax="2") == ["steps"]
+    assert starts(other) == ["steps"]  # jax 1 again; and no torch is no result
+    assert starts(other, "--torch", "a/python") == [other]
+    assert starts(other, "--torch", "b/python") == [other]
+    assert starts(other) == []
+    assert "a100" not in (tmp_path / "docs/nvidia-h200.md").read_text()
+
+
+def test_nothing_is_timed_on_a_cpu_by_mistake(tmp_path, started, monkeypatch, capsys):
+    """As where a plugin does not fit and jax goes on without the GPU."""
+    monkeypatch.setattr(accelerator, "computes_on_cpu", lambda: False)
+    monkeypatch.setattr(accelerator, "where", lambda: {**H200, "platform": "cpu"})
+    assert accelerator.main(["--out", str(tmp_path)]) == 2
+    assert "gqa-scaling doctor says why" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    part = next(part for part in accelerator.PARTS if part.name == "steps")
+    assert "without this machine's accelerator" in accelerator._call(part, small=False)["failed"]
+
+
 def test_a_call_that_has_no_time_goes_on_the_next_time(tmp_path, started, capsys):
     names, _ = started
     assert run(tmp_path, "--minutes", "0.1") == 75
@@ -74,20 +114,24 @@ def test_a_call_that_has_no_time_goes_on_the_next_time(tmp_path, started, capsys
     assert "goes on with doctor" in capsys.readouterr().out
 
 
-def test_a_part_is_given_up_by_its_own_time_and_kept_open_by_that_of_the_call(tmp_path):
+def test_a_part_is_given_up_by_its_own_time_and_kept_open_by_that_of_the_call(
+    tmp_path, monkeypatch
+):
     script = tmp_path / "sleeps.sh"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{SLEEPS}' x\n")
     script.chmod(0o755)
+    monkeypatch.setattr(accelerator, "where", lambda: H200)
     args = argparse.Namespace(torch=str(script), small=False)
     part = Part("slow", "fast", "speed", 0.02, torch=True)
     assert accelerator._start(part, args, 0.02) == {"failed": "not done after 0 minutes"}
     assert accelerator._start(part, args, 0.01) is None
 
 
-def test_a_part_that_dies_says_why(tmp_path):
+def test_a_part_that_dies_says_why(tmp_path, monkeypatch):
     script = tmp_path / "dies.sh"
     script.write_text("#!/bin/sh\necho no memory >&2\nexit 9\n")
     script.chmod(0o755)
+    monkeypatch.setattr(accelerator, "where", lambda: H200)
     args = argparse.Namespace(torch=str(script), small=False)
     found = accelerator._start(Part("a", "fast", "speed", 1, torch=True), args, 1)
     assert found["failed"] == "ended with 9: no memory"
@@ -114,7 +158,7 @@ def test_the_page_has_a_table_and_a_picture(tmp_path):
         },
         parts["decoding"]: {"failed": "no such verb"},
     }  # fmt: skip
-    page = accelerator.write_page(done, tmp_path, small=False)
+    page = accelerator.write_page(done, tmp_path, H200, small=False)
     assert page.name == "nvidia-h200.md"
     text = page.read_text()
     assert "| 1.2B, triton | 50,000 | 55.0% | 60.0 |  |" in text
