@@ -37,6 +37,7 @@ from gqa_scaling.devices.host_memory import computes_on_cpu
 from gqa_scaling.devices.kernel_limits import kernel_limit
 from gqa_scaling.hardware import cores, detected
 from gqa_scaling.model.attention import attend
+from gqa_scaling.sweep.memory import training_bytes
 from gqa_scaling.training.setup import set_up
 from gqa_scaling.training.step import initial_state, train_step
 
@@ -54,7 +55,7 @@ SIZES = {  # Chen et al. 2025: L, d, query heads, KV heads
     "1.2B": (36, 1536, 24, 8),
 }
 PATTERN = ContextSharding(64, 16, stride=16, dense_layers="every 2")
-STEP_TOKENS = 2**16
+STEP_TOKENS, ACCUMULATIONS = 2**16, (1, 2, 4, 8)
 WARM, TIMED = 2, 5
 
 
@@ -327,30 +328,35 @@ def speed(small, head_dim=64):
     return rows
 
 
-def training(small, size="150M", context=8192, remat="dots", pattern=False):
-    """Tokens a second, MFU and memory of the real step. MFU: model FLOPs with causal attention
-    counted once (`costs.training_flops_per_token`), nothing that is recomputed, over the peak."""
+def speed_run(small, size="150M", context=8192, remat="dots", pattern=False):
+    """What `training` times, whole steps of at least `STEP_TOKENS`."""
     L, d, n_h, n_kv = (2, 32, 4, 2) if small else SIZES[size]
     T, tokens = (64, 256) if small else (context, max(STEP_TOKENS, context))
-    vocab, head_dim = (264, 16) if small else (50304, 64)
-    run = RunConfig(
+    shape = {"head_dim": 16, "vocab_size": 264} if small else {"head_dim": 64, "vocab_size": 50304}
+    return RunConfig(
         name="speed",
-        model=ModelConfig(
-            L,
-            d,
-            n_h,
-            n_kv,
-            head_dim=head_dim,
-            vocab_size=vocab,
-            pattern=PATTERN if pattern else None,
-        ),
+        model=ModelConfig(L, d, n_h, n_kv, pattern=PATTERN if pattern else None, **shape),
         context_length=T,
         batch_tokens=tokens,
         tokens=100 * tokens,
         parallel=ParallelConfig(remat=remat, data=1),
         evaluation=EvaluationConfig(tokens=T),
     )
+
+
+def training(small, size="150M", context=8192, remat="dots", pattern=False):
+    """Tokens a second, MFU and memory of the real step. MFU: model FLOPs with causal attention
+    counted once (`costs.training_flops_per_token`), nothing that is recomputed, over the peak."""
+    run = speed_run(small, size, context, remat, pattern)
+    T, tokens = run.context_length, run.batch_tokens
     device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    what = f"{'small' if small else size}, T {T:,}, remat {remat}" + (
+        ", pattern" if pattern else ""
+    )
+    run = fitting(run, device.platform, stats.get("bytes_limit"))
+    if run is None:
+        return [{"what": what, "note": "does not fit"}]
     setup = set_up(run, [device])
     with jax.set_mesh(setup.mesh):
         state = parallel.create_sharded(functools.partial(initial_state, setup), setup.mesh)
@@ -365,12 +371,10 @@ def training(small, size="150M", context=8192, remat="dots", pattern=False):
             if i >= WARM:
                 seconds.append(time.perf_counter() - start)
     rate = tokens / float(np.median(seconds))
+    many, rows = run.parallel.accumulation, run.batch_size // run.parallel.accumulation
     row = detected(device.device_kind)
     flops = training_flops_per_token(run.model, T)
     stats = device.memory_stats() or {}
-    what = f"{'small' if small else size}, T {T:,}, remat {remat}" + (
-        ", pattern" if pattern else ""
-    )
     return [
         {
             "what": f"{what}, {setup.attention}",
@@ -378,9 +382,21 @@ def training(small, size="150M", context=8192, remat="dots", pattern=False):
             "mfu": rate * flops / row.peak_flops if row and device.platform != "cpu" else None,
             "GiB": stats.get("peak_bytes_in_use", 0) / 2**30,
             "compile": compiled,
-            "note": f"loss {loss:.2f}",
+            "note": f"accumulation {many}, {rows} sequences at a time, loss {loss:.2f}",
         }
     ]
+
+
+def fitting(run, platform, limit):
+    """The run with the least accumulation that `limit` bytes are predicted to have room for; None
+    where all need more. A CPU names no limit."""
+    for many in ACCUMULATIONS:
+        if run.batch_size % many == 0:
+            axes = dataclasses.replace(run.parallel, accumulation=many)
+            cut = dataclasses.replace(run, parallel=axes)
+            if limit is None or training_bytes(cut, 1, platform).total < limit:
+                return cut
+    return None
 
 
 def decode(small):

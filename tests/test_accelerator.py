@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accelerator
 from accelerator import Part
+from accelerator_parts import fitting, speed_run
 
 GOOD = {"rows": [{"what": "a", "found": 0.1, "limit": 1}]}
 BAD = {"rows": [{"what": "a|b", "found": float("nan"), "limit": 1}]}
@@ -135,6 +136,24 @@ def test_a_part_that_dies_says_why(tmp_path, monkeypatch):
     args = argparse.Namespace(torch=str(script), small=False)
     found = accelerator._start(Part("a", "fast", "speed", 1, torch=True), args, 1)
     assert found["failed"] == "ended with 9: no memory"
+
+
+@pytest.mark.parametrize(
+    ("size", "context", "remat", "platform", "GiB", "accumulation"),
+    [
+        ("1.2B", 8192, "none", "gpu", 129, 1),  # an H200
+        ("1.2B", 8192, "dots", "gpu", 73, 2),  # an A100 or H100
+        ("150M", 8192, "none", "tpu", 31.25, 1),  # v6e
+        ("1.2B", 8192, "dots", "tpu", 31.25, 8),
+        ("1.2B", 32768, "dots", "tpu", 31.25, None),  # two sequences are two parts at the most
+        ("150M", 8192, "none", "tpu", 15.75, 2),  # v5e
+        ("1.2B", 8192, "full", "tpu", 15.75, None),
+        ("1.2B", 8192, "none", "cpu", None, 1),
+    ],
+)
+def test_training_accumulates_as_little_as_fits(size, context, remat, platform, GiB, accumulation):
+    found = fitting(speed_run(False, size, context, remat), platform, GiB and GiB * 2**30)
+    assert (found and found.parallel.accumulation) == accumulation
 
 
 def test_nothing_that_is_no_number_is_right():
