@@ -124,7 +124,7 @@ def main(words=None):
         left = (ends - time.monotonic()) / 60
         if left < LEAST_MINUTES:
             break
-        found = _start(part, args, min(left, part.minutes))
+        found = _start(part, args, folder, min(left, part.minutes))
         if found is None:  # this call's time is up, not the part's
             break
         write_atomic(folder / part.file, json.dumps({**found, **key(part, args)}, indent=1))
@@ -213,7 +213,7 @@ def _with_torch(args):
     return args.torch or (sys.executable if has_torch else None)
 
 
-def _start(part, args, minutes):
+def _start(part, args, folder, minutes):
     """What a part found, {"failed": why}, or None where it was cut short by the call's time."""
     began = time.monotonic()
     if part.torch:
@@ -221,7 +221,7 @@ def _start(part, args, minutes):
         command = [_with_torch(args), str(CHECKOUT / "benchmarks/torch_llama.py")]
         command.append(json.dumps(asked))
     else:
-        command = [sys.executable, __file__, "--part", part.name]
+        command = [sys.executable, __file__, "--part", part.name, "--out", str(folder)]
         command += ["--small"] if args.small else []
     environment = dict(os.environ)
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -267,11 +267,12 @@ def _child(args):
     ready_host_memory()
     end_with(os.getppid())
     part = next(part for part in PARTS if part.name == args.part)
-    print(json.dumps(_call(part, small=args.small)))
+    print(json.dumps(_call(part, args.small, Path(args.out))))
     return 0
 
 
-def _call(part, small):
+def _call(part, small, folder):
+    """What a part finds, in this process; what it keeps as it goes is put into the folder."""
     keep_native_atomics()
     sys.path.insert(0, str(CHECKOUT / "benchmarks"))
     import accelerator_parts
@@ -284,7 +285,10 @@ def _call(part, small):
             return {"failed": "jax goes on without this machine's accelerator"}
         keep_compiled(cache_folder() / "compiled")
     try:
-        rows = getattr(accelerator_parts, part.function)(small, **part.arguments)
+        asked = dict(part.arguments)
+        if part.function == "decode":  # rows of other code would be told as this one's
+            asked["output"] = folder / f"timings-jax-{jax.__version__}-{source(part)}.json"
+        rows = getattr(accelerator_parts, part.function)(small, **asked)
     except Exception as error:
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {str(error)[-600:]}"}
@@ -327,6 +331,9 @@ def _measured(row):
 
 
 # ------------------------------------------------------------------------------------ the page
+
+
+TIMED = {"ms": ".3g", "tokens_per_second": ",.0f"}
 
 
 def _named_after(device, small):
@@ -380,6 +387,21 @@ def write_page(done, folder, here, small):
                 f"{row[k]:.3g}" if k in row else "-" for k in ("forward", "both", "faster", "ideal")
             ]
             lines.append(f"| {_cell(row['what'])} | {' | '.join(times)} |")
+    decoding = [
+        row for part in done if part.function == "decode" for row in done[part].get("rows", [])
+    ]
+    if decoding:
+        lines += [
+            "",
+            "## Decoding",
+            "",
+            "Milliseconds of a prefill, or of a step that decodes.",
+            "",
+        ]
+        lines += ["| | ms | tokens/s | |", "|---|---:|---:|---|"]
+        for row in decoding:
+            times = [f"{row[k]:{form}}" if k in row else "-" for k, form in TIMED.items()]
+            lines.append(f"| {_cell(row['what'])} | {' | '.join(times)} | {_cell(row['note'])} |")
     folder.mkdir(parents=True, exist_ok=True)
     if attention or any("tokens_per_second" in row for row in training):
         draw(training, attention, folder / f"{name}.png")

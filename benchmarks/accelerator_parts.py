@@ -399,19 +399,25 @@ def fitting(run, platform, limit):
     return None
 
 
-def decode(small):
-    """Prefill and decoding, by the verb that times them."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["bench-inference", "--output", f"{folder}/timings.json", "--json"]
-        words += ["2,1@L2d64", "--contexts", "32", "--batches", "1"] if small else []
-        command = [sys.executable, "-m", "gqa_scaling", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip()[-500:])
+DECODED = ("24,8@L36d1536", "8,1@L36d2048", "--contexts", "8192", "--batches", "1", "16")
+
+
+def decode(small, output):
+    """Prefill and decoding of two models, by the verb that times them and keeps its rows in `output`
+    as it goes."""
+    cases = ("2,1@L2d64", "--contexts", "32", "--batches", "1") if small else DECODED
+    words = ("bench-inference", *cases, "--output", str(output), "--json")
+    command = [sys.executable, "-m", "gqa_scaling", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-500:])
     rows = []
     for row in json.loads(done.stdout)["rows"]:
         m, asked = row["model"], f"T {row['context']:,}, batch {row['batch']}, {row['cache']} cache"
         model = f"{m['n_heads']},{m['n_kv_heads']}@L{m['n_layers']}d{m['d_model']}"
-        note = row["skipped"] or f"{1e3 * row['seconds']:.3g} ms"
-        rows.append({"what": f"{row['phase']} of {model}, {asked}", "note": note})
+        tokens = row["batch"] * (row["context"] if row["phase"] == "prefill" else 1)
+        found = {"what": f"{row['phase']} of {model}, {asked}", "note": row["skipped"] or ""}
+        if not row["skipped"]:
+            found |= {"ms": 1e3 * row["seconds"], "tokens_per_second": tokens / row["seconds"]}
+        rows.append(found)
     return rows

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accelerator
 from accelerator import Part
-from accelerator_parts import fitting, speed_run
+from accelerator_parts import DECODED, fitting, speed_run
 
 GOOD = {"rows": [{"what": "a", "found": 0.1, "limit": 1}]}
 BAD = {"rows": [{"what": "a|b", "found": float("nan"), "limit": 1}]}
@@ -40,12 +41,34 @@ def test_kernels_are_checked_in_a_process_and_kept(tmp_path, capsys):
     assert "| attention | 1 checks are right |" in (tmp_path / "docs/cpu-small.md").read_text()
 
 
+def test_decoding_keeps_its_rows_beside_the_parts_and_goes_on_from_them(tmp_path, monkeypatch):
+    """Two models at one context and two batches, which six minutes are enough for."""
+    asked, row = [], {"model": {"n_heads": 8, "n_kv_heads": 1, "n_layers": 2, "d_model": 64},
+        "phase": "decode", "context": 32, "batch": 4, "cache": "int8"}  # fmt: skip
+
+    def done(command, **_):
+        asked.append(command)
+        rows = [{**row, "seconds": 0.5, "skipped": None}, {**row, "seconds": 0, "skipped": "large"}]
+        return subprocess.CompletedProcess(command, 0, json.dumps({"rows": rows}), "")
+
+    monkeypatch.setattr(subprocess, "run", done)
+    part = next(part for part in accelerator.PARTS if part.name == "decoding")
+    monkeypatch.setattr(accelerator, "keep_native_atomics", lambda: None)
+    found, again = (accelerator._call(part, True, tmp_path)["rows"] for _ in range(2))
+    assert [(x["note"], x.get("tokens_per_second")) for x in found] == [("", 8.0), ("large", None)]
+    assert found == again
+    assert asked[0] == asked[1]
+    output = Path(asked[0][asked[0].index("--output") + 1])
+    assert output.parent == tmp_path
+    assert len([word for word in DECODED if "@" in word]) == 2
+
+
 @pytest.fixture
 def started(monkeypatch):
     """Names of parts as they are started; each finds what it is told to."""
     found, names = {}, []
 
-    def start(part, args, minutes):
+    def start(part, args, folder, minutes):
         names.append(part.name)
         return found.get(part.name, GOOD)
 
@@ -105,7 +128,9 @@ def test_nothing_is_timed_on_a_cpu_by_mistake(tmp_path, started, monkeypatch, ca
     assert "gqa-scaling doctor says why" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     part = next(part for part in accelerator.PARTS if part.name == "steps")
-    assert "without this machine's accelerator" in accelerator._call(part, small=False)["failed"]
+    assert (
+        "without this machine's accelerator" in accelerator._call(part, False, tmp_path)["failed"]
+    )
 
 
 def test_a_call_that_has_no_time_goes_on_the_next_time(tmp_path, started, capsys):
@@ -124,8 +149,8 @@ def test_a_part_is_given_up_by_its_own_time_and_kept_open_by_that_of_the_call(
     monkeypatch.setattr(accelerator, "where", lambda: H200)
     args = argparse.Namespace(torch=str(script), small=False)
     part = Part("slow", "fast", "speed", 0.02, torch=True)
-    assert accelerator._start(part, args, 0.02) == {"failed": "not done after 0 minutes"}
-    assert accelerator._start(part, args, 0.01) is None
+    assert accelerator._start(part, args, tmp_path, 0.02) == {"failed": "not done after 0 minutes"}
+    assert accelerator._start(part, args, tmp_path, 0.01) is None
 
 
 def test_a_part_that_dies_says_why(tmp_path, monkeypatch):
@@ -134,7 +159,7 @@ def test_a_part_that_dies_says_why(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(accelerator, "where", lambda: H200)
     args = argparse.Namespace(torch=str(script), small=False)
-    found = accelerator._start(Part("a", "fast", "speed", 1, torch=True), args, 1)
+    found = accelerator._start(Part("a", "fast", "speed", 1, torch=True), args, tmp_path, 1)
     assert found["failed"] == "ended with 9: no memory"
 
 
@@ -175,7 +200,8 @@ def test_the_page_has_a_table_and_a_picture(tmp_path):
         parts["speed of attention, d_h 64"]: {
             "rows": [{"what": f"triton, T {T}, d_h 64, heads 8x3", **times} for T in ("2,048", "8,192")]
         },
-        parts["decoding"]: {"failed": "no such verb"},
+        parts["decoding"]: {"rows": [{"what": "decode", "note": "", "ms": 4, "tokens_per_second": 4e3}]},
+        parts["resume"]: {"failed": "no such verb"},
     }  # fmt: skip
     page = accelerator.write_page(done, tmp_path, H200, small=False)
     assert page.name == "nvidia-h200.md"
@@ -183,7 +209,8 @@ def test_the_page_has_a_table_and_a_picture(tmp_path):
     assert "| 1.2B, triton | 50,000 | 55.0% | 60.0 |  |" in text
     assert "| PyTorch 1.2B 8K, compiled | 40,000 | - | 70.0 |  |" in text
     assert "| a\\|b | nan | 1 |" in text
-    assert "* decoding: no such verb" in text
+    assert "| decode | 4 | 4,000 |  |" in text
+    assert "* resume: no such verb" in text
     assert (tmp_path / "nvidia-h200.png").stat().st_size > 10_000
 
 
