@@ -65,7 +65,7 @@ test-browser: $(READY)  ## the page of a report, moved in a browser without a wi
 	$(PYTEST) -m browser
 
 test-transformers: $(TORCH)/.ready  ## exports, imports and lm-eval, as PyTorch and transformers have them
-	$(TORCH)/bin/python -m pytest tests/inference
+	$(TORCH)/bin/python -m pytest tests/inference tests/test_accelerator_torch.py
 
 bench-transformers: $(TORCH)/.ready  ## a training step and decoding beside transformers
 	$(TORCH)/bin/python benchmarks/step.py

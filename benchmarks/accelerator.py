@@ -84,7 +84,7 @@ PARTS = (
     _training("1.2B", 8192, "dots"),
     _torch_training("1.2B", 8192, False),
     Part("speed of attention, d_h 64", FAST, "speed", 5, {"head_dim": 64}),
-    Part("FlashAttention, d_h 64", FAST, "speed", 2, {"head_dim": 64}, torch=True),
+    Part("FlashAttention, d_h 64", FAST, "speed", 3, {"head_dim": 64}, torch=True),
     _training("150M", 8192, "none"),
     _torch_training("150M", 8192, False),
     _training("470M", 8192, "dots"),
@@ -96,7 +96,7 @@ PARTS = (
     _training("470M", 8192, "none"),
     _training("1.2B", 8192, "full"),
     Part("speed of attention, d_h 128", FAST, "speed", 5, {"head_dim": 128}),
-    Part("FlashAttention, d_h 128", FAST, "speed", 2, {"head_dim": 128}, torch=True),
+    Part("FlashAttention, d_h 128", FAST, "speed", 3, {"head_dim": 128}, torch=True),
     Part("decoding", FAST, "decode", 6),
 )
 

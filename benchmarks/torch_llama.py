@@ -3,10 +3,11 @@
     python benchmarks/torch_llama.py '{"part": "training", "size": [12, 1024, 16, 4], "context": 8192}'
 
 Started by `accelerator.py` with the Python that has torch; prints one JSON list of rows. Llama as it
-is written everywhere: RMSNorm, RoPE, SwiGLU, scaled_dot_product_attention (FlashAttention), tied
-tables, AdamW fused, bfloat16 by autocast over float32 parameters, torch.compile.
+is written everywhere: RMSNorm, RoPE, SwiGLU, scaled_dot_product_attention, which takes cuDNN or
+FlashAttention by the device, tied tables, AdamW fused, bfloat16 by autocast over float32 parameters, torch.compile.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 WARM, TIMED = 3, 5
@@ -88,14 +90,14 @@ def training(size, context, remat=False, device="cuda", tokens=2**16, **model):
     # as many sequences at a time as both the logits and the activations leave room for
     for rows in (n for n in (8, 4, 2, 1) if n <= len(data)):
         try:
-            return _timed(compiled, optimizer, data, rows, context, device)
+            return _timed(llama, compiled, optimizer, data, rows, context, device)
         except torch.cuda.OutOfMemoryError:
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     return [{"what": "PyTorch", "note": "does not fit"}]
 
 
-def _timed(compiled, optimizer, data, rows, context, device):
+def _timed(llama, compiled, optimizer, data, rows, context, device):
     seconds = []
     for i in range(WARM + TIMED):
         _wait(device)
@@ -112,7 +114,11 @@ def _timed(compiled, optimizer, data, rows, context, device):
             seconds.append(time.perf_counter() - start)
     rate = len(data) * context / sorted(seconds)[len(seconds) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    note = f"torch {torch.__version__}, {rows} sequences at a time, loss {loss.item():.2f}"
+    layer = llama.layers[0]
+    kernel = default_kernel(rows, layer.n_h, layer.n_kv, context, layer.head_dim, device)
+    note = (
+        f"torch {torch.__version__}, {kernel}, {rows} sequences at a time, loss {loss.item():.2f}"
+    )
     return [{"what": "PyTorch", "tokens_per_second": rate, "GiB": peak, "note": note}]
 
 
@@ -121,32 +127,55 @@ def _wait(device):
         torch.cuda.synchronize()
 
 
+def _operands(B, n_h, n_kv, T, head_dim, device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = ((B, n_h, T, head_dim), *2 * ((B, n_kv, T, head_dim),))
+    return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def default_kernel(B, n_h, n_kv, T, head_dim, device):
+    """What scaled_dot_product_attention takes where it is free to choose, such as CUDNN_ATTENTION."""
+    xs = _operands(B, n_h, n_kv, T, head_dim, device)
+    return SDPBackend(torch._fused_sdp_choice(*xs, is_causal=True, enable_gqa=True)).name
+
+
 def speed(head_dim=64, device="cuda", contexts=(2048, 8192, 32768), n_kv=8, group=3):
-    """FlashAttention, by scaled_dot_product_attention."""
+    """FlashAttention, and what PyTorch takes by default."""
     rows = []
     for T in contexts:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        shapes = ((1, n_kv * group, T, head_dim), *2 * ((1, n_kv, T, head_dim),))
-        xs = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
-
-        def forward(xs=xs):
-            return F.scaled_dot_product_attention(*xs, is_causal=True, enable_gqa=True)
-
-        def both(xs=xs):
-            torch.autograd.grad(forward(xs).float().square().sum(), xs)
-
-        row = {"what": f"FlashAttention (PyTorch), T {T:,}, d_h {head_dim}, heads {n_kv}x{group}"}
-        for name, f in (("forward", forward), ("both", both)):
-            times = []
-            for i in range(13 if device == "cuda" else 3):
-                _wait(device)
-                start = time.perf_counter()
-                f()
-                _wait(device)
-                times += [(time.perf_counter() - start) * 1e3] * (i >= 2)
-            row[name] = sorted(times)[len(times) // 2]
-        rows.append(row)
+        shape = 1, n_kv * group, n_kv, T, head_dim, device
+        default = f"PyTorch's default ({default_kernel(*shape)})"
+        for name, chosen in (
+            ("FlashAttention (PyTorch)", sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
+            (default, contextlib.nullcontext()),
+        ):
+            with chosen:
+                times = _attention_times(_operands(*shape), device)
+            what = f"{name}, T {T:,}, d_h {head_dim}, heads {n_kv}x{group}"
+            rows.append({"what": what, **times})
     return rows
+
+
+def _attention_times(xs, device):
+    """Milliseconds of the forward pass, and of forward and backward."""
+
+    def forward():
+        return F.scaled_dot_product_attention(*xs, is_causal=True, enable_gqa=True)
+
+    def both():
+        torch.autograd.grad(forward().float().square().sum(), xs)
+
+    row = {}
+    for name, f in (("forward", forward), ("both", both)):
+        times = []
+        for i in range(13 if device == "cuda" else 3):
+            _wait(device)
+            start = time.perf_counter()
+            f()
+            _wait(device)
+            times += [(time.perf_counter() - start) * 1e3] * (i >= 2)
+        row[name] = sorted(times)[len(times) // 2]
+    return row
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+"""benchmarks/torch_llama.py, where there is PyTorch: `make test-transformers`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+torch_llama = pytest.importorskip("torch_llama", reason="needs PyTorch")
+
+SMALL = {"size": (1, 32, 4, 2), "context": 16, "device": "cpu", "tokens": 64, "head_dim": 8, "vocab": 264}
+
+
+def test_flash_attention_is_asked_for_and_the_default_is_named(monkeypatch):
+    asked, real = [], torch_llama.sdpa_kernel
+    monkeypatch.setattr(torch_llama, "sdpa_kernel", lambda x: asked.append(x.name) or real(x))
+    rows = torch_llama.speed(8, device="cpu", contexts=(16,), n_kv=2, group=2)
+    assert [row["what"] for row in rows] == [
+        "FlashAttention (PyTorch), T 16, d_h 8, heads 2x2",
+        "PyTorch's default (FLASH_ATTENTION), T 16, d_h 8, heads 2x2",
+    ]
+    assert asked == ["FLASH_ATTENTION"]
+    assert all(row["both"] > 0 < row["forward"] for row in rows)
+    (row,) = torch_llama.training(**SMALL)
+    assert "FLASH_ATTENTION, 4 sequences at a time" in row["note"]
