@@ -8,6 +8,7 @@ FlashAttention by the device, tied tables, AdamW fused, bfloat16 by autocast ove
 """
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -52,9 +53,9 @@ def rotate(x, cos, sin):
 
 
 class Llama(nn.Module):
-    def __init__(self, L, d, n_h, n_kv, head_dim=64, vocab=50304, remat=False):
+    def __init__(self, L, d, n_h, n_kv, head_dim=64, vocab=50304):
         super().__init__()
-        self.remat, self.head_dim = remat, head_dim
+        self.remat, self.head_dim = False, head_dim
         self.embed = nn.Embedding(vocab, d)
         self.layers = nn.ModuleList(Layer(d, n_h, n_kv, head_dim) for _ in range(L))
         self.norm = nn.RMSNorm(d, eps=1e-6)
@@ -78,26 +79,43 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def training(size, context, remat=False, device="cuda", tokens=2**16, **model):
+def training(size, context, device="cuda", tokens=2**16, **model):
+    """The fastest that fits: what the backward pass needs is kept where memory has room for it, and
+    as many sequences at a time as it has room for."""
     tokens = max(tokens, context)
     torch.manual_seed(0)
     with torch.device(device):
-        llama = Llama(*size, remat=remat, **model)
+        llama = Llama(*size, **model)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=device == "cuda")
-    compiled = torch.compile(llama) if device == "cuda" else llama
     vocab = llama.embed.num_embeddings
     data = torch.randint(vocab, (tokens // context, context + 1), device=device)
-    # as many sequences at a time as both the logits and the activations leave room for
-    for rows in (n for n in (8, 4, 2, 1) if n <= len(data)):
-        try:
-            return _timed(llama, compiled, optimizer, data, rows, context, device)
-        except torch.cuda.OutOfMemoryError:
-            optimizer.zero_grad(set_to_none=True)
+    counts = [n for n in (8, 4, 2, 1) if n <= len(data)]
+    for llama.remat, rows in itertools.product((False, True), counts):
+        found = _tried(llama, optimizer, data, rows, context, device)
+        if found is not None:
+            return found
+        # out here nothing holds the arrays of what failed any more
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
             torch.cuda.empty_cache()
     return [{"what": "PyTorch", "note": "does not fit"}]
 
 
+def _tried(llama, optimizer, data, rows, context, device):
+    """Rows of so many sequences at a time; None where memory has no room for them."""
+    compiled = llama
+    if device == "cuda":  # each attempt for its own shapes
+        torch.compiler.reset()
+        compiled = torch.compile(llama, dynamic=False)
+    try:
+        return _timed(llama, compiled, optimizer, data, rows, context, device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
 def _timed(llama, compiled, optimizer, data, rows, context, device):
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for i in range(WARM + TIMED):
         _wait(device)
@@ -116,9 +134,9 @@ def _timed(llama, compiled, optimizer, data, rows, context, device):
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     layer = llama.layers[0]
     kernel = default_kernel(rows, layer.n_h, layer.n_kv, context, layer.head_dim, device)
-    note = (
-        f"torch {torch.__version__}, {kernel}, {rows} sequences at a time, loss {loss.item():.2f}"
-    )
+    remat = "each layer" if llama.remat else "none"
+    note = f"torch {torch.__version__}, {kernel}, remat {remat}, {rows} sequences at a time, "
+    note += f"loss {loss.item():.2f}"
     return [{"what": "PyTorch", "tokens_per_second": rate, "GiB": peak, "note": note}]
 
 

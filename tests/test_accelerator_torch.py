@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 torch_llama = pytest.importorskip("torch_llama", reason="needs PyTorch")
 
+# under autocast norms have float32 weights and bfloat16 inputs, which eager PyTorch warns of
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 SMALL = {"size": (1, 32, 4, 2), "context": 16, "device": "cpu", "tokens": 64, "head_dim": 8, "vocab": 264}
 
 
@@ -22,4 +24,19 @@ def test_flash_attention_is_asked_for_and_the_default_is_named(monkeypatch):
     assert asked == ["FLASH_ATTENTION"]
     assert all(row["both"] > 0 < row["forward"] for row in rows)
     (row,) = torch_llama.training(**SMALL)
-    assert "FLASH_ATTENTION, 4 sequences at a time" in row["note"]
+    assert "FLASH_ATTENTION, remat none, 4 sequences at a time" in row["note"]
+
+
+def test_training_gives_up_sequences_before_it_recomputes_layers(monkeypatch):
+    tried, real = [], torch_llama._timed
+
+    def timed(llama, compiled, optimizer, data, rows, *rest):
+        tried.append((llama.remat, rows))
+        if len(tried) < 5:
+            raise torch_llama.torch.cuda.OutOfMemoryError
+        return real(llama, compiled, optimizer, data, rows, *rest)
+
+    monkeypatch.setattr(torch_llama, "_timed", timed)
+    (row,) = torch_llama.training(**SMALL)
+    assert tried == [(False, 4), (False, 2), (False, 1), (True, 4), (True, 2)]
+    assert "remat each layer, 2 sequences at a time" in row["note"]
