@@ -92,7 +92,8 @@ $(READY): requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 # rest is measured all the same.
 accelerator: $(READY)  ## whether this machine's GPU or TPU is right, then how fast: docs/accelerators.md
 	$(if $(wildcard /dev/nvidia[0-9]*),$(PIP) $(PINNED) -e ".[cuda]",$(if $(wildcard /dev/accel* /dev/vfio/[0-9]*),$(PIP) $(PINNED) -e ".[tpu]"))
-	$(BIN)/python benchmarks/accelerator.py --only right --minutes 8
+	-$(BIN)/gqa-scaling doctor
+	$(BIN)/python benchmarks/accelerator.py --only attention steps gradients --minutes 8
 	$(if $(wildcard /dev/nvidia[0-9]*),-$(MAKE) $(FLASH)/.ready)
 	$(BIN)/python benchmarks/accelerator.py $(if $(wildcard /dev/nvidia[0-9]*),$$(test -e $(FLASH)/.ready && echo --torch $(FLASH)/bin/python))
 

@@ -96,6 +96,7 @@ def _show(
             "This machine",
             [Column("what", lambda f: f.name), Column("found", lambda f: f.value, fold=True)],
             facts,
+            [f"{fact.name}: {fact.note}." for fact in facts if fact.note],
         ),
         Table(
             "Speed of the first device",

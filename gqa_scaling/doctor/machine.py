@@ -30,11 +30,13 @@ SHOWN = ("jax", "jaxlib", "libtpu", *PLUGINS.values(), "flax", "optax", "orbax-c
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing of the machine. `problem` says what it breaks and what helps; "" for nothing."""
+    """One thing of the machine. `problem` says what it breaks and what helps, `note` what is good
+    to know and breaks nothing; "" for nothing."""
 
     name: str
     value: str
     problem: str = ""
+    note: str = ""
 
 
 def facts(root: Path) -> list[Fact]:
@@ -136,8 +138,8 @@ def limits() -> list[Fact]:
     quota = _quota()
     here = len(cores())
     if quota is not None and quota < here:
-        problem = f"jax starts {here} threads: taskset -c 0-{max(0, int(quota) - 1)} before it"
-        found.append(Fact("processor time", f"{quota:.3g} of {here} cores", problem))
+        note = f"jax starts {here} threads: taskset -c 0-{max(0, int(quota) - 1)} before it"
+        found.append(Fact("processor time", f"{quota:.3g} of {here} cores", note=note))
     else:
         found.append(Fact("cores", str(here)))
     return found
@@ -150,15 +152,15 @@ def devices() -> list[Fact]:
     there = jax.devices()
     kind, platform = there[0].device_kind, there[0].platform
     row = None if platform == "cpu" else detected(kind)
-    problem = ""
+    problem = note = ""
     if platform == "cpu" and not computes_on_cpu():
         extra = "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "tpu"
         problem = (
             f"the machine has an accelerator and jax computes on the CPU: pip install -e .[{extra}]"
         )
     elif platform != "cpu" and row is None:
-        problem = "no peak is known of this kind: MFU is not told"
-    found = [Fact("devices", f"{len(there)} x {kind} ({platform})", problem)]
+        note = "no peak is known of this kind: MFU is not told"
+    found = [Fact("devices", f"{len(there)} x {kind} ({platform})", problem, note)]
     stats = there[0].memory_stats() or {}
     if "bytes_limit" in stats:
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)

@@ -200,6 +200,12 @@ def test_a_device_whose_memory_another_holds_is_named(monkeypatch):
     assert "another process" in problems(machine.devices())["device memory"]
 
 
+def test_a_kind_whose_peak_is_unknown_is_no_problem(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [device(device_kind="TPU v9")])
+    assert problems(machine.devices()) == {}
+    assert "MFU is not told" in machine.devices()[0].note
+
+
 def test_an_old_driver_is_named(monkeypatch):
     said = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Jul 1\n"
     monkeypatch.setattr(machine, "version_of", lambda name: (0,) if "13" in name else None)
@@ -213,9 +219,9 @@ def test_an_old_driver_is_named(monkeypatch):
 def test_limits_that_break_runs_are_named(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (512, 512))
     monkeypatch.setattr(machine, "_quota", lambda: 0.5)
-    assert set(problems(machine.limits())) == {
-        "open files", "size of files", "address space", "processor time"
-    }  # fmt: skip
+    found = machine.limits()
+    assert set(problems(found)) == {"open files", "size of files", "address space"}
+    assert [fact.name for fact in found if fact.note] == ["processor time"]
 
 
 def test_what_a_container_allows_is_the_memory(monkeypatch):
