@@ -22,8 +22,9 @@ def _doctor(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.doctor.speeds import speeds
     from gqa_scaling.files.runs import runs_root
 
+    held = machine.gpu_memory()  # before jax starts and takes its share
     require_platform()
-    facts = [*machine.devices(), *machine.facts(runs_root(args.root))]
+    facts = [*machine.devices(held), *machine.facts(runs_root(args.root))]
     measured = speeds()
     diagnoses = diagnose()
     problems = [f"{fact.name}: {fact.problem}" for fact in facts if fact.problem]

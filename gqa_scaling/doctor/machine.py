@@ -7,7 +7,9 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,8 @@ from gqa_scaling.units import byte_size
 LEAST_MEMORY, LEAST_DISK = 2 * 2**30, 2**30  # bytes: below these even the smoke study fails
 LEAST_FILES = 1024  # that may be open at once: a checkpoint opens some for each array
 LEAST_SHARED = 2**28  # bytes of /dev/shm, through which the GPUs of one machine talk
+MOST_HELD = 0.05  # of a GPU's memory, before a run: a driver and a display hold less
+IN_USE = "another process holds it: end that, or wait for it"
 CUDA_DRIVER = {"12": 525, "13": 580}  # the oldest driver of each CUDA
 PLUGINS = {"12": "jax-cuda12-plugin", "13": "jax-cuda13-plugin"}
 SHOWN = ("jax", "jaxlib", "libtpu", *PLUGINS.values(), "flax", "optax", "orbax-checkpoint", "grain")
@@ -145,8 +149,9 @@ def limits() -> list[Fact]:
     return found
 
 
-def devices() -> list[Fact]:
-    """The devices that jax has, and whether they are those of the machine."""
+def devices(held: Sequence[tuple[int, int]] = ()) -> list[Fact]:
+    """The devices that jax has, and whether they are those of the machine; `held` is what
+    `gpu_memory` said before jax started."""
     import jax
 
     there = jax.devices()
@@ -164,13 +169,35 @@ def devices() -> list[Fact]:
     stats = there[0].memory_stats() or {}
     if "bytes_limit" in stats:
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
-        short = row is not None and limit < 0.7 * row.memory
-        problem = "another process holds some, or XLA_PYTHON_CLIENT_MEM_FRACTION is set"
+        sheet = row.memory if row and platform == "tpu" else 0  # GPUs of a name differ in it
+        total = held[0][1] if held else sheet
+        problem = "XLA_PYTHON_CLIENT_MEM_FRACTION keeps it low: unset it" if held else IN_USE
         value = f"{byte_size(limit - used)} for this process"
-        found.append(Fact("device memory", value, problem if short else ""))
+        found.append(Fact("device memory", value, problem if limit < 0.7 * total else ""))
+    for i, (used, total) in enumerate(held):
+        if used > MOST_HELD * total:
+            value = f"{byte_size(used)} of {byte_size(total)}"
+            found.append(Fact(f"memory held of GPU {i}", value, IN_USE))
     if platform == "gpu":
         found += [*_driver(), *_shared_memory(len(there))]
     return found
+
+
+def gpu_memory() -> list[tuple[int, int]]:
+    """Bytes that all processes hold of each NVIDIA GPU for this one, and bytes that it has, as its
+    driver says; none where it does not. jax counts only what itself holds, of the share it takes."""
+    command = ["nvidia-smi", "--query-gpu=memory.used,memory.total"]
+    command += ["--format=csv,noheader,nounits"]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    command += [f"--id={chosen}"] if chosen else []
+    try:
+        text = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout
+        lines = [line.split(",") for line in text.splitlines()]
+        return [(int(used) * 2**20, int(total) * 2**20) for used, total in lines]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
 
 
 def _driver() -> list[Fact]:

@@ -200,6 +200,27 @@ def test_a_device_whose_memory_another_holds_is_named(monkeypatch):
     assert "another process" in problems(machine.devices())["device memory"]
 
 
+def test_what_others_hold_of_a_gpu_is_what_its_driver_says(monkeypatch):
+    """XLA's limit is a share of the whole, whoever holds some of it."""
+    a100 = device(device_kind="NVIDIA A100-PCIE-40GB", platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [a100])
+    monkeypatch.setattr(machine, "_driver", list)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    said = ["3, 40960\n", "20000, 40960\n", "3, 81920\n", "[N/A], [N/A]\n"]
+    asked = []
+
+    def nvidia_smi(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout=said.pop(0))
+
+    monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
+    seen = [problems(machine.devices(machine.gpu_memory())) for _ in range(3)]
+    assert seen[:2] == [{}, {"memory held of GPU 0": machine.IN_USE}]
+    assert "MEM_FRACTION" in seen[2]["device memory"]
+    assert machine.gpu_memory() == []
+    assert asked[0][-1] == "--id=1"
+
+
 def test_a_kind_whose_peak_is_unknown_is_no_problem(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [device(device_kind="TPU v9")])
     assert problems(machine.devices()) == {}
