@@ -19,6 +19,11 @@ PYTHON_OF_XPK ?= python3.12
 PYTHON_OF_LOCK ?= python3.11
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
 
+# CUDA 13 needs a driver from 580 on; older ones get CUDA 12.
+NVIDIA := $(wildcard /dev/nvidia[0-9]*)
+DRIVER := $(shell sed -nE 's/^NVRM.* ([0-9]{3,})\.[0-9.]+ .*/\1/p' /proc/driver/nvidia/version 2>/dev/null)
+CUDA   := cuda$(shell test "$(DRIVER)" && test "$(DRIVER)" -lt 580 && echo 12)
+
 # Linear algebra written for processors with AVX-512 cannot run on others.
 SKYLAKE := $(shell grep -qs avx512bw /proc/cpuinfo && echo test-skylake)
 
@@ -91,11 +96,11 @@ $(READY): requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 # What is measured beside ours is another framework, in an environment of its own; without it, all the
 # rest is measured all the same.
 accelerator: $(READY)  ## whether this machine's GPU or TPU is right, then how fast: docs/accelerators.md
-	$(if $(wildcard /dev/nvidia[0-9]*),$(PIP) $(PINNED) -e ".[cuda]",$(if $(wildcard /dev/accel* /dev/vfio/[0-9]*),$(PIP) $(PINNED) -e ".[tpu]"))
+	$(if $(NVIDIA),$(PIP) $(PINNED) -e ".[$(CUDA)]",$(if $(wildcard /dev/accel* /dev/vfio/[0-9]*),$(PIP) $(PINNED) -e ".[tpu]"))
 	-$(BIN)/gqa-scaling doctor
 	$(BIN)/python benchmarks/accelerator.py --only attention steps gradients --minutes 8
-	$(if $(wildcard /dev/nvidia[0-9]*),-$(MAKE) $(FLASH)/.ready)
-	$(BIN)/python benchmarks/accelerator.py $(if $(wildcard /dev/nvidia[0-9]*),$$(test -e $(FLASH)/.ready && echo --torch $(FLASH)/bin/python))
+	$(if $(NVIDIA),-$(MAKE) $(FLASH)/.ready)
+	$(BIN)/python benchmarks/accelerator.py $(if $(NVIDIA),$$(test -e $(FLASH)/.ready && echo --torch $(FLASH)/bin/python))
 
 $(FLASH)/.ready:
 	rm -rf $(FLASH)

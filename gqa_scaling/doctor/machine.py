@@ -17,7 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from gqa_scaling.devices.compiler_flags import version_of
-from gqa_scaling.devices.host_memory import computes_on_cpu
+from gqa_scaling.devices.host_memory import DEVICES, computes_on_cpu
 from gqa_scaling.files.storage import cache_folder
 from gqa_scaling.hardware import cores, detected
 from gqa_scaling.units import byte_size
@@ -159,7 +159,7 @@ def devices(held: Sequence[tuple[int, int]] = ()) -> list[Fact]:
     row = None if platform == "cpu" else detected(kind)
     problem = note = ""
     if platform == "cpu" and not computes_on_cpu():
-        extra = "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "tpu"
+        extra = _cuda_extra() if has_nvidia() else "tpu"
         problem = (
             f"the machine has an accelerator and jax computes on the CPU: pip install -e .[{extra}]"
         )
@@ -178,8 +178,10 @@ def devices(held: Sequence[tuple[int, int]] = ()) -> list[Fact]:
         if used > MOST_HELD * total:
             value = f"{byte_size(used)} of {byte_size(total)}"
             found.append(Fact(f"memory held of GPU {i}", value, IN_USE))
+    if has_nvidia():
+        found += _driver()
     if platform == "gpu":
-        found += [*_driver(), *_shared_memory(len(there))]
+        found += _shared_memory(len(there))
     return found
 
 
@@ -200,19 +202,41 @@ def gpu_memory() -> list[tuple[int, int]]:
         return []
 
 
-def _driver() -> list[Fact]:
-    """The kernel's driver of NVIDIA, held to the CUDA that jax came with."""
+def has_nvidia() -> bool:
+    """Whether the kernel shows NVIDIA GPUs, which jax may not see."""
+    return any(DEVICES.glob("nvidia[0-9]*"))
+
+
+def _driver_version() -> str:
+    """That of NVIDIA's driver in the kernel; "" where it does not say."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
+        return ""
+    found = re.search(r"\s(\d+\.\d[\d.]*)\s", text)
+    return found[1] if found else ""
+
+
+def _cuda_extra() -> str:
+    """What of this package to install for the driver that is there."""
+    version = _driver_version()
+    return "cuda12" if version and int(version.split(".")[0]) < CUDA_DRIVER["13"] else "cuda"
+
+
+def _driver() -> list[Fact]:
+    """The kernel's driver of NVIDIA, held to the CUDA that jax came with."""
+    version = _driver_version()
+    if not version:
         return []
-    version = re.search(r"\s(\d+)\.\d[\d.]*\s", text)
-    cuda = next((cuda for cuda, name in PLUGINS.items() if version_of(name)), None)
-    if version is None:
-        return []
-    least = CUDA_DRIVER.get(cuda or "", 0)
-    old = f"CUDA {cuda} needs {least} at the least: update it, or install jax[cuda12]"
-    return [Fact("driver", version[0].strip(), old if int(version[1]) < least else "")]
+    major = int(version.split(".")[0])
+    cuda = next((cuda for cuda, name in PLUGINS.items() if version_of(name)), "")
+    least = CUDA_DRIVER.get(cuda, 0)
+    problem = f"CUDA {cuda} needs {least} at the least: update it"
+    if CUDA_DRIVER["12"] <= major:
+        problem += (
+            ", or pip uninstall jax-cuda13-plugin jax-cuda13-pjrt and pip install -e .[cuda12]"
+        )
+    return [Fact("driver", version, problem if major < least else "")]
 
 
 def _shared_memory(count: int) -> list[Fact]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import resource
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,6 +236,26 @@ def test_an_old_driver_is_named(monkeypatch):
         (fact,) = machine._driver()
         assert fact.value == version
         assert bool(fact.problem) == named
+        assert ("-e .[cuda12]" in fact.problem) == named
+        assert machine._cuda_extra() == ("cuda12" if named else "cuda")
+
+
+def test_the_driver_is_told_where_jax_does_not_see_its_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "computes_on_cpu", lambda: False)
+    monkeypatch.setattr(machine, "has_nvidia", lambda: True)
+    monkeypatch.setattr(machine, "_driver_version", lambda: "535.104.05")
+    monkeypatch.setattr(machine, "version_of", lambda name: (0,) if "13" in name else None)
+    said = problems(machine.devices())
+    assert "pip install -e .[cuda12]" in said["devices"]
+    assert "needs 580" in said["driver"]
+
+
+@pytest.mark.parametrize(("driver", "extra"), [("535", "cuda12"), ("580", "cuda"), ("", "cuda")])
+def test_make_installs_the_cuda_that_the_driver_can(driver, extra):
+    asked = ["make", "-n", "accelerator", "NVIDIA=/dev/nvidia0", f"DRIVER={driver}", "MAKE=true"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True)
+    assert f'-e ".[{extra}]"' in done.stdout
 
 
 def test_limits_that_break_runs_are_named(monkeypatch):
