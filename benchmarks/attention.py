@@ -5,8 +5,9 @@
 
 For each context and head configuration (KV heads x query heads of each): milliseconds of the
 forward pass and of forward and backward, temporary memory, seconds to compile, and how much faster
-than the fastest dense attention that is, beside the ideal 1/density. Times are medians of runs that
-take turns, so that a busy machine slows all alike; their ratios are what to trust. What would build
+than the fastest dense attention that is, beside the ideal 1/density. Times are medians of samples that
+take turns, so that a busy machine slows all alike; their ratios are what to trust. A sample is as many
+calls in a row as last 5 ms, so that starting them does not count. What would build
 all T x T scores stops at T = 2,048. float32 on a CPU, bfloat16 elsewhere. On a GPU cuDNN and the
 Triton kernels are measured too, on a TPU splash.
 """
@@ -24,6 +25,7 @@ from gqa_scaling.devices.host_memory import computes_on_cpu, ready_host_memory
 from gqa_scaling.model.attention import attend
 
 QUADRATIC_UP_TO = 2048
+SAMPLE_SECONDS = 0.005
 KERNELS = {"gpu": ("triton", "cudnn"), "tpu": ("splash",)}
 
 
@@ -64,6 +66,22 @@ def compiled(attention, operands):
     return forward, both, both.memory_analysis().temp_size_in_bytes / 2**20, seconds
 
 
+def calls_of(f, operands):
+    """How many calls in a row last as long as a sample; the first finds cold caches."""
+    sample(f, operands, 1)
+    calls = 1
+    while sample(f, operands, calls) < SAMPLE_SECONDS:
+        calls *= 2
+    return calls
+
+
+def sample(f, operands, calls):
+    """Seconds that so many calls take."""
+    start = time.perf_counter()
+    jax.block_until_ready([f(*operands) for _ in range(calls)])
+    return time.perf_counter() - start
+
+
 def measure(T, n_kv, group, args):
     """One dictionary for each implementation."""
     dtype = jnp.float32 if computes_on_cpu() else jnp.bfloat16
@@ -75,12 +93,11 @@ def measure(T, n_kv, group, args):
     todo = implementations(T, n_kv, args)
     steps = {name: compiled(attention, operands) for name, (attention, _) in todo.items()}
     times = {(name, i): [] for name in steps for i in range(2)}
-    for turn in range(args.repeats + 1):
+    calls = {(name, i): calls_of(steps[name][i], operands) for name, i in times}
+    for _ in range(args.repeats):
         for name, i in times:
-            start = time.perf_counter()
-            jax.block_until_ready(steps[name][i](*operands))
-            if turn:  # the first finds cold caches
-                times[name, i].append((time.perf_counter() - start) * 1e3)
+            seconds = sample(steps[name][i], operands, calls[name, i])
+            times[name, i].append(seconds / calls[name, i] * 1e3)
     ms = {key: float(np.median(x)) for key, x in times.items()}
     dense = [name for name in steps if todo[name][1] == 1]
     forward, both = (min(ms[name, i] for name in dense) for i in range(2))

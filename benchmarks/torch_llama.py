@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 WARM, TIMED = 3, 5
+SAMPLE_SECONDS = 0.005  # of attention: as many calls in a row as last that long
 
 
 class Layer(nn.Module):
@@ -183,17 +184,29 @@ def _attention_times(xs, device):
     def both():
         torch.autograd.grad(forward().float().square().sum(), xs)
 
-    row = {}
-    for name, f in (("forward", forward), ("both", both)):
-        times = []
-        for i in range(13 if device == "cuda" else 3):
-            _wait(device)
-            start = time.perf_counter()
+    return {
+        "forward": _milliseconds(forward, device),
+        "both": _milliseconds(both, device),
+    }
+
+
+def _milliseconds(f, device):
+    """Of a call, the median of samples; several calls in a row, so that starting them does not count."""
+
+    def sample(calls):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
             f()
-            _wait(device)
-            times += [(time.perf_counter() - start) * 1e3] * (i >= 2)
-        row[name] = sorted(times)[len(times) // 2]
-    return row
+        _wait(device)
+        return time.perf_counter() - start
+
+    sample(2)
+    calls = 1
+    while sample(calls) < SAMPLE_SECONDS:
+        calls *= 2
+    samples = sorted(sample(calls) / calls for _ in range(11 if device == "cuda" else 1))
+    return 1e3 * samples[len(samples) // 2]
 
 
 if __name__ == "__main__":

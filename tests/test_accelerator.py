@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accelerator
+import attention
 from accelerator import Part
 from accelerator_parts import DECODED, fitting, speed_run
 
@@ -161,6 +162,17 @@ def test_a_part_that_dies_says_why(tmp_path, monkeypatch):
     args = argparse.Namespace(torch=str(script), small=False)
     found = accelerator._start(Part("a", "fast", "speed", 1, torch=True), args, tmp_path, 1)
     assert found["failed"] == "ended with 9: no memory"
+
+
+def test_a_sample_of_attention_is_as_many_calls_as_last(monkeypatch):
+    """At short contexts a single call would time its own start."""
+    asked = []
+    monkeypatch.setattr(attention, "sample", lambda f, x, n: asked.append(n) or 0.0015 * n)
+    assert attention.calls_of(None, ()) == 4
+    assert asked == [1, 1, 2, 4]
+    monkeypatch.undo()
+    assert attention.sample(asked.append, (7,), 3) > 0
+    assert asked[-3:] == [7, 7, 7]
 
 
 @pytest.mark.parametrize(

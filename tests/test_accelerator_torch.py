@@ -27,6 +27,19 @@ def test_flash_attention_is_asked_for_and_the_default_is_named(monkeypatch):
     assert "FLASH_ATTENTION, remat none, 4 sequences at a time" in row["note"]
 
 
+def test_a_sample_is_several_calls_in_a_row(monkeypatch):
+    times = iter(range(1000))  # a thousandth of a second for each look at the clock
+    monkeypatch.setattr(torch_llama.time, "perf_counter", lambda: next(times) / 1e3)
+    called = []
+
+    def f():
+        called.append(0)
+        next(times)
+
+    assert torch_llama._milliseconds(f, "cpu") == pytest.approx(5 / 4)
+    assert len(called) == 2 + 1 + 2 + 4 + 4
+
+
 def test_training_gives_up_sequences_before_it_recomputes_layers(monkeypatch):
     tried, real = [], torch_llama._timed
 
