@@ -71,6 +71,9 @@ HARDWARE = {
         Hardware("a100", 3.12e14, 2.039e12, 80 * GIB, 3.7),
         Hardware("h100", 9.89e14, 3.35e12, 80 * GIB, 7.0),
         Hardware("h200", 9.89e14, 4.8e12, 141 * GIB, 8.0),
+        Hardware("h100-pcie", 7.56e14, 2.0e12, 80 * GIB, 7.0),  # cards, slower than those above
+        Hardware("h100-nvl", 8.35e14, 3.9e12, 94 * GIB, 7.0),
+        Hardware("h200-nvl", 8.36e14, 4.8e12, 141 * GIB, 8.0),
     )
 }
 
@@ -243,6 +246,7 @@ def detected(kind: str, devices: int = 1) -> Hardware | None:
 def name_of(kind: str) -> str | None:
     """The name of the row for a JAX `device_kind`; None if unknown."""
     names = {"v5 lite": "v5e", "v5e": "v5e", "tpu v5": "v5p", "v6": "v6e"}  # first match counts
+    names |= {"h100 pcie": "h100-pcie", "h100 nvl": "h100-nvl", "h200 nvl": "h200-nvl"}
     names |= {"a100": "a100", "h100": "h100", " h200": "h200"}  # not the GH200
     kind = kind.lower()
     return "cpu" if kind == "cpu" else next((names[part] for part in names if part in kind), None)
