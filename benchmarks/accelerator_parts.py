@@ -113,8 +113,11 @@ def _kernels_against_reference(T, head_dim, dtype, n_kv, named):
         kernel
         for kernel in kernels()
         if kernel == "blockwise"
-        or not kernel_limit(kernel, kinds, T=T, context=1, head_dim=head_dim, dtype=dtype)
-    ]
+        or not kernel_limit(
+            kernel, kinds, T=T, context=1, head_dim=head_dim, dtype=dtype,
+            device=jax.local_devices()[0].device_kind,
+        )
+    ]  # fmt: skip
     rng = np.random.default_rng(0)
     q_shape, k_shape = (2, T, n_kv, HEADS // n_kv, head_dim), (2, T, n_kv, head_dim)
     operands = [

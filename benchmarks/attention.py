@@ -22,6 +22,7 @@ import numpy as np
 
 from gqa_scaling.context_sharding import ContextSharding, density
 from gqa_scaling.devices.host_memory import computes_on_cpu, ready_host_memory
+from gqa_scaling.devices.kernel_limits import triton_limit
 from gqa_scaling.model.attention import attend
 
 QUADRATIC_UP_TO = 2048
@@ -38,7 +39,10 @@ def jax_nn(q, k, v):
 
 def implementations(T, n_kv, args):
     """{name: (attention, density)}"""
-    names, out = ("blockwise", *KERNELS.get(jax.default_backend(), ())), {}
+    kernels, kind = KERNELS.get(jax.default_backend(), ()), jax.local_devices()[0].device_kind
+    if "triton" in kernels and triton_limit(args.head_dim, None, None, kind):
+        kernels = ("cudnn",)
+    names, out = ("blockwise", *kernels), {}
     if T <= QUADRATIC_UP_TO:
         out["reference"] = functools.partial(attend, implementation="reference"), 1.0
         out["jax.nn"] = jax_nn, 1.0

@@ -252,6 +252,14 @@ def name_of(kind: str) -> str | None:
     return "cpu" if kind == "cpu" else next((names[part] for part in names if part in kind), None)
 
 
+def has_large_shared_memory(kind: str) -> bool:
+    """Whether a GPU of that `device_kind` gives a program 160 KB of memory that its threads share:
+    those for data centres do, from the A100 on. An RTX, L4 or L40S gives 99 KB, and so may any
+    other. "": one of HARDWARE, which all do."""
+    large = r"\b(a30|a100|a800|h20|h100|h200|h800|gh200|b100|b200|b300|gb200|gb300)\b"
+    return not kind or re.search(large, kind.lower()) is not None
+
+
 def cores() -> list[int]:
     """The CPU cores this process may use; all of them where the system does not say."""
     if hasattr(os, "sched_getaffinity"):

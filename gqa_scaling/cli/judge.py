@@ -117,7 +117,7 @@ def _evaluate(trained: "Trained", run: RunConfig) -> None:
     devices = jax.devices()[: math.gcd(jax.device_count(), rows, run.model.d_model)]
     parallel = ParallelConfig(fsdp=len(devices), accumulation=run.parallel.accumulation)
     run = replace(run, parallel=parallel)
-    check_layout(run, len(devices), jax.default_backend())
+    check_layout(run, len(devices), jax.default_backend(), devices[0].device_kind)
     with claim(trained.directory.claim_file) as mine:
         require(mine, f"{trained.directory.path} is in use by another process: wait for it to end")
         reevaluate(run, trained.directory, store, devices=devices)

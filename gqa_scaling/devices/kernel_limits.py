@@ -14,6 +14,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from gqa_scaling.context_sharding import Blocks, HeadPattern
+from gqa_scaling.hardware import has_large_shared_memory
 
 NEVER = 2**30  # a position after every query
 DENSE = HeadPattern(block=NEVER, local=1)  # a head that sees all keys before it, as a pattern
@@ -29,17 +30,21 @@ def kernel_limit(
     context: int,
     head_dim: int,
     dtype: str,
+    device: str = "",
 ) -> str:
     """What keeps a kernel from T positions on `context` devices; "" when nothing does.
 
     `kinds` are the patterns of the heads without their offsets, None or `DENSE` for dense ones.
+    `device` is the `device_kind` that jax tells, "" for an accelerator that a plan names.
     """
     if name == "cudnn":
         patterned = any(kind not in (None, DENSE) for kind in kinds)
         return cudnn_limit(head_dim, dtype, patterned, context)
     if name == "triton":
         part = T // (2 * context) if context > 1 else None
-        limits = (triton_limit(head_dim, kind.block if kind else None, part) for kind in kinds)
+        limits = (
+            triton_limit(head_dim, kind.block if kind else None, part, device) for kind in kinds
+        )
         return next(filter(None, limits), "")
     return splash_limit(T // context, T, 1 if context == 1 else 2, kinds)
 
@@ -51,7 +56,7 @@ TRITON_UNIT = 16  # the least tile of positions that tensor cores multiply
 CUDNN_UNIT, CUDNN_LARGEST_HEAD = 8, 128
 
 
-def triton_limit(head_dim: int, block: int | None, part: int | None) -> str:
+def triton_limit(head_dim: int, block: int | None, part: int | None, device: str = "") -> str:
     """What keeps the kernel from heads of this size; "" when nothing does.
 
     `block` is that of the pattern, None for dense heads. `part` is the length of each of the two
@@ -60,6 +65,11 @@ def triton_limit(head_dim: int, block: int | None, part: int | None) -> str:
     if head_dim not in TRITON_HEAD_SIZES:
         *most, last = map(str, TRITON_HEAD_SIZES)
         return f"needs a head_dim of {', '.join(most)} or {last}, not {head_dim}"
+    if head_dim == TRITON_HEAD_SIZES[-1] and not has_large_shared_memory(device):
+        return (
+            f"needs up to 160 KB of shared memory for head_dim={head_dim}, as an A100, H100, H200 or "
+            f"B200 has; {device} may have less"
+        )
     if block is not None and block % TRITON_UNIT:
         return f"needs a pattern.block that is a multiple of {TRITON_UNIT}, not {block}"
     if part is not None and part % TRITON_UNIT:

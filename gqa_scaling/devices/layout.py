@@ -99,8 +99,9 @@ def serving_tensor(model: ModelConfig, devices: int) -> int:
     return max(size for size in sizes if all(whole % size == 0 for whole in wholes))
 
 
-def attention_implementation(run: RunConfig, platform: str) -> Implementation:
-    """The attention that a run gets on devices of a platform: "cpu", "gpu" or "tpu".
+def attention_implementation(run: RunConfig, platform: str, device: str = "") -> Implementation:
+    """The attention that a run gets on devices of a platform, "cpu", "gpu" or "tpu", and of the
+    `device_kind` that jax tells, where they are at hand.
 
     "auto" is blockwise on a CPU, splash on a TPU and, on a GPU, cudnn for dense models in bfloat16
     and triton for others; where such a kernel cannot take the run, blockwise, which can do all.
@@ -111,7 +112,7 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
     if wanted != "auto" and wanted not in KERNEL_PLATFORM:
         return wanted
     if wanted != "auto":
-        reason = _unfit(wanted, run, platform)
+        reason = _unfit(wanted, run, platform, device)
         require(
             not reason, f"attention={wanted} {reason}: take auto, or blockwise, which runs anywhere"
         )
@@ -120,7 +121,7 @@ def attention_implementation(run: RunConfig, platform: str) -> Implementation:
         "tpu": ("splash",),
         "gpu": ("cudnn", "triton"),
     }
-    fit = [name for name in kernels.get(platform, ()) if not _unfit(name, run, platform)]
+    fit = [name for name in kernels.get(platform, ()) if not _unfit(name, run, platform, device)]
     return fit[0] if fit else "blockwise"
 
 
@@ -141,24 +142,24 @@ def judged_at(run: RunConfig, length: int, devices: int) -> RunConfig:
     )
 
 
-def check_layout(run: RunConfig, devices: int, platform: str) -> None:
+def check_layout(run: RunConfig, devices: int, platform: str, device: str) -> None:
     """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices, also at
     the other contexts that its loss is measured at."""
     try:
         axis_sizes(run, devices)
-        attention_implementation(run, platform)
+        attention_implementation(run, platform, device)
         for length in run.evaluation.contexts:
             try:
                 judged = judged_at(run, length, devices)
                 axis_sizes(judged, devices)
-                attention_implementation(judged, platform)
+                attention_implementation(judged, platform, device)
             except UserError as error:
                 raise UserError(f"judged at {length} tokens: {error}") from None
     except UserError as error:
         raise UserError(f"{run.name}: {error}") from None
 
 
-def _unfit(name: str, run: RunConfig, platform: str) -> str:
+def _unfit(name: str, run: RunConfig, platform: str, device: str) -> str:
     """Why a kernel cannot serve this run; "" where it can."""
     m, needed = run.model, KERNEL_PLATFORM[name]
     if platform != needed:
@@ -171,6 +172,7 @@ def _unfit(name: str, run: RunConfig, platform: str) -> str:
         context=run.parallel.context,
         head_dim=m.head_dim,
         dtype=m.dtype,
+        device=device,
     )
 
 

@@ -116,7 +116,8 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
         if path not in stores:
             stores[path] = open_store(run.data)
             stores[path].verify()
-        check_layout(run, jax.device_count(), jax.default_backend())
+        kind = jax.devices()[0].device_kind
+        check_layout(run, jax.device_count(), jax.default_backend(), kind)
         check_steps(run)
         check_profile(run)
         check_epochs(run, stores[path].train_tokens)

@@ -78,7 +78,7 @@ def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup
     """
     mesh, steps = parallel.make_mesh(run, devices), training_steps(run)
     device = mesh.devices.flat[0]
-    attention = attention_implementation(run, device.platform)
+    attention = attention_implementation(run, device.platform, device.device_kind)
     fault = overlap_fault(device.device_kind, attention, mesh.shape["context"])
     require(not fault, fault)
     schedule = learning_rate_schedule(run.optimizer, steps, run.batch_tokens)
@@ -98,4 +98,5 @@ def set_up(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup
 def at_length(setup: Setup, length: int) -> Setup:
     """The setup of a run that is judged, not trained, at another context length."""
     run = judged_at(setup.run, length, setup.mesh.size)
-    return replace(setup, run=run, attention=attention_implementation(run, setup.platform))
+    device = setup.mesh.devices.flat[0].device_kind
+    return replace(setup, run=run, attention=attention_implementation(run, setup.platform, device))

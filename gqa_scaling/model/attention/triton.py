@@ -14,7 +14,8 @@ the result is the same each time. Longest rows start first.
 
 Tile sizes, warps and stages were chosen by what the compiler says of bfloat16 at head sizes 64 and
 128 for compute capability 8.0 and 9.0: next to no spilled registers, at most 160 KB of shared
-memory. Nothing was timed, and nothing has run on a GPU. float32 is exact and slow, for comparisons.
+memory, which GPUs of 8.6, 8.9 and 12.0 do not have: there `triton_limit` refuses head size 128.
+Nothing was timed, and nothing has run on a GPU. float32 is exact and slow, for comparisons.
 """
 
 import functools
