@@ -10,7 +10,14 @@ torch_llama = pytest.importorskip("torch_llama", reason="needs PyTorch")
 
 # under autocast norms have float32 weights and bfloat16 inputs, which eager PyTorch warns of
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-SMALL = {"size": (1, 32, 4, 2), "context": 16, "device": "cpu", "tokens": 64, "head_dim": 8, "vocab": 264}
+SMALL = {
+    "size": (1, 32, 4, 2),
+    "context": 16,
+    "device": "cpu",
+    "tokens": 64,
+    "head_dim": 8,
+    "vocab": 264,
+}
 
 
 def test_flash_attention_is_asked_for_and_the_default_is_named(monkeypatch):
