@@ -19,13 +19,13 @@ class Fitting(Table):
         columns = [(column, *_widths(column)) for column in self.columns]
         room = options.max_width - self._extra_width
         room -= sum(self._get_padding_width(i) for i in range(len(columns)))
-        if not self.pad_edge:  # the first cell has none to its left, the last none to its right
-            room += self.padding[3] + self.padding[1]
-        if sum(least for _, _, least in columns) <= room:
-            if sum(whole for _, whole, _ in columns) > room:
-                for column, _, least in columns:
-                    column.min_width = least
-                    column.no_wrap = column.no_wrap or not _breaks(column)
+        spare = room - sum(least for _, _, least in columns)
+        if spare >= 0:
+            for column, whole, least in columns:
+                column.width = least + min(whole - least, spare)
+                spare -= column.width - least
+                column.no_wrap = not _breaks(column)
+                column.overflow = "fold"
             yield from super().__rich_console__(console, options)
             return
         if self.title:
