@@ -26,7 +26,7 @@ from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import frontier, target_losses
 from gqa_scaling.study.ranking import decide, rank, saved
 from gqa_scaling.study.reading import from_csv, published
-from gqa_scaling.study.report.answers import frontier_answer, ranking_table
+from gqa_scaling.study.report.answers import frontier_answer, frontier_table, ranking_table
 from gqa_scaling.study.report.csv_files import frontier_csv
 from gqa_scaling.study.report.estimates import fit_table, residual_table
 from gqa_scaling.study.report.sentences import _gained, sentence
@@ -34,7 +34,7 @@ from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of, shapes
 from gqa_scaling.study.uncertainty import interval
-from gqa_scaling.units import quantity
+from gqa_scaling.units import byte_size, quantity
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
 
@@ -652,6 +652,24 @@ def test_narrow_tables_leave_columns_out_and_cut_no_number(table_4, width):
 )
 def test_quantities_have_three_digits_and_a_prefix(value, text):
     assert quantity(value) == text
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize(
+    ("objective", "heading"),
+    [("dollars", "per million tokens"), ("seconds", "per token"), ("bytes", "bytes held")],
+)
+def test_the_objective_is_told_in_its_own_unit(chen, objective, heading, width):
+    s = Serving(batch=16, hardware=hardware("h100"))
+    a = frontier(chen, published(), TABLE_4, objective, s, gains=False)
+    cost = getattr(a.answers[0].best, objective)
+    told = byte_size(cost) if objective == "bytes" else quantity(cost)
+    for told_in in (frontier_table(a), ranking_table(a.answers[0], a)):
+        console = Console(width=width, file=io.StringIO())
+        console.print(told_in)
+        text = console.file.getvalue()
+        assert heading in text
+        assert told in text
 
 
 def test_the_sentence_says_configuration_saving_interval_and_doubt(chen, table_4):

@@ -16,6 +16,7 @@ from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import HardwareCost, inference_flops, inference_memory, n_formula
 from gqa_scaling.costs import training_flops_formula as training_flops
 from gqa_scaling.experiment.ladder import interpolate
+from gqa_scaling.hardware import hardware
 from gqa_scaling.study.build import build
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.frontier import frontier
@@ -26,6 +27,7 @@ from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.sides import Side, side
 from gqa_scaling.study.versus import versus
+from gqa_scaling.units import quantity
 
 ASKED = Question(contexts=(131072,), losses=(2.8,), convention="per_sequence")
 
@@ -207,6 +209,19 @@ def test_tables_fit_100_columns(chen):
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_both_costs_and_the_machine_are_told(chen, width):
+    s = Serving(batch=16, hardware=hardware("h100"))
+    found = versus(
+        chen, published(), side("8,1"), side("8,8"), Question(contexts=(131072,)), "dollars", s
+    )
+    console = Console(width=width, file=io.StringIO())
+    console.print(compared(found))
+    gap, text = found.headline.equal_loss[0], console.file.getvalue()
+    for said in (quantity(gap.first), quantity(gap.second), "Served: batch 16", "on h100"):
+        assert said in text
 
 
 def test_what_cannot_be_compared_is_refused(chen):

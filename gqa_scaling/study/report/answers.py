@@ -17,6 +17,8 @@ from gqa_scaling.study.report.table import (
     INTERVAL,
     Column,
     Table,
+    cost_heading,
+    cost_text,
     margin,
     millinats,
     percent,
@@ -109,6 +111,7 @@ def frontier_table(frontier: Frontier) -> Table:
             Column("memory", _best(lambda c: quantity(c.memory)), "values", spare=4),
             Column("FLOPs", _best(lambda c: quantity(c.flops)), spare=2),
             Column("Z", _best(lambda c: quantity(c.z)), spare=5 if laws else 0),
+            *_own_cost(frontier.objective, _best),
             Column("P(best)", decided(lambda c: percent(c.probability, 0))),
             Column("regret", decided(lambda c: percent(c.regret, 2)), spare=3),
             *(_safest_columns() if predicted else []),
@@ -131,6 +134,14 @@ def _known_columns(frontier: Frontier, wrap: Callable[..., Callable[[Any], str]]
         Column("known", wrap(lambda c: c.known), terminal_only=True),
         Column("known", wrap(lambda c: KNOWN[c.known]), page_only=True),
     ]
+
+
+def _own_cost(objective: Objective, wrap: Callable[..., Callable[[Any], str]]) -> list[Column]:
+    """What is to be least, where that is none of the costs that are always told."""
+    if objective in ("memory", "flops", "z"):
+        return []
+    cell = wrap(lambda c: cost_text(objective, getattr(c, objective)))
+    return [Column(cost_heading(objective), cell)]
 
 
 def _safest_columns() -> list[Column]:
@@ -343,6 +354,7 @@ def ranking_table(answer: Answer, frontier: Frontier) -> Table:
             Column("memory", lambda c: quantity(c.memory), "values", spare=2),
             Column("FLOPs", lambda c: quantity(c.flops), spare=1),
             Column("Z", lambda c: quantity(c.z)),
+            *_own_cost(frontier.objective, lambda cell: cell),
             Column("dearer by", lambda c: percent(c.excess, 2)),
             Column("P(best)", lambda c: percent(c.probability, 0)),
             Column(

@@ -12,13 +12,15 @@ from gqa_scaling.study.report.table import (
     INTERVAL,
     Column,
     Table,
+    cost_heading,
+    cost_text,
     margin,
     millinats,
     percent,
     shown,
     span,
 )
-from gqa_scaling.study.serving import units
+from gqa_scaling.study.serving import Serving, units
 from gqa_scaling.study.uncertainty import LEVEL
 from gqa_scaling.study.versus import Gap, Match, Versus
 from gqa_scaling.units import quantity
@@ -131,6 +133,8 @@ def tables(found: Versus) -> list[Table]:
         f"Told apart: one is dearer by more than {margin(found.question.indifference)} in {LEVEL:.0%} "
         "of the refits.",
     ]
+    if found.serving != Serving():
+        notes.append(f"Served: {found.serving.describe()}.")
     if found.serving.clock:
         notes.append(
             f"Each refit draws an error of the clock: {found.serving.clock.ratio_error}. Too far: {FAR:g} "
@@ -167,20 +171,26 @@ def _equal_loss(found: Versus) -> Table:
         return lambda m: _marked(m.equal_loss[0], i)
 
     def cost(i: int) -> Callable[[Match], str]:
-        return lambda m: quantity((m.equal_loss[0].first, m.equal_loss[0].second)[i])
+        return lambda m: cost_text(
+            found.objective, (m.equal_loss[0].first, m.equal_loss[0].second)[i]
+        )
 
     def saved(kind: int) -> Callable[[Match], str]:
         return lambda m: percent(m.equal_loss[kind].gain)
 
     kinds = [g.kind for g in found.matches[0].equal_loss]
-    objective = OBJECTIVES[found.objective]
+    objective = cost_heading(found.objective)
+    rest = found.objective in ("memory", "flops", "z")  # whose columns may be left out
     return Table(
         f"At equal loss: what {one} saves against {other}",
         [
             *_where(),
             *(Column(f"N of {label}", size(i), spare=3) for i, label in _sides(found)),
-            *(Column(f"{objective}\nof {label}", cost(i), spare=2) for i, label in _sides(found)),
-            Column(f"{objective} saved", saved(0)),
+            *(
+                Column(f"{objective}\nof {label}", cost(i), spare=2 if rest else 0)
+                for i, label in _sides(found)
+            ),
+            Column(f"{objective}\nsaved", saved(0)),
             Column(INTERVAL, lambda m: span(m.equal_loss[0].gain_interval, percent)),
             *(
                 Column(f"{OBJECTIVES[kind]}\nsaved", saved(j), spare=1)

@@ -14,7 +14,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 
 from gqa_scaling.narrow import Fitting
+from gqa_scaling.study.choices import OBJECTIVES, Objective
 from gqa_scaling.study.uncertainty import LEVEL
+from gqa_scaling.units import byte_size, quantity
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,16 @@ INTERVAL = f"{LEVEL:.0%} interval"  # the heading of a column of intervals
 def percent(value: float, digits: int = 1) -> str:
     """A share as a percentage; a dash when there is none."""
     return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "-"
+
+
+def cost_text(kind: Objective, value: float) -> str:
+    """A cost of that kind, whose unit stands in the heading; bytes with their own."""
+    return byte_size(value) if kind == "bytes" and math.isfinite(value) else quantity(value)
+
+
+def cost_heading(kind: Objective) -> str:
+    """What a cost is called, its unit on a line of its own on a terminal."""
+    return OBJECTIVES[kind].replace(" per ", "\nper ")
 
 
 def margin(value: float) -> str:
