@@ -96,10 +96,17 @@ def print_error(error: object, program: str = "gqa-scaling") -> None:
 
 
 def print_table(*parts: Any) -> None:
-    """Tables and lines as they are: what a name or a note has in brackets is no markup."""
+    """Tables and lines as they are: what a name or a note has in brackets is no markup.
+
+    Where nobody reads on, such as behind `head`, BrokenPipeError is raised, as `print` does.
+    """
     from rich.console import Console
 
+    class Told(Console):
+        def on_broken_pipe(self) -> NoReturn:  # which would exit with 1
+            raise
+
     width = None if sys.stdout.isatty() else 140
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console = Told(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part)
