@@ -119,6 +119,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 74 a
     bucket is away, 75 preempted and saved, 130 interrupted."""
+    if sys.stdout is None:  # it was closed before the command began
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
     except Exception:

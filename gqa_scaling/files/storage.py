@@ -118,7 +118,10 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace a file at one stroke: a reader sees the old one or the new one, both whole."""
+    """Replace a file at one stroke: a reader sees the old one or the new one, both whole.
+
+    Raises UserError in a folder that takes no files, such as /proc.
+    """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
         files_of(path).pipe_file(os.fspath(path), data)
@@ -133,6 +136,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):  # not there, or on a disk that turned read-only
             aside.unlink()
+        if isinstance(error, FileNotFoundError) and path.parent.is_dir():
+            raise UserError(
+                f"{path} cannot be written: {path.parent} takes no files; name another place"
+            ) from error
         if isinstance(error, OSError):
             error.filename = os.fspath(path)  # a failed write does not say of which file
         raise

@@ -1,6 +1,7 @@
 import errno
 import html
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -59,6 +60,31 @@ def finish(directory: RunDirectory, loss: float = 2.5, experiment: str = TINY) -
 
 
 # --------------------------------------------------------------------------------- entry points
+
+
+def test_where_the_reader_has_seen_enough_it_ends_well(call, monkeypatch):
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    gone = Gone()
+    monkeypatch.setattr(sys, "stdout", gone)
+    monkeypatch.setattr(cli, "_drop_output", lambda: None)
+    assert cli.main(["plan", TINY, *V5E]) == 0
+    assert "tiny on" in gone.getvalue()
+
+
+def test_without_an_output_nothing_is_printed_and_all_is_done(call, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["plan", TINY, *V5E]) == 0
+    sys.stdout.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_a_folder_that_takes_no_files_is_refused(call):
+    code, _, said = call("new", "/proc/x.py")
+    assert code == 2
+    assert said.endswith("/proc/x.py cannot be written: /proc takes no files; name another place\n")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
