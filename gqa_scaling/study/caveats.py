@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.config import Question
+from gqa_scaling.hardware import GIB
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads, pairs, pattern_of
@@ -12,6 +13,7 @@ from gqa_scaling.units import quantity
 
 if TYPE_CHECKING:
     from gqa_scaling.study.frontier import Answer
+    from gqa_scaling.study.serving import Serving
 
 MISSED = 0.05  # a larger share of refits that never reach the loss is said so
 
@@ -47,7 +49,11 @@ def beyond_training(heads: Sequence[Heads], trained: int, q: Question) -> list[s
 
 
 def caveats(
-    answers: "Sequence[Answer]", reach: dict[Heads, Interval], baseline: str, indifference: float
+    answers: "Sequence[Answer]",
+    reach: dict[Heads, Interval],
+    baseline: str,
+    indifference: float,
+    serving: "Serving",
 ) -> list[str]:
     """What a reader must know before deciding by these answers; `reach` as `Family.reach`.
 
@@ -71,7 +77,10 @@ def caveats(
         f"the best configuration's N* lies outside its fitted sizes for {len(far)} of {many} answers "
         f"(marked ~): {'; '.join(far[:3])}{' ...' if len(far) > 3 else ''}",
     )
-    lost = [a for a in answers if not a.best.reached]
+    outsized = [a for a in answers if a.outsized(serving)]
+    limit = f"--fit-gib {serving.limit_bytes / GIB:g} (GiB)"
+    tell(outsized, f"no configuration that reaches {goals(outsized)} fits {limit}")
+    lost = [a for a in answers if not a.best.reached and a not in outsized]
     tell(
         lost,
         f"no configuration reaches {goals(lost)} with what must hold, at any size that can be built, "

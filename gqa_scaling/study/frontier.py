@@ -47,7 +47,7 @@ from gqa_scaling.study.fitted import Fit, plain
 from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, rank
-from gqa_scaling.study.results import Heads, Results, pattern_of
+from gqa_scaling.study.results import Heads, Results, pairs, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving, require_costs, units
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import LEVEL, interval
@@ -124,6 +124,11 @@ class Answer:
     @property
     def best(self) -> Choice:
         return self.choices[0]
+
+    def outsized(self, serving: Serving) -> bool:
+        """Whether some configuration reaches the loss, but none within the bytes that it may hold."""
+        sizes = (c.n for c in self.choices if serving.allows(c.heads))
+        return not self.best.reached and any(map(math.isfinite, sizes))
 
     @property
     def lowest(self) -> Choice | None:
@@ -272,6 +277,10 @@ def frontier(
     q, s = question or Question(), serving or Serving()
     require_costs(objective, s)
     among = among or Candidates(Estimates(fit), fit, fit.heads)
+    require(
+        any(map(s.allows, among.heads)),
+        f"no candidate has n_kv that is a multiple of {s.kv_multiple}: {pairs(among.heads)}",
+    )
     fit, trained, family = among.fit, among.estimates.fit.heads, family_of(results)
     baseline = baseline_of(q, trained)
     for heads in curves_for(baseline):
@@ -294,10 +303,7 @@ def frontier(
         *([among.note] if among.note else []),
         *beyond_training(among.heads, train_context, q),
         *caveats(
-            answers,
-            {h: family.reach(h) for h in among.heads},
-            label(baseline),
-            q.indifference,
+            answers, {h: family.reach(h) for h in among.heads}, label(baseline), q.indifference, s
         ),
     ]
     if s.clock:

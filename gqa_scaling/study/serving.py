@@ -24,6 +24,7 @@ from gqa_scaling.study.clock import Clock
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.roofline import Shape
 from gqa_scaling.study.shapes import Family, effective_context, training_keys
+from gqa_scaling.units import byte_size
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Serving:
     def describe(self) -> str:
         where = f" on {self.hardware.name}" if self.hardware else ""
         where += f", prompts read for {self.output_tokens:,} tokens" if self.output_tokens else ""
-        limit = f", at most {self.limit_bytes:.4g} bytes" if math.isfinite(self.limit_bytes) else ""
+        limit = (
+            f", at most {byte_size(self.limit_bytes)}" if math.isfinite(self.limit_bytes) else ""
+        )
         many = f", n_kv a multiple of {self.kv_multiple}" if self.kv_multiple > 1 else ""
         return f"{self.sizes()}{where}{limit}{many}"
 

@@ -433,7 +433,11 @@ def test_constraints_rule_configurations_out(chen):
     none = frontier(chen, published(), q, serving=Serving(limit_bytes=1e6))
     assert not none.answers[0].best.reached
     assert none.answers[0].model is None
-    assert "No configuration reaches" in sentence(none)
+    assert "No configuration that reaches 2.8 nats" in sentence(none)
+    assert "fits --fit-gib 0.000931323 (GiB)" in sentence(none)
+    assert any("fits --fit-gib" in flag for flag in none.flags)
+    with pytest.raises(UserError, match="no candidate has n_kv that is a multiple of 7"):
+        frontier(chen, published(), q, serving=Serving(kv_multiple=7))
     assert "none" in _text(none)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from gqa_scaling.baselines import WholeModel
+from gqa_scaling.hardware import GIB
 from gqa_scaling.study.baseline import label
 from gqa_scaling.study.build import Model
 from gqa_scaling.study.candidates import KNOWN
@@ -25,6 +26,12 @@ def sentence(frontier: Frontier) -> str:
     answer, best = frontier.headline, frontier.headline.best
     start = DEMONSTRATION if frontier.question.demonstration else ""
     start += f"NOT TO BE RELIED ON: {frontier.doubt}. " if frontier.doubt else ""
+    if not best.reached and answer.outsized(frontier.serving):
+        limit = frontier.serving.limit_bytes / GIB
+        return (
+            f"{start}No configuration that reaches {_goal(answer)} fits --fit-gib {limit:g} (GiB), by "
+            "these curves."
+        )
     if not best.reached:
         return (
             f"{start}No configuration reaches {_goal(answer)} with what must hold at any size that can "

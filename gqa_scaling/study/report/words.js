@@ -70,6 +70,10 @@ const Words = (() => {
     const { best } = a, c = best.configuration, base = baselineLabel(carried, s);
     const start = (carried.demonstration ? "Demonstration, too small to decide by. " : "") +
       (carried.doubt ? `NOT TO BE RELIED ON: ${carried.doubt}. ` : "");
+    const allowed = a.choices.filter((each) => each.configuration.n_kv_heads % s.kv_multiple === 0);
+    if (!allowed.length) return `${start}No candidate has KV heads that are a multiple of ${s.kv_multiple}.`;
+    if (!best.reached && allowed.some((each) => Number.isFinite(each.n)))
+      return `${start}No configuration that reaches ${goal(a)} fits --fit-gib ${significant(s.limit_gib, 6)} (GiB), by these curves.`;
     if (!best.reached) return `${start}No configuration reaches ${goal(a)} with what must hold at any size that can be built, by these curves: it is out of reach.`;
     const out = [], untimed = untimedIn(a), others = a.tied.slice(1).filter((t) => !a.equivalent.includes(t));
     const sparse = c.pattern ? ` with pattern ${c.pattern.label} (T_eff ${told(Math.round(best.effective))} tokens)` : "";
