@@ -355,7 +355,10 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
         whole |= {"beside": status_dict(experiment.name, others)["runs"]}
         print_json(whole | ({"forecasts": forecasts.to_dict()} if forecasts else {}))
     else:
-        print_table(status_table(experiment.name, rows))
+        if rows:
+            print_table(status_table(experiment.name, rows))
+        else:
+            print(f"{experiment.name}: this share has no runs")
         if others:
             print_table(status_table(f"{experiment.name}, beside its grid", others))
         if forecasts:
