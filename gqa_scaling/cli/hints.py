@@ -20,6 +20,8 @@ def refuse_near_misses(
     """
     options = verb._option_string_actions
     for flag in _unknown(rest):
+        if flag == "--only" and "--without" in options:
+            raise UserError(f"{verb.prog.split()[-1]} has no --only; leave runs out with --without")
         if found := _meant(flag, options):
             raise UserError(f"{verb.prog.split()[-1]} has no {flag} (did you mean {found}?)")
     for word in rest:

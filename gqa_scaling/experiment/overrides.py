@@ -74,8 +74,8 @@ def _parse_value(flag: str, hint: Any, text: str) -> Any:
     try:
         return {"True": True, "False": False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        name = getattr(hint, "__name__", str(hint))
-        raise UserError(f"{flag}={text!r} must be of type {name}") from None
+        what = {int: "a whole number such as 1000000", bool: "True or False"}.get(kind, "a number")
+        raise UserError(f"{flag}={text!r} must be {what}") from None
 
 
 def apply_overrides(run: RunConfig, changes: dict[str, Any]) -> RunConfig:

@@ -24,7 +24,10 @@ from gqa_scaling import cli
             "contexts=3 must divide the longest context of the evaluation, 32",
             "--evaluation.contexts 3",
         ),
-        ("--evaluation.contexts='x' must be of type int", "--evaluation.contexts 8,x"),
+        (
+            "--evaluation.contexts='x' must be a whole number such as 1000000",
+            "--evaluation.contexts 8,x",
+        ),
         ("average=0 must be a number from 1", "--evaluation.average 0"),
         ("average=2 must be at most 1: of 10 steps a state", "--evaluation.average 2"),
     ],

@@ -199,7 +199,7 @@ def test_help_lists_every_verb_and_each_verb_has_help(call):
         ("run experiments.tiny --worker 2", "run has no --worker (did you mean --workers?)"),
         ("plan experiments.tiny --learning-rate 1", "(did you mean --optimizer.learning-rate?)"),
         ("plan experiments.tiny --only L1 --only nothing,L2", "--only 'nothing' matches none of 6"),
-        ("plan experiments.tiny --seed x", "--seed='x' must be of type int"),
+        ("plan experiments.tiny --seed x", "--seed='x' must be a whole number such as 1000000"),
         ("plan experiments.tiny --seed", "--seed needs a value"),
         ("plan experiments.tiny --model.n-kv-heads 3", "n_kv_heads=3 must divide n_heads=1"),
         ("plan experiments.tiny --context-length 48", "must be a multiple of context_length=48"),
@@ -365,6 +365,27 @@ def test_plan_of_an_empty_shard(call):
     code, out, err = call("plan", TINY, *V5E, "--shard", "7/8")
     assert (code, err) == (0, "")
     assert "0 runs" in out
+
+
+def test_status_of_an_empty_shard(call):
+    assert call("status", TINY, "--shard", "7/8") == (0, "tiny: this share has no runs\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("frontier", TINY, "--only", "L2"),
+            "frontier has no --only; leave runs out with --without",
+        ),
+        (
+            ("plan", TINY, *V5E, "--tokens", "1e6"),
+            "--tokens='1e6' must be a whole number such as 1000000",
+        ),
+    ],
+)
+def test_what_is_refused_is_said_with_its_remedy(call, arguments, said):
+    assert call(*arguments) == (2, "", f"gqa-scaling: {said}\n")
 
 
 def test_plan_leaves_out_what_is_finished(call):
