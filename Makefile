@@ -84,7 +84,7 @@ types: $(READY)  ## static types of the package, the launchers and the experimen
 	$(BIN)/mypy
 
 bench: $(READY)  ## timed comparisons; read benchmarks/ for single ones
-	for file in $(filter-out benchmarks/generate.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
+	for file in $(filter-out $(addprefix benchmarks/,generate.py torch_llama.py accelerator%),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit; done
 
 $(READY): requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "gqa_scaling needs Python 3.11, 3.12 or 3.13, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
