@@ -76,8 +76,8 @@ def frontier_table(frontier: Frontier) -> Table:
         + (f" Served: {frontier.serving.describe()}." if frontier.serving != Serving() else "")
         + " ~ outside the fitted sizes.",
         f"Probabilities: {frontier.intervals}. Tied: in {LEVEL:.0%} of the refits everything else is "
-        f"dearer than the cheapest by more than {margin(q.indifference)}; = within that whatever the "
-        "noise.",
+        f"dearer than the cheapest by more than {margin(q.indifference)}; = within that in {LEVEL:.0%} of "
+        "them.",
     ]
     if why := dict.fromkeys(far(a) for a in frontier.answers if far(a)):
         notes.append(f"Not decided: {'; '.join(why)}.")
@@ -85,9 +85,10 @@ def frontier_table(frontier: Frontier) -> Table:
         notes.append("Regret -: in some refits only another configuration reaches the loss.")
     if predicted:
         notes.append(
-            f"Curves: law {frontier.law!r} for all heads, each configuration straying from it by as much "
-            "as the trained ones do. measured: these heads were trained; predicted: within the head counts "
-            "that were; beyond: predicted beyond the trained heads."
+            f"Curves: law {frontier.law!r} for heads that were not trained, straying from it by as much as "
+            "the trained ones do; of trained heads their own, shrunk towards that law where they have few "
+            "sizes. measured: these heads were trained; predicted: within the head counts that were; "
+            "beyond: predicted beyond the trained heads."
         )
     if laws:
         notes.append(

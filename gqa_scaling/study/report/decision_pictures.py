@@ -184,6 +184,8 @@ def probabilities_on(axis: Axes, fit: Fit, answers: Frontier) -> None:
     look = looks([c.heads for c in answers.answers[0].choices])
     shown: list[Answer] = sorted(answers.answers, key=lambda a: (a.context, -a.loss))
     short, codes = short_names(list(look))
+    figure = axis.get_figure(root=True)
+    inches = 0.7 * figure.get_figwidth() if figure else 5.0  # about those of the axis
     for i, answer in enumerate(shown):
         left = 0.0
         for choice in sorted(answer.choices, key=lambda c: -c.probability):
@@ -191,8 +193,8 @@ def probabilities_on(axis: Axes, fit: Fit, answers: Frontier) -> None:
             if not width:
                 continue
             axis.barh(i, width, left=left, color=color, edgecolor="white")
-            if width > 8:
-                text = f"{short[choice.heads]} {width:.0f}%"
+            text = f"{short[choice.heads]} {width:.0f}%"
+            if width / 100 * inches > 0.06 * len(text):  # a letter is 0.06 inches wide
                 ink = "white" if light(color) < 0.25 else "black"
                 axis.text(left + width / 2, i, text, fontsize=8, color=ink, **draw.CENTRED)
             left += width

@@ -143,7 +143,7 @@ def legend(
         where["handles"] = [Line2D([], [], label=pair(h), **look[h]) for h in heads]
     named = any(axis.get_legend_handles_labels()[1] for axis in figure.axes)
     if named or look:  # nothing is drawn where no configuration has an answer
-        figure.legend(handlelength=3, **where)
+        figure.legend(handlelength=4, **where)  # a whole period of dashes and dots
 
 
 def explained(label: str, names: str) -> str:
