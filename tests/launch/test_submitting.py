@@ -405,7 +405,7 @@ def test_a_command_that_fails_stops_the_rest_and_says_how_far_it_got(
         (("skypilot", "v5p:4x4x16", *TINY), "no job can have v5p:4x4x16: a job has one slice"),
         (("nowhere\x1b[31m",), "invalid choice: 'nowhere\\x1b[31m'"),
         (("skypilot", "\x1b[31mv5e-16", *TINY), "unknown slice '\\x1b[31mv5e-16'"),
-        ((*SKY, *TINY, "--seed", "\x1b[31m"), "--seed='\\x1b[31m' must be of type int"),
+        ((*SKY, *TINY, "--seed", "\x1b[31m"), "--seed='\\x1b[31m' must be a whole number"),
         ((*SKY, *TINY, "\x1b[31m\n"), "unexpected argument '\\x1b[31m\\n'"),
         (("local", "--processes", "1", "--\x1b[31m\n"), "launch: "),
         ((*SKY, str(CHECKOUT / "experiments/smoke.py"), *STORE), "must lie in this folder"),
