@@ -141,7 +141,7 @@ def _own_cost(objective: Objective, wrap: Callable[..., Callable[[Any], str]]) -
     """What is to be least, where that is none of the costs that are always told."""
     if objective in ("memory", "flops", "z"):
         return []
-    cell = wrap(lambda c: cost_text(objective, getattr(c, objective)))
+    cell = wrap(lambda c: cost_text(objective, c.cost))
     return [Column(cost_heading(objective), cell)]
 
 
