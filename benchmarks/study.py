@@ -54,7 +54,8 @@ class World:
     `own` and `shared` are standard deviations in nats, of a run and of all runs of a size; `t` draws
     a run's errors from Student's t with three degrees of freedom. `floors` is the deviation of E
     between configurations, `further` the c of a further term c ln N, `spoiled` nats added to one run.
-    `law` is the one whose curves, fitted to the published points, are the truth.
+    `seeds` runs of each size and configuration share errors of deviation `cell`, as of a setting that
+    suits one of them less. `law` is the one whose curves, fitted to the published points, are the truth.
     """
 
     own: float = 0.0028
@@ -63,26 +64,32 @@ class World:
     floors: float = 0.0
     further: float = 0.0
     spoiled: float = 0.0
+    seeds: int = 1
+    cell: float = 0.0
     law: Law = "separate"
 
     def data(self, seed: int, i: int) -> tuple[Results, Callable[[int, np.ndarray], np.ndarray]]:
         """Data set i, and its truth."""
         rng, c = np.random.default_rng((seed, i)), TRUTHS[self.law].curves
+        runs = SMOOTH.select(np.repeat(np.arange(len(SMOOTH)), self.seeds))
         floors = self.floors * rng.standard_normal(len(TRUTH.heads))
         floors -= floors.mean()
 
         def truth(k: int, n: np.ndarray) -> np.ndarray:
             return c.loss(k, n) + floors[k] + self.further * np.log(np.asarray(n) / 3e8)
 
-        whose = np.array([TRUTH.index(h) for h in SMOOTH.heads])
-        loss = np.array([float(truth(*at)) for at in zip(whose, SMOOTH.n_params, strict=True)])
+        whose = np.array([TRUTH.index(h) for h in runs.heads])
+        loss = np.array([float(truth(*at)) for at in zip(whose, runs.n_params, strict=True)])
         draw = (
             rng.standard_t(3, len(loss)) / np.sqrt(3) if self.t else rng.standard_normal(len(loss))
         )
-        sizes, index = np.unique(SMOOTH.n_layers, return_inverse=True)
+        sizes, index = np.unique(runs.n_layers, return_inverse=True)
         error = self.own * draw + self.shared * rng.standard_normal(len(sizes))[index]
         error[rng.integers(len(loss))] += self.spoiled
-        return dataclasses.replace(SMOOTH, loss=loss + error), truth
+        if self.cell:
+            error += self.cell * np.repeat(rng.standard_normal(len(SMOOTH)), self.seeds)
+        numbered = np.tile(np.arange(self.seeds), len(SMOOTH))
+        return dataclasses.replace(runs, loss=loss + error, seed=numbered), truth
 
 
 WORLDS = {
@@ -94,6 +101,8 @@ WORLDS = {
     "t with 3 degrees of freedom": World(t=True),
     "E differs by head, 10 mn": World(floors=0.010),
     "one run spoiled by 50 mn": World(spoiled=0.05),
+    "4 seeds": World(seeds=4),
+    "4 seeds, 2.8 mn common to them": World(seeds=4, cell=0.0028),
     "a further -0.1 ln N": World(further=-0.1),
     "the same, a tenth of the noise": World(further=-0.1, own=0.00028),
 }

@@ -15,7 +15,7 @@ from gqa_scaling.study.choices import Law
 from gqa_scaling.study.fitted import Fit, flagged
 from gqa_scaling.study.misfit import misfit
 from gqa_scaling.study.models import LAWS, Model, SeparateCurves, joint
-from gqa_scaling.study.noise import likeliest
+from gqa_scaling.study.noise import likeliest, pooled
 from gqa_scaling.study.points import Points, points
 from gqa_scaling.study.results import Results, flags
 from gqa_scaling.study.solver import refit, solve_point
@@ -93,7 +93,9 @@ def fit_model(
         f"{results.source}: {title}: {len(p.n)} points leave nothing to judge the noise of "
         f"{absorbed} parameters; {remedy}",
     )
-    odd = strange(residual, w, leverage, seeds, dof)
+    squares, free = float((w * residual**2).sum()), dof - p.noise_dof
+    judging, more = pooled(squares, free, seeds, p.noise_dof)
+    odd = strange(residual, w, leverage, judging, free + more)
     common = likeliest(residual, best.absorbing, w, groups, seeds, p.noise_dof, seed)
     noise = common.draw(refits, np.random.default_rng(seed))
     y = np.maximum(predicted + noise, 1e-3 * p.loss)  # losses are above 0
@@ -119,7 +121,7 @@ def fit_model(
         predicted=predicted,
         leverage=leverage,
         influence=change,
-        sigma=float(np.sqrt(((w * residual**2).sum() + seeds) / dof)),
+        sigma=float(np.sqrt((squares + seeds) / dof)),
         strange="" if odd is None else str(p.name[odd]),
         rank=absorbed + bool(best.at_bound),
         converged=best.converged,

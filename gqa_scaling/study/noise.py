@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import fdtrc
 
 from gqa_scaling.config import require
 
+POOLED = 0.25  # p-value of the curves' misses against seeds from which both are taken for one noise
 _RATIOS = np.r_[0.0, np.geomspace(0.02, 20.0, 70)]  # of the shared to the independent deviation
 
 
@@ -50,6 +52,23 @@ class Noise:
         )
 
 
+def pooled(squares: float, free: int, seed_squares: float, seed_dof: int) -> tuple[float, int]:
+    """The squares and degrees of freedom of replicate seeds, or 0 and 0 where the curves miss by more.
+
+    `squares` are those of weighted residuals, with `free` degrees of freedom. What a setting or the law
+    does to a cell is common to its seeds and not less for being repeated: noise that seeds pull
+    below it makes intervals too narrow. So they are pooled unless an F-test tells them apart at 25%
+    (Bancroft 1944, Annals of Mathematical Statistics 15:190).
+    """
+    if free < 1 or seed_dof < 1:
+        return seed_squares, seed_dof
+    if seed_squares > 0 and squares > 0:
+        p_value = fdtrc(free, seed_dof, squares / free / (seed_squares / seed_dof))
+    else:
+        p_value = float(squares <= seed_squares)
+    return (seed_squares, seed_dof) if p_value >= POOLED else (0.0, 0)
+
+
 def absorbed_by(jacobian: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """An orthonormal basis (points, rank) of what fitted curves absorb of weighted losses."""
     whole = np.sqrt(weight)[:, None] * jacobian
@@ -82,7 +101,7 @@ def estimate(
     """Estimate both deviations from what the fitted curves could not absorb.
 
     `weight` counts the seeds behind each point, `size` labels the sizes, `replicate_squares` are
-    the squared deviations between seeds, with their degrees of freedom.
+    the squared deviations between seeds, with their degrees of freedom; they count as `pooled` says.
     """
     loading = (size == np.unique(size)[:, None]).astype(float)
     root, basis = np.sqrt(weight)[:, None], absorbed_by(jacobian, weight)
@@ -96,8 +115,11 @@ def estimate(
     moved = values > 1e-9 * max(values.max(), 1e-9)
     values, vectors = values[moved], vectors[:, moved]
     squares = (vectors.T @ (known.T @ away)) ** 2 / values
-    rest = max(float(away @ away - squares.sum()), 0.0) + replicate_squares
-    dof = len(residual) - basis.shape[1] + replicate_dof
+    rest, free = max(float(away @ away - squares.sum()), 0.0), len(residual) - basis.shape[1]
+    replicate_squares, replicate_dof = pooled(
+        rest, free - len(values), replicate_squares, replicate_dof
+    )
+    rest, dof = rest + replicate_squares, free + replicate_dof
     require(
         dof > 0,
         f"{len(residual)} points leave nothing to judge the noise of {basis.shape[1]} parameters by: "

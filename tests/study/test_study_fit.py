@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.optimize import approx_fprime, least_squares
 
 from gqa_scaling.config import UserError
@@ -21,7 +22,7 @@ from gqa_scaling.study.compare import _error, compare, preferred_law
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.heads import head_laws, solve_heads
 from gqa_scaling.study.models import LAWS, Model
-from gqa_scaling.study.noise import estimate
+from gqa_scaling.study.noise import estimate, pooled
 from gqa_scaling.study.reading import from_csv, published
 from gqa_scaling.study.report.estimates import fit_table
 from gqa_scaling.study.results import table
@@ -465,6 +466,30 @@ def test_replicate_seeds_with_identical_losses_are_told_and_leave_every_miss_to_
     assert found.misfit.replicate_p_value < 1e-9
     assert any("identical losses" in flag for flag in found.flags)
     assert not any("identical losses" in flag for flag in fit(once, refits=100).flags)
+    width, alone = (np.ptp(f.floor_interval) for f in (found, fit(once, refits=100)))
+    assert width == pytest.approx(
+        alone, rel=0.1
+    )  # a run that is given twice says what it says once
+
+
+def test_what_seeds_repeat_is_not_less_for_being_repeated():
+    once, rng = study(TRUTH), np.random.default_rng(5)
+    r = study(TRUTH, 0.0002, replicates=4)
+    cells = {(h, L): rng.standard_normal() for h, L in zip(once.heads, once.n_layers, strict=True)}
+    common = 0.004 * np.array([cells[h, L] for h, L in zip(r.heads, r.n_layers, strict=True)])
+    found = fit(dataclasses.replace(r, loss=r.loss + common), refits=300)
+    drawn = found.shared.draw(4000, rng)
+    assert np.median(drawn.std(1)) == pytest.approx(0.004, rel=0.35)
+    alike = fit(r, refits=300)  # pooled where the curves miss no more than seeds differ
+    assert alike.shared.dof == found.shared.dof + alike.points.noise_dof
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 10))
+def test_seeds_are_pooled_unless_an_f_test_tells_them_apart(free, dof, ratio):
+    kept = stats.f.sf(ratio, free, dof) >= 0.25
+    assert pooled(ratio * free * 4e-6, free, dof * 4e-6, dof) == (
+        (dof * 4e-6, dof) if kept else (0, 0)
+    )
 
 
 def test_what_is_shared_is_not_told_of_one_configuration():
