@@ -69,6 +69,7 @@ RESULT: Shape = {
         },
         "data?": {"tokenizer_hash?": str, "corpus_hash?": str, "store_hash?": str},
         "epochs?": (float,),
+        "train_loss?": (float,),
         "versions?": (dict,),
         "skipped_steps?": int,
     },

@@ -108,7 +108,7 @@ def from_results(
     a loss that is not a number, runs that cannot be compared (`check`, which `swept` is for), and where none
     is finished in `folder`.
     """
-    finished, rows, missing = [], [], []
+    finished, rows, missing, above = [], [], [], []
     for file, run, whole in found:
         where = f"{file}: run {run.name}"
         evaluations = _value(_value(whole, "result", where), "evaluations", where) if whole else {}
@@ -118,6 +118,9 @@ def from_results(
             continue
         finished.append((run, whole))
         rows.append(_finished(run, whole["result"], judged, where))
+        trained = whole["result"].get("train_loss")
+        if trained is not None and rows[-1]["epochs"] <= 1:  # else it has read that text before
+            above.append(rows[-1]["loss"] - trained)
     require(
         bool(rows),
         f"no finished runs under {folder}"
@@ -128,7 +131,7 @@ def from_results(
         source=f"{experiment} ({count(len(rows), 'run')})",
         count="n_exact",
         missing=tuple(missing),
-        provenance=_provenance(experiment, finished),
+        provenance=_provenance(experiment, finished) | {"above_training_loss": above},
         template=_template([run for run, _ in finished], experiment),
         mixed=_mixed([run for run, _ in finished]),
         positions={row["name"]: row["positions"] for row in rows if row["positions"]},

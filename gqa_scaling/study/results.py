@@ -163,6 +163,7 @@ class Results:
 
 
 COPIES = 0.3  # nats that a second reading gains a model which has learned to copy from its context
+OTHER_TEXT = 0.1  # nats between held-out and training losses that text of one kind hardly shows
 NOT_COPYING = "not-copying"  # names the dense runs that it is known to gain less
 KINDS = {Integers: int, Floats: float, Objects: object}
 COLUMNS = {f.name: KINDS[f.type] for f in dataclasses.fields(Results) if f.type in KINDS}
@@ -253,6 +254,13 @@ def flags(results: Results) -> tuple[str, ...]:
         out.append(
             f"{count(len(skipped), 'run')} skipped {sum(skipped.values())} training steps "
             f"({listed(list(skipped), 3)}): their losses may not follow the others'"
+        )
+    above = results.provenance.get("above_training_loss", ())
+    if len(above) and abs(middle := float(np.median(above))) > OTHER_TEXT:
+        out.append(
+            f"held-out losses lie {abs(middle):.2f} nats {'above' if middle > 0 else 'below'} training losses on "
+            f"text that was new to the run (median of {count(len(above), 'run')}): the held-out text is of "
+            "another kind, on which sizes and heads may compare otherwise"
         )
     from gqa_scaling.study.shape_axes import shape_axes  # which reads results
 

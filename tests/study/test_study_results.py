@@ -288,6 +288,27 @@ def test_our_runs_are_read_and_the_missing_are_listed(tmp_path):
     assert "1 run skipped 3 training steps (b)" in told
 
 
+@pytest.mark.parametrize(
+    ("trained", "epochs", "told"),
+    [
+        ((1.5, 1.4), 0.5, "lie 0.65 nats above training losses"),  # as where English judges C
+        ((2.5, 2.4), 0.5, "lie 0.35 nats below training losses"),
+        ((2.05, 2.02), 0.5, ""),  # text of one kind
+        ((1.5, 1.4), 2.0, ""),  # the gap of a text that was read twice is another thing
+        ((None, None), 0.5, ""),
+    ],
+)
+def test_held_out_text_of_another_kind_than_the_training_text_is_told(
+    tmp_path, trained, epochs, told
+):
+    runs = [_run("a"), _run("b", layers=3)]
+    for run, loss in zip(runs, trained, strict=True):
+        _finish(tmp_path, run, loss=2.1, epochs=epochs, **({"train_loss": loss} if loss else {}))
+    found = [flag for flag in flags(from_runs(tmp_path, "smoke", runs)) if "held-out" in flag]
+    assert len(found) == bool(told)
+    assert not told or (told in found[0] and "median of 2 runs" in found[0])
+
+
 def test_a_run_judged_only_by_another_evaluation_is_missing(tmp_path):
     run = _run("a")
     _finish(tmp_path, run)
