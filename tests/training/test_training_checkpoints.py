@@ -459,7 +459,8 @@ def test_training_goes_on_from_the_step_before_to_the_same_result(
     assert [a["first_step"] for a in directory.attempts()] == [0, 10]
     (line,) = directory.attempts()[1]["damaged_checkpoints"]
     assert f"{damaged} is damaged: state/" in line
-    assert [m["step"] for m in directory.metrics()] == list(range(1, 25))
+    lines = [m["step"] for m in directory.metrics() if "learning/loss" in m]
+    assert lines == list(range(1, 25))
 
 
 # ------------------------------------------------------------------------------ the verb
