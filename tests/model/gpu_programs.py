@@ -21,8 +21,9 @@ from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.model.embedding import embed
 from gqa_scaling.training.step import abstract_step
 
-# What the compiler is told of an A100 or H100, by their data sheets.
-MEMORY = {8: (166912, 167936), 9: (232448, 233472)}  # shared, of a block and of a core
+# What the compiler is told of an A100 or H100, by their data sheets: shared memory of a block and of a core.
+MEMORY = {8: (166912, 167936), 9: (232448, 233472)}
+KIND = {8: "NVIDIA A100-SXM4-80GB", 9: "NVIDIA H100 80GB HBM3"}
 TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -36,12 +37,12 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
-device_description_str: "NVIDIA"
+device_description_str: "{}"
 """
 
 
 def device(major, minor):
-    target = TARGET.format(*MEMORY[major], major, minor)
+    target = TARGET.format(*MEMORY[major], major, minor, KIND[major])
     found = topologies.get_topology_desc(
         "one", platform="cuda", target_config=target, topology="1x1x1"
     )
