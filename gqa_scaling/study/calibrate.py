@@ -71,7 +71,8 @@ def calibrate(path: Path, spec: Hardware | None = None) -> Calibration:
         flags += _flags(laws[phase], machine)
     if any(case.row.bytes > 1.01 * (case.work.weights + case.work.cache) for case in decoding):
         flags.append(
-            "devices that share KV heads keep copies of them: the roofline has their reading as slower"
+            "devices that share KV heads or sequences keep copies of heads or weights: the roofline has "
+            "their reading as slower"
         )
     z = _z_laws(decoding)
     for cache, law in z.items():
