@@ -378,6 +378,12 @@ def _check_blocks(pattern: Any) -> None:
     _whole(pattern, "sinks", 0)
     if pattern.stride is not None:
         _whole(pattern, "stride", 1)
+        most = INT32_MAX // pattern.block
+        require(
+            pattern.stride <= most,
+            f"stride={pattern.stride} must be at most {most:,} blocks of {pattern.block}: positions are "
+            "int32, and a stripe beyond them would be taken for one near the beginning",
+        )
 
 
 def _whole(pattern: Any, name: str, least: int) -> None:

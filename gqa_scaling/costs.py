@@ -17,7 +17,8 @@ Conventions, always named in what is printed:
 """
 
 import typing
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_scaling.config import Convention, ModelConfig, RunConfig, UserError, require
@@ -175,9 +176,8 @@ def weight_bytes(model: ModelConfig) -> int:
 
 def cache_bytes(model: ModelConfig, context: int, batch: int, cache: str) -> int:
     """Bytes of the keys and values that the caches of sequences of T tokens hold in a type."""
-    values = allocated(model.layer_patterns, context, model.head_dim) if context else 0
-    scales = SCALE_BYTES * values // model.head_dim if cache == "int8" else 0
-    return batch * (VALUE_BYTES[cache] * values + scales)
+    values = allocated(model.layer_patterns, context, model.head_dim)
+    return batch * values // (2 * model.head_dim) * _slot_bytes(model, cache)
 
 
 def decode_flops(model: ModelConfig, context: int, batch: int) -> int:
@@ -188,12 +188,34 @@ def decode_flops(model: ModelConfig, context: int, batch: int) -> int:
     return round(batch * (linear + 4 * keys * model.n_layers * model.head_dim * model.n_heads))
 
 
-def prefill_bytes(model: ModelConfig, context: int, batch: int, cache: str, chunk: int) -> int:
+def prefill_bytes(
+    model: ModelConfig,
+    context: int,
+    batch: int,
+    cache: str,
+    chunk: int,
+    shares: int = 1,
+    copies: int = 1,
+) -> int:
     """Bytes that prompts of T tokens read, taken in chunks: for each of these once the weights, and
-    the cache of those before it."""
+    the cache of those before it; all `shares` copies of the weights, and so many of the cache."""
     starts = range(0, context, chunk)
-    held = sum(cache_bytes(model, start, batch, cache) for start in starts)
-    return len(starts) * weight_bytes(model) + held
+    heads = Counter(
+        head and replace(head, offset=0) for layer in model.layer_patterns for head in layer
+    )
+    # a kind of heads at a time: long prompts have millions of chunks
+    slots = sum(
+        many * (sum(starts) if head is None else sum(map(head.slots, starts)))
+        for head, many in heads.items()
+    )
+    weights, held = len(starts) * weight_bytes(model), batch * slots * _slot_bytes(model, cache)
+    return shares * weights + copies * held
+
+
+def _slot_bytes(model: ModelConfig, cache: str) -> int:
+    """Bytes of the key and the value that a head keeps of a token, in int8 with their scales."""
+    scale = SCALE_BYTES if cache == "int8" else 0
+    return 2 * (VALUE_BYTES[cache] * model.head_dim + scale)
 
 
 def prefill_flops(model: ModelConfig, context: int, batch: int) -> int:

@@ -292,6 +292,14 @@ def test_labels_are_short():
         (lambda: HeadPattern(64, 0), "local=0 must be an integer of at least 1"),
         (lambda: HeadPattern(64, 1.0), "local=1.0 must be an integer"),
         (lambda: HeadPattern(64, 1, 0), "stride=0 must be an integer of at least 1"),
+        (
+            lambda: HeadPattern(64, 1, 2**25),
+            "stride=33554432 must be at most 33,554,431 blocks of 64",
+        ),
+        (
+            lambda: ContextSharding(64, 1, 2**27),
+            "stride=134217728 must be at most 33,554,431 blocks of 64",
+        ),
         (lambda: HeadPattern(64, 1, 8, 8), "offset=8 must be less than stride=8"),
         (lambda: HeadPattern(64, 1, 8, -1), "offset=-1 must be an integer of at least 0"),
         (lambda: HeadPattern(64, 1, None, 1), "offset=1 must be 0 where stride is None"),

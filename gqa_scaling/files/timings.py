@@ -77,8 +77,8 @@ class Timing:
     `context` is the tokens of each sequence that are there after the step, the new one counted, or
     of its prompt. `seconds` is the median over `rounds` for the whole batch, `spread` the distance
     of its quartiles as a fraction of it. `bytes` are those of the weights and the cache that are
-    read, every copy of a KV head that serves several devices counted (`inference/cases.py`,
-    `read_bytes`). `flops` are those that the model needs (`costs.py`, `decode_flops` and
+    read, every copy of a KV head that serves several devices counted, and of weights where devices
+    share out the sequences (`inference/cases.py`, `read_bytes`). `flops` are those that the model needs (`costs.py`, `decode_flops` and
     `prefill_flops`), and `memory_bytes` is what is held; each of all devices together.
     `model.dtype` is what was computed in, and `cache` what keys and values are kept in.
 

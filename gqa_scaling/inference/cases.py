@@ -6,13 +6,14 @@ What does not fit is known by arithmetic, before anything is allocated.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from gqa_scaling.config import MOST_CONTEXT, ModelConfig, between, require
+from gqa_scaling.config import ModelConfig, between, require
 from gqa_scaling.costs import VALUE_BYTES, cache_bytes, parameters, weight_bytes
 from gqa_scaling.devices.layout import serving_tensor
 from gqa_scaling.experiment.ladder import TRAINED_SIZES
+from gqa_scaling.fields import INT32_MAX
 from gqa_scaling.files.timings import CacheName
 from gqa_scaling.inference.cache import TILE
 from gqa_scaling.inference.decode import CHUNK
@@ -50,7 +51,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for context in self.contexts:
-            between("context", context, 2, MOST_CONTEXT, "tokens")
+            between("context", context, 2, INT32_MAX, "tokens")  # positions are int32
         for batch in self.batches:
             require(
                 batch == "max" or 0 < batch <= MOST_BATCH,
@@ -120,16 +121,23 @@ def default_batches(platform: str) -> tuple[Batch, ...]:
 def held_bytes(case: Case, devices: int = 1) -> int:
     """Bytes that weights and cache take up, on all devices together.
 
-    The embedding lies there once more as the output matrix; where devices share heads fewer than
-    they are, each has a copy.
+    The embedding lies there once more as the output matrix. Each of the `shares` has all weights, and
+    where devices share heads fewer than they are, each has a copy of these.
     """
-    return table_bytes(case.model) + read_bytes(case, devices)
+    tables = table_bytes(case.model) * shares(case.model, devices)
+    return tables + read_bytes(case, devices)
 
 
 def read_bytes(case: Case, devices: int = 1) -> int:
     """What of them a step that decodes reads."""
     cached = cache_bytes(case.model, case.context, case.batch, case.cache)
-    return weight_bytes(case.model) + cached * copies(case.model, devices)
+    weights = weight_bytes(case.model) * shares(case.model, devices)
+    return weights + cached * copies(case.model, devices)
+
+
+def shares(model: ModelConfig, devices: int) -> int:
+    """Parts of the devices that share out the sequences, each with a whole model."""
+    return devices // serving_tensor(model, devices)
 
 
 def copies(model: ModelConfig, devices: int) -> int:
@@ -171,24 +179,24 @@ def most_that_fits(
 ) -> int:
     """The largest batch, a multiple of what shares its sequences out, that memory has room for; at
     least one such multiple."""
-    shares = devices // serving_tensor(model, devices)
+    parts = shares(model, devices)
 
     def fits(multiple: int) -> bool:
-        case = Case(model, context, multiple * shares, cache, (context, "max"))
+        case = Case(model, context, multiple * parts, cache, (context, "max"))
         return needed_bytes(case, devices) <= FITS * memory_bytes
 
     low, high = 1, MOST_BATCH
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * shares
+    return low * parts
 
 
 def unfit(case: Case, free_bytes: int, devices: int = 1) -> str | None:
     """Why a case cannot be timed on devices with so much free memory; None where it can."""
-    shares = devices // serving_tensor(case.model, devices)
-    if case.batch % shares:
-        return f"{shares} parts of the devices cannot share out {case.batch} sequences equally"
+    parts = shares(case.model, devices)
+    if case.batch % parts:
+        return f"{parts} parts of the devices cannot share out {case.batch} sequences equally"
     needed, room = needed_bytes(case, devices), round(FITS * free_bytes)
     if needed > room:
         return f"needs about {byte_size(needed)} and there is room for {byte_size(room)}"
@@ -210,6 +218,6 @@ def packs(cases: Sequence[Case], free_bytes: int, devices: int, most: int) -> li
 
 
 def _together(cases: Sequence[Case], devices: int) -> int:
-    weights = {case.model: table_bytes(case.model) + weight_bytes(case.model) for case in cases}
-    caches = (read_bytes(case, devices) - weight_bytes(case.model) for case in cases)
+    weights = {case.model: held_bytes(replace(case, batch=0), devices) for case in cases}
+    caches = (held_bytes(case, devices) - weights[case.model] for case in cases)
     return sum(weights.values()) + sum(caches) + max(map(working_bytes, cases))

@@ -25,7 +25,15 @@ from jax.sharding import Mesh
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import decode_flops, prefill_bytes, prefill_flops
 from gqa_scaling.files.timings import Machine, Phase, Timing
-from gqa_scaling.inference.cases import Case, needed_bytes, packs, read_bytes, unfit
+from gqa_scaling.inference.cases import (
+    Case,
+    copies,
+    needed_bytes,
+    packs,
+    read_bytes,
+    shares,
+    unfit,
+)
 from gqa_scaling.inference.decode import (
     CHUNK,
     Parameters,
@@ -96,7 +104,8 @@ def _planned(case: Case, phase: Phase, devices: int) -> Timing:
     if phase == "decode":
         read, flops = read_bytes(case, devices), decode_flops(m, context, batch)
     else:
-        read = prefill_bytes(m, context, batch, case.cache, CHUNK)
+        kept = shares(m, devices), copies(m, devices)
+        read = prefill_bytes(m, context, batch, case.cache, CHUNK, *kept)
         flops = prefill_flops(m, context, batch)
     needed = needed_bytes(case, devices)
     return Timing(

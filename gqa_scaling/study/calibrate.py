@@ -48,7 +48,7 @@ def calibrate(path: Path, spec: Hardware | None = None) -> Calibration:
     every, machine = paced(timings), usual(timings)
     half = halves([case.row.model for case in every if case.row.phase == "decode"])
     decoding, lack, flags = _usable([case for case in every if case.row.phase == "decode"], half)
-    require(not lack, f"{path}: {lack}; time more with `gqa-scaling bench-inference`")
+    require(not lack, f"{path}: decode: {lack}; time more with `gqa-scaling bench-inference`")
     dtypes = sorted({case.row.model.dtype for case in decoding})
     require(
         len(dtypes) == 1,
@@ -71,7 +71,8 @@ def calibrate(path: Path, spec: Hardware | None = None) -> Calibration:
         flags += _flags(laws[phase], machine)
     if any(case.row.bytes > 1.01 * (case.work.weights + case.work.cache) for case in decoding):
         flags.append(
-            "devices that share KV heads keep copies of them: the roofline has their reading as slower"
+            "devices that share KV heads or sequences keep copies of heads or weights: the roofline has "
+            "their reading as slower"
         )
     z = _z_laws(decoding)
     for cache, law in z.items():
@@ -118,8 +119,14 @@ def _usable(cases: list[Case], half: frozenset[ModelConfig]) -> tuple[list[Case]
 def _lack(cases: Sequence[Case], half: frozenset[ModelConfig]) -> str:
     """What timings with one type of the cache lack for a fit and a judgement; "" for nothing."""
     models, contexts = {case.row.model for case in cases}, {case.row.context for case in cases}
-    if len(models) < LEAST_MODELS or min(len(models & half), len(models - half)) < 2:
+    fitted, held_out = len(models & half), len(models - half)
+    if len(models) < LEAST_MODELS:
         return f"{len(models)} models of sizes and heads were timed and at least {LEAST_MODELS} are needed"
+    if min(fitted, held_out) < 2:
+        return (
+            f"of the {len(models)} models timed {fitted} are among those to fit and {held_out} among those "
+            "held out, and two of each are needed"
+        )
     if len(contexts) < LEAST_CONTEXTS:
         return f"one context, {min(contexts):,} tokens, was timed and two or more are needed"
     if len(cases) < LEAST_SHAPES:

@@ -1,4 +1,4 @@
-"""Decoding timed on all devices together, as JSON."""
+"""Decoding timed on all devices together, and what they hold of the weights, as JSON."""
 
 import json
 from dataclasses import replace
@@ -8,6 +8,7 @@ import jax
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.inference import machine, timing
 from gqa_scaling.inference.cases import Case
+from gqa_scaling.inference.decode import random_parameters, serving_mesh
 from gqa_scaling.inference.machine import Meter
 
 DENSE = ModelConfig(2, 32, 8, 4, head_dim=8, vocab_size=40, dtype="float32")
@@ -26,4 +27,8 @@ if __name__ == "__main__":
         for row in rows
         if row.model == m and row.phase == "decode"
     }
-    print(json.dumps({"devices": here.devices, "rows": found}))
+    odd = models["odd"][0]
+    with jax.set_mesh(serving_mesh(odd)):
+        arrays = jax.tree.leaves(random_parameters(odd))
+    weights = sum(part.data.nbytes for x in arrays for part in x.addressable_shards)
+    print(json.dumps({"devices": here.devices, "rows": found, "odd_weights": weights}))

@@ -9,7 +9,7 @@ import pytest
 from eight_devices import on_eight_devices
 
 from gqa_scaling.cli import main
-from gqa_scaling.config import ModelConfig
+from gqa_scaling.config import ModelConfig, UserError
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import (
     cache_bytes,
@@ -30,6 +30,7 @@ from gqa_scaling.inference.cases import (
     most_that_fits,
     needed_bytes,
     packs,
+    read_bytes,
     unfit,
 )
 from gqa_scaling.inference.decode import empty_cache, random_parameters, serving_mesh
@@ -85,6 +86,20 @@ def test_what_does_not_fit_is_told_and_max_is_what_just_does():
     # KV heads that 8 devices share are kept twice
     once, twice = (held_bytes(case(), devices) for devices in (1, 8))
     assert twice - once == cache_bytes(DENSE, 1024, 2, "float32")
+    read = [prefill_bytes(DENSE, 64, 3, "float32", 16, 1, n) for n in (1, 2)]
+    assert read[1] - read[0] == sum(cache_bytes(DENSE, t, 3, "float32") for t in (16, 32, 48))
+
+
+def test_a_prompt_of_millions_of_chunks_is_counted_and_no_longer_one_is_taken():
+    starts = [512 * n for n in range(2**21)]
+    held = sum(starts) * cache_bytes(DENSE, 1, 1, "int8")
+    weights = len(starts) * weight_bytes(DENSE)
+    assert prefill_bytes(DENSE, 2**30, 1, "int8", 512) == weights + held
+    window = replace(DENSE, pattern=ContextSharding(4, 2, stride=4, dense_kv_heads=2))
+    held = sum(cache_bytes(window, before, 3, "int8") for before in range(7, 100, 7))
+    assert prefill_bytes(window, 100, 3, "int8", 7) == 15 * weight_bytes(window) + held
+    with pytest.raises(UserError, match="context=4294967296 must be a number from 2 to"):
+        Grid((DENSE,), (2**32,), (1,), ("float32",))
 
 
 def test_cases_of_a_group_take_turns_while_memory_has_room():
@@ -250,3 +265,8 @@ def test_eight_devices_share_the_work():
     assert dense["bytes"] == weight_bytes(DENSE) + twice
     assert dense["skipped"] is None
     assert "share out 3 sequences" in odd["skipped"]
+    # no two devices share a model of 3 heads: each has all its weights
+    whole = Case(replace(DENSE, n_heads=3, n_kv_heads=3), 64, 8, "float32", (64, 8))
+    cache = cache_bytes(whole.model, 64, 8, "float32")
+    assert held_bytes(whole, 8) - cache == found["odd_weights"]
+    assert read_bytes(whole, 8) - cache == 8 * weight_bytes(whole.model)

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from gqa_scaling.config import UserError
 from gqa_scaling.files.timings import Timings, write_timings
 from gqa_scaling.hardware import hardware
-from gqa_scaling.study.calibrate import calibrate, halves
+from gqa_scaling.study.calibrate import LEAST_MODELS, calibrate, halves
 from gqa_scaling.study.calibration import (
     Calibration,
     Judged,
@@ -239,6 +239,16 @@ def test_a_cache_of_which_there_is_too_little_is_left_out(tmp_path):
     assert any("cache in int8 is left out: one context" in flag for flag in found.flags)
 
 
+def test_models_of_one_half_alone_are_left_out_for_that(tmp_path):
+    every = rows()
+    own = halves([row.model for row in every])
+    few = [row for row in rows(cache="int8") if row.model in own]
+    found = calibrate(written(tmp_path, timed([*every, *few], added)))
+    said = f"of the {len(own)} models timed {len(own)} are among those to fit and 0 among those held out"
+    assert len(own) >= LEAST_MODELS
+    assert any(f"cache in int8 is left out: {said}" in flag for flag in found.flags)
+
+
 def test_a_recording_of_a_cpu():
     """90 decode steps of 15 models: what `bench-inference` wrote, judged on models held out."""
     found = calibrate(Path(__file__).with_name("timings.json"), hardware("cpu"))
@@ -273,7 +283,7 @@ REFUSED = {
     "18 shapes were timed and at least 20": lambda: rows(
         sizes=SIZES[:2], heads=HEADS[:3], contexts=(512, 1024, 2048), batches=(1,)
     ),
-    "none were timed": lambda: rows("prefill"),
+    "decode: none were timed": lambda: rows("prefill"),
     "bfloat16 and float32: calibrate those of one dtype": lambda: [
         *rows(),
         *(replace(row, model=replace(row.model, dtype="bfloat16")) for row in rows()),
