@@ -260,7 +260,9 @@ def _tokenizer(data: DataConfig, corpus: Corpus, progress: Progress) -> Tokenize
     if data.tokenizer == "bytes":
         return bytes_tokenizer()
     if data.tokenizer.endswith(".json"):
-        return read_tokenizer(data.tokenizer)
+        tokenizer = read_tokenizer(data.tokenizer)
+        tokenizer.require_unforgeable()
+        return tokenizer
     bar = progress.add_task(f"training {data.tokenizer}", total=None, note="")
     texts = (
         document.text
