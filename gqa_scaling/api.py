@@ -54,10 +54,11 @@ def train(experiment: "Experiment", root: str | Path | None = None) -> None:
     $GQA_SCALING_RUNS or runs. Raises UserError for what you can mend, and where a run failed.
     """
     from gqa_scaling.data.build import prepare
+    from gqa_scaling.data.store import stores_of
     from gqa_scaling.files.runs import run_directory, runs_root
     from gqa_scaling.sweep.run import run_sweep
 
-    for data in {run.data.store_path: run.data for run in experiment.runs}.values():
+    for data in stores_of(experiment.runs).values():
         prepare(data, show=False)
     folder = runs_root(None if root is None else str(root))
     if run_sweep(experiment, folder).failed:

@@ -139,10 +139,11 @@ def only(args: argparse.Namespace) -> str | None:
 
 def _prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.data.build import prepare
+    from gqa_scaling.data.store import stores_of
 
     require(args.workers is None or args.workers > 0, f"--workers {args.workers} must be above 0")
     experiment = _experiment(args, rest)
-    for data in {run.data.store_path: run.data for run in experiment.runs}.values():
+    for data in stores_of(experiment.runs).values():
         store = prepare(data, workers=args.workers, rebuild=args.rebuild)
         share = store.heldout_tokens / (store.heldout_tokens + store.train_tokens)
         if share < data.heldout_fraction / 3:
@@ -194,13 +195,13 @@ def _hardware(args: argparse.Namespace) -> tuple["Hardware", int]:
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from gqa_scaling.data.store import open_store
+    from gqa_scaling.data.store import open_store, stores_of
     from gqa_scaling.hardware import changed, hardware, slice_of
     from gqa_scaling.sweep import pods, views
     from gqa_scaling.sweep.plan import make_plan
 
     experiment = _experiment(args, rest)
-    stores = {run.data.store_path: run.data for run in experiment.runs}
+    stores = stores_of(experiment.runs)
     prepared = {p: open_store(d).train_tokens for p, d in stores.items() if as_path(p).exists()}
     place = None if args.compile is None else slice_of(args.compile)
     if place is None:

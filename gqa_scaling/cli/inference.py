@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_scaling.cli.shared import Verb, add_json, finite, print_json
 from gqa_scaling.config import require
+from gqa_scaling.fields import INT32_MAX
 
 if TYPE_CHECKING:
     from gqa_scaling.data.tokenizer import Tokenizer
@@ -37,7 +38,10 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.inference.sampling import Sampling
 
     for name, value in (("--tokens", args.tokens), ("--context", args.context)):
-        require(value is None or value > 0, f"{name} {value} must be greater than 0")
+        require(
+            value is None or 0 < value <= INT32_MAX,
+            f"{name} {value} must be greater than 0 and at most {INT32_MAX:,}",
+        )
     require(0 <= args.seed < 2**31, f"--seed {args.seed} must lie between 0 and 2^31 - 1")
     for prompt in args.prompt:
         require(bool(prompt), "--prompt '' is empty: give it some text to go on from")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gqa_scaling.config import DataConfig, UserError, require
-from gqa_scaling.data.corpus import Corpus, open_corpus
+from gqa_scaling.data.corpus import FETCHED, Corpus, open_corpus
 from gqa_scaling.data.manifest import AGAIN, SCHEMA, content_hash, file_entry
 from gqa_scaling.data.store import TokenStore, cached_store, open_store
 from gqa_scaling.data.tokenise import digest_of_text, is_held_out, tokenise
@@ -55,6 +55,11 @@ def prepare(
     declaration or of a corpus that has changed since is in the place, or when it cannot be written.
     """
     path = as_path(data.store_path)
+    require(
+        bool(path.name),
+        f"data.store={data.store_path!r} is the folder of this command, and a store replaces its whole "
+        "folder: name another",
+    )
     if not rebuild and (path / "store.json").exists():
         return _existing(data, path)
     _require_no_other_files(path)
@@ -67,7 +72,7 @@ def prepare(
 def _existing(data: DataConfig, path: Path) -> TokenStore:
     """The store in place, verified, unless its corpus is at hand and has changed since."""
     store = open_store(data)
-    if data.corpus == "stdlib" or expanded(data.corpus).exists():
+    if data.corpus == "stdlib" or expanded(FETCHED.get(data.corpus, data.corpus)).exists():
         require(
             open_corpus(data).fingerprint == store.manifest["corpus"]["fingerprint"],
             f"corpus={data.corpus!r} has changed since the token store {path} was made of it: choose "
@@ -81,8 +86,11 @@ def _existing(data: DataConfig, path: Path) -> TokenStore:
 def _prepare_here(
     data: DataConfig, path: Path, workers: int, show: bool, rebuild: bool
 ) -> TokenStore:
-    """Make the store on this machine, unless another process makes it meanwhile."""
-    corpus = open_corpus(data)
+    """Make the store on this machine, unless another process makes it meanwhile.
+
+    A link stays a link: the store is built beside the folder that it leads to, on that folder's disk.
+    """
+    corpus, path = open_corpus(data), Path(os.path.realpath(path))
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,22 +123,27 @@ def _prepare_remote(
     """Make the store on this machine, then put it there."""
     check_writable(path)
     name = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
-    here = replace(data, store=os.fspath(cache_folder() / "prepared" / name))
-    made = prepare(here, workers=workers, show=show, rebuild=rebuild)
-    _say(show, f"writing {path}")
-    # Until all of the new one is there, there is none.
-    (path / "store.json").unlink(missing_ok=True)
-    names = sizes(made.path).keys() - {NOTE}
-    for stale in sizes(path).keys() - names:
-        (path / stale).unlink()
-    for file in names - {"store.json"}:
-        files_of(path).put_file(os.fspath(made.path / file), os.fspath(path / file))
-    write_atomic(path / "store.json", (made.path / "store.json").read_bytes())
-    cached = cached_store(made.hash)
-    shutil.rmtree(cached, ignore_errors=True)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    made.path.rename(cached)
-    return open_store(data)
+    place = cache_folder() / "prepared" / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(place.with_name(f".{name}.upload"), show):
+        if not rebuild and (path / "store.json").exists():  # another process here has put it there
+            return _existing(data, path)
+        here = replace(data, store=os.fspath(place))
+        made = prepare(here, workers=workers, show=show, rebuild=rebuild)
+        _say(show, f"writing {path}")
+        # Until all of the new one is there, there is none.
+        (path / "store.json").unlink(missing_ok=True)
+        names = sizes(made.path).keys() - {NOTE}
+        for stale in sizes(path).keys() - names:
+            (path / stale).unlink()
+        for file in names - {"store.json"}:
+            files_of(path).put_file(os.fspath(made.path / file), os.fspath(path / file))
+        write_atomic(path / "store.json", (made.path / "store.json").read_bytes())
+        cached = cached_store(made.hash)
+        shutil.rmtree(cached, ignore_errors=True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        made.path.rename(cached)
+        return open_store(data)
 
 
 # ----------------------------------------------------------------------- the place of a store
@@ -247,7 +260,9 @@ def _tokenizer(data: DataConfig, corpus: Corpus, progress: Progress) -> Tokenize
     if data.tokenizer == "bytes":
         return bytes_tokenizer()
     if data.tokenizer.endswith(".json"):
-        return read_tokenizer(data.tokenizer)
+        tokenizer = read_tokenizer(data.tokenizer)
+        tokenizer.require_unforgeable()
+        return tokenizer
     bar = progress.add_task(f"training {data.tokenizer}", total=None, note="")
     texts = (
         document.text

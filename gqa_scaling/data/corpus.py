@@ -23,6 +23,7 @@ from gqa_scaling.files.storage import expanded, is_remote
 
 # Corpora that `gqa-scaling fetch` brings, and where their records then lie.
 FETCHED = {"linux-6.1": "data/linux-6.1.jsonl.zst"}
+ZST_WINDOW = 2**31  # bytes: what `zstd --long=31` writes, as large corpora are kept
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 # Packages are not the library; tests are left out because some Linux packages leave them out.
@@ -195,7 +196,7 @@ def _zst_lines(raw: BinaryIO) -> Iterator[bytes]:
     rest, frame = b"", None
     while data := raw.read(2**17):
         while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=ZST_WINDOW).decompressobj()
             *lines, rest = (rest + frame.decompress(data)).split(b"\n")
             yield from lines
             data = frame.unused_data

@@ -67,12 +67,13 @@ def fetch(name: str, file: Path | None = None) -> Path:
     archive, kept = ARCHIVES[name], Path(FETCHED[name])
     if kept.exists():
         return kept
+    plain = file is None or file.is_file()
+    require(plain, f"{file} is no file here: name the package that was downloaded")
     partial = kept.with_name(f".{kept.name}.partial")
     package = file or kept.with_name(archive.sources[0].rpartition("/")[2])
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not package.exists():
-            require(file is None, f"{file} does not exist: name the package that was downloaded")
             _download(archive, package)
         _check(archive, package)
         _keep(archive, package, partial)

@@ -18,13 +18,14 @@ import hashlib
 import itertools
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gqa_scaling.config import DataConfig, require
+from gqa_scaling.config import DataConfig, RunConfig, require
 from gqa_scaling.data.manifest import AGAIN, Split, file_entries, read_manifest, shard_entries
 from gqa_scaling.data.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer
 from gqa_scaling.data.verification import verify, verify_file
@@ -169,6 +170,34 @@ def _fetch(remote: Path, file: Path, entry: dict[str, Any], manifest: dict[str, 
         aside.rename(file)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def stores_of(runs: Iterable[RunConfig]) -> dict[str, DataConfig]:
+    """What each token store that the runs name is made of, by its path.
+
+    Raises UserError where two runs name one store and would have it made of different text: what is
+    there could only be that of one. A store knows its corpus by name alone, as a corpus may move, so
+    it could not tell them apart later.
+    """
+    found: dict[str, DataConfig] = {}
+    for run in runs:
+        path, text = run.data.store_path, _text_of(run.data)
+        first = _text_of(found.setdefault(path, run.data))
+        differing = [
+            f"{key}: {first[key]!r} and {text[key]!r}" for key in text if first[key] != text[key]
+        ]
+        require(
+            not differing,
+            f"runs name one token store, {path}, for different text ({', '.join(differing)}): give each "
+            "text a data.store of its own",
+        )
+    return found
+
+
+def _text_of(data: DataConfig) -> dict[str, Any]:
+    """What a store of it is made of, files by their whole paths."""
+    files = {"corpus": data.corpus, "tokenizer": data.tokenizer}
+    return data.declaration() | {key: os.path.abspath(expanded(f)) for key, f in files.items()}
 
 
 def open_store(data: DataConfig) -> TokenStore:

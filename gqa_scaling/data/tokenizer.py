@@ -53,6 +53,21 @@ class Tokenizer:
         encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, self.dtype) for e in encoded]
 
+    def require_unforgeable(self) -> None:
+        """Raise UserError where a text that holds the name of the end-of-text token has that token in
+        it, and so ends a document in its middle.
+
+        Models of words and Unigram have it among their own pieces, whatever is said of special tokens.
+        """
+        if self.definition is None:
+            return
+        text = self._library.id_to_token(self.eos)
+        require(
+            self.eos not in self.encode([f"a {text} a"])[0],
+            f"tokenizer={self.name!r} takes the text {text!r} for its end-of-text token, by which a "
+            "document would end in its middle: choose another, such as a BPE",
+        )
+
     @property
     def put_before(self) -> list[int]:
         """What the tokenizer.json itself puts before a text; nothing in training here does."""

@@ -263,6 +263,11 @@ def _rope(config: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | N
     kind = rope.get("rope_type") or rope.get("type") or "default"
     wrong = misfit({"rope_theta": theta}, {"rope_theta": float})
     require(not wrong, f"{file} is damaged ({wrong})")
+    share = rope.get("partial_rotary_factor") or 1  # where transformers 5 writes it
+    require(
+        share == 1,
+        f"{file}: partial_rotary_factor={share!r} is not supported; it must be 1 or absent",
+    )
     if kind == "default":
         return theta, None
     require(

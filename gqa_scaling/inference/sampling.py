@@ -10,6 +10,7 @@ from gqa_scaling.fields import between
 from gqa_scaling.model.attention.shard import MASKED
 
 MOST_TEMPERATURE = 100.0
+LEAST_TEMPERATURE = 1e-30  # below, float32 overflows; from far above down the likeliest is drawn
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def choose(
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    logits_BV = logits_BV / max(sampling.temperature, LEAST_TEMPERATURE)
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, MASKED)

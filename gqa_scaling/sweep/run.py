@@ -13,6 +13,7 @@ from typing import Any
 
 from gqa_scaling.config import RunConfig, UserError, require
 from gqa_scaling.data import TokenStore, open_store
+from gqa_scaling.data.store import stores_of
 from gqa_scaling.devices.layout import check_layout
 from gqa_scaling.experiment.branches import Trunk
 from gqa_scaling.experiment.load import Experiment
@@ -109,13 +110,12 @@ def check(experiment: Experiment, root: Path) -> dict[str, TokenStore]:
     require_platform()
     check_starts(experiment.runs, experiment.name, root)
     _require_judged(experiment, root)
-    stores: dict[str, TokenStore] = {}
+    stores = {path: open_store(data) for path, data in stores_of(experiment.runs).items()}
+    for store in stores.values():
+        store.verify()
     need = 0
     for run in experiment.runs:
         path = run.data.store_path
-        if path not in stores:
-            stores[path] = open_store(run.data)
-            stores[path].verify()
         kind = jax.devices()[0].device_kind
         check_layout(run, jax.device_count(), jax.default_backend(), kind)
         check_steps(run)

@@ -170,6 +170,38 @@ STORES = ANY | {
 }
 
 
+TWO_TEXTS = """
+from gqa_scaling.config import DataConfig, ModelConfig, RunConfig
+
+def runs():
+    model = ModelConfig(1, 32, 1, 1, head_dim=8, vocab_size=264)
+    return [
+        RunConfig(f"seed{seed}", model, 32, 128, 1280, seed=seed, data=data)
+        for seed, data in enumerate((DataConfig(corpus="a/texts"), DataConfig(%s)))
+    ]
+"""
+OTHER_TEXTS = {
+    "corpus": ("corpus='b/texts'", "a/texts' and '"),
+    "share": ("corpus='a/texts', heldout_fraction=0.5", "heldout_fraction: 0.05 and 0.5"),
+    "tokenizer": (
+        "corpus='a/texts', tokenizer='bpe-300', store='data/texts-bytes'",
+        "tokenizer: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["plan", "prepare", "run"])
+@pytest.mark.parametrize("kind", OTHER_TEXTS)
+def test_two_texts_in_one_store(refused, workplace, kind, verb):
+    """Both would be trained on the text that the store is made of, and say that it is their own."""
+    (workplace / "experiments/two.py").write_text(TWO_TEXTS % OTHER_TEXTS[kind][0])
+    for place in "ab":
+        (workplace / place).mkdir()
+        corpus(workplace).rename(workplace / place / "texts")
+    said = refused("one token store, data/texts-bytes, for different text", verb, "experiments.two")
+    assert OTHER_TEXTS[kind][1] in said
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """A folder of texts and its store."""

@@ -102,6 +102,8 @@ def damaged(path: Path) -> None:
         (("--prompt", "x" * 40), "prompt 1 has 40 tokens and the context is 32: shorten it, or give "
          "--context 296; the model was trained on 32"),
         (("--prompt", "x", "--tokens", "0"), "--tokens 0 must be greater than 0"),
+        (("--prompt", "x", "--tokens", "9" * 20), "must be greater than 0 and at most 2,147,483,647"),
+        (("--prompt", "x", "--context", "9" * 20), "must be greater than 0 and at most 2,147,483,647"),
         (("--prompt", "x", "--top-p", "2"), "top_p=2.0 must be greater than 0 and at most 1"),
         (("--prompt", "x", "--temperature", "nan"), "--temperature"),
         (("--prompt", "x", "--cache", "int4"), "--cache"),

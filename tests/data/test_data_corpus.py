@@ -124,6 +124,14 @@ def test_cut_files_are_refused(tmp_path, name):
         read(tmp_path)
 
 
+def test_a_zst_file_of_a_long_window_is_read(tmp_path):
+    long = zstandard.ZstdCompressionParameters.from_level(1, window_log=30, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    content = packer.compress(b'{"text": "a"}\n') + packer.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert read(tmp_path / "a.jsonl.zst") == ["a"]
+
+
 def test_a_zst_file_cut_between_lines_is_refused(tmp_path):
     """The decompressor itself is silent there; only an unfinished frame gives it away."""
     line = json.dumps({"text": "a" * (2**17 - 13)}).encode() + b"\n"

@@ -119,6 +119,13 @@ def test_damaged_package_with_the_right_hash_is_said_to_be_damaged(
     assert not Path(FETCHED[NAME]).exists()
 
 
+@pytest.mark.parametrize("given", [".", "", "gone.deb"])
+def test_what_is_no_file_is_no_package(package: Path, given: str, capsys) -> None:
+    assert main(["fetch", NAME, "--from", given]) == 2
+    assert "is no file here: name the package that was downloaded" in capsys.readouterr().err
+    assert not Path("data").exists()
+
+
 def test_unknown_name_is_refused(capsys) -> None:
     assert main(["fetch", "windows"]) == 2
     assert "linux-6.1" in capsys.readouterr().err

@@ -11,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from gqa_scaling.config import DataConfig, UserError
 from gqa_scaling.data import build, open_store, prepare, tokenise, verification
+from gqa_scaling.data.corpus import FETCHED
 from gqa_scaling.data.manifest import content_hash, file_entries
 from gqa_scaling.data.verification import NOTE
 
@@ -553,6 +556,58 @@ def test_two_prepares_at_once_make_one_store(config, tmp_path):
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     open_store(config()).verify()
     assert names(tmp_path) == ["s", "script0.py", "script1.py"]
+
+
+def test_two_prepares_at_once_put_one_store_into_a_bucket(config, bucket, monkeypatch):
+    there, write, other = config(store=f"{bucket}/tokens"), build.write_atomic, []
+    with ThreadPoolExecutor(1) as pool:
+
+        def slow_write(path, data):
+            """Another one begins just before the first is done."""
+            if not other:
+                other.append(pool.submit(prepare, there, show=False))
+                wait(other, timeout=1)
+            write(path, data)
+
+        monkeypatch.setattr(build, "write_atomic", slow_write)
+        prepare(there, show=False)
+        assert other[0].result().hash == open_store(there).hash
+    open_store(there).verify()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_another_disk_stays_one(config, tmp_path, there):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if there:
+        (disk / "s").mkdir()
+    (tmp_path / "s").symlink_to(disk / "s")
+    for rebuild in (False, True, True):
+        prepare(config(), show=False, rebuild=rebuild).verify()
+        assert (names(tmp_path), names(disk)) == (["disk", "s"], ["s"])
+        assert (tmp_path / "s").is_symlink()
+
+
+def test_the_folder_of_the_command_is_no_store(config, tmp_path, monkeypatch):
+    (tmp_path / "s").mkdir()
+    monkeypatch.chdir(tmp_path / "s")
+    with pytest.raises(UserError, match=r"data\.store='\.' is the folder of this command"):
+        prepare(config(store="."), show=False)
+
+
+def test_a_fetched_corpus_is_known_by_its_records(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = tmp_path / FETCHED["linux-6.1"]
+    records.parent.mkdir()
+    records.write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": "b"}\n' * 40))
+    linux = config(corpus="linux-6.1", heldout_fraction=0.5)
+    prepare(linux, show=False)
+    records.write_bytes(zstandard.compress(b'{"text": "another"}\n{"text": "b"}\n' * 99))
+    with pytest.raises(UserError, match="has changed since"):
+        prepare(linux, show=False)
+    records.unlink()
+    (tmp_path / "linux-6.1").mkdir()  # somebody's own folder
+    prepare(linux, show=False)
 
 
 def test_left_out_files_are_reported_unless_told_not_to(config, folder, tmp_path, capsys):

@@ -14,7 +14,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqa_scaling.config import UserError
+from gqa_scaling.config import DataConfig, UserError
+from gqa_scaling.data import prepare
 from gqa_scaling.data import tokenizer as module
 from gqa_scaling.data.tokenizer import bytes_tokenizer, read_tokenizer, train_bpe
 
@@ -44,6 +45,25 @@ def test_a_text_cannot_forge_the_end_of_a_document():
     (tokens,) = BPE.encode([text])
     assert BPE.eos not in tokens
     assert BPE.decode([*tokens, BPE.eos]) == text
+
+
+UNIGRAM = tokenizers.models.Unigram([("</s>", 0.0), ("?", -9.0), ("a", -3.0)], 1, False)
+WORDS = tokenizers.models.WordLevel({"</s>": 0, "a": 1, "?": 2}, "?")
+
+
+@pytest.mark.parametrize("model", [UNIGRAM, WORDS], ids=["unigram", "words"])
+def test_a_model_that_has_the_end_of_a_document_among_its_pieces_is_refused(tmp_path, model):
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "t.json"))
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{'a ' * i}</s> a")
+    data = DataConfig(str(tmp_path / "texts"), str(tmp_path / "t.json"), store=str(tmp_path / "s"))
+    with pytest.raises(UserError, match="takes the text '</s>' for its end-of-text token"):
+        prepare(data, show=False)
+    BPE.require_unforgeable()
 
 
 def test_bpe_has_its_size_and_compresses():

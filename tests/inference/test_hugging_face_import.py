@@ -263,6 +263,10 @@ REFUSED = {
         lambda f: edit(f, rope_parameters={"rope_type": "yarn", "factor": 4.0}),
         "rope_type='yarn' is not supported",
     ),
+    "RoPE on a part of a head": (
+        lambda f: edit(f, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor=0.5 is not supported",
+    ),
     "a scaling that lacks a number": (
         lambda f: edit(f, rope_parameters={"rope_type": "llama3", "factor": 4.0}),
         "low_freq_factor is missing",

@@ -32,6 +32,8 @@ def drawn(sampling: Sampling) -> np.ndarray:
         (Sampling(1.0, top_p=0.01), P * [0, 1, 0, 0, 0]),
         (Sampling(1.0, top_k=3, top_p=0.7), P * [0, 1, 0, 1, 0]),  # 0.65 of the 0.85 that are left
         (Sampling(0.0, top_k=3), P * [0, 1, 0, 0, 0]),
+        (Sampling(1e-40), P * [0, 1, 0, 0, 0]),
+        (Sampling(1e-40, top_k=3, top_p=0.7), P * [0, 1, 0, 0, 0]),
     ],
 )
 def test_shares_are_those_of_the_truncated_distribution(sampling, wanted):
