@@ -53,6 +53,12 @@ PATTERNS = (
 )
 
 
+def layers_by_hand(n: float, heads: tuple[int, int]) -> float:
+    """The layers of a model of N parameters where d = 64 L and heads are 64 wide."""
+    roots = np.roots([8 * 64**2, 2 * 64 * 64 * sum(heads), 0, -n])
+    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
 def small_study(seed: int) -> tuple[str, Question, dict, dict]:
     """A CSV file of 2 to 6 sizes of 1 to 8 configurations, a question, options and how to serve."""
     rng = np.random.default_rng(seed)
