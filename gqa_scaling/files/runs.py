@@ -115,6 +115,13 @@ def read_json(path: Path, shape: Shape = dict, remedy: str = "remove it and run 
     return value
 
 
+def require_schema(path: Path, said: dict[str, Any], schema: int) -> None:
+    """Refuse what another version has written into a file."""
+    require(
+        said["schema"] == schema, f"{path} has schema {said['schema']}, this version reads {schema}"
+    )
+
+
 def _json_lines(path: Path, shape: Shape) -> list[dict[str, Any]]:
     """The lines of a JSONL file but for a last one cut short; any other damage is named."""
     if not path.exists():
@@ -176,11 +183,7 @@ class RunDirectory:
 
     def _stored(self) -> dict[str, Any]:
         stored = read_json(self.config_file, _CONFIG, "remove it, and the run writes it anew")
-        require(
-            stored["schema"] == SCHEMA_VERSION,
-            f"{self.config_file} has schema {stored['schema']}, this version reads "
-            f"{SCHEMA_VERSION}",
-        )
+        require_schema(self.config_file, stored, SCHEMA_VERSION)
         return stored
 
     def config(self) -> RunConfig:
