@@ -337,6 +337,11 @@ class RunDirectory:
         self.failure_file.unlink(missing_ok=True)
 
 
+def evaluation_in(whole: dict[str, Any] | None, evaluation: str) -> dict[str, Any] | None:
+    """What a result.json tells of the evaluation of this digest; None where there is none of it."""
+    return whole["result"]["evaluations"].get(evaluation) if whole else None
+
+
 def runs_root(named: str | None = None) -> Path:
     """Where experiments keep their runs: the folder that --root names, $GQA_SCALING_RUNS, or ./runs.
 
