@@ -55,7 +55,7 @@ def refused(capsys, *arguments):
 @pytest.fixture(autouse=True)
 def nothing_is_computed(request, monkeypatch):
     if "capsys" in request.fixturenames:
-        monkeypatch.setattr(cli.study, "_answer", lambda *_: pytest.fail("it was computed"))
+        monkeypatch.setattr(cli.study, "answer_of", lambda *_: pytest.fail("it was computed"))
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
