@@ -208,16 +208,16 @@ def non_default(config: Any) -> dict[str, Any]:
 
 # What a JSON value must be: a type; a list of one kind of elements; a table of fields, the optional
 # ones with a question mark after their name, "*" for any name; (shape,) may also be null.
-Shape: TypeAlias = Any
+JsonShape: TypeAlias = Any
 _NAMES = {dict: "a table", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 
 
-def misfit(value: Any, shape: Shape, where: str = "") -> str:
+def misfit(value: Any, shape: JsonShape, where: str = "") -> str:
     """What is wrong with a JSON value that must have this shape, in words; "" for nothing."""
     return next(_misfits(value, shape, where), "")
 
 
-def _misfits(value: Any, shape: Shape, where: str) -> Iterator[str]:
+def _misfits(value: Any, shape: JsonShape, where: str) -> Iterator[str]:
     """Everything that is wrong with the value, in the order of its shape."""
     if isinstance(shape, tuple):
         if value is not None:
@@ -251,7 +251,7 @@ def _misfits(value: Any, shape: Shape, where: str) -> Iterator[str]:
 # ------------------------------------------------------------------------- other classes as JSON
 
 
-def shape_of(hint: Any) -> Shape:
+def shape_of(hint: Any) -> JsonShape:
     """What JSON of a value of this type must be: of a class all its fields, of a config any table."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):

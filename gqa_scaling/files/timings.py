@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gqa_scaling.config import ModelConfig, UserError, require
-from gqa_scaling.fields import Shape, shape_of, value_of
+from gqa_scaling.fields import JsonShape, shape_of, value_of
 from gqa_scaling.files.runs import read_json, require_schema
 from gqa_scaling.files.storage import make_folder, write_json
 
@@ -161,7 +161,7 @@ def read_timings(path: Path) -> Timings:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
-def _file() -> Shape:
+def _file() -> JsonShape:
     """What JSON of timings must be."""
     row = {name + "?" * (name in _LATER): each for name, each in shape_of(Timing).items()}
     return {"schema": int} | shape_of(Timings) | {"rows": [row]}

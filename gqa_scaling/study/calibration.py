@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.fields import Shape, shape_of, value_of
+from gqa_scaling.fields import JsonShape, shape_of, value_of
 from gqa_scaling.files.runs import read_json, require_schema
 from gqa_scaling.files.storage import make_folder, write_json
 from gqa_scaling.files.timings import Machine, Phase
@@ -161,7 +161,7 @@ def read_calibration(path: Path) -> Calibration:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
 
 
-def _file() -> Shape:
+def _file() -> JsonShape:
     """What JSON of a calibration must be."""
     shape = {"schema": int, "kind": str} | shape_of(Calibration)
     shape["judged"] = [shape_of(Judged) | dict.fromkeys(_UNTOLD, (float,))]

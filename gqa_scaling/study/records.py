@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_scaling.config import Question, RunConfig, UserError, require
-from gqa_scaling.fields import Shape
+from gqa_scaling.fields import JsonShape
 from gqa_scaling.files.forecasts import FOLDER, Sealed, read_forecasts, unsealed
 from gqa_scaling.files.runs import (
     RESULT,
@@ -37,8 +37,8 @@ from gqa_scaling.study.training_curves import (
 )
 
 SCHEMA = 1
-_STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
-_RUN: Shape = RESULT | CURVE_SHAPES
+_STUDY: JsonShape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
+_RUN: JsonShape = RESULT | CURVE_SHAPES
 
 
 @dataclass(frozen=True)
