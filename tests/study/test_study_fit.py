@@ -54,11 +54,6 @@ def study(truth, noise=0.0, seed=0, sizes=(12, 16, 20, 24, 28, 32), replicates=1
 TRUTH = {(1, 1): (1.3e8, 0.20, 2.1), (4, 1): (9.0e7, 0.215, 2.1), (8, 8): (7.5e7, 0.227, 2.1)}
 
 
-@pytest.fixture(scope="module")
-def chen():
-    return fit(published())
-
-
 def test_published_study_is_reproduced(chen):
     assert abs(chen.floor - 2.120) <= 0.005
     assert chen.r2 >= 0.9997

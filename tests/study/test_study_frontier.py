@@ -20,7 +20,6 @@ from gqa_scaling.study.build import check_runs, run_interval
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import frontier, target_losses
 from gqa_scaling.study.ranking import decide, rank, saved
 from gqa_scaling.study.reading import from_csv, published
@@ -35,11 +34,6 @@ from gqa_scaling.study.uncertainty import interval
 from gqa_scaling.units import byte_size, quantity
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
-
-
-@pytest.fixture(scope="module")
-def chen() -> Fit:
-    return fit(published())
 
 
 @pytest.fixture(scope="module")
