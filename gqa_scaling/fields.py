@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
@@ -208,16 +208,16 @@ def non_default(config: Any) -> dict[str, Any]:
 
 # What a JSON value must be: a type; a list of one kind of elements; a table of fields, the optional
 # ones with a question mark after their name, "*" for any name; (shape,) may also be null.
-Shape: TypeAlias = Any
+JsonShape: TypeAlias = Any
 _NAMES = {dict: "a table", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 
 
-def misfit(value: Any, shape: Shape, where: str = "") -> str:
+def misfit(value: Any, shape: JsonShape, where: str = "") -> str:
     """What is wrong with a JSON value that must have this shape, in words; "" for nothing."""
     return next(_misfits(value, shape, where), "")
 
 
-def _misfits(value: Any, shape: Shape, where: str) -> Iterator[str]:
+def _misfits(value: Any, shape: JsonShape, where: str) -> Iterator[str]:
     """Everything that is wrong with the value, in the order of its shape."""
     if isinstance(shape, tuple):
         if value is not None:
@@ -246,3 +246,40 @@ def _misfits(value: Any, shape: Shape, where: str) -> Iterator[str]:
                 yield from _misfits(value[key], inner, below)
             elif key == name:
                 yield f"{below} is missing"
+
+
+# ------------------------------------------------------------------------- other classes as JSON
+
+
+def shape_of(hint: Any) -> JsonShape:
+    """What JSON of a value of this type must be: of a class all its fields, of a config any table."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        cls: Any = hint
+        whole = issubclass(cls, Json)  # whose `from_dict` says what is wrong in it
+        return dict if whole else {name: shape_of(each) for name, each in _hints(cls).items()}
+    if kind is Mapping:
+        return {"*": shape_of(inner[1])}
+    if kind is tuple:
+        return [shape_of(inner[0])]
+    if kind is types.UnionType:
+        return (shape_of(inner[0]),)
+    return str if kind is Literal else hint
+
+
+def value_of(hint: Any, said: Any) -> Any:
+    """The value of this type that JSON of its shape says; what its class has no field for is left out."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if said is None:
+        return math.nan if hint is float else None
+    if dataclasses.is_dataclass(hint):
+        cls: Any = hint
+        if issubclass(cls, Json):
+            return cls.from_dict(said)
+        hints = _hints(cls).items()
+        return cls(**{name: value_of(each, said[name]) for name, each in hints if name in said})
+    if kind is Mapping:
+        return {name: value_of(inner[1], each) for name, each in said.items()}
+    if kind is tuple:
+        return tuple(value_of(inner[0], each) for each in said)
+    return value_of(inner[0], said) if kind is types.UnionType else said

@@ -170,7 +170,7 @@ def test_the_check_sees_a_violation(room, source):
         ("sweep", "from gqa_scaling import costs, training"),
         (
             "study",
-            "import scipy\nfrom gqa_scaling.study.laws import f\nimport gqa_scaling.files.runs",
+            "import scipy\nfrom gqa_scaling.study.curves import f\nimport gqa_scaling.files.runs",
         ),
         ("data", "from gqa_scaling.data.store import TokenStore\nimport numpy"),
     ],

@@ -7,21 +7,21 @@ from dataclasses import replace
 from gqa_scaling.cli.serving import add_costs, objective_of, serving_of
 from gqa_scaling.cli.shared import Verb, finite, print_json, print_table, whole
 from gqa_scaling.cli.study import (
-    _add_source,
-    _add_wide,
-    _asked,
-    _changes,
-    _estimates,
-    _options,
-    _source,
+    add_source,
+    add_wide,
+    asked_of,
+    changes_of,
+    estimates_of,
+    options_of,
+    source_of,
 )
 from gqa_scaling.config import between, require
 from gqa_scaling.study.choices import is_experiment
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, trained="--trained-at")
-    _add_wide(parser)
+    add_source(parser, trained="--trained-at")
+    add_wide(parser)
     add = parser.add_argument
     two = "heads such as 4,1, or a whole model such as 8,1@L24d1536"
     add("first", help=two)
@@ -40,7 +40,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_suggest(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
+    add_source(parser)
     add = parser.add_argument
     add("--budget-flops", type=float, default=float("inf"), help="training FLOPs")
     add("--most", type=int, default=8, help="how many runs at most (default: 8)")
@@ -51,7 +51,7 @@ def _add_suggest(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_forecast(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, "experiment: its finished runs, and the rest of its grid")
+    add_source(parser, "experiment: its finished runs, and the rest of its grid")
     parser.add_argument(
         "--runs",
         metavar="EXPERIMENT[:RUN,...]",
@@ -65,8 +65,8 @@ def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.compared import compared
 
     serving = serving_of(args)
-    source, changes = _source(args, rest), _changes(args)
-    how = _options(args) | {"law": args.law}
+    source, changes = source_of(args, rest), changes_of(args)
+    how = options_of(args) | {"law": args.law}
     objective = objective_of(args)
     told = compare_two(source, args.first, args.second, changes, objective, serving, **how)
     if args.json:
@@ -88,8 +88,8 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
     between("--most", args.most, 1, 1e6, "runs")
     require(args.budget_flops > 0, f"--budget-flops={args.budget_flops} must be greater than 0")
     serving = serving_of(args)
-    source = _source(args, rest)
-    results, question = source.results, _asked(args, source.question)
+    source = source_of(args, rest)
+    results, question = source.results, asked_of(args, source.question)
     if args.context is not None:
         results = results.select(results.context_length == args.context)
         require(len(results) > 0, f"{args.source}: no runs at context length {args.context}")
@@ -109,7 +109,7 @@ def _suggest(args: argparse.Namespace, rest: Sequence[str]) -> int:
         found = tuple(Suggestion(step.kind, step.runs, step.flops) for step in steps)
         table = fit_table(found, f"{args.source}: {small}")
     else:
-        losses = question.losses or target_losses(_estimates(args, results).fit)
+        losses = question.losses or target_losses(estimates_of(args, results).fit)
         question = replace(question, losses=tuple(losses))
         found = suggest(
             results,
@@ -149,7 +149,7 @@ def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     known = is_experiment(args.source)
     require(known, f"forecast needs the finished runs of an experiment, not {args.source}")
-    source = _source(args, rest)
+    source = source_of(args, rest)
     assert source.experiment is not None
     assert source.root is not None
     target, named = source.experiment, False
@@ -162,7 +162,9 @@ def _forecast(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "others with --runs",
     )
     earlier = len(runs) - len(to_seal(source.root, target.name, runs, again=False))
-    sealed, predictions = seal_forecast(source, _estimates(args, source.results), target.name, runs)
+    sealed, predictions = seal_forecast(
+        source, estimates_of(args, source.results), target.name, runs
+    )
     if args.json:
         print_json(sealed.said | {"file": str(sealed.path)})
         return 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    study._add_question(parser)
+    study.add_question(parser)
     add = parser.add_argument
     add(
         "--output",
@@ -57,10 +57,10 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     path = settled(path)
     require_own(path.parent, (path.name, *names), as_path(args.source))
     serving_of(args)  # what cannot be is said before anything is read
-    source = study._source(args, rest)
-    study._asked(args, source.question)
+    source = study.source_of(args, rest)
+    study.asked_of(args, source.question)
     try:
-        whole = study._answer(args, source)
+        whole = study.answer_of(args, source)
     except UserError as error:  # too few runs for a law may still be worth reading
         judged = [*shape_tables(source.results), *judged_tables(source.results)]
         if not judged:
@@ -74,7 +74,7 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     found, answer = whole.estimates, whole.frontier
     if found.tokens or args.train_context is not None or args.baseline_run is not None:
-        aligned = study._aligned(args, whole.results, answer.question, found)
+        aligned = study.aligned_of(args, whole.results, answer.question, found)
         whole = replace(whole, aligned=aligned)
     root = [] if args.root is None else ["--root", args.root]
     one = shlex.join(["gqa-scaling", "run", args.source, *rest, *root, "--only"])

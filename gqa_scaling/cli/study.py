@@ -22,7 +22,7 @@ SOURCES = f"""experiment; CSV file with columns n_heads, n_kv_heads, loss and n_
 d_model (docs/using.md); or {PUBLISHED}, the published points, shipped here"""
 
 
-def _add_source(
+def add_source(
     parser: argparse.ArgumentParser, what: str = SOURCES, trained: str = "--context"
 ) -> None:
     """What every verb takes; `trained` is the option that names the training context length."""
@@ -47,7 +47,8 @@ def _add_source(
     )
 
 
-def _add_wide(parser: argparse.ArgumentParser) -> None:
+def add_wide(parser: argparse.ArgumentParser) -> None:
+    """What verbs take that read runs of several contexts or token budgets."""
     parser.add_argument(
         "--flat-from",
         type=int,
@@ -63,15 +64,16 @@ def _add_wide(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    _add_wide(parser)
+    add_source(parser)
+    add_wide(parser)
     parser.add_argument("--compare", action="store_true", help="laws by their left-out errors")
     parser.add_argument("--heads", action="store_true", help="loss against query heads at fixed N")
 
 
-def _add_question(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    _add_wide(parser)
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """What the verbs take that answer a whole question."""
+    add_source(parser)
+    add_wide(parser)
     add = parser.add_argument
     add("--losses", type=finite, nargs="+", help="target losses in nats")
     add("--contexts", type=whole, nargs="+", help="inference context lengths in tokens")
@@ -102,7 +104,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_frontier(parser: argparse.ArgumentParser) -> None:
-    _add_question(parser)
+    add_question(parser)
     parser.add_argument(
         "--align",
         choices=("training",),
@@ -117,13 +119,14 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _source(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
+def source_of(args: argparse.Namespace, rest: Sequence[str]) -> "Source":
+    """The finished runs that the command line names."""
     from gqa_scaling.study.source import read_source
 
     return read_source(args.source, rest, args.root, args.without)
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """How the runs are to be estimated, as `estimate` has it."""
     names = ("refits", "flat_from", "at_tokens")
     known = {name: getattr(args, name, None) for name in names}
@@ -131,10 +134,11 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return given | {"context_length": args.context}
 
 
-def _estimates(args: argparse.Namespace, results: "Results") -> "Estimates":
+def estimates_of(args: argparse.Namespace, results: "Results") -> "Estimates":
+    """The laws that these runs allow, by default with a curve for each configuration."""
     from gqa_scaling.study.estimates import estimate
 
-    return estimate(results, law=args.law or "separate", **_options(args))
+    return estimate(results, law=args.law or "separate", **options_of(args))
 
 
 def _which(args: argparse.Namespace) -> "Which | list[tuple[int, int]] | None":
@@ -154,14 +158,14 @@ def _heads(flag: str, text: str, more: str = "") -> tuple[int, int]:
     return heads
 
 
-def _asked(args: argparse.Namespace, question: Question) -> Question:
+def asked_of(args: argparse.Namespace, question: Question) -> Question:
     """The question with what the command line changes."""
     from gqa_scaling.study.ask import asked
 
-    return asked(question, **_changes(args))
+    return asked(question, **changes_of(args))
 
 
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the question that the command line names, None for the others."""
     baseline: Any = args.baseline
     if baseline is not None and baseline != LLAMA3 and "@" not in baseline:
@@ -180,12 +184,12 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _answer(args: argparse.Namespace, source: "Source") -> "Study":
+def answer_of(args: argparse.Namespace, source: "Source") -> "Study":
     """The whole study but for equal training FLOPs."""
     from gqa_scaling.study.ask import answer
 
     serving = serving_of(args)
-    question = _asked(args, source.question)  # refused before anything is estimated
+    question = asked_of(args, source.question)  # refused before anything is estimated
     return answer(
         source,
         question,
@@ -194,11 +198,11 @@ def _answer(args: argparse.Namespace, source: "Source") -> "Study":
         which=_which(args),
         law=args.law,
         ending=[] if args.root is None else ["--root", args.root],
-        **_options(args),
+        **options_of(args),
     )
 
 
-def _aligned(
+def aligned_of(
     args: argparse.Namespace, results: "Results", question: Question, found: "Estimates"
 ) -> "EqualTraining":
     """The answers at equal training FLOPs; UserError where the runs have no token law."""
@@ -237,8 +241,8 @@ def _fit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report import estimates
     from gqa_scaling.study.report.table import shown
 
-    results = _source(args, rest).results
-    found = _estimates(args, results)
+    results = source_of(args, rest).results
+    found = estimates_of(args, results)
     scores = compare(results, context_length=args.context) if args.compare else ()
     heads = head_laws(found.fit) if args.heads else ()
     if args.json:
@@ -267,7 +271,7 @@ def _frontier(args: argparse.Namespace, rest: Sequence[str]) -> int:
         f"--{unused[0].replace('_', '-') if unused else ''} belongs to --align training; add that",
     )
     serving_of(args)  # what cannot be is said before anything is read
-    study = _answer(args, _source(args, rest))
+    study = answer_of(args, source_of(args, rest))
     answer, sparse = study.frontier, study.sparsity
     hangs = study.sensitivity if args.sensitivity else None
     if args.json:
@@ -286,9 +290,9 @@ def _frontier_aligned(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from gqa_scaling.study.report.tradeoffs import aligned_answer
 
     serving_of(args)  # what cannot be is said before anything is estimated
-    source = _source(args, rest)
-    question = _asked(args, source.question)
-    aligned = _aligned(args, source.results, question, _estimates(args, source.results))
+    source = source_of(args, rest)
+    question = asked_of(args, source.question)
+    aligned = aligned_of(args, source.results, question, estimates_of(args, source.results))
     if args.json:
         print_json(aligned.to_dict())
     else:

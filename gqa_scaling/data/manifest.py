@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.fields import Shape, misfit
+from gqa_scaling.fields import JsonShape, misfit
 
 SCHEMA = 1
 AGAIN = "build it again with `gqa-scaling prepare EXPERIMENT --rebuild`"
@@ -21,9 +21,9 @@ Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 DTYPES = ("<u2", "<u4")
 
-_FILE: Shape = {"file": str, "bytes": int, "sha256": str}
-_SPLIT: Shape = {"tokens": int, "text_bytes": int, "shards": [_FILE], "documents_file": _FILE}
-_MANIFEST: Shape = {
+_FILE: JsonShape = {"file": str, "bytes": int, "sha256": str}
+_SPLIT: JsonShape = {"tokens": int, "text_bytes": int, "shards": [_FILE], "documents_file": _FILE}
+_MANIFEST: JsonShape = {
     "hash": str,
     "dtype": str,
     "declaration": dict,

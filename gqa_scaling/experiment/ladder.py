@@ -1,7 +1,6 @@
-"""Model sizes: the published ladder, and from a real-valued N* to a shape that can be built.
+"""Model sizes: the published ladders, and models of other shapes that have as many parameters.
 
-A ladder is a sequence of (L, d). Between its sizes the aspect ratio d/L is interpolated linearly
-in N, and L follows from the parameter count (Chen et al. 2025, section 4.1, step 3).
+A ladder is a sequence of (L, d); `study/shapes.py` goes from a real-valued N to shapes between its sizes.
 
 What can be built is bounded here, once for everything that reads, seeks or answers with a size. The
 absolute limits are far above any model ever trained. A study is bounded more tightly, by what it
@@ -9,13 +8,12 @@ has trained (`REACH`): a curve says nothing of a model a million times larger th
 on, and the costs of such a model are numbers without meaning.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gqa_scaling.config import ModelConfig, require
-from gqa_scaling.costs import n_exact, n_formula
+from gqa_scaling.costs import n_exact
 
 Ladder = Sequence[tuple[int, int]]  # (L, d) of each size
 MOST_PARAMETERS = 1e15  # without embeddings
@@ -46,67 +44,6 @@ TRAINED_SIZES = (
 INTERPOLATION_LADDER = ((36, 2048), (48, 2560), (54, 3072), (64, 4096), (72, 6144), (80, 8192))
 PUBLISHED_LADDER = tuple((s.n_layers, s.d_model) for s in TRAINED_SIZES) + INTERPOLATION_LADDER
 FIGURE_2_LADDER = tuple((n, 64 * n) for n in (12, 16, 20, 24, 28, 32))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Layers and hidden size; real-valued where they solve for an N*, whole where buildable."""
-
-    n_layers: float
-    d_model: float
-
-
-def interpolate(
-    n: float, n_heads: int, n_kv_heads: int, head_dim: int = 64, ladder: Ladder = PUBLISHED_LADDER
-) -> Shape:
-    """The real-valued (L, d) on the ladder whose `n_formula` equals `n`.
-
-    The aspect ratio d/L is linear in N between the two nearest sizes, counted at these heads, and
-    constant beyond the ladder's ends.
-    """
-    require(0 < n < math.inf, f"N={n} must be greater than 0 and finite")
-    points = sorted((n_formula(L, d, n_heads, n_kv_heads, head_dim), d / L) for L, d in ladder)
-    ratio = points[0][1] if n <= points[0][0] else points[-1][1]
-    for (low, a), (high, b) in itertools.pairwise(points):
-        if low <= n <= high:
-            ratio = a if high == low else a + (b - a) * (n - low) / (high - low)
-            break
-    heads = 2 * ratio * head_dim * (n_heads + n_kv_heads)  # N = 8 r^2 L^3 + heads L^2
-    low, high = 0.0, (n / (8 * ratio**2)) ** (1 / 3)
-    for _ in range(200):
-        middle = (low + high) / 2
-        if 8 * ratio**2 * middle**3 + heads * middle**2 < n:
-            low = middle
-        else:
-            high = middle
-    return Shape(high, ratio * high)
-
-
-def nearest_buildable(
-    n: float,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int = 64,
-    ladder: Ladder = PUBLISHED_LADDER,
-    multiple: int = 64,
-) -> Shape:
-    """The whole (L, d), d a multiple of `multiple`, whose N is nearest to `n`.
-
-    Nearest in N and in aspect ratio together, the ratio counting a quarter, both on a log scale.
-    """
-    ideal = interpolate(n, n_heads, n_kv_heads, head_dim, ladder)
-    middle = round(ideal.n_layers)
-    spread = min(max(1, round(0.15 * ideal.n_layers)), 16)
-    width = round(ideal.d_model / multiple)
-
-    def distance(shape: Shape) -> float:
-        built = n_formula(shape.n_layers, shape.d_model, n_heads, n_kv_heads, head_dim)
-        aspect = (shape.d_model / shape.n_layers) / (ideal.d_model / ideal.n_layers)
-        return abs(math.log(built / n)) + abs(math.log(aspect)) / 4
-
-    layers = range(max(1, middle - spread), middle + spread + 1)
-    widths = sorted({max(1, width + k) * multiple for k in range(-2, 3)})
-    return min((Shape(L, d) for L in layers for d in widths), key=distance)
 
 
 def at_size(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gqa_scaling.config import RunConfig, require
-from gqa_scaling.files.runs import run_directory, runs_root
+from gqa_scaling.files.runs import evaluation_in, run_directory, runs_root
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def learning_rate_choices(
             "different models: let a sweep train one model of each size",
         )
         whole = run_directory(root, experiment, run).result()
-        value = whole and whole["result"]["evaluations"].get(run.evaluation_digest)
+        value = evaluation_in(whole, run.evaluation_digest)
         if value:
             tried.setdefault(size, {}).setdefault(rate, []).append(value["loss"])
         else:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.fields import Shape
+from gqa_scaling.fields import JsonShape
 from gqa_scaling.files.runs import directory_of, read_json
 from gqa_scaling.files.storage import make_folder, write_json
 
 FOLDER = "forecasts"
 SCHEMA = 1
-_RUN: Shape = {
+_RUN: JsonShape = {
     "name": str,
     "digest": str,
     "evaluation_digest": str,
@@ -38,7 +38,7 @@ _RUN: Shape = {
     "low_nats": float,
     "high_nats": float,
 }
-_FORECAST: Shape = {
+_FORECAST: JsonShape = {
     "schema": int,
     "sealed": float,
     "level": float,

@@ -37,7 +37,7 @@ from gqa_scaling.config import (
     differing_fields,
     require,
 )
-from gqa_scaling.fields import Shape, misfit
+from gqa_scaling.fields import JsonShape, misfit
 from gqa_scaling.files.claims import claim, claim_state
 from gqa_scaling.files.storage import (
     as_path,
@@ -54,15 +54,15 @@ from gqa_scaling.files.storage import (
 State = Literal["done", "running", "stale", "failed", "pending", "damaged"]
 
 # What must be in the files, as far as anything reads it.
-_ATTEMPT: Shape = {"began": float, "first_step": int, "layout": {"device": str}}
-_LINE: Shape = {"step": int}  # further fields whose names hold a / are numbers
-_FURTHER: Shape = {
+_ATTEMPT: JsonShape = {"began": float, "first_step": int, "layout": {"device": str}}
+_LINE: JsonShape = {"step": int}  # further fields whose names hold a / are numbers
+_FURTHER: JsonShape = {
     "loss_of_first_reading?": float,
     "loss_of_second_reading?": float,
     "loss_by_context?": {"*": float},
     "needles?": {"form": str, "trials": int, "depths": [float], "accuracy": {"*": [float]}},
 }
-RESULT: Shape = {
+RESULT: JsonShape = {
     "result": {
         "evaluations": {
             "*": {"loss": float, "hash?": str, "loss_by_position?": [float], **_FURTHER}
@@ -76,11 +76,11 @@ RESULT: Shape = {
     "timing?": ({"training_seconds?": (float,), "finished?": float},),
     "attempts?": ([{"layout?": {"device?": str}}],),
 }
-_CONFIG: Shape = {"schema": int, "config": dict, "data": dict}
-_FAILURE: Shape = {"kind": str, "traceback": str, "time": float}
+_CONFIG: JsonShape = {"schema": int, "config": dict, "data": dict}
+_FAILURE: JsonShape = {"kind": str, "traceback": str, "time": float}
 
 
-def parse_json(text: bytes, shape: Shape) -> tuple[Any, str]:
+def parse_json(text: bytes, shape: JsonShape) -> tuple[Any, str]:
     """The JSON value, and what is wrong with it in words."""
     try:
         value = json.loads(text.decode())
@@ -109,14 +109,21 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def read_json(path: Path, shape: Shape = dict, remedy: str = "remove it and run again") -> Any:
+def read_json(path: Path, shape: JsonShape = dict, remedy: str = "remove it and run again") -> Any:
     """The JSON in a file; UserError names a damaged one, what is wrong, and the remedy."""
     value, wrong = parse_json(_read(path), shape)
     require(not wrong, f"{path} is damaged ({wrong}); {remedy}")
     return value
 
 
-def _json_lines(path: Path, shape: Shape) -> list[dict[str, Any]]:
+def require_schema(path: Path, said: dict[str, Any], schema: int) -> None:
+    """Refuse what another version has written into a file."""
+    require(
+        said["schema"] == schema, f"{path} has schema {said['schema']}, this version reads {schema}"
+    )
+
+
+def _json_lines(path: Path, shape: JsonShape) -> list[dict[str, Any]]:
     """The lines of a JSONL file but for a last one cut short; any other damage is named."""
     if not path.exists():
         return []
@@ -177,11 +184,7 @@ class RunDirectory:
 
     def _stored(self) -> dict[str, Any]:
         stored = read_json(self.config_file, _CONFIG, "remove it, and the run writes it anew")
-        require(
-            stored["schema"] == SCHEMA_VERSION,
-            f"{self.config_file} has schema {stored['schema']}, this version reads "
-            f"{SCHEMA_VERSION}",
-        )
+        require_schema(self.config_file, stored, SCHEMA_VERSION)
         return stored
 
     def config(self) -> RunConfig:
@@ -333,6 +336,11 @@ class RunDirectory:
             if folder.is_dir() and folder.name not in map(str, kept_steps):
                 remove_folder(folder)
         self.failure_file.unlink(missing_ok=True)
+
+
+def evaluation_in(whole: dict[str, Any] | None, evaluation: str) -> dict[str, Any] | None:
+    """What a result.json tells of the evaluation of this digest; None where there is none of it."""
+    return whole["result"]["evaluations"].get(evaluation) if whole else None
 
 
 def runs_root(named: str | None = None) -> Path:

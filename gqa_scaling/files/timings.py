@@ -5,48 +5,19 @@ Nothing of this needs jax: what is fitted to the timings reads them by `read_tim
 
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from gqa_scaling.config import ModelConfig, UserError, require
-from gqa_scaling.fields import Shape
-from gqa_scaling.files.runs import read_json
+from gqa_scaling.fields import JsonShape, shape_of, value_of
+from gqa_scaling.files.runs import read_json, require_schema
 from gqa_scaling.files.storage import make_folder, write_json
 
 SCHEMA = 1
 Phase = Literal["prefill", "decode"]
 CacheName = Literal["float32", "bfloat16", "int8"]
-_MACHINE: Shape = {
-    "device": str,
-    "devices": int,
-    "bandwidth": float,
-    "flops": {"*": float},
-    "memory_bytes": int,
-}
-_ROW: Shape = {
-    "model": dict,
-    "phase": str,
-    "context": int,
-    "batch": int,
-    "cache": str,
-    "seconds": float,
-    "spread": float,
-    "rounds": int,
-    "bytes": int,
-    "flops": float,
-    "memory_bytes": int,
-    "skipped": (str,),
-    "bandwidth?": float,
-    "peak?": float,
-}
-_FILE: Shape = {
-    "schema": int,
-    "source": str,
-    "machine": _MACHINE,
-    "versions": {"*": str},
-    "rows": [_ROW],
-}
+_LATER = ("bandwidth", "peak")  # of a row: files of older versions have neither
 
 
 @dataclass(frozen=True)
@@ -177,25 +148,20 @@ def read_timings(path: Path) -> Timings:
     """The timings in a file. Raises `UserError` where there is none, or one that is no such file."""
     remedy = "move it away and time again with `gqa-scaling bench-inference`"
     try:
-        said = read_json(path, _FILE, remedy)
+        said = read_json(path, _file(), remedy)
     except FileNotFoundError:
         raise UserError(
             f"there is no {path}: measure this machine with `gqa-scaling bench-inference --output {path}`"
         ) from None
-    require(
-        said["schema"] == SCHEMA, f"{path} has schema {said['schema']}, this version reads {SCHEMA}"
-    )
+    require_schema(path, said, SCHEMA)
     try:
-        rows = tuple(
-            Timing(**_known(Timing, row) | {"model": ModelConfig.from_dict(row["model"])})
-            for row in said["rows"]
-        )
-        machine = Machine(**_known(Machine, said["machine"]))
-        return Timings(machine, rows, said["versions"], said["source"])
+        found: Timings = value_of(Timings, said)
+        return found
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
-def _known(kind: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a JSON table a class has a field for: a newer version may say more."""
-    return {each.name: said[each.name] for each in fields(kind) if each.name in said}
+def _file() -> JsonShape:
+    """What JSON of timings must be."""
+    row = {name + "?" * (name in _LATER): each for name, each in shape_of(Timing).items()}
+    return {"schema": int} | shape_of(Timings) | {"rows": [row]}

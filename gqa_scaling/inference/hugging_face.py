@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gqa_scaling.config import ModelConfig, RopeScaling, UserError, require
-from gqa_scaling.fields import Shape, misfit
+from gqa_scaling.fields import JsonShape, misfit
 
 Architecture = Literal["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"]
 MODEL_TYPES: dict[Architecture, str] = {
@@ -141,7 +141,7 @@ def config_of(
 
 # ---------------------------------------------------------------------------- config.json, read
 
-_NEEDED: Shape = {
+_NEEDED: JsonShape = {
     "vocab_size": int,
     "hidden_size": int,
     "intermediate_size": int,
@@ -155,7 +155,7 @@ _NEEDED: Shape = {
     "rope_parameters?": (dict,),
     "rope_scaling?": (dict,),
 }
-_ROPE: Shape = {
+_ROPE: JsonShape = {
     "factor": float,
     "low_freq_factor": float,
     "high_freq_factor": float,

@@ -10,12 +10,12 @@ from gqa_scaling.baselines import LLAMA3, WholeModel, named
 from gqa_scaling.config import Question, require
 from gqa_scaling.costs import n_formula
 from gqa_scaling.study.clock import WHOLE
+from gqa_scaling.study.curves import Curves
 from gqa_scaling.study.fitted import Fit
-from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.results import Heads, pair, pattern_of
 from gqa_scaling.study.serving import Costs, Deployment
 from gqa_scaling.study.shapes import Family, shapes
-from gqa_scaling.study.strays import Scale
+from gqa_scaling.study.strays import StrayedLaw
 
 Baseline = Heads | WholeModel | str  # a text is the published family, LLAMA3
 _LLAMA3_KV = 8  # KV heads, fewer where a small model has fewer query heads
@@ -81,13 +81,13 @@ def reference(
     baseline: Baseline,
     fit: Fit,
     curves: Curves,
-    scale: Scale | None,
+    law: StrayedLaw | None,
     deployment: Deployment,
     targets: np.ndarray,
 ) -> Reference:
     """The baseline at the target losses (rows,), in nats, of the curves' rows.
 
-    A whole model is itself whatever the target. Raises UserError for the family without a `scale`.
+    A whole model is itself whatever the target. Raises UserError for the family without a `law`.
     """
     if isinstance(baseline, WholeModel):
         size, loss = whole_model(baseline, fit, curves, deployment.family)
@@ -95,7 +95,7 @@ def reference(
         costs = deployment.costs_of_model(n, baseline.heads, shape)
         return Reference(n, loss, deployment.drawn(costs, WHOLE))
     if isinstance(baseline, str):
-        return _llama3(fit, scale, deployment, targets)
+        return _llama3(fit, law, deployment, targets)
     k = fit.index(baseline)
     n = deployment.family.within(curves.n_star(targets)[:, k], baseline)
     costs = deployment.drawn(deployment.costs(n, baseline), pair(baseline))
@@ -111,13 +111,13 @@ def whole_model(
 
 
 def _llama3(
-    fit: Fit, scale: Scale | None, deployment: Deployment, targets: np.ndarray
+    fit: Fit, law: StrayedLaw | None, deployment: Deployment, targets: np.ndarray
 ) -> Reference:
     """The family's sizes that reach the targets, between the sizes of the study's own ladder.
 
     Chen et al. 2025, section 5: n_h = d / d_h, real-valued between sizes, and 8 KV heads.
     """
-    if scale is None:
+    if law is None:
         require(
             False,
             f"{fit.source}: baseline {LLAMA3} has other heads at each size and needs a joint law: more "
@@ -128,7 +128,7 @@ def _llama3(
     x, layers, width = llama3_sizes(family)
     n_heads = width / family.head_dim
     heads = np.stack([n_heads, np.minimum(n_heads, _LLAMA3_KV)], 1)
-    losses = scale.losses(heads, np.exp(x), LLAMA3)
+    losses = law.losses(heads, np.exp(x), LLAMA3)
     found = np.array([_crossing(x, row, t) for row, t in zip(losses, targets, strict=True)])
     at = np.where(np.isfinite(found), found, x[0])
     layers, width = (np.interp(at, x, v) for v in (layers, width))

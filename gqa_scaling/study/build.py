@@ -1,8 +1,6 @@
 """From a real-valued N* to a model that can be built, and what one run of it is expected to reach."""
 
-import math
 from dataclasses import dataclass
-from functools import reduce
 from statistics import NormalDist
 
 import numpy as np
@@ -10,11 +8,11 @@ import numpy as np
 from gqa_scaling import context_sharding
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, parameters
-from gqa_scaling.experiment.ladder import nearest_buildable
 from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads, Results, heads_of
 from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.shapes import nearest_buildable, width_step
 from gqa_scaling.study.uncertainty import interval
 
 _ARCHITECTURE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
@@ -65,10 +63,8 @@ def build(fit: Fit, deployment: Deployment, heads: Heads, n: float) -> Model:
     Raises UserError where the pattern of the heads does not fit the layers of that model.
     """
     family, serving, context = deployment.family, deployment.serving, deployment.context
-    multiple = max(8, min(64, reduce(math.gcd, (d for _, d in family.ladder))))
-    wanted = float(family.to_formula(n, heads))
-    shape = nearest_buildable(wanted, heads[0], heads[1], family.head_dim, family.ladder, multiple)
-    layers, width = int(shape.n_layers), int(shape.d_model)
+    wanted, step = float(family.to_formula(n, heads)), width_step(family.ladder)
+    layers, width = nearest_buildable(wanted, heads, family.head_dim, family.ladder, step)
     config = family.model(layers, width, heads)
     exact, total = n_exact(config), parameters(config).total
     formula = family.formula(layers, width, heads)

@@ -4,16 +4,14 @@
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from gqa_scaling.config import UserError, require
-from gqa_scaling.fields import Shape
-from gqa_scaling.files.runs import read_json
+from gqa_scaling.fields import JsonShape, shape_of, value_of
+from gqa_scaling.files.runs import read_json, require_schema
 from gqa_scaling.files.storage import make_folder, write_json
 from gqa_scaling.files.timings import Machine, Phase
 from gqa_scaling.study.fitted import plain
@@ -156,56 +154,24 @@ def read_calibration(path: Path) -> Calibration:
         raise UserError(
             f"there is no {path}: make it of timings with `gqa-scaling calibrate`"
         ) from None
-    require(
-        said["schema"] == SCHEMA, f"{path} has schema {said['schema']}, this version reads {SCHEMA}"
-    )
+    require_schema(path, said, SCHEMA)
     try:
         return _read(said)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
 
 
-def _file() -> Shape:
+def _file() -> JsonShape:
     """What JSON of a calibration must be."""
-    shape = {"schema": int, "kind": str} | _shape(Calibration)
-    shape["judged"] = [_shape(Judged) | dict.fromkeys(_UNTOLD, (float,))]
+    shape = {"schema": int, "kind": str} | shape_of(Calibration)
+    shape["judged"] = [shape_of(Judged) | dict.fromkeys(_UNTOLD, (float,))]
     shape["ranges"] = {key: [float] for key in ("context", "batch", "n", "head_dim")}
     return shape
 
 
-def _shape(hint: Any) -> Shape:
-    """What JSON of a value of this type must be."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return {name: _shape(each) for name, each in get_type_hints(hint).items()}
-    if kind is Mapping:
-        return {"*": _shape(inner[1])}
-    if kind is tuple:
-        return [_shape(inner[0])]
-    if kind is UnionType:
-        return (_shape(inner[0]),)
-    return str if kind is Literal else hint
-
-
-def _value(hint: Any, said: Any) -> Any:
-    """The value of this type that JSON of its shape says."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if said is None:
-        return math.nan if hint is float else None
-    if is_dataclass(hint):
-        build: Any = hint
-        hints = get_type_hints(hint).items()
-        return build(**{name: _value(each, said[name]) for name, each in hints})
-    if kind is Mapping:
-        return {name: _value(inner[1], each) for name, each in said.items()}
-    if kind is tuple:
-        return tuple(_value(inner[0], each) for each in said)
-    return _value(inner[0], said) if kind is UnionType else said
-
-
 def _read(said: Mapping[str, Any]) -> Calibration:
     """The value of a file of the right form."""
-    found: Calibration = _value(Calibration, said)
+    found: Calibration = value_of(Calibration, said)
     laws = [law for law in (found.decode, found.prefill) if law]
     require(laws[0].phase == "decode", "decode is no law of decoding")
     require(bool(found.z), "z has no cache that was timed")

@@ -18,15 +18,15 @@ from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.study.choices import Law
 from gqa_scaling.study.compare import preferred_law
 from gqa_scaling.study.context import spans_contexts
+from gqa_scaling.study.curves import Curves
 from gqa_scaling.study.estimates import Estimates, estimate
 from gqa_scaling.study.fit import known_of, make_model
 from gqa_scaling.study.fitted import Fit, flagged
-from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.models import LAWS
 from gqa_scaling.study.points import MIN_SIZES, Interval, Points
 from gqa_scaling.study.results import Heads, Results, pairs, pattern_of
 from gqa_scaling.study.solver import solve_point
-from gqa_scaling.study.strays import Scale, scale_of
+from gqa_scaling.study.strays import StrayedLaw, strayed_law
 from gqa_scaling.study.tokens import spans_budgets
 
 Which = Literal["all", "measured"]
@@ -87,14 +87,14 @@ class Candidates:
     """The configurations to rank, with curves on one scale.
 
     `estimates` are of the runs, of trained configurations alone. `fit` has the curves of all of
-    `heads` and whatever else was asked for; `scale` makes more, None where nothing but trained ones
+    `heads` and whatever else was asked for; `strayed` makes more, None where nothing but trained ones
     can be ranked. `note` says in a line why that is, "" where nothing was left out.
     """
 
     estimates: Estimates
     fit: Fit
     heads: tuple[Heads, ...]
-    scale: Scale | None = None
+    strayed: StrayedLaw | None = None
     others: tuple[OtherLaw, ...] = ()
     note: str = ""
 
@@ -172,11 +172,12 @@ def _on_one_scale(
         fit.converged and fit.rank == fit.n_parameters,
         f"these runs do not determine law {fit.law!r}: vary query heads and KV heads apart",
     )
-    scale = scale_of(fit, head_dim)
-    scale = dataclasses.replace(scale, fit=flagged(scale.fit, known_of(results)))
-    whole, found = scale.fit_of((*heads, *also)), dataclasses.replace(found, fit=scale.fit_of(()))
+    strayed = strayed_law(fit, head_dim)
+    strayed = dataclasses.replace(strayed, fit=flagged(strayed.fit, known_of(results)))
+    whole = strayed.fit_of((*heads, *also))
+    found = dataclasses.replace(found, fit=strayed.fit_of(()))
     others = tuple(_other_laws(found.fit.points, whole, head_dim))
-    return Candidates(found, whole, heads, scale, others)
+    return Candidates(found, whole, heads, strayed, others)
 
 
 def _other_laws(trained: Points, whole: Fit, head_dim: int) -> Iterator[OtherLaw]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gqa_scaling.config import RunConfig
 from gqa_scaling.experiment.follow_ups import find_follow_ups, follow_up
 from gqa_scaling.experiment.overrides import overrides_to
-from gqa_scaling.files.runs import run_directory
+from gqa_scaling.files.runs import evaluation_in, run_directory
 from gqa_scaling.study.build import Check, Model, check_runs
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit
@@ -41,8 +41,7 @@ def with_training(
     checks: list[Check] = []
     for run in find_follow_ups(root, name, runs):
         whole = run_directory(root, name, run).result()
-        judged = whole["result"]["evaluations"] if whole else ()
-        if tokens in (None, run.tokens) and run.evaluation_digest in judged:
+        if tokens in (None, run.tokens) and evaluation_in(whole, run.evaluation_digest):
             one = from_runs(root, name, [run])
             if all(getattr(one, k)[0] == getattr(results, k)[0] for k in ("evaluation", "corpus")):
                 checks += check_runs(fit, one)

@@ -12,8 +12,8 @@ import numpy as np
 
 from gqa_scaling.study.baseline import Reference
 from gqa_scaling.study.candidates import sizes_of
+from gqa_scaling.study.curves import Curves
 from gqa_scaling.study.fitted import Fit
-from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import known_interval
 from gqa_scaling.study.results import Heads, pair

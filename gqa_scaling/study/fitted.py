@@ -9,9 +9,8 @@ import numpy as np
 
 from gqa_scaling.config import require
 from gqa_scaling.context_sharding import ContextSharding
-from gqa_scaling.study import laws
 from gqa_scaling.study.choices import Law
-from gqa_scaling.study.laws import Curves
+from gqa_scaling.study.curves import Curves, scale_of
 from gqa_scaling.study.misfit import ROUNDED, SUSPICIOUS, Misfit
 from gqa_scaling.study.models import MIN_SPREAD, formula
 from gqa_scaling.study.noise import Noise
@@ -101,7 +100,7 @@ class Fit:
     @property
     def scale(self) -> np.ndarray:
         """a of (a/N)^b in parameters, for each configuration."""
-        return laws.scale(self.curves.u, self.curves.b, self.curves.centre)
+        return scale_of(self.curves.u, self.curves.b, self.curves.centre)
 
     @property
     def constants(self) -> dict[str, tuple[float, Interval]]:
@@ -147,7 +146,7 @@ class Fit:
     def to_dict(self) -> dict[str, Any]:
         a, (a_low, a_high) = (
             self.scale,
-            interval(laws.scale(self.draws.u, self.draws.b, self.draws.centre)),
+            interval(scale_of(self.draws.u, self.draws.b, self.draws.centre)),
         )
         b_low, b_high = interval(self.draws.b)
         p = self.points

@@ -41,10 +41,10 @@ from gqa_scaling.study.candidates import (
 from gqa_scaling.study.caveats import beyond_training, caveats, doubt
 from gqa_scaling.study.choices import Law, Objective
 from gqa_scaling.study.clock import Timed, untimed
+from gqa_scaling.study.curves import Curves
 from gqa_scaling.study.equal_cost import NOT_SOUGHT, EqualCost, equal_costs
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.fitted import Fit, plain
-from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.ranking import Ranked, rank
 from gqa_scaling.study.results import Heads, Results, pairs, pattern_of
@@ -295,7 +295,7 @@ def frontier(
         targets = np.full(len(curves.floor), loss) if own is None or q.losses else own
         for context in q.contexts:
             deployment = Deployment(family, q, context, objective, s)
-            base = reference(baseline, fit, curves, among.scale, deployment, targets)
+            base = reference(baseline, fit, curves, among.strayed, deployment, targets)
             answers.append(_answer(among, curves, deployment, targets, base, gains))
     train_context = fit.trained_at(results)
     flags = [

@@ -13,7 +13,7 @@ import numpy as np
 from gqa_scaling.config import require
 from gqa_scaling.costs import n_formula
 from gqa_scaling.study.choices import Law
-from gqa_scaling.study.laws import Backbone, Curves, backbone_of
+from gqa_scaling.study.curves import Backbone, Curves, backbone_of
 from gqa_scaling.study.points import Points
 
 LAWS: tuple[Law, ...] = get_args(Law)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -18,10 +18,15 @@ from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.costs import training_flops, training_flops_formula, training_tokens
 from gqa_scaling.experiment.follow_ups import follow_up
 from gqa_scaling.experiment.grid import head_candidates
-from gqa_scaling.experiment.ladder import nearest_buildable
 from gqa_scaling.study.points import MIN_SIZES
 from gqa_scaling.study.results import Heads, Results, heads_of, pair, pattern_of
-from gqa_scaling.study.shapes import Family, family_of, training_keys
+from gqa_scaling.study.shapes import (
+    Family,
+    family_of,
+    nearest_buildable,
+    training_keys,
+    width_step,
+)
 
 Kind = Literal["grid", "size", "seed", "heads", "context", "fit"]
 LARGER = 2.0  # the next size of a configuration, times the N of its largest one
@@ -190,10 +195,8 @@ class Proposals:
     def larger(self, heads: Heads, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """The (layers, width) of the next size beyond the largest of these."""
         layers, width = max(sizes, key=lambda s: s[0] * s[1] ** 2)
-        multiple = max(8, min(64, reduce(math.gcd, (d for _, d in self.sizes))))
         n = LARGER * float(self.family.formula(layers, width, heads))
-        shape = nearest_buildable(n, heads[0], heads[1], self.family.head_dim, sizes, multiple)
-        return int(shape.n_layers), int(shape.d_model)
+        return nearest_buildable(n, heads, self.family.head_dim, sizes, width_step(self.sizes))
 
 
 def _declared(run: RunConfig) -> Proposed:

@@ -28,7 +28,7 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.experiment.ladder import MOST_PARAMETERS
-from gqa_scaling.files.runs import RunDirectory, run_directories
+from gqa_scaling.files.runs import RunDirectory, evaluation_in, run_directories
 from gqa_scaling.files.storage import as_path, is_remote, together
 from gqa_scaling.study.counting import count_of, formula, require_counts
 from gqa_scaling.study.judged import judged_of
@@ -111,8 +111,7 @@ def from_results(
     finished, rows, missing, above = [], [], [], []
     for file, run, whole in found:
         where = f"{file}: run {run.name}"
-        evaluations = _value(_value(whole, "result", where), "evaluations", where) if whole else {}
-        judged = evaluations.get(run.evaluation_digest)
+        judged = evaluation_in(whole, run.evaluation_digest)
         if not whole or not judged:
             missing.append(run.name)
             continue

@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from gqa_scaling.config import Question, RunConfig, UserError, require
-from gqa_scaling.fields import Shape
+from gqa_scaling.fields import JsonShape
 from gqa_scaling.files.forecasts import FOLDER, Sealed, read_forecasts, unsealed
-from gqa_scaling.files.runs import RESULT, RunDirectory, parse_json, run_directories
+from gqa_scaling.files.runs import (
+    RESULT,
+    RunDirectory,
+    parse_json,
+    require_schema,
+    run_directories,
+)
 from gqa_scaling.files.storage import as_path, make_folder, together, write_json
 from gqa_scaling.study.results import Results
 from gqa_scaling.study.training_curves import (
@@ -31,8 +37,8 @@ from gqa_scaling.study.training_curves import (
 )
 
 SCHEMA = 1
-_STUDY: Shape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
-_RUN: Shape = RESULT | CURVE_SHAPES
+_STUDY: JsonShape = {"schema": int, "experiment": str, "question": dict, "forecasts": {"*": dict}}
+_RUN: JsonShape = RESULT | CURVE_SHAPES
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,7 @@ def read_records(path: Path) -> Records:
     first, *lines = path.read_bytes().splitlines() or [b""]
     study, wrong = parse_json(first, _STUDY)
     _require_whole(path, 1, wrong)
-    require(
-        study["schema"] == SCHEMA,
-        f"{path} has schema {study['schema']}, this version reads {SCHEMA}",
-    )
+    require_schema(path, study, SCHEMA)
     name = study["experiment"]
     plain = name not in ("", ".", "..") and not set(name) & set("/\\")
     _require_whole(path, 1, "" if plain else f"experiment={name!r} does not name a folder")

@@ -15,7 +15,7 @@ import numpy as np
 
 from gqa_scaling.config import UserError
 from gqa_scaling.files.forecasts import Sealed, read_forecasts
-from gqa_scaling.files.runs import directory_of
+from gqa_scaling.files.runs import directory_of, evaluation_in
 from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.records import Records
@@ -203,13 +203,10 @@ def _observed(found: _Outcome, said: dict[str, Any], evaluation: str) -> tuple[S
     began = _began(found)
     if began is not None and not said["sealed"] < began:
         return "begun", None
-    if found.whole is None:
+    judged = evaluation_in(found.whole, evaluation)
+    if found.whole is None or judged is None:
         return "waiting", None
-    result = found.whole["result"]
-    judged = result["evaluations"].get(evaluation)
-    if judged is None:
-        return "waiting", None
-    data = result.get("data", {})
+    data = found.whole["result"].get("data", {})
     if judged.get("hash", "") != said["evaluation_hash"]:
         return "other evaluation", None
     if (data.get("corpus_hash") or data.get("store_hash", "")) != said["corpus_hash"]:

@@ -1,11 +1,11 @@
 """What a number of parameters N means in models: layers, width, and the keys that heads read.
 
-All functions take arrays, for the draws of a bootstrap need shapes by the thousands.
+Most functions take arrays, for the draws of a bootstrap need shapes by the thousands.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,19 @@ import numpy as np
 from gqa_scaling.config import MOST_LAYERS, ModelConfig, require
 from gqa_scaling.context_sharding import ContextSharding, keys_by_depth
 from gqa_scaling.costs import Number, n_formula
-from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS, REACH, Ladder
 from gqa_scaling.fields import round_up
 from gqa_scaling.study.results import Count, Heads, Results, pattern_of
 
 DEFAULT_VOCABULARY = 50304  # tokens, where the data does not say: that of the published runs
 
 
-def shapes(
-    n: np.ndarray, heads: Heads, head_dim: int, ladder: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """`ladder.interpolate` for an array of N at once: real-valued (L, d), inf where N is."""
+def shapes(n: np.ndarray, heads: Heads, head_dim: int, ladder: Ladder) -> tuple[Any, Any]:
+    """The real-valued (L, d) on the ladder whose `n_formula` equals each of `n`; inf where that is inf.
+
+    The aspect ratio d/L is linear in N between the two nearest sizes, counted at these heads, and
+    constant beyond the ladder's ends; L follows from N (Chen et al. 2025, section 4.1, step 3).
+    """
     sizes = np.array(
         sorted((n_formula(L, d, heads[0], heads[1], head_dim), d / L) for L, d in ladder)
     )
@@ -41,6 +43,33 @@ def shapes(
             break
     layers = np.where(np.isfinite(n), layers, np.inf)
     return layers, ratio * layers
+
+
+def nearest_buildable(
+    n: float, heads: Heads, head_dim: int, ladder: Ladder, multiple: int = 64
+) -> tuple[int, int]:
+    """The whole (L, d), d a multiple of `multiple`, whose `n_formula` is nearest to `n`.
+
+    Nearest in N and in aspect ratio together, the ratio counting a quarter, both on a log scale.
+    """
+    require(0 < n < math.inf, f"N={n} must be greater than 0 and finite")
+    ideal, wide = map(float, shapes(np.array(n), heads, head_dim, ladder))
+    middle, width = round(ideal), round(wide / multiple)
+    spread = min(max(1, round(0.15 * ideal)), 16)
+
+    def distance(size: tuple[int, int]) -> float:
+        built = n_formula(*size, heads[0], heads[1], head_dim)
+        aspect = (size[1] / size[0]) / (wide / ideal)
+        return abs(math.log(built / n)) + abs(math.log(aspect)) / 4
+
+    layers = range(max(1, middle - spread), middle + spread + 1)
+    widths = sorted({max(1, width + k) * multiple for k in range(-2, 3)})
+    return min(((L, d) for L in layers for d in widths), key=distance)
+
+
+def width_step(ladder: Ladder) -> int:
+    """What the widths of new models are multiples of: what all of the ladder's are, from 8 to 64."""
+    return max(8, min(64, math.gcd(*(d for _, d in ladder))))
 
 
 # ------------------------------------------------------------------------ the models of a study

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.costs import n_formula
+from gqa_scaling.study.curves import Curves, centred
 from gqa_scaling.study.fit import make_model
 from gqa_scaling.study.fitted import Fit
-from gqa_scaling.study.laws import Curves, centred
 from gqa_scaling.study.misfit import misfit
 from gqa_scaling.study.models import Model, SeparateCurves
 from gqa_scaling.study.noise import Noise, estimate
@@ -118,7 +118,7 @@ def estimate_strays(fit: Fit, model: Model, weight: np.ndarray) -> Strays:
 
 
 @dataclass(frozen=True)
-class Scale:
+class StrayedLaw:
     """A joint law with the strays of all configurations, refitted as often as the fit behind it.
 
     Each refit draws spreads, noise, and where within their spreads the strays lie, and fits the law
@@ -211,7 +211,7 @@ def _own_curves(p: Points, weight: np.ndarray) -> _OwnCurves | None:
     return _OwnCurves(whose, seen, model, solve_point(model, p.loss, seen))
 
 
-def scale_of(fit: Fit, head_dim: int) -> Scale:
+def strayed_law(fit: Fit, head_dim: int) -> StrayedLaw:
     """Refit a joint law together with how far each configuration strays from it.
 
     `fit.sigma` becomes the noise of one run around its own configuration's curve; where all have
@@ -254,4 +254,4 @@ def scale_of(fit: Fit, head_dim: int) -> Scale:
         shared=strays.noise,
         refits_failed=int((~done).sum()),
     )
-    return Scale(fitted, head_dim, rows[done], own[done], spreads[done[1:]])
+    return StrayedLaw(fitted, head_dim, rows[done], own[done], spreads[done[1:]])

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from gqa_scaling.config import require
-from gqa_scaling.study import laws
+from gqa_scaling.study.curves import Curves, centred
 from gqa_scaling.study.fit import brought, fit_model
 from gqa_scaling.study.fitted import Fit, flagged, plain
-from gqa_scaling.study.laws import Curves
 from gqa_scaling.study.models import SeparateCurves
 from gqa_scaling.study.points import Interval, Points, cells, labels, ranks
 from gqa_scaling.study.results import Heads, Results, flags
@@ -83,7 +82,7 @@ class Surface:
         c = self.curves
         floor, u, b = (self._like(tokens, p) for p in (c.floor, c.u[:, k], c.b[:, k]))
         with np.errstate(over="ignore"):
-            return laws.centred(n, u, b, floor, c.centre[k]) + self.data(tokens)
+            return centred(n, u, b, floor, c.centre[k]) + self.data(tokens)
 
     def _like(self, value: np.ndarray | float, parameter: np.ndarray) -> np.ndarray:
         return parameter[:, None] if np.ndim(value) == 2 else parameter

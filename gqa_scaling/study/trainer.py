@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gqa_scaling.costs import training_flops_formula
-from gqa_scaling.study import laws
+from gqa_scaling.study.curves import centred
 from gqa_scaling.study.points import Interval
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.shapes import Family, training_keys
@@ -99,7 +99,7 @@ class Trainer:
         """
         s, c, k = self.surface, self.surface.curves, self.k
         per_token = self.flops_per_token(n, layers)
-        own = laws.centred(n[None], c.u[:, [k]], c.b[:, [k]], 0.0, c.centre[k])
+        own = centred(n[None], c.u[:, [k]], c.b[:, [k]], 0.0, c.centre[k])
         excess = target[:, None] - c.floor[:, None] - own
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             log_tokens = (s.v[:, None] - np.log(excess)) / s.beta[:, None]

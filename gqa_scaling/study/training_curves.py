@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa_scaling.fields import Shape
+from gqa_scaling.fields import JsonShape
 from gqa_scaling.files.runs import RunDirectory, read_json
 
 LOSS, GAIN = "learning/loss", "evaluation/gained_by_rereading"
@@ -16,7 +16,9 @@ Curve = tuple[tuple[float, ...], tuple[float, ...]]
 """The training tokens seen at each place, and what was measured there in nats per token."""
 
 CURVES = {"training_curve": "losses", "rereading_curve": "gains"}  # beside the tokens of each
-CURVE_SHAPES: Shape = {f"{name}?": {"tokens": [float], of: [float]} for name, of in CURVES.items()}
+CURVE_SHAPES: JsonShape = {
+    f"{name}?": {"tokens": [float], of: [float]} for name, of in CURVES.items()
+}
 
 
 def training_curves(directory: RunDirectory, batch_tokens: int) -> tuple[Curve, Curve]:

@@ -10,7 +10,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError, defining_fields
 from gqa_scaling.devices.layout import AXES, attention_implementation, axis_sizes
 from gqa_scaling.fields import Json
-from gqa_scaling.files.runs import RunDirectory, State
+from gqa_scaling.files.runs import RunDirectory, State, evaluation_in
 from gqa_scaling.hardware import HARDWARE, Hardware, name_of
 from gqa_scaling.sweep import memory
 from gqa_scaling.sweep.plan import hardware_flops_per_token
@@ -128,7 +128,7 @@ def details(
         row = row or HARDWARE["cpu"]
         layout = _would_run(run, row, devices)
     result = directory.result()
-    judged = (result or {"result": {"evaluations": {}}})["result"]["evaluations"]
+    judged = evaluation_in(result, run.evaluation_digest) or {}
     timing = (result or {}).get("timing") or {}
     training_bytes = None
     if row is not None:
@@ -154,7 +154,7 @@ def details(
         finished_bytes=memory.finished_bytes(run),
         layout=layout,
         restarts=max(0, len(attempts) - 1),
-        loss=judged.get(run.evaluation_digest, {}).get("loss"),
+        loss=judged.get("loss"),
         training_seconds=timing.get("training_seconds"),
         declared=tuple(differences(directory.config(), run)) if begun else (),
         config=tuple(fields_of(run)),

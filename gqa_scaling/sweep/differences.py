@@ -7,7 +7,7 @@ from typing import Any
 from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, defining_fields
 from gqa_scaling.experiment.load import named_runs
-from gqa_scaling.files.runs import RunDirectory, run_directory, runs_in, runs_root
+from gqa_scaling.files.runs import RunDirectory, evaluation_in, run_directory, runs_in, runs_root
 from gqa_scaling.files.storage import as_path, is_remote
 from gqa_scaling.sweep.details import differences, fields_of
 
@@ -120,7 +120,8 @@ def _matched(a: Side, b: Side) -> list[tuple[Found, Found]]:
 
 def _pair(one: Found, other: Found) -> Pair:
     (a, a_directory), (b, b_directory) = one, other
-    first, second = _judged(a, a_directory), _judged(b, b_directory)
+    first = evaluation_in(a_directory.result(), a.evaluation_digest) or {}
+    second = evaluation_in(b_directory.result(), b.evaluation_digest) or {}
     return Pair(
         names=(a.name, b.name),
         digests=(a.digest, b.digest),
@@ -129,12 +130,6 @@ def _pair(one: Found, other: Found) -> Pair:
         comparable=bool(first and second) and first.get("hash") == second.get("hash"),
         differs={k: v for k, v in differences(a, b).items() if k != "name"},
     )
-
-
-def _judged(run: RunConfig, directory: RunDirectory) -> dict[str, Any]:
-    """A run's evaluation as its result has it; {} where there is none."""
-    result = directory.result()
-    return {} if result is None else result["result"]["evaluations"].get(run.evaluation_digest, {})
 
 
 def _changed(a: Side, b: Side, pairs: Sequence[Pair]) -> list[Changed]:

@@ -23,6 +23,7 @@ from gqa_scaling.files.claims import claim, waited_for
 from gqa_scaling.files.failures import failure
 from gqa_scaling.files.runs import (
     RunDirectory,
+    evaluation_in,
     parent_directory,
     run_directories,
     run_directory,
@@ -89,7 +90,7 @@ def forget_failures(experiment: Experiment, root: Path) -> None:
 
 def _is_judged(run: RunConfig, result: dict[str, Any] | None) -> bool:
     """Whether a run has a result, and in it one under its current evaluation."""
-    return result is not None and run.evaluation_digest in result["result"]["evaluations"]
+    return evaluation_in(result, run.evaluation_digest) is not None
 
 
 # ---------------------------------------------------------------------------------- the sweep

@@ -10,7 +10,7 @@ from gqa_scaling import costs
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checksums import StoredCheckpoint, examine_run
-from gqa_scaling.files.runs import RunDirectory, State, run_directories
+from gqa_scaling.files.runs import RunDirectory, State, evaluation_in, run_directories
 from gqa_scaling.files.storage import together
 
 ORDER: tuple[State, ...] = ("done", "running", "stale", "failed", "pending", "damaged")
@@ -98,7 +98,7 @@ def _status(run: RunConfig, directory: RunDirectory) -> RunStatus:
     if state == "done":
         result = directory.result()
         assert result is not None
-        evaluation = result["result"]["evaluations"].get(run.evaluation_digest)
+        evaluation = evaluation_in(result, run.evaluation_digest)
         loss = evaluation["loss"] if evaluation else None
         ended = (result.get("timing") or {}).get("finished")
     if state in ("failed", "done"):  # judging a trained model anew can fail as well

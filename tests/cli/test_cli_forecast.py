@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 
-from gqa_scaling import cli
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory, runs_root
@@ -36,18 +35,12 @@ LARGE = ["L4-d128-h4-kv4", "L4-d128-h4-kv1"]
 
 
 @pytest.fixture
-def call(workplace, capsys, monkeypatch):
+def call(workplace, said, monkeypatch):
     """main([...]) beside experiments/grid.py, its small runs finished: (code, stdout, stderr)."""
     monkeypatch.setattr("gqa_scaling.devices.processes.join", lambda alone: None)
     (workplace / "experiments/grid.py").write_text(GRID)
     finish([run for run in load_experiment(NAME).runs if run.name not in LARGE])
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(arguments)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return said
 
 
 def finish(runs) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from gqa_scaling import cli
 from gqa_scaling.config import CheckpointConfig, RunConfig
 from gqa_scaling.costs import n_exact, parameters, training_flops
 from gqa_scaling.experiment.branches import at_budgets
@@ -27,16 +26,9 @@ LAYOUT = {
 
 
 @pytest.fixture
-def call(workplace, capsys, monkeypatch):
-    """main([...]) in the empty working directory: (exit code, stdout, stderr)."""
+def call(said, monkeypatch):
     monkeypatch.setenv("GQA_SCALING_CACHE", "cache")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(arguments)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return said
 
 
 def runs(*fields: str) -> tuple[RunConfig, ...]:

@@ -11,17 +11,6 @@ from gqa_scaling.cli import completion
 from gqa_scaling.cli.start import SHELLS
 from gqa_scaling.experiment.load import load_experiment
 
-
-@pytest.fixture
-def said(workplace, capsys):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(arguments)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
-
-
 # --------------------------------------------------------------------------------------- new
 
 

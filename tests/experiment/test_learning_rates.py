@@ -1,21 +1,15 @@
 import dataclasses
 
 import pytest
+from test_follow_ups import run
 
-from gqa_scaling.config import ModelConfig, OptimizerConfig, RunConfig, UserError
+from gqa_scaling.config import OptimizerConfig, RunConfig, UserError
 from gqa_scaling.experiment.learning_rates import (
     LearningRateChoice,
     learning_rate_choices,
     with_learning_rate,
 )
 from gqa_scaling.files.runs import run_directory
-
-
-def run(name: str = "a", rate: float = 1e-3, **model) -> RunConfig:
-    shape = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4} | model
-    return RunConfig(
-        name, ModelConfig(**shape), 64, 256, tokens=2560, optimizer=OptimizerConfig(rate)
-    )
 
 
 def finish(root, config: RunConfig, loss: float) -> None:

@@ -46,8 +46,8 @@ class Engine:
 def answered(command):
     """The study of a command line, and what its page carries."""
     args, rest = cli._parse(shlex.split(command)[1:])
-    source = verbs._source(args, rest)
-    study = verbs._answer(args, source)
+    source = verbs.source_of(args, rest)
+    study = verbs.answer_of(args, source)
     return study, carried(study, report.again_of(args, rest, source.question))
 
 

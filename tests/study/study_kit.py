@@ -15,6 +15,7 @@ from scipy.optimize import approx_fprime, least_squares
 from gqa_scaling.config import Question, UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.hardware import hardware
+from gqa_scaling.study import fit as fitting
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import Estimates, estimate
@@ -51,6 +52,23 @@ PATTERNS = (
         "pattern_dense_layers": "last 1",
     },
 )
+
+
+def layers_by_hand(n: float, heads: tuple[int, int]) -> float:
+    """The layers of a model of N parameters where d = 64 L and heads are 64 wide."""
+    roots = np.roots([8 * 64**2, 2 * 64 * 64 * sum(heads), 0, -n])
+    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Have this share of the refits not converge."""
+    refit = fitting.refit
+
+    def some(model: Model, y: np.ndarray, *rest: Any) -> tuple[np.ndarray, ...]:
+        rows, cost, _ = refit(model, y, *rest)
+        return rows, cost, np.arange(len(y)) >= share * len(y)
+
+    monkeypatch.setattr(fitting, "refit", some)
 
 
 def small_study(seed: int) -> tuple[str, Question, dict, dict]:

@@ -13,8 +13,6 @@ from gqa_scaling.experiment.grid import head_candidates
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files.runs import run_directory
 from gqa_scaling.study.candidates import candidates
-from gqa_scaling.study.estimates import Estimates
-from gqa_scaling.study.fit import fit
 from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.histories import Histories, Unfinished, histories
 from gqa_scaling.study.reading import from_text, published
@@ -32,14 +30,6 @@ from gqa_scaling.study.training_curves import MOST_PLACES, training_curves
 def light(monkeypatch):
     """Pages without the comparison of laws, which takes the time."""
     monkeypatch.setattr(page, "_compared", lambda *_: [])
-
-
-@pytest.fixture(scope="module")
-def study():
-    r = published()
-    found = fit(r, refits=100)
-    asked = Question(contexts=(8192,), losses=(2.8,))
-    return Study(r, Estimates(found), frontier(found, r, asked))
 
 
 def test_a_page_of_168_runs_and_as_many_training_curves_is_under_3_mb():

@@ -152,14 +152,14 @@ def test_a_trained_configuration_keeps_what_its_runs_say(tmp_path):
             )  # as sure as its noise of 0.001 makes it
     unseen, seen = (np.std(among.fit.draws.u[:, among.fit.index(h)]) for h in ((4, 2), (4, 1)))
     assert unseen > 1.5 * seen
-    spread = among.scale.spreads.mean(0)[0]
+    spread = among.strayed.spreads.mean(0)[0]
     away = (
         among.fit.draws.u[:, among.fit.index((4, 2))]
-        - among.scale.model([(4, 2)]).curves(among.scale.rows[1:]).u[:, -1]
+        - among.strayed.model([(4, 2)]).curves(among.strayed.rows[1:]).u[:, -1]
     )
     assert 0.6 * spread < np.std(away) < 2 * spread  # as far from the law as trained ones are
     assert 0.01 < spread < 0.08
-    calm = candidates(study(tmp_path / "b.csv", noise=0.001), refits=200).scale.spreads.mean(0)[0]
+    calm = candidates(study(tmp_path / "b.csv", noise=0.001), refits=200).strayed.spreads.mean(0)[0]
     assert calm < 0.5 * spread
 
 
@@ -179,7 +179,7 @@ def test_with_sizes_enough_trained_configurations_have_curves_of_their_own(tmp_p
 
 
 def test_an_unseen_configuration_is_the_same_whoever_asks(all_21):
-    one = all_21.scale.fit_of([(16, 4)])
+    one = all_21.strayed.fit_of([(16, 4)])
     k, m = one.index((16, 4)), all_21.fit.index((16, 4))
     assert np.array_equal(one.draws.loss(k, 1e9), all_21.fit.draws.loss(m, 1e9))
 
@@ -202,7 +202,7 @@ def test_a_configuration_with_one_size_is_taken_by_a_joint_law(tmp_path):
 def test_few_configurations_are_ranked_alone_and_it_is_said_in_one_line(tmp_path):
     r = study(tmp_path / "a.csv", heads=SEVEN[3:])
     among = candidates(r, refits=200)
-    assert (among.heads, among.fit.law, among.scale) == (SEVEN[3:], "separate", None)
+    assert (among.heads, among.fit.law, among.strayed) == (SEVEN[3:], "separate", None)
     found = frontier(among.fit, r, Question(contexts=(8192,)), among=among, gains=False)
     line = "only the 4 trained configurations are ranked: a joint law needs 5 dense configurations"
     assert any(line in flag for flag in found.flags)
@@ -236,11 +236,11 @@ def test_the_published_family_stands_where_its_sizes_do(all_21):
 
 def scale_loss(among, layers, width, n_heads):
     heads, backbone = np.array([[n_heads, 8.0]]), np.array([n_formula(layers, width, 0, 0)])
-    return float(among.scale.losses(heads, backbone, "llama3")[0, 0])
+    return float(among.strayed.losses(heads, backbone, "llama3")[0, 0])
 
 
 def test_a_family_far_below_the_sizes_has_an_endless_loss_and_no_warning(all_21):
-    steep = dataclasses.replace(all_21.scale, rows=all_21.scale.rows + 9.0 * np.eye(5)[2])
+    steep = dataclasses.replace(all_21.strayed, rows=all_21.strayed.rows + 9.0 * np.eye(5)[2])
     assert (steep.losses(np.array([[8.0, 8.0]]), np.array([1e-80]), "llama3") == np.inf).all()
 
 

@@ -16,8 +16,8 @@ from scipy.optimize import approx_fprime, least_squares
 from gqa_scaling.config import UserError
 from gqa_scaling.costs import n_formula
 from gqa_scaling.experiment.grid import head_candidates
+from gqa_scaling.study import curves, solver
 from gqa_scaling.study import fit as fitting
-from gqa_scaling.study import laws, solver
 from gqa_scaling.study.compare import _error, compare, preferred_law
 from gqa_scaling.study.fit import fit
 from gqa_scaling.study.heads import head_laws, solve_heads
@@ -53,11 +53,6 @@ def study(truth, noise=0.0, seed=0, sizes=(12, 16, 20, 24, 28, 32), replicates=1
 
 
 TRUTH = {(1, 1): (1.3e8, 0.20, 2.1), (4, 1): (9.0e7, 0.215, 2.1), (8, 8): (7.5e7, 0.227, 2.1)}
-
-
-@pytest.fixture(scope="module")
-def chen():
-    return fit(published())
 
 
 def test_published_study_is_reproduced(chen):
@@ -296,14 +291,14 @@ def test_no_refit_of_a_thousand_fails():
 def test_the_law_and_its_inverse_agree(n, a, b, floor):
     loss, u = power(n, a, b, floor), b * (math.log(a) - 18.0)
     if loss - floor > 1e-4:
-        assert laws.centred_inverse(loss, u, b, floor, 18.0) == pytest.approx(n, rel=1e-6)
-    assert laws.centred(n, u, b, floor, 18.0) == pytest.approx(loss, rel=1e-12)
-    assert laws.scale(u, b, 18.0) == pytest.approx(a, rel=1e-9)
+        assert curves.centred_inverse(loss, u, b, floor, 18.0) == pytest.approx(n, rel=1e-6)
+    assert curves.centred(n, u, b, floor, 18.0) == pytest.approx(loss, rel=1e-12)
+    assert curves.scale_of(u, b, 18.0) == pytest.approx(a, rel=1e-9)
 
 
 def test_losses_at_or_below_the_floor_are_never_reached():
     at_floor_below_it_and_rising = np.array([2.0, 1.9, 2.5]), 0.0, np.array([0.2, 0.2, -0.1])
-    assert np.isinf(laws.centred_inverse(*at_floor_below_it_and_rising, 2.0, 18.0)).all()
+    assert np.isinf(curves.centred_inverse(*at_floor_below_it_and_rising, 2.0, 18.0)).all()
 
 
 def test_intervals_cut_five_percent_from_each_end():

@@ -7,22 +7,19 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 from scipy.optimize import brentq
+from study_kit import layers_by_hand
 
 from gqa_scaling.config import ModelConfig, Question, UserError
 from gqa_scaling.costs import n_formula
-from gqa_scaling.experiment import ladder
-from gqa_scaling.experiment.ladder import FIGURE_2_LADDER, MOST_PARAMETERS, PUBLISHED_LADDER
+from gqa_scaling.experiment.ladder import MOST_PARAMETERS, PUBLISHED_LADDER
 from gqa_scaling.hardware import hardware
 from gqa_scaling.study.baseline import default_baseline
 from gqa_scaling.study.build import check_runs, run_interval
 from gqa_scaling.study.choices import OBJECTIVES
 from gqa_scaling.study.equal_cost import largest
 from gqa_scaling.study.fit import fit
-from gqa_scaling.study.fitted import Fit
 from gqa_scaling.study.frontier import frontier, target_losses
 from gqa_scaling.study.ranking import decide, rank, saved
 from gqa_scaling.study.reading import from_csv, published
@@ -32,16 +29,11 @@ from gqa_scaling.study.report.estimates import fit_table, residual_table
 from gqa_scaling.study.report.sentences import _gained, sentence
 from gqa_scaling.study.results import table
 from gqa_scaling.study.serving import Deployment, Serving
-from gqa_scaling.study.shapes import family_of, shapes
+from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.uncertainty import interval
 from gqa_scaling.units import byte_size, quantity
 
 TABLE_4 = Question(contexts=(131072,), losses=(3.0, 2.9, 2.8, 2.7, 2.6), convention="per_sequence")
-
-
-@pytest.fixture(scope="module")
-def chen() -> Fit:
-    return fit(published())
 
 
 @pytest.fixture(scope="module")
@@ -108,22 +100,6 @@ def test_costs_of_all_forty_published_points_by_hand():
         assert float(costs.flops) == pytest.approx(flops, rel=1e-12)
         z = 0.9 * memory ** (1 / 2) + 0.1 * flops ** (1 / 3)
         assert float(costs.z) == pytest.approx(z, rel=1e-12)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    log_n=st.lists(st.floats(math.log(1e5), math.log(1e12)), min_size=1, max_size=5),
-    heads=st.sampled_from([(1, 1), (8, 1), (8, 8), (32, 4)]),
-    sizes=st.sampled_from([FIGURE_2_LADDER, PUBLISHED_LADDER, ((2, 64), (2, 128), (4, 128))]),
-)
-def test_shapes_are_those_of_the_ladder(log_n, heads, sizes):
-    n = np.exp(log_n)
-    layers, width = shapes(n, heads, 64, sizes)
-    for i, value in enumerate(n):
-        one = ladder.interpolate(value, *heads, 64, sizes)
-        assert layers[i] == pytest.approx(one.n_layers, rel=1e-9)
-        assert width[i] == pytest.approx(one.d_model, rel=1e-9)
-    assert np.isinf(shapes(np.array([np.inf]), heads, 64, sizes)[0]).all()
 
 
 def test_a_runs_own_size_gives_its_own_shape_however_n_is_counted():
@@ -203,8 +179,7 @@ def test_objectives_rank_by_what_they_name(chen):
 def by_hand(objective, n, heads, context, s):
     """The cost of N on the published ladder d = 64 L, written out from the equations."""
     h, kv = heads
-    roots = np.roots([8 * 64**2, 2 * 64 * 64 * (h + kv), 0, -n])
-    layers = float(roots[np.abs(roots.imag) < 1e-9].real.max())
+    layers = layers_by_hand(n, heads)
     cache = 2 * context * layers * 64 * kv
     per_token = 2 * n + 4 * context * layers * 64 * h
     held = s.weight_bytes * n + s.cache_bytes * s.batch * cache

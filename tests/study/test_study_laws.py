@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from study_kit import failing
 
 from gqa_scaling import cli
 from gqa_scaling.config import UserError
@@ -64,17 +65,6 @@ def answer_or_line(r, fitted):
         return estimated(r, fitted).fit
     except UserError:
         return None
-
-
-def failing(monkeypatch, share):
-    """Have this share of the refits not converge."""
-    refit = fitting.refit
-
-    def some(model, y, *rest):
-        rows, cost, _ = refit(model, y, *rest)
-        return rows, cost, np.arange(len(y)) >= share * len(y)
-
-    monkeypatch.setattr(fitting, "refit", some)
 
 
 @pytest.mark.parametrize("fitted", FITTED)

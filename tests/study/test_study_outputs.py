@@ -6,27 +6,14 @@ import os
 import pytest
 
 from gqa_scaling import cli
-from gqa_scaling.config import Question, UserError
+from gqa_scaling.config import UserError
 from gqa_scaling.files import storage
-from gqa_scaling.study.estimates import Estimates
-from gqa_scaling.study.fit import fit
-from gqa_scaling.study.frontier import frontier
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report import files, page, pictures
 from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.report.files import MANIFEST, TENSORBOARD, require_own, write_files
 from gqa_scaling.study.report.pictures import PICTURES, all_figures
 from gqa_scaling.study.report.write import Beside, write_report
-from gqa_scaling.study.study import Study
-
-
-@pytest.fixture(scope="module")
-def study():
-    r = published()
-    found = fit(r, refits=100)
-    asked = Question(contexts=(8192,), losses=(2.8,))
-    return Study(r, Estimates(found), frontier(found, r, asked))
-
 
 BESIDE_ALL = ("--data", "--figures", "svg", "--tensorboard")
 BESIDE = Beside(data=True, tensorboard=True)
@@ -55,7 +42,7 @@ def refused(capsys, *arguments):
 @pytest.fixture(autouse=True)
 def nothing_is_computed(request, monkeypatch):
     if "capsys" in request.fixturenames:
-        monkeypatch.setattr(cli.study, "_answer", lambda *_: pytest.fail("it was computed"))
+        monkeypatch.setattr(cli.study, "answer_of", lambda *_: pytest.fail("it was computed"))
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])

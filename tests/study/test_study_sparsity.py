@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy.optimize import approx_fprime
+from study_kit import failing
 
 from gqa_scaling import cli, context_sharding, costs
 from gqa_scaling.config import ModelConfig, Question, RunConfig, UserError
@@ -455,13 +456,8 @@ def test_the_trade_off_is_the_truths(exact):
 def test_failed_refits_of_the_rate_are_said(monkeypatch, share, told):
     r = study((None, HYBRID, WINDOW), noise=0.001)
     found = fit(r, refits=100)
-    answers, refit = frontier(found, r, Question(contexts=(T,), losses=(2.8,))), fitting.refit
-
-    def some(model, y, *rest):
-        rows, cost, _ = refit(model, y, *rest)
-        return rows, cost, np.arange(len(y)) >= share * len(y)
-
-    monkeypatch.setattr(fitting, "refit", some)
+    answers = frontier(found, r, Question(contexts=(T,), losses=(2.8,)))
+    failing(monkeypatch, share)
     traded = sparsity(found, r, answers)
     assert (traded.rate is None) == (share == 1.0)  # no rate, and no interval, from nothing
     note = sparsity_table(traded, "z").notes[1]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from study_kit import refits_beside_scipys
+from study_kit import layers_by_hand, refits_beside_scipys
 
 from gqa_scaling import cli
 from gqa_scaling.config import ModelConfig, Question, UserError
@@ -21,7 +21,6 @@ from gqa_scaling.costs import (
     training_flops_formula,
     training_flops_per_token,
 )
-from gqa_scaling.experiment import ladder
 from gqa_scaling.study.equal_training import equal_training
 from gqa_scaling.study.estimates import estimate
 from gqa_scaling.study.points import cells
@@ -206,8 +205,8 @@ def test_training_flops_are_the_built_models_without_its_output_matrix():
 
 
 def _flops(heads, n, context):
-    """FLOPs of one token, by the scalar interpolation of the ladder."""
-    layers = ladder.interpolate(n, *heads, 64, LADDER).n_layers
+    """FLOPs of one token, written out."""
+    layers = layers_by_hand(n, heads)
     return 6 * n + 6 * context * layers * 64 * heads[0]
 
 
@@ -264,7 +263,7 @@ def test_brute_force_finds_the_same(answer):
     for context, rows in goal.served.items():
         costs = {}
         for heads, (_, _, n) in found.items():
-            layers = ladder.interpolate(n, *heads, 64, LADDER).n_layers
+            layers = layers_by_hand(n, heads)
             memory = n + 2 * context * layers * 64 * heads[1]
             flops = 2 * n + 4 * context * layers * 64 * heads[0]
             costs[heads] = 0.9 * memory**0.5 + 0.1 * flops ** (1 / 3), memory, flops
@@ -278,7 +277,7 @@ def test_brute_force_finds_the_same(answer):
 
 def test_savings_are_against_the_baseline_run_itself(answer):
     (goal,) = answer.goals
-    layers = ladder.interpolate(goal.n, 8, 8, 64, LADDER).n_layers
+    layers = layers_by_hand(goal.n, (8, 8))
     for context, rows in goal.served.items():
         memory = goal.n + 2 * context * layers * 64 * 8
         for s in rows:

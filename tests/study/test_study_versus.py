@@ -8,14 +8,14 @@ import math
 import pytest
 from rich.console import Console
 from scipy.optimize import minimize_scalar
-from test_study_tokens import BETA, DATA, FLOOR, LADDER, TRUTH, study
+from study_kit import layers_by_hand
+from test_study_tokens import BETA, DATA, FLOOR, TRUTH, study
 
 from gqa_scaling import cli
 from gqa_scaling.config import Question, UserError
 from gqa_scaling.context_sharding import ContextSharding
 from gqa_scaling.costs import HardwareCost, inference_flops, inference_memory, n_formula
 from gqa_scaling.costs import training_flops_formula as training_flops
-from gqa_scaling.experiment.ladder import interpolate
 from gqa_scaling.hardware import hardware
 from gqa_scaling.study.build import build
 from gqa_scaling.study.estimates import estimate
@@ -143,7 +143,7 @@ def least_flops(heads, loss):
         excess = loss - FLOOR - (a / n) ** b
         if excess <= 0:
             return 99.0
-        layers = interpolate(n, *heads, ladder=LADDER).n_layers
+        layers = layers_by_hand(n, heads)
         per_token = training_flops(n, 8192, layers, 64, heads[0])
         return math.log(DATA * excess ** (-1 / BETA) * per_token)
 

@@ -27,7 +27,7 @@ from gqa_scaling.study.results import Heads, pair, pattern_of
 from gqa_scaling.study.roofline import Roofline, Shape, decode_work
 from gqa_scaling.study.serving import Serving
 from gqa_scaling.study.shapes import Family, family_of
-from gqa_scaling.study.strays import Scale
+from gqa_scaling.study.strays import StrayedLaw
 from gqa_scaling.study.study import Study
 
 MOST_DRAWS = 1000  # refits that a page carries: those of a study by default
@@ -91,7 +91,7 @@ def carried(study: Study, again: Again) -> dict[str, Any]:
         "head_dim": family.head_dim,
         "ladder": [list(size) for size in family.ladder],
         "embeddings": float(family.embeddings(1.0)),
-        "family": _family(among.scale, family, draws) if among.scale else None,
+        "family": _family(among.strayed, family, draws) if among.strayed else None,
         "baselines": _baselines(study, order),
         "baseline": {"name": _baseline_name(baseline), "label": baseline_label(baseline)},
         "asked": _asked(frontier.question, frontier.serving, frontier.objective)
@@ -207,19 +207,19 @@ def _pattern(pattern: ContextSharding, n_kv_heads: int) -> dict[str, Any]:
     }
 
 
-def _family(scale: Scale, family: Family, draws: slice) -> dict[str, Any]:
+def _family(law: StrayedLaw, family: Family, draws: slice) -> dict[str, Any]:
     """The published Llama-3 family by the joint law: its sizes, and the law's parameters by refit."""
     x, layers, width = llama3_sizes(family)
-    names = scale.fit.names
-    rows = np.hstack([scale.rows, scale.unseen(LLAMA3)])[: (draws.stop or 0) + 1]
-    trained = np.array([h[:2] for h in scale.fit.heads], float)
+    names = law.fit.names
+    rows = np.hstack([law.rows, law.unseen(LLAMA3)])[: (draws.stop or 0) + 1]
+    trained = np.array([h[:2] for h in law.fit.heads], float)
     known = sorted((n_formula(L, d, 0, 0), rest) for (L, d), rest in family.rest.items())
     counted = known or [(1.0, 0.0)]
     return {
         "names": [*names, "s", "t"],
         "rows": packed(rows.T),
         "most": trained.max(0).tolist(),
-        "centre": float(np.ravel(scale.fit.curves.centre)[0]),
+        "centre": float(np.ravel(law.fit.curves.centre)[0]),
         "x": x.tolist(),
         "layers": layers.tolist(),
         "width": width.tolist(),
@@ -237,7 +237,7 @@ def _baseline_name(baseline: Baseline) -> str:
 def _baselines(study: Study, order: list[Heads]) -> list[dict[str, str]]:
     """What savings can be stated against: every configuration, and the family where it has curves."""
     dense = [{"name": pair(heads), "label": pair(heads)} for heads in order]
-    family = [{"name": LLAMA3, "label": baseline_label(LLAMA3)}] if study.ranked.scale else []
+    family = [{"name": LLAMA3, "label": baseline_label(LLAMA3)}] if study.ranked.strayed else []
     own: Baseline = study.frontier.baseline
     whole = isinstance(own, WholeModel)
     named = [{"name": _baseline_name(own), "label": baseline_label(own)}] if whole else []

@@ -1,6 +1,6 @@
 // The numbers of the page: from fitted curves and their refits to sizes, costs and a ranking.
 //
-// What study/laws.py, shapes.py, serving.py, baseline.py, ranking.py and uncertainty.py compute, with the
+// What study/curves.py, shapes.py, serving.py, baseline.py, ranking.py and uncertainty.py compute, with the
 // same conventions and in the same order, so that the page prints the digits of the command line. Nothing
 // here knows of a page. Rows are the point estimate and then every refit, as in `frontier.with_draws`.
 // Losses are in nats, N in parameters without embeddings, contexts in tokens.

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def study_page(study: Study, command: str = "", again: Again | None = None) -> s
     `command` is what wrote it, and `again` the command that prints the same answer to the question
     that is asked on the page.
     """
-    frontier = study.frontier
+    frontier, drawn = study.frontier, charts(study)
     contexts = ", ".join(f"{c:,}" for c in frontier.question.contexts)
     return _filled(
         title=study.results.source,
@@ -63,11 +63,11 @@ def study_page(study: Study, command: str = "", again: Again | None = None) -> s
         demonstration=frontier.question.demonstration,
         answer=sentence(frontier),
         flags=frontier.flags,
-        told=sections(study),
+        told=sections(study, drawn),
         command=command,
         decide=part("decide.html"),
         carried=carried(study, again or Again("", Question())),
-        charts=charts(study),
+        charts=drawn,
     )
 
 
@@ -183,13 +183,13 @@ def _bokeh(name: str) -> str:
     return re.sub(r"^//# sourceMappingURL=.*$", "", text, flags=re.MULTILINE)
 
 
-def sections(study: Study) -> Iterator[Section]:
-    """Every section below the answer. A table of its own is one function and a line here."""
+def sections(study: Study, drawn: Container[str] = ()) -> Iterator[Section]:
+    """Every section below the answer, with places for the charts that are `drawn`. A table of its own is
+    one function and a line here."""
     frontier, sparse, aligned = study.frontier, study.sparsity, study.aligned
-    there = charts(study)
 
     def chart(name: str) -> list[str]:
-        return [f'<div class="chart plot" data-chart="{name}"></div>'] if name in there else []
+        return [f'<div class="chart plot" data-chart="{name}"></div>'] if name in drawn else []
 
     yield "Loss curves of all runs", [*chart("loss_curves"), *chart("residuals")]
     yield (

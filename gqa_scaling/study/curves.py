@@ -20,7 +20,7 @@ def centred(n: Number, u: Number, b: Number, floor: Number, centre: Number) -> N
     """The curve (a/N)^b + E of Chen et al. 2025, section 4.1, as E + exp(u - b (ln N - centre)).
 
     u is the logarithm of the excess loss in the middle of the data. u and b are nearly uncorrelated
-    when `centre` is the mean of ln N, so this form is fitted; `scale` gives a.
+    when `centre` is the mean of ln N, so this form is fitted; `scale_of` gives a.
     """
     with np.errstate(over="ignore"):
         return floor + np.exp(u - b * (np.log(n) - centre))
@@ -34,7 +34,7 @@ def centred_inverse(loss: Number, u: Number, b: Number, floor: Number, centre: N
     return np.where((excess > 0) & (np.asarray(b) > 0), n, np.inf)
 
 
-def scale(u: Number, b: Number, centre: Number) -> Number:
+def scale_of(u: Number, b: Number, centre: Number) -> Number:
     """a of (a/N)^b, in parameters, from the centred form; overflows to inf for a flat curve."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         return np.exp(centre + np.divide(u, b))
