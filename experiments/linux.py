@@ -22,8 +22,8 @@ is three times as large as any other, to be forecast from them (`gqa-scaling for
 times what it took those that had learned to copy. The runs are new from their first step on, as is their seed. Its last
 run has the shape of the largest above, for what is forecast of it to be seen in hours instead of a day.
 
-`all_text` asks once more, with other seeds, and by held-out text of all kinds: the runs above were judged by text that was
-prepared when held-out documents still lay in the order of the corpus, and by a part of `Documentation/` alone.
+`all_text` asks once more, with other seeds, and by 16 times as much held-out text of all kinds: the runs above were judged by text
+that was prepared when held-out documents still lay in the order of the corpus, and by a part of `Documentation/` alone.
 """
 
 from dataclasses import replace
@@ -108,8 +108,9 @@ def equal_token_runs() -> list[RunConfig]:
 
 def all_text_runs() -> list[RunConfig]:
     """The widths at which most runs learn to copy x heads on 16M tokens, and one of them with another seed."""
+    much = EvaluationConfig(tokens=2**22)  # 2**18 are 29 files
     return [
-        on_equal_tokens(size, heads, seed)
+        replace(on_equal_tokens(size, heads, seed), evaluation=much)
         for size, seed in ((SIZES[3], 6), (SIZES[2], 6), (SIZES[4], 6), (SIZES[3], 7))
         for heads in HEADS
     ]

@@ -260,7 +260,8 @@ def flags(results: Results) -> tuple[str, ...]:
         out.append(
             f"held-out losses lie {abs(middle):.2f} nats {'above' if middle > 0 else 'below'} training losses on "
             f"text that was new to the run (median of {count(len(above), 'run')}): the held-out text is of "
-            "another kind, on which sizes and heads may compare otherwise"
+            "another kind, or of too few documents (evaluation.tokens); on other text sizes and heads may "
+            "compare otherwise"
         )
     from gqa_scaling.study.shape_axes import shape_axes  # which reads results
 
