@@ -55,14 +55,14 @@ def prepare(
     declaration or of a corpus that has changed since is in the place, or when it cannot be written.
     """
     path = as_path(data.store_path)
+    if not rebuild and (path / "store.json").exists():
+        return _existing(data, path)
+    _require_no_other_files(path)
     require(
         bool(path.name),
         f"data.store={data.store_path!r} is the folder of this command, and a store replaces its whole "
         "folder: name another",
     )
-    if not rebuild and (path / "store.json").exists():
-        return _existing(data, path)
-    _require_no_other_files(path)
     workers = workers or (1 if data.tokenizer == "bytes" else len(cores()))
     if is_remote(path):
         return _prepare_remote(data, path, workers, show, rebuild)
