@@ -9,7 +9,6 @@
     gqa-scaling run experiments.linux --workers 2         # on a GPU without --workers
     gqa-scaling report experiments.linux
     gqa-scaling run experiments.linux@equal_tokens --workers 2
-    gqa-scaling prepare experiments.linux@all_text --rebuild   # for this one: held-out text of all kinds
     gqa-scaling run experiments.linux@all_text --workers 2
 
 Six sizes spanning 30x, each trained on 20 tokens for each of its own parameters as Chen et al. 2025
@@ -22,8 +21,8 @@ is three times as large as any other, to be forecast from them (`gqa-scaling for
 times what it took those that had learned to copy. The runs are new from their first step on, as is their seed. Its last
 run has the shape of the largest above, for what is forecast of it to be seen in hours instead of a day.
 
-`all_text` asks once more, with other seeds, and by 16 times as much held-out text of all kinds: the runs above were judged by text
-that was prepared when held-out documents still lay in the order of the corpus, and by a part of `Documentation/` alone.
+`all_text` asks once more, with other seeds, and by 16 times as much held-out text of all kinds: the runs above were judged by
+the beginning of the held-out split, which is a part of `Documentation/`.
 """
 
 from dataclasses import replace
@@ -108,7 +107,7 @@ def equal_token_runs() -> list[RunConfig]:
 
 def all_text_runs() -> list[RunConfig]:
     """The widths at which most runs learn to copy x heads on 16M tokens, and one of them with another seed."""
-    much = EvaluationConfig(tokens=2**22)  # 2**18 are 29 files
+    much = EvaluationConfig(tokens=2**22)
     return [
         replace(on_equal_tokens(size, heads, seed), evaluation=much)
         for size, seed in ((SIZES[3], 6), (SIZES[2], 6), (SIZES[4], 6), (SIZES[3], 7))

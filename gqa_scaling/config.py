@@ -331,7 +331,7 @@ class RunConfig(Json):
 
     @property
     def evaluation_context(self) -> int:
-        """The length whose multiples the evaluation stream is trimmed to."""
+        """How long the pieces of the evaluation stream are, in targets."""
         return self.evaluation.longest_context or self.context_length
 
     @property

@@ -132,9 +132,9 @@ class NeedleTask(Json):
 class EvaluationConfig(Json):
     """How a trained model is judged: mean next-token cross-entropy on held-out text.
 
-    At most `tokens` targets are used, trimmed to a multiple of `longest_context`, the longest
-    context length of the experiment (None: the run's own), so that every run of an experiment
-    is judged on the same targets. The loss is also measured at a few points during training, on a part
+    At most `tokens` targets are used, in pieces of `longest_context` that are spread evenly over the
+    held-out text. It is the longest context length of the experiment (None: the run's own), so that
+    every run of an experiment is judged on the same targets. The loss is also measured at a few points during training, on a part
     of the targets that costs no more than 2% of it; `every_steps` > 0 measures it that often, on all of
     them. Those values are logged and never enter the result.
 

@@ -118,34 +118,40 @@ class TrainingData:
 def heldout_chunks(
     store: TokenStore, context_length: int, tokens: int, multiple_of: int
 ) -> np.ndarray:
-    """The evaluation stream as overlapping chunks, int32 [n, context_length + 1], read-only.
+    """The evaluation stream as chunks, int32 [n, context_length + 1], read-only.
 
-    The stream is the beginning of the held-out split, whose documents lie in the order of their
-    hashes and so are of all kinds (`tokenise.py`): at most `tokens` targets, trimmed to a
-    multiple of `multiple_of`, and one token before them. Chunks overlap by one token, so every
-    token after the first is a target exactly once, whatever the context length. Raises UserError
-    when the split is too short.
+    The stream is at most `tokens` targets, in pieces of `multiple_of` with one token before each. Pieces are
+    spread evenly over the held-out split: documents of one kind lie together there, and few long ones
+    may fill its beginning. Chunks of a piece overlap by one token, so that each of its targets is one
+    exactly once, whatever the context length. Raises UserError when the split is too short.
     """
     require(
         multiple_of % context_length == 0,
         f"multiple_of={multiple_of} must be a multiple of context_length={context_length}",
     )
-    stream = _evaluation_stream(store, tokens, multiple_of)
-    windows = np.lib.stride_tricks.sliding_window_view(stream, context_length + 1)
-    return windows[::context_length]
+    pieces = _evaluation_pieces(store, tokens, multiple_of)
+    windows = np.lib.stride_tricks.sliding_window_view(pieces, context_length + 1, axis=1)
+    chunks = windows[:, ::context_length].reshape(-1, context_length + 1)
+    chunks.flags.writeable = False
+    return chunks
 
 
 def evaluation_hash(store: TokenStore, tokens: int, multiple_of: int) -> str:
     """sha256 over the tokens of the evaluation stream: equal hashes mean the same targets."""
-    return hashlib.sha256(_evaluation_stream(store, tokens, multiple_of).tobytes()).hexdigest()
+    return hashlib.sha256(_evaluation_pieces(store, tokens, multiple_of).tobytes()).hexdigest()
 
 
-def _evaluation_stream(store: TokenStore, tokens: int, multiple_of: int) -> np.ndarray:
-    targets = min(tokens, store.heldout_tokens - 1) // multiple_of * multiple_of
+def _evaluation_pieces(store: TokenStore, tokens: int, multiple_of: int) -> np.ndarray:
+    """The pieces, little-endian int32 [n, multiple_of + 1]."""
+    targets = store.heldout_tokens - 1
+    count = min(tokens, targets) // multiple_of
     require(
-        targets > 0,
+        count > 0,
         f"the evaluation stream must hold {multiple_of} targets, the longest context of the "
         f"experiment, but the held-out split of {store.name} has {store.heldout_tokens:,} tokens and "
         f"evaluation.tokens={tokens}: raise heldout_fraction or choose a larger corpus",
     )
-    return store.tokens("heldout", 0, targets + 1).astype("<i4")
+    apart = targets // count
+    starts = range(0, count * apart, apart)
+    pieces = [store.tokens("heldout", start, start + multiple_of + 1) for start in starts]
+    return np.stack(pieces).astype("<i4")

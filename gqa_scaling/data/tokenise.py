@@ -1,9 +1,6 @@
 """Documents to tokens on disk: encoded by threads ahead of the writing, written in their order.
 
-A document is held out when its own hash says so, whatever its name and its neighbours. Held-out
-documents lie in the order of their hashes, which is chance: runs are judged by the beginning of that
-split, and in the order of a corpus that would be one kind of text, such as the first of its folders.
-Training documents keep the order of the corpus; batches take chunks of them at random (`loader.py`).
+A document is held out when its own hash says so, whatever its name and its neighbours.
 """
 
 import array
@@ -59,16 +56,13 @@ def tokenise(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_thread_for_each_task())
         writers = {split: stack.enter_context(_Writer(folder, split)) for split in SPLITS}
-        held_out = stack.enter_context(_Shuffled(folder / "heldout.unordered", tokenizer.dtype))
         for documents, read in _encoded(corpus.documents(not_utf8.append), tokenizer, workers):
             for encoded in documents:
                 digests.update(encoded.digest)
-                kept = is_held_out(encoded.digest, data.heldout_fraction)
-                (held_out if kept else writers["train"]).write(encoded)
-            tokens = writers["train"].tokens + held_out.tokens
+                held_out = is_held_out(encoded.digest, data.heldout_fraction)
+                writers["heldout" if held_out else "train"].write(encoded)
+            tokens = sum(writer.tokens for writer in writers.values())
             progress.update(bar, completed=read, note=f"{quantity(tokens)} tokens")
-        for encoded in held_out.by_digest():
-            writers["heldout"].write(encoded)
         total = sum(len(writer.ends) for writer in writers.values())
         for split, writer in writers.items():
             require(
@@ -150,36 +144,6 @@ def _tasks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
 
 
 # ------------------------------------------------------------------------------- writing
-
-
-class _Shuffled:
-    """Documents kept in a file until all are known, then given back in the order of their digests."""
-
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.path, self.dtype = path, dtype
-        self.tokens = 0
-        self.documents: list[tuple[bytes, int, int, int]] = []  # digest, start, stop, bytes of text
-
-    def __enter__(self) -> Self:
-        self.file = self.path.open("wb")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-        self.path.unlink()
-
-    def write(self, encoded: _Encoded) -> None:
-        self.file.write(encoded.tokens.data)
-        start, self.tokens = self.tokens, self.tokens + len(encoded.tokens)
-        self.documents.append((encoded.digest, start, self.tokens, encoded.text_bytes))
-
-    def by_digest(self) -> Iterator[_Encoded]:
-        self.file.flush()
-        if not self.documents:  # an empty file cannot be mapped
-            return
-        tokens = np.memmap(self.path, self.dtype, "r").view(np.ndarray)
-        for digest, start, stop, text_bytes in sorted(self.documents):
-            yield _Encoded(digest, text_bytes, tokens[start:stop])
 
 
 class _Writer:
