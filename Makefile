@@ -37,7 +37,7 @@ smoke: $(READY)  ## train, forecast, fit and answer the smoke study; the second 
 	$(BIN)/gqa-scaling run experiments.smoke --workers 2 --forecast experiments.smoke
 	$(BIN)/gqa-scaling report experiments.smoke
 
-test: $(READY)  ## the tests, about nine minutes
+test: $(READY)  ## the tests, about twelve minutes
 	$(PYTEST) $(TWO)
 
 # XLA_FLAGS, even empty, has the tests compile as users do (tests/conftest.py).
