@@ -208,7 +208,12 @@ def check(results: Results, *, swept: bool = False) -> Results:
     """
     r = results
     for column, what, remedy in (
-        ("evaluation", "evaluation sets", "judge every run on the same targets"),
+        (
+            "evaluation",
+            "evaluation sets",
+            "judge all of them anew by one: another evaluation.tokens, and the longest of their contexts as "
+            "evaluation.longest_context; `run` does so without training them again",
+        ),
         ("vocab_size", "vocabulary sizes", "fit one vocabulary at a time"),
         ("tokenizer", "tokenizers", "fit one tokenizer at a time"),
         ("corpus", "corpora", "fit one corpus at a time"),
