@@ -69,7 +69,7 @@ def fetch(name: str, file: Path | None = None) -> Path:
         return kept
     plain = file is None or file.is_file()
     require(plain, f"{file} is no file here: name the package that was downloaded")
-    partial = kept.with_name(f".{kept.name}.partial")
+    partial = _aside(kept)
     package = file or kept.with_name(archive.sources[0].rpartition("/")[2])
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,10 @@ def fetch(name: str, file: Path | None = None) -> Path:
         _keep(archive, package, partial)
         partial.rename(kept)
         if file is None:
-            package.unlink()
+            package.unlink(missing_ok=True)
     except OSError as error:
+        if kept.exists():  # another process fetched it meanwhile, and its package is gone again
+            return kept
         raise UserError(
             f"cannot keep {name} as {kept} ({error.strerror or error}): make room there, or work "
             "in a folder that can be written"
@@ -90,9 +92,14 @@ def fetch(name: str, file: Path | None = None) -> Path:
     return kept
 
 
+def _aside(file: Path) -> Path:
+    """Where a file is written before it is renamed, by this process alone."""
+    return file.with_name(f".{file.name}.{os.urandom(4).hex()}.partial")
+
+
 def _download(archive: Archive, package: Path) -> None:
     """The package, from the first source that has it, aside and renamed."""
-    partial, failed = package.with_name(f".{package.name}.partial"), []
+    partial, failed = _aside(package), []
     for source in archive.sources:
         try:
             # A mirror that stalls is left after a minute without a byte.

@@ -89,6 +89,11 @@ def _needle(tokenizer: Tokenizer, form: NeedleForm, word: int, dice: random.Rand
     """A needle for this word; question and answer are tokenised apart, so that both are the same
     tokens wherever they stand. In the form "tokens" a word is a token."""
     if form == "tokens":
+        require(
+            tokenizer.vocab_size > 2 * RARE_TOKENS,
+            f'needles of the form "tokens" need a tokenizer of more than {2 * RARE_TOKENS} tokens, and '
+            f"{tokenizer.name!r} has {tokenizer.vocab_size}: choose a larger one, or another form",
+        )
         value = RARE_TOKENS + _below(dice, RARE_TOKENS)
         asked, answer = (np.array([_rare_token(tokenizer, i)]) for i in (word, value))
         return Needle(asked, answer, NO_TOKENS)

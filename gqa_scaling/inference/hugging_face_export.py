@@ -170,7 +170,16 @@ def _write_weights(
 
 
 def _write(path: Path, arrays: list[_Array], dtype: np.dtype) -> None:
-    made = {array.name: np.ascontiguousarray(array.make().astype(dtype)) for array in arrays}
+    made = {}
+    for array in arrays:
+        values = np.ascontiguousarray(array.make())
+        with np.errstate(over="ignore"):  # refused below
+            made[array.name] = values.astype(dtype)
+        require(
+            bool(np.isfinite(made[array.name]).all() or not np.isfinite(values).all()),
+            f"{array.name} has weights up to {abs(values).max():.3g}, more than {dtype} holds: export "
+            "it as bfloat16 or float32",
+        )
     save_file(made, path, metadata={"format": "pt"})
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from flax import nnx
 
@@ -116,6 +117,16 @@ def test_what_cannot_be_asked_is_refused_in_one_line(generate, arguments, said):
     code, out, err = generate(str(finished().path), *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
+
+
+def test_memory_that_is_full_is_told_in_one_line(generate, monkeypatch):
+    def full(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9\nmore")
+
+    monkeypatch.setattr("gqa_scaling.inference.generate.empty_cache", full)
+    code, _, err = generate(str(finished().path), "--prompt", "x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the devices' memory is full (Out of memory allocating 9): ask for less" in err
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,21 @@ def test_package_that_lies_here_is_used_and_kept(package: Path) -> None:
     assert Path(FETCHED[NAME]).exists()
 
 
+def test_a_fetch_that_another_one_overtakes_ends_with_what_that_one_kept(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = fetching._check
+
+    def overtaken(archive: fetching.Archive, file: Path) -> None:
+        monkeypatch.setattr(fetching, "_check", check)
+        fetch(NAME)  # the other one; it removes the package
+        check(archive, file)
+
+    monkeypatch.setattr(fetching, "_check", overtaken)
+    assert fetch(NAME) == Path(FETCHED[NAME])
+    assert [path.name for path in Path("data").iterdir()] == [Path(FETCHED[NAME]).name]
+
+
 def _other(package: Path) -> None:
     package.write_bytes(_package({"linux-source-6.1/a.c": b"other"}))
 

@@ -1,5 +1,6 @@
 """Needles in training text, and prompts that ask for one."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -72,6 +73,12 @@ def test_in_associative_recall_one_rare_token_follows_another(store):
         answers.add(prompt.answer[0])
     assert asked == set(range(224, 256))  # 256 ends documents
     assert answers == set(range(192, 224))
+
+
+def test_rare_tokens_of_a_vocabulary_that_has_too_few_are_refused(store):
+    few = dataclasses.replace(store.tokenizer, vocab_size=64)
+    with pytest.raises(UserError, match="need a tokenizer of more than 64 tokens"):
+        Mixture(Needles(form="tokens", share=0.1), few, 200)
 
 
 @pytest.mark.parametrize(

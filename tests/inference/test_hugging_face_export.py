@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -35,6 +36,15 @@ def test_logits_of_the_folder_are_ours(name, tmp_path):
     np.testing.assert_allclose(
         our_logits(trained, tokens), logits(tmp_path / "out", tokens), rtol=0, atol=1e-4
     )
+
+
+def test_weights_beyond_float16_are_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    trained = make_run(tmp_path, model())
+    large = jax.tree.map(lambda x: x * 1e6, trained.parameters())
+    monkeypatch.setattr(type(trained), "parameters", lambda self: large)
+    with pytest.raises(UserError, match=r"more than float16 holds: export it as bfloat16"):
+        export(trained, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bfloat16_weights_are_the_nearest_ones(tmp_path):
