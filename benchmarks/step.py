@@ -112,7 +112,7 @@ def torch_stepper(variant, config, batch, length):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    known = config_of(config, length, eos=0, dtype="float32")
+    known = config_of(config, length, eos=[0], dtype="float32")
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**known, attn_implementation="sdpa")
     )

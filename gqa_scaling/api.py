@@ -339,12 +339,12 @@ class LoadedModel:
         tokenizer = self.trained.tokenizer()
         generation = Generation(
             self._decoder,
-            tokenizer.encode(list(prompts)),
+            self.trained.tokens_of(prompts),
             tokens=tokens,
             context=context or self.run.context_length,
             sampling=Sampling(temperature, top_k, top_p),
             seeds=seed,
-            stop=[tokenizer.eos],
+            stop=self.trained.stops,
         )
         return list(texts_of(generation, tokenizer))[-1]
 

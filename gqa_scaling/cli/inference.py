@@ -77,7 +77,7 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         context=context,
         sampling=sampling,
         seeds=args.seed,
-        stop=[tokenizer.eos],
+        stop=trained.stops,
         cache=args.cache,
         warm=True,
     )

@@ -93,9 +93,10 @@ def architecture_of(model: ModelConfig) -> Architecture:
 
 
 def config_of(
-    model: ModelConfig, context_length: int, eos: int, dtype: str, bos: int | None = None
+    model: ModelConfig, context_length: int, eos: list[int], dtype: str, bos: int | None = None
 ) -> dict[str, Any]:
-    """The config.json of a model that was trained at this context length, with `bos` before a text."""
+    """The config.json of a model that was trained at this context length, with `bos` before a text,
+    which one of `eos` ends."""
     architecture = architecture_of(model)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     scaling = model.rope_scaling
@@ -126,7 +127,7 @@ def config_of(
         "attention_dropout": 0.0,
         "dtype": dtype,
         "bos_token_id": bos,
-        "eos_token_id": eos,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "pad_token_id": None,
         "use_cache": True,
     }

@@ -78,7 +78,7 @@ def export(
     tokenizer = trained.tokenizer()
     arrays = _arrays(trained)
     first = trained.first_token
-    config = config_of(run.model, run.context_length, tokenizer.eos, dtype, first)
+    config = config_of(run.model, run.context_length, trained.stops, dtype, first)
     notes = notes_on(trained)
     make_folder(output.parent)
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
@@ -86,8 +86,8 @@ def export(
         aside.mkdir()
         weight_bytes, files = _write_weights(aside, arrays, DTYPES[dtype], shard_bytes)
         write_json(aside / "config.json", config)
-        eos = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
-        write_json(aside / "generation_config.json", eos | {"do_sample": False})
+        ends = {"eos_token_id": config["eos_token_id"], "pad_token_id": tokenizer.eos}
+        write_json(aside / "generation_config.json", ends | {"do_sample": False})
         _write_tokenizer(aside, tokenizer, run.context_length, bool(run.imported), first)
         provenance = _provenance(trained, architecture, dtype)
         write_json(aside / PROVENANCE, provenance)

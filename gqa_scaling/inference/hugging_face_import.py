@@ -74,6 +74,7 @@ def import_folder(
         config, file, dtype or ("bfloat16" if arrays.dtypes == {"BF16"} else "float32")
     )
     check_arrays(arrays, model, folder)
+    ends = _ends(config, model, file)
     tokenizer = _tokenizer(folder, model)
     run = _run(name, model, config["max_position_embeddings"], _hash(weights))
     directory = run_directory(root, EXPERIMENT, run)
@@ -87,7 +88,7 @@ def import_folder(
         assert definition is not None
         write_atomic(directory.path / TOKENIZER_NAME, definition)
         save_parameters(directory.parameters, _parameters(arrays, run))
-        directory.finish(_result(run, config, weights, data), {})
+        directory.finish(_result(run, config, ends, weights, data), {})
     return directory, True
 
 
@@ -188,6 +189,17 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
+def _ends(config: Mapping[str, Any], model: ModelConfig, file: Path) -> list[int]:
+    """The tokens that end a text, as config.json names them: one, several or none."""
+    said = config.get("eos_token_id")
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    require(
+        all(type(token) is int and 0 <= token < model.vocab_size for token in ends),
+        f"{file}: eos_token_id={said!r} must be tokens below vocab_size={model.vocab_size:,}, or null",
+    )
+    return ends
+
+
 # ------------------------------------------------------------------------------ the parameters
 
 
@@ -265,6 +277,7 @@ def _run(name: str, model: ModelConfig, context_length: Any, weights: str) -> Ru
 def _result(
     run: RunConfig,
     config: Mapping[str, Any],
+    ends: list[int],
     weights: list[Path],
     data: dict[str, Any],
 ) -> dict[str, Any]:
@@ -279,6 +292,7 @@ def _result(
         "evaluations": {},
         "imported": {
             "model_type": config.get("model_type"),
+            "eos_token_id": ends,
             "files": [file.name for file in weights],
             "sha256": run.imported,
         },

@@ -83,6 +83,13 @@ class Trained:
         before = self.tokenizer().put_before if self.run.imported else []
         return before[0] if before else None
 
+    @property
+    def stops(self) -> list[int]:
+        """The tokens that end a text: that of its tokenizer, and of an imported model those that its
+        config.json named."""
+        named = self.result.get("imported", {}).get("eos_token_id", [])
+        return sorted({self.tokenizer().eos, *named})
+
     def tokens_of(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of texts as the model is to read them, `first_token` before each."""
         before = [] if self.first_token is None else [self.first_token]

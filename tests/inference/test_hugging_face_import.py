@@ -18,9 +18,10 @@ from hugging_face_kit import (
 )
 from numpy_hugging_face import logits
 
-from gqa_scaling import cli
+from gqa_scaling import api, cli
 from gqa_scaling.config import ParallelConfig, UserError
 from gqa_scaling.files.checkpoint import load_parameters, save_parameters
+from gqa_scaling.inference.generate import Generation
 from gqa_scaling.inference.hugging_face_export import export
 from gqa_scaling.inference.hugging_face_import import import_folder
 from gqa_scaling.inference.trained import named, open_trained
@@ -173,6 +174,35 @@ def test_texts_begin_with_the_token_that_the_tokenizer_puts_there(tmp_path, fold
     assert json.loads((tmp_path / "again/config.json").read_text())["bos_token_id"] == BOS
 
 
+def test_texts_end_with_the_tokens_that_the_config_names(tmp_path, folder):
+    plain, new = import_folder(folder, "plain", tmp_path / "plain")
+    assert (open_trained(plain.path).stops, new) == ([256], True)
+    edit(folder, eos_token_id=[98, 256])
+    back = open_trained(import_folder(folder, "named", tmp_path)[0].path)
+    assert back.stops == [98, 256]
+    export(back, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [98, 256]
+    again, _ = import_folder(tmp_path / "again", "again", tmp_path / "elsewhere")
+    assert open_trained(again.path).stops == [98, 256]
+
+
+def test_python_gives_a_text_the_token_it_begins_with_and_its_ends(tmp_path, folder, monkeypatch):
+    ask_for_bos(folder)
+    edit(folder, eos_token_id=98)
+    directory = import_folder(folder, "back", tmp_path)[0]
+    asked = []
+
+    class Asked(Generation):
+        def __init__(self, decoder, prompts, **how):
+            asked.append((prompts[0].tolist(), how["stop"]))
+            super().__init__(decoder, prompts, **how)
+
+    monkeypatch.setattr("gqa_scaling.inference.generate.Generation", Asked)
+    api.load(directory.path).write("ab", tokens=1)
+    assert asked == [([BOS, 97, 98], [98, 256])]
+
+
 def test_models_trained_here_begin_with_nothing(tmp_path):
     trained = make_run(tmp_path, model(n_layers=1))
     assert trained.first_token is None
@@ -246,6 +276,7 @@ REFUSED = {
     "fewer layers": (lambda f: edit(f, num_hidden_layers=1), "9 arrays", "no place for"),
     "a smaller vocabulary": (lambda f: edit(f, vocab_size=200), "shape (264, 48)"),
     "biases": (lambda f: edit(f, attention_bias=True), "attention_bias=True is not supported"),
+    "an end that is no token": (lambda f: edit(f, eos_token_id="</s>"), "eos_token_id='</s>'"),
     "another activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act='gelu'"),
     "quantized weights": (
         lambda f: edit(f, quantization_config={"quant_method": "gptq"}),
