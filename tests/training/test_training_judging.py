@@ -18,6 +18,7 @@ from gqa_scaling.config import DataConfig, NeedleTask, Question, RunConfig, User
 from gqa_scaling.data import TokenStore, open_store, prepare
 from gqa_scaling.data.loader import heldout_chunks
 from gqa_scaling.data.needles import Prompt, needle_prompt
+from gqa_scaling.devices import processes
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import Checkpoints, load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory
@@ -284,6 +285,25 @@ def test_an_average_that_was_not_asked_for_in_time_is_refused() -> None:
     with pytest.raises(UserError, match="tiny is finished and its checkpoints are removed"):
         evaluate(judged(average=2))
     assert finished().result_file.read_bytes() == before
+
+
+def test_an_average_over_a_state_that_is_gone_is_refused_before_the_steps_that_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.rmtree(finished().path)
+    asked = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "preempted", lambda: next(asked) == 18)
+        with pytest.raises(processes.Preempted):
+            evaluate(tiny_run())  # of steps 5, 10, 15 and 18 the last two are kept
+    before = [line["step"] for line in finished().metrics()]
+    with pytest.raises(
+        UserError, match=r"average=4 needs the checkpoint of step 10, .* kept 15, 18"
+    ):
+        evaluate(judged(average=4))
+    assert [line["step"] for line in finished().metrics()] == before
+    assert not finished().failure_file.exists()
+    assert "loss" in evaluate(judged(average=3))  # of steps 15, 20 and 24
 
 
 @pytest.mark.parametrize(
