@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.costs import training_steps
+from gqa_scaling.devices.layout import layout_refusal
 from gqa_scaling.experiment.branches import Trunk
 from gqa_scaling.hardware import Hardware, Slice
 from gqa_scaling.sweep import memory
-from gqa_scaling.sweep.plan import layout_refusal, plan_run
+from gqa_scaling.sweep.plan import plan_run
 from gqa_scaling.units import byte_size
 
 BUSY_TOKENS = 2048  # tokens of a batch for each chip; with fewer it waits for its peers

@@ -61,6 +61,8 @@ def _judge(args: argparse.Namespace, rest: Sequence[str]) -> int:
     keep_compiled(cache_folder() / "compiled")
     trained = open_trained(directory)
     known = trained.result["evaluations"].get(run.evaluation_digest, {})
+    if args.store is not None and known.get("hash") != _targets(run):  # it was judged on other text
+        known = {}
     if not known or (run.context_length >= 4 and "loss_of_second_reading" not in known):
         _evaluate(trained, run)  # the second also where an earlier version judged it
         trained = open_trained(directory)
@@ -139,6 +141,13 @@ def _store(run: RunConfig) -> "TokenStore":
         "FOLDER`, and name it with --store FOLDER",
     )
     return TokenStore(path, read_manifest(path))
+
+
+def _targets(run: RunConfig) -> str:
+    """The hash of the evaluation stream in the run's tokens."""
+    from gqa_scaling.data.loader import evaluation_hash
+
+    return evaluation_hash(_store(run), run.evaluation.tokens, run.evaluation_context)
 
 
 def _sentence(row: "Row") -> str:

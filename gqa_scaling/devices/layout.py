@@ -143,20 +143,26 @@ def judged_at(run: RunConfig, length: int, devices: int) -> RunConfig:
 
 
 def check_layout(run: RunConfig, devices: int, platform: str, device: str) -> None:
-    """Refuse, by the run's name, a mesh or an attention that it cannot have on such devices, also at
-    the other contexts that its loss is measured at."""
+    """Refuse, by the run's name, what `layout_refusal` names."""
+    reason = layout_refusal(run, devices, platform, device)
+    require(not reason, f"{run.name}: {reason}")
+
+
+def layout_refusal(run: RunConfig, devices: int, platform: str, device: str = "") -> str:
+    """Why the run cannot be laid out over so many devices of a platform, or cannot have the attention
+    that it asks for there, also at the other contexts that its loss is measured at; "" where it can."""
+    judged = ""
     try:
         axis_sizes(run, devices)
         attention_implementation(run, platform, device)
         for length in run.evaluation.contexts:
-            try:
-                judged = judged_at(run, length, devices)
-                axis_sizes(judged, devices)
-                attention_implementation(judged, platform, device)
-            except UserError as error:
-                raise UserError(f"judged at {length} tokens: {error}") from None
+            judged = f"judged at {length} tokens: "
+            at_length = judged_at(run, length, devices)
+            axis_sizes(at_length, devices)
+            attention_implementation(at_length, platform, device)
     except UserError as error:
-        raise UserError(f"{run.name}: {error}") from None
+        return f"{judged}{error}"
+    return ""
 
 
 def _unfit(name: str, run: RunConfig, platform: str, device: str) -> str:

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gqa_scaling import costs
-from gqa_scaling.config import MAX_EPOCHS, MOST_DEVICES, RunConfig, UserError, require
-from gqa_scaling.devices.layout import attention_implementation, axis_sizes
+from gqa_scaling.config import MAX_EPOCHS, MOST_DEVICES, RunConfig, require
+from gqa_scaling.devices.layout import layout_refusal
 from gqa_scaling.experiment.branches import Trunk, trunks
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.experiment.starts import check_start, parent_of
@@ -201,17 +201,6 @@ def make_plan(
         for run in experiment.runs
     )
     return Plan(experiment.name, hardware, devices, runs)
-
-
-def layout_refusal(run: RunConfig, devices: int, platform: str) -> str:
-    """Why the run cannot be laid out over so many devices of a platform ("cpu", "gpu" or "tpu"), or
-    cannot have the attention that it asks for there; "" where it can."""
-    try:
-        axis_sizes(run, devices)
-        attention_implementation(run, platform)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def check_steps(run: RunConfig) -> None:

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 from gqa_scaling import costs
 from gqa_scaling.config import ParallelConfig, RunConfig, UserError, require
-from gqa_scaling.devices.layout import axis_sizes
+from gqa_scaling.devices.layout import axis_sizes, layout_refusal
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.storage import make_folder, write_json
 from gqa_scaling.hardware import Slice, hardware
 from gqa_scaling.sweep import memory
-from gqa_scaling.sweep.plan import hardware_flops_per_token, layout_refusal
+from gqa_scaling.sweep.plan import hardware_flops_per_token
 
 INSTALL = "pip install -e '.[tpu]'"
 COMMAND = (sys.executable, "-m", "gqa_scaling.sweep.compile")

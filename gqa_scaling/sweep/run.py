@@ -171,6 +171,24 @@ def _require_average(run: RunConfig, directory: RunDirectory) -> None:
         f"{run.evaluation.average} can be asked for only before; judge it with "
         "--evaluation.average 1, or train it anew under another --root",
     )
+    if result is None and not directory.averaged(run).exists():
+        _require_states(run, directory)
+
+
+def _require_states(run: RunConfig, directory: RunDirectory) -> None:
+    """Refuse to go on with a run that was begun without this average, and has dropped a state of it."""
+    from gqa_scaling.training.averaging import averaged_steps
+
+    steps = [each.name for each in directory.checkpoints.glob("*") if is_saved(each)]
+    kept = sorted(int(step) for step in steps if step.isdecimal())
+    gone = [step for step in averaged_steps(run) if kept and step < kept[-1] and step not in kept]
+    if gone:
+        raise UserError(
+            f"{run.name} was begun with another evaluation or checkpoint.every_steps: "
+            f"evaluation.average={run.evaluation.average} needs the checkpoint of step {gone[0]}, and "
+            f"it has kept {', '.join(map(str, kept))}; go on with --evaluation.average 1, or train it "
+            "anew under another --root"
+        )
 
 
 def run_sweep(experiment: Experiment, root: Path) -> Outcome:

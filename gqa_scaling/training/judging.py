@@ -58,7 +58,8 @@ def judge(
 
     if not asked.contexts and asked.needles is None:
         return Evaluation(**whole())
-    kept = _Kept(directory)
+    # a model that was imported may be judged on one text after another
+    kept = _Kept(directory, {"text": store.hash} if run.imported else {})
     same = {"tokens": asked.tokens, "of": run.evaluation_context, "averaged": averaged_steps(run)}
     own = {"loss at": "its own context", "read": "twice", **same}
     value = Evaluation(**kept.value(own, whole))
@@ -104,14 +105,15 @@ def _needles(run: RunConfig, store: TokenStore, directory: RunDirectory, kept: "
 
 
 class _Kept:
-    """Parts of evaluations of one run, in its judged.json."""
+    """Parts of evaluations of one run, in its judged.json, and what is common to those asked for."""
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self.file = directory.judged_file
+    def __init__(self, directory: RunDirectory, common: dict[str, Any]) -> None:
+        self.file, self.common = directory.judged_file, common
         self.parts = read_json(self.file) if self.file.exists() else {}
 
     def value(self, what: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """The value of the part, computed where it is not known yet."""
+        what = what | self.common
         key = digest_of(what)
         if key not in self.parts:
             self.parts[key] = {"what": what, "value": compute()}

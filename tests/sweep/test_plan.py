@@ -7,6 +7,7 @@ from rich.console import Console
 from gqa_scaling import costs
 from gqa_scaling.config import (
     DataConfig,
+    EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -15,6 +16,7 @@ from gqa_scaling.config import (
 )
 from gqa_scaling.config import UserError as Refused
 from gqa_scaling.context_sharding import ContextSharding
+from gqa_scaling.devices.layout import layout_refusal
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.hardware import Hardware, hardware
 from gqa_scaling.sweep import memory
@@ -94,6 +96,16 @@ def test_more_devices_share_the_work_and_not_the_waiting():
 def test_a_layout_that_cannot_be_is_refused():
     with pytest.raises(Refused, match="a: data=3 x fsdp=1 = 3 must divide the 4 sequences"):
         make_plan(experiment(run()), CHIP, 3)
+
+
+def test_a_context_that_the_layout_cannot_be_judged_at_is_refused():
+    """As the run itself would, once the devices are paid for."""
+    asked = EvaluationConfig(contexts=(4, 64))
+    four = run(evaluation=asked, parallel=ParallelConfig(context=4))
+    with pytest.raises(Refused, match="a: judged at 4 tokens: context=4 must divide half of"):
+        make_plan(experiment(four), CHIP, 4)
+    assert layout_refusal(four, 4, "tpu")
+    assert not layout_refusal(dataclasses.replace(four, parallel=ParallelConfig()), 4, "tpu")
 
 
 @pytest.mark.parametrize(

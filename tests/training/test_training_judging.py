@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_kit import tiny_run
+from training_kit import tiny_run, write_corpus
 
 from gqa_scaling import cli
-from gqa_scaling.config import NeedleTask, Question, RunConfig, UserError
-from gqa_scaling.data import TokenStore, open_store
+from gqa_scaling.config import DataConfig, NeedleTask, Question, RunConfig, UserError
+from gqa_scaling.data import TokenStore, open_store, prepare
 from gqa_scaling.data.loader import heldout_chunks
 from gqa_scaling.data.needles import Prompt, needle_prompt
+from gqa_scaling.devices import processes
 from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.files.checkpoint import Checkpoints, load_parameters
 from gqa_scaling.files.runs import RunDirectory, run_directory
 from gqa_scaling.inference import needles
+from gqa_scaling.inference.hugging_face_export import export
+from gqa_scaling.inference.hugging_face_import import import_folder
+from gqa_scaling.inference.trained import open_trained
 from gqa_scaling.sweep import run as sweep
 from gqa_scaling.training import judging
 from gqa_scaling.training.setup import Setup, set_up
@@ -189,6 +193,39 @@ def test_a_finished_run_is_judged_beyond_its_context(
     assert "Needles found (tokens), by depth in the text and by its length" in said
 
 
+def test_an_imported_model_is_judged_on_the_text_that_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export(open_trained(finished()), Path("exported"), "float32")
+    directory, _ = import_folder(Path("exported"), "tiny", Path("runs"), None)
+    write_corpus(Path("longer"), documents=80)
+    for corpus in ("corpus", "longer"):
+        tokenizer = str(directory.path / "tokenizer.json")
+        prepare(
+            DataConfig(corpus, tokenizer, heldout_fraction=0.2, store=f"of-{corpus}"), show=False
+        )
+
+    def judged_on(corpus: str, *contexts: str) -> dict:
+        words = [
+            "judge",
+            str(directory.path),
+            "--store",
+            f"of-{corpus}",
+            "--tokens",
+            "512",
+            "--json",
+        ]
+        assert cli.main([*words, "--contexts", *contexts]) == 0
+        return json.loads(capsys.readouterr().out)["evaluation"]
+
+    first, other = judged_on("corpus", "8"), judged_on("longer", "8")
+    assert other["hash"] != first["hash"]
+    assert other["loss"] != first["loss"]
+    assert other["loss_by_context"] != first["loss_by_context"]
+    assert judged_on("longer", "8", "16")["loss_by_context"]["8"] == other["loss_by_context"]["8"]
+    assert judged_on("corpus", "8") == first
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -248,6 +285,25 @@ def test_an_average_that_was_not_asked_for_in_time_is_refused() -> None:
     with pytest.raises(UserError, match="tiny is finished and its checkpoints are removed"):
         evaluate(judged(average=2))
     assert finished().result_file.read_bytes() == before
+
+
+def test_an_average_over_a_state_that_is_gone_is_refused_before_the_steps_that_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.rmtree(finished().path)
+    asked = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "preempted", lambda: next(asked) == 18)
+        with pytest.raises(processes.Preempted):
+            evaluate(tiny_run())  # of steps 5, 10, 15 and 18 the last two are kept
+    before = [line["step"] for line in finished().metrics()]
+    with pytest.raises(
+        UserError, match=r"average=4 needs the checkpoint of step 10, .* kept 15, 18"
+    ):
+        evaluate(judged(average=4))
+    assert [line["step"] for line in finished().metrics()] == before
+    assert not finished().failure_file.exists()
+    assert "loss" in evaluate(judged(average=3))  # of steps 15, 20 and 24
 
 
 @pytest.mark.parametrize(
