@@ -141,8 +141,9 @@ def predict(
     """The loss that is expected of a model, with 90% intervals of one run and of the curve.
 
     `model` is a whole one such as 8,1@L24d1536, or heads such as 8,1 with N = `n`, trained or not;
-    `found` is what `fit` made of the source. `train_context` and `tokens` are those of training, where
-    the runs tell what they do. Raises UserError for what the study does not speak of.
+    `found` is what `fit` made of the source. `train_context` and `tokens` are those of training: where
+    the runs do not tell what they do, only the runs' own. Raises UserError for what the study does not
+    speak of.
     """
     from gqa_scaling.study.ask import predict_one
 

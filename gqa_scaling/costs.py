@@ -155,9 +155,12 @@ class HardwareCost:
         require(self.compute_power > 0, f"beta={self.compute_power} must be greater than 0")
 
     def __call__(self, memory: Number, flops: Number) -> Number:
-        return (
-            self.weight * memory**self.memory_power + (1 - self.weight) * flops**self.compute_power
+        parts = (
+            (self.weight, memory, self.memory_power),
+            (1 - self.weight, flops, self.compute_power),
         )
+        # what has no weight is left out: of a model out of reach it would be 0 times infinity
+        return sum(weight * cost**power for weight, cost, power in parts if weight)
 
 
 # ------------------------------------------------- inference as it is computed, of a built model

@@ -116,6 +116,7 @@ def test_a_prediction_lies_on_the_curve_and_holds_the_noise_of_a_run():
     n = 8 * 24 * 1536**2 + 2 * 24 * 1536 * 64 * 9  # the published count, of this shape
     assert one.n == pytest.approx(n)
     assert one == api.predict(runs, found, "8,1", one.n)
+    assert one == api.predict(runs, found, MODEL, train_context=8192, tokens=20 * one.n)
     assert one.loss == float(found.fit.curves.loss(k, one.n))
     assert one.run_interval[0] < one.curve_interval[0] < one.loss
     assert one.loss < one.curve_interval[1] < one.run_interval[1]
@@ -136,6 +137,7 @@ def test_without_pandas_a_frame_is_refused_with_the_remedy(monkeypatch):
         api.frame(api.read("chen2025"))
 
 
+MODEL = "8,1@L24d1536"
 RUN = RunConfig(
     name="one",
     model=ModelConfig(1, 16, 2, 1, head_dim=8, vocab_size=264),
@@ -153,6 +155,9 @@ RUN = RunConfig(
         (lambda s, f: api.predict(s, f, "8,1"), r"or heads with their N \(n=1e9\)"),
         (lambda s, f: api.predict(s, f, "8,1@L24d1536", 1e9), "must be a whole model such as"),
         (lambda s, f: api.predict(s, f, "8,1", 1.0), "this study speaks of"),
+        (lambda s, f: api.predict(s, f, MODEL, tokens=1e12), "not the budget of the finished runs"),
+        (lambda s, f: api.predict(s, f, MODEL, tokens=-5), "tokens=-5 must be a number from 1"),
+        (lambda s, f: api.predict(s, f, MODEL, train_context=131072), "tokens, only 8,192"),
         (lambda s, f: api.plot(None, f, "heat_map"), "take one of losses, residuals"),
         (lambda s, f: api.load(api.declare("mine", [RUN])), "name one of the runs of mine"),
         (lambda s, f: api.load(api.declare("mine", [RUN]), "two"), "mine has no run named 'two'"),

@@ -115,6 +115,8 @@ def test_hardware_cost_ends():
     assert costs.HardwareCost(weight=1)(memory, flops) == pytest.approx(math.sqrt(memory))
     assert costs.HardwareCost(weight=0)(memory, flops) == pytest.approx(flops ** (1 / 3))
     assert costs.HardwareCost(weight=0.5, memory_power=1, compute_power=1)(3, 5) == 4
+    for weight in (0, 1):  # a model out of reach is endlessly dear, also by what has all the weight
+        assert costs.HardwareCost(weight=weight)(np.array([math.inf]), math.inf) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def add_costs(parser: argparse.ArgumentParser) -> None:
         help="what is to be least; seconds and dollars need --hardware or --cost (default: z, with "
         "--cost seconds)",
     )
-    add("--hardware", help="serve on this: v5e, v5p, v6e, a100, h100, h200")
+    add("--hardware", help="serve on this: v5e, v6e, a100, h100, ... (docs/asking.md)")
     add("--cost", metavar="CALIBRATION", help="serve on the machine of this file of `calibrate`")
     add("--price", type=finite, help="dollars an hour there, of one device or of the machine timed")
     add(

@@ -12,7 +12,7 @@ from gqa_scaling.study.choices import Law, Objective
 from gqa_scaling.study.commands import with_training
 from gqa_scaling.study.estimates import Estimates
 from gqa_scaling.study.frontier import frontier
-from gqa_scaling.study.predict import Expected, expected, of_new_heads
+from gqa_scaling.study.predict import Expected, expected, of_new_heads, require_told
 from gqa_scaling.study.results import Heads
 from gqa_scaling.study.scores import forecasts_of
 from gqa_scaling.study.serving import Serving, require_costs
@@ -113,8 +113,8 @@ def predict_one(
     """The loss that `found`, estimated from the source's runs, expects of a model.
 
     `what` is a whole model such as 8,1@L24d1536, or heads, whose N is `n`; heads that nobody trained
-    are predicted as `candidates` are. Raises UserError for a size that the study does not speak of,
-    and as `side`, `candidates` and `expected` do.
+    are predicted as `candidates` are. Raises UserError for a size, a training context or a budget that
+    the study does not speak of, and as `side`, `candidates` and `expected` do.
     """
     (one,) = sides(source, what)
     require(
@@ -126,6 +126,7 @@ def predict_one(
         n = float(family.n_of(*one.shape, one.heads))
     assert n is not None
     family.require_reached(n, one.heads, one.label)
+    require_told(one.label, found, source.results, n, train_context, tokens)
     if one.heads not in found.fit.heads:
         found = of_new_heads(found, source.results, [one.heads])
     return expected(found, one.heads, n, train_context, tokens)

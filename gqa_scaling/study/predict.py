@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gqa_scaling.config import RunConfig, UserError, require
+from gqa_scaling.config import MOST_TOKENS, RunConfig, UserError, between, require
 from gqa_scaling.costs import n_exact, training_tokens
 from gqa_scaling.study.build import run_interval
 from gqa_scaling.study.candidates import candidates, sizes_of
@@ -83,7 +83,8 @@ def predict(
     finished = [run for run in grid if run.name in results.name]
     for run in runs:
         _require_like(run, results, finished)
-        _require_reached(run, found, results)
+        own = float(n_exact(run.model)), run.context_length, float(training_tokens(run))
+        require_told(run.name, found, results, *own)
     new = sorted({_heads(run) for run in runs} - set(found.fit.heads), key=str)
     among = of_new_heads(found, results, new) if new else found
     return tuple(_of_curve(run, among if _heads(run) in new else found) for run in runs)
@@ -121,32 +122,45 @@ def _require_like(run: RunConfig, results: Results, finished: Sequence[RunConfig
         )
 
 
-def _require_reached(run: RunConfig, found: Estimates, results: Results) -> None:
-    """Refuse a context length or a token budget that the laws do not speak of."""
+def require_told(
+    label: str,
+    found: Estimates,
+    results: Results,
+    n: float,
+    train_context: int | None,
+    tokens: float | None,
+) -> None:
+    """Refuse a context length or a token budget, of training, that the laws do not speak of.
+
+    The model of N parameters is called `label`; None stands for what is not named.
+    """
     lengths = found.context.lengths if found.context else (found.fit.context_length,)
     if lengths == (None,):
         lengths = tuple(sorted(set(results.context_length.tolist())))
     require(
-        run.context_length in lengths,
-        f"{run.name}: no finished run has its context length of {run.context_length:,} tokens, only "
-        f"{', '.join(f'{t:,}' for t in lengths)}",
+        train_context is None or train_context in lengths,
+        f"{label}: no finished run has its context length of {train_context or 0:,} tokens, only "
+        f"{', '.join(f'{t:,}' if t else 'an unknown one' for t in lengths)}",
     )
+    if tokens is None:
+        return
+    between("tokens", tokens, 1, MOST_TOKENS, "tokens")
     if found.tokens:
         return
-    same = results.select(results.context_length == run.context_length)
-    own = training_tokens(run)
-    for known, mine in (
-        (same.tokens, own),
-        (same.tokens / same.n_params, own / n_exact(run.model)),
-    ):
+    same = results
+    if train_context is not None:
+        same = results.select(results.context_length == train_context)
+    for known, mine in ((same.tokens, tokens), (same.tokens / same.n_params, tokens / n)):
         every = np.r_[known, mine]
         if known.max() > SAME_BUDGET * known.min():
             continue  # this is not what the finished runs have in common
         if every.max() <= SAME_BUDGET * every.min():
             return
+        theirs = f"{known.min():,.4g} to {known.max():,.4g}"
+        said = theirs if np.isfinite(known).all() else "which do not all say theirs"
         raise UserError(
-            f"{run.name}: it trains on {own:,} tokens, which is not the budget of the finished runs "
-            f"({known.min():,.4g} to {known.max():,.4g}): what it loses by that is not known"
+            f"{label}: it trains on {tokens:,.0f} tokens, which is not the budget of the finished runs "
+            f"({said}): what it loses by that is not known"
         )
 
 
@@ -166,20 +180,14 @@ def expected(
 ) -> Expected:
     """The loss at N = n, counted as the fit counts, on the curve of these heads, which it must have.
 
-    `train_context` and `tokens` are those of training, where runs tell what they do: by default those
-    that the curves are shown at. Raises UserError for heads or a context length without a curve.
+    `train_context` and `tokens` are those of training, which the runs must speak of (`require_told`): by
+    default those that the curves are shown at. Raises UserError for heads without a curve.
     """
     fitted = found.fit
     k = fitted.index(heads)
     best, draws = fitted.curves.loss(k, n), fitted.draws.loss(k, n)
     if found.context and train_context is not None:
-        lengths = found.context.lengths
-        require(
-            train_context in lengths,
-            f"no finished run has a context length of {train_context:,} tokens, only "
-            f"{', '.join(f'{t:,}' for t in lengths)}",
-        )
-        at = lengths.index(train_context)
+        at = found.context.lengths.index(train_context)
         best = best + found.context.delta[at]
         draws = draws + found.context.delta_draws[:, at]
     if found.tokens and tokens is not None:

@@ -287,7 +287,10 @@ def from_text(text: str, source: str, *, swept: bool = False) -> Results:
     found = ", ".join(header)
     twice = sorted({name for name in header if name and header.count(name) > 1})
     require(not twice, f"{source}: column {', '.join(twice)} appears twice")
-    require(not absent, f"{source}: column {', '.join(absent)} is missing; found {found}")
+    apart = (
+        "; separate columns by commas, and write decimals with a point" if len(header) == 1 else ""
+    )
+    require(not absent, f"{source}: column {', '.join(absent)} is missing; found {found}{apart}")
     shaped = {"n_layers", "d_model"} <= set(header)
     require(
         shaped or "n_params" in header,

@@ -23,10 +23,11 @@ from gqa_scaling.study.choices import Objective
 from gqa_scaling.study.fitted import plain
 from gqa_scaling.study.points import densities
 from gqa_scaling.study.proposals import Kind, Proposals, Proposed, Step
-from gqa_scaling.study.results import Heads, Results, pair, pattern_of
+from gqa_scaling.study.results import Heads, Results, pair, pairs, pattern_of
 from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of, shapes
 from gqa_scaling.study.strays import SPREADS
+from gqa_scaling.units import byte_size
 
 STRAY_U, STRAY_B = SPREADS  # of one configuration from what all share, prior deviations
 STRAY_T = 0.001  # share of the loss that m_H is an octave: 1% from 8K to 128K is 2.5 deviations
@@ -207,9 +208,11 @@ class Belief:
 class Decider:
     """The costs of every configuration at every answer of a question, tabulated over ln N_b.
 
+    `heads` are the configurations that may be served (`Serving.allows`), which alone can be chosen.
     The table holds the sizes that can be built, `ladder.REACH` of those that were run. A draw whose
     size lies beyond it costs what the largest does: dear enough that no one would choose it, and
-    finite, so that the mean over the draws still tells configurations apart.
+    finite, so that the mean over the draws still tells configurations apart. So does every draw of a
+    configuration that holds more bytes than it may in most of them.
     """
 
     def __init__(
@@ -223,30 +226,47 @@ class Decider:
     ) -> None:
         """`reference` is the training context that losses are known at, in tokens; 0 unknown."""
         require(bool(question.losses), "suggest needs target losses: name them in the question")
-        self.question, family, self.heads = question, family_of(results), tuple(heads)
+        serving, family = serving or Serving(), family_of(results)
+        self.question, self.serving = question, serving
+        self.index = [k for k, own in enumerate(heads) if serving.allows(own)]
+        self.heads = tuple(heads[k] for k in self.index)
         span = np.log(n_formula(results.n_layers, results.d_model, 0, 0))
         low, high = np.log(REACH)
         self.grid = np.linspace(span.min() + low, span.max() + high, 400)
         layers, width = shapes(np.exp(self.grid), (0, 0), family.head_dim, family.ladder)
-        sizes = [family.n_of(layers, width, h) for h in heads]
-        self.log_z, self.octaves = {}, {}
+        sizes = [family.n_of(layers, width, h) for h in self.heads]
+        self.log_z, self.octaves, self.fits = {}, {}, {}
         for context in question.contexts:
-            self.place = place = Deployment(
-                family, question, context, objective, serving or Serving()
-            )
-            z = [place.objective_of(place.costs(n, h)) for n, h in zip(sizes, heads, strict=True)]
-            self.log_z[context] = np.log(z)
+            self.place = place = Deployment(family, question, context, objective, serving)
+            costs = [place.costs(n, h) for n, h in zip(sizes, self.heads, strict=True)]
+            self.log_z[context] = np.log([place.objective_of(each) for each in costs])
+            self.fits[context] = np.array([self._largest(each.bytes) for each in costs])
             further = max(context / reference, 1.0) if reference else 1.0
             self.octaves[context] = float(np.log2(further))
 
+    def _largest(self, held: np.ndarray) -> float:
+        """ln N_b of the largest size that may be served, by the bytes held over the grid."""
+        if np.isinf(self.serving.limit_bytes):
+            return np.inf
+        rising, limit = np.log(np.maximum.accumulate(held)), np.log(self.serving.limit_bytes)
+        return float(np.interp(limit, rising, self.grid, left=-np.inf))
+
     def costs(self, belief: Belief, theta: np.ndarray) -> list[np.ndarray]:
         """ln of the cost (rows, configurations) for every answer: target losses, then contexts."""
-        out = []
+        out, fitting = [], False
         for loss in self.question.losses or ():
             for context, table in self.log_z.items():
-                at = belief.log_backbone_at(theta, loss, self.octaves[context])
+                at = belief.log_backbone_at(theta, loss, self.octaves[context])[:, self.index]
+                fits = np.median(at, axis=0) <= self.fits[context]
+                fitting |= bool(fits.any())
+                at = np.where(fits, at, self.grid[-1])
                 columns = [np.interp(at[:, k], self.grid, row) for k, row in enumerate(table)]
                 out.append(np.stack(columns, 1))
+        require(
+            fitting,
+            f"nothing that reaches the target losses fits {byte_size(self.serving.limit_bytes)}, by what "
+            "these runs tell: raise --fit-gib, or name higher losses",
+        )
         return out
 
     def regret(self, costs: Sequence[np.ndarray]) -> float:
@@ -314,21 +334,31 @@ def suggest(
         f"suggest needs {LEAST} finished runs to begin with, not {len(results)}",
     )
     proposals = Proposals(results, tuple(grid))
-    within = serving.allows if serving else lambda _: True
+    serving = serving or Serving()
+    few = f"n_kv that is a multiple of {serving.kv_multiple}"
 
     def affordable(steps: Sequence[Step]) -> list[Step]:
-        return [s for s in steps if s.flops <= budget_flops and within(s.runs[0].heads)]
+        return [s for s in steps if s.flops <= budget_flops and serving.allows(s.runs[0].heads)]
 
     steps, contenders = affordable(proposals.declared()), list[Heads]()
     if not steps:
         contenders = _contenders(proposals, question, objective, serving)
-        steps = affordable(proposals.beyond(question.contexts, contenders))
+        further = proposals.beyond(question.contexts, contenders)
+        heads = {step.runs[0].heads for step in further}
+        require(
+            any(map(serving.allows, heads)), f"none of {pairs(sorted(heads, key=str))} has {few}"
+        )
+        steps = affordable(further)
     require(
         bool(steps),
         f"no run that could tell anything costs less than {budget_flops:.3g} training FLOPs; raise "
         "--budget-flops",
     )
     belief, decider, candidates, groups = _world(proposals, steps, question, objective, serving)
+    require(
+        len(decider.heads) > 1 or len(belief.logs) == 1,
+        f"only {pairs(decider.heads)} has {few}: there is nothing to choose between, and no run tells",
+    )
     flops = np.array([step.flops for step in steps])
     single = np.array([len(group) == 1 for group in groups])
     first = np.array([group[0] for group in groups])
@@ -358,7 +388,7 @@ def _world(
     steps: Sequence[Step],
     question: Question,
     objective: Objective,
-    serving: Serving | None,
+    serving: Serving,
 ) -> tuple[Belief, Decider, Runs, list[list[int]]]:
     """What is believed and decided, every run of the steps, and which of them are each step's."""
     r, reference = proposals.results, proposals.reference
@@ -389,15 +419,16 @@ def _density(run: Proposed) -> float:
 
 
 def _contenders(
-    proposals: Proposals, question: Question, objective: Objective, serving: Serving | None
+    proposals: Proposals, question: Question, objective: Objective, serving: Serving
 ) -> list[Heads]:
     """The configurations, of those that were run, which may be the cheapest of some answer."""
-    r = proposals.results
+    if sum(map(serving.allows, proposals.heads)) < 2:
+        return []
     done = [Proposed("", h, L, d, t, 0, 0.0, 0.0) for h, L, d, t in proposals.seeds]
     here = [Step("seed", (run,)) for run in done]  # as if they were to do
     belief, decider, *_ = _world(proposals, here, question, objective, serving)
     costs = decider.costs(belief, belief.draw(np.random.default_rng(0)))
-    heads = sorted(set(r.heads), key=str)
+    heads = decider.heads
     chance = np.mean(
         [np.bincount(c.argmin(1), minlength=len(heads)) / len(c) for c in costs], axis=0
     )

@@ -50,6 +50,8 @@ SETTINGS = [
     {"objective": "dollars", "hardware": "h100", "price": 2.5, "batch": 64},
     {"objective": "seconds", "hardware": "v5e", "candidates": ["(4,1)", "(8,8)", "(4,4)"]},
     {"loss": 2.1, "objective": "flops"},
+    {"loss": 2.1, "lambda": 1},
+    {"loss": 2.1, "lambda": 0},
 ]
 
 

@@ -146,6 +146,18 @@ def test_extrapolation_is_flagged_only_where_it_happens(chen, table_4):
     assert not any("outside its fitted sizes" in flag for flag in inside.flags)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_refits_out_of_reach_count_also_where_memory_or_flops_are_all_of_z(weight):
+    runs = published()
+    asked = Question(contexts=(131072,), losses=(2.15,), weight=weight)
+    (answer,) = frontier(fit(runs, refits=200), runs, asked).answers
+    least = "memory" if weight else "flops"
+    alone = frontier(fit(runs, refits=200), runs, asked, least).answers[0]
+    assert answer.best.unreachable == alone.best.unreachable > 0
+    assert answer.best.probability == alone.best.probability
+    assert [c.unreachable for c in answer.choices] == [c.unreachable for c in alone.choices]
+
+
 def test_unreachable_losses_are_said_so_not_crashed_on(chen):
     answers = frontier(chen, published(), Question(losses=(2.0,), contexts=(8192,)))
     answer = answers.answers[0]

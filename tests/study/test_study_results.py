@@ -390,3 +390,12 @@ def test_the_written_csv_reads_back_the_same(tmp_path):
             else np.isclose(a.astype(float), b.astype(float), rtol=0, equal_nan=True)
         )
         assert same.all(), column
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_columns_that_no_comma_separates_are_told_the_remedy(mark):
+    text = mark.join(("n_heads", "n_kv_heads", "n_params", "loss")) + "\n" + mark.join("1234")
+    with pytest.raises(
+        UserError, match="separate columns by commas, and write decimals with a point"
+    ):
+        from_text(text, "mine.csv")

@@ -16,7 +16,7 @@ from gqa_scaling.study.proposals import Proposals, _declared, for_a_fit, too_sma
 from gqa_scaling.study.reading import published
 from gqa_scaling.study.report.csv_files import results_csv
 from gqa_scaling.study.results import table
-from gqa_scaling.study.serving import Deployment
+from gqa_scaling.study.serving import Deployment, Serving
 from gqa_scaling.study.shapes import family_of
 from gqa_scaling.study.source import read_source
 from gqa_scaling.study.suggest import STRAY_T, Belief, Decider, Runs, suggest
@@ -113,6 +113,36 @@ def test_what_costs_more_than_it_tells_is_left_for_later(some):
     assert (
         by_run.regret_before - by_run.regret_after >= by_flop.regret_before - by_flop.regret_after
     )
+
+
+def test_only_what_may_be_served_can_be_chosen():
+    runs, asked = published(), Question(contexts=(131072,), losses=(2.8,))
+    twice = suggest(runs, (), asked, most=2, serving=Serving(kv_multiple=2))
+    assert all(each.runs[0].heads[1] % 2 == 0 for each in twice)
+    assert (
+        twice[0].regret_after < 0.9 * twice[0].regret_before
+    )  # not against (8,1), which may not be
+    with pytest.raises(
+        UserError, match=r"only \(8,8\) has .* multiple of 8: there is nothing to choose"
+    ):
+        suggest(runs, (), asked, serving=Serving(kv_multiple=8))
+    with pytest.raises(UserError, match=r"none of .* has n_kv that is a multiple of 3"):
+        suggest(runs, (), asked, serving=Serving(kv_multiple=3))
+
+
+def test_what_holds_too_many_bytes_is_not_chosen():
+    runs, asked = published(), Question(contexts=(131072,), losses=(2.8,))
+    gib = 2**30
+    (wide,) = suggest(runs, (), asked, most=1, serving=Serving(limit_bytes=100 * gib))
+    (free,) = suggest(runs, (), asked, most=1)
+    assert wide == free
+    assert free.regret_before > 0
+    (alone,) = suggest(runs, (), asked, most=1, serving=Serving(limit_bytes=1.9 * gib))
+    assert alone.regret_before == pytest.approx(0, abs=1e-9)  # (8,1) holds 1.8 GiB, (4,1) 1.96
+    with pytest.raises(
+        UserError, match=r"fits 1\.00 MiB, by what these runs tell: raise --fit-gib"
+    ):
+        suggest(runs, (), asked, serving=Serving(limit_bytes=2**20))
 
 
 def test_contenders_are_looked_at_before_the_hopeless(some):

@@ -169,6 +169,9 @@ const Numerics = (() => {
 
   // ------------------------------------------------------------------------------------------- costs
 
+  /** A part of Z; what has no weight counts for nothing, also of a model out of reach (costs.HardwareCost). */
+  const weighed = (weight, part) => (weight ? weight * part : 0);
+
   /** Costs of models whose shapes are known, row by row (Deployment.costs_of_shape). */
   function costsOfShape(model, asked, n, heads, kv, layers, width, keys) {
     const d = model.head_dim, { hardware } = asked;
@@ -183,7 +186,7 @@ const Numerics = (() => {
       const read = asked.weight_bytes * n[i] + asked.cache_bytes * asked.batch * cached;
       out.memory[i] = memory;
       out.flops[i] = flops;
-      out.z[i] = asked.lambda * memory ** asked.alpha + (1 - asked.lambda) * flops ** asked.beta;
+      out.z[i] = weighed(asked.lambda, memory ** asked.alpha) + weighed(1 - asked.lambda, flops ** asked.beta);
       out.bytes[i] = read + asked.weight_bytes * (model.embeddings * width[i]);
       const shape = { n: n[i], L, d, heads: heads[i], kv: kv[i], width: width[i], keys: keys[i] };
       const seconds = !hardware ? NaN
