@@ -19,6 +19,7 @@ import pytest
 from gqa_scaling import __version__, cli
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
+from gqa_scaling.experiment.branches import decay_begins
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files import failures
 from gqa_scaling.files.claims import claim
@@ -331,6 +332,26 @@ def test_an_interruption_says_how_to_go_on(call, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- plan
+
+
+def test_plan_counts_the_steps_whose_states_are_gone(call):
+    Path("budgets.py").write_text(
+        "from experiments import tiny\n"
+        "from gqa_scaling.experiment.branches import at_budgets\n"
+        "def runs():\n"
+        "    return at_budgets(tiny.runs()[0], (20, 40))\n"
+    )
+    short, long = directories("budgets.py")
+    finish(short, experiment="budgets.py")
+
+    def first_step() -> int:
+        rows = json.loads(call("plan", "budgets.py", *V5E, "--json")[1])["runs"]
+        return {row["name"]: row["first_step"] for row in rows}[long.path.name[:-13]]
+
+    assert first_step() == 0
+    begins = decay_begins(load_experiment("budgets.py").runs[0])
+    (short.checkpoints / str(begins)).mkdir(parents=True)
+    assert first_step() == begins
 
 
 def test_plan_for_people(call):
