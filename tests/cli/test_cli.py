@@ -485,7 +485,7 @@ def test_learning_rates_for_programs(call):
         finish(directory)
     code, out, err = call("learning-rates", TINY)
     assert (code, out) == (2, "")
-    assert "L1-h1 and L1-h2 have one size and one learning rate, but are different models" in err
+    assert "L1-h1 and L1-h2 have one size, and their losses do not tell which rate is better" in err
     sweep = ("sweep.py", "--json")
     Path("sweep.py").write_text(
         "from experiments.tiny import runs as grid\n"

@@ -200,7 +200,7 @@ def test_an_experiment_is_trained_at_the_best_rates_of_its_sweep(workplace):
     elsewhere = load_experiment("experiments.swept", root=workplace / "elsewhere").runs
     assert [run.digest for run in elsewhere] == [run.digest for run in declared]
     given = load_experiment("experiments.swept", ["--optimizer.learning-rate", "3e-4"]).runs
-    assert {run.optimizer.learning_rate for run in given} == {3e-4}
+    assert {(run.optimizer.learning_rate, run.note) for run in given} == {(3e-4, "")}
 
 
 def test_a_sweep_that_is_none_is_refused(workplace):
