@@ -91,8 +91,8 @@ def load_experiment(
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    name = module.__name__.rpartition(".")[2]
-    require(bool(name), f"{spec} names no folder for its runs: rename the file")
+    name = folder_of(place)
+    require(not name.startswith("."), f"{spec} names no folder for its runs: rename the file")
     if variant:
         _require_variant(place, module, variant)
         name = f"{name}_{variant}"
