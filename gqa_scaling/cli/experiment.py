@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 import zlib
@@ -214,8 +215,8 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         pods.check(experiment, place)
         row, devices = hardware(place.kind), place.chips
-    finished = _finished(args, experiment)
-    plan = make_plan(experiment, changed(row, args.mfu, args.price), devices, prepared, finished)
+    row, standing = changed(row, args.mfu, args.price), _standing(args, experiment)
+    plan = make_plan(experiment, row, devices, prepared, *standing)
     if not args.json:
         print_table(views.plan_table(plan), *views.plan_summary(plan))
         sys.stdout.flush()  # compiling takes minutes
@@ -229,18 +230,27 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _finished(args: argparse.Namespace, experiment: "Experiment") -> "set[RunConfig]":
-    """The runs that have a result; none where there is no folder for them."""
+def _standing(
+    args: argparse.Namespace, experiment: "Experiment"
+) -> "tuple[set[RunConfig], dict[str, int]]":
+    """The runs that have a result and, by the digests of the others, the latest step whose state is kept
+    for them; none where there is no folder for them."""
     from gqa_scaling.files.runs import run_directories, runs_root
     from gqa_scaling.files.storage import together
 
     try:
         root = runs_root(args.root)
     except UserError:  # a file is in its place
-        return set()
+        return set(), {}
     directories = run_directories(root, experiment.name, experiment.runs)
     done = together(lambda directory: directory.result_file.exists(), directories)
-    return {run for run, is_done in zip(experiment.runs, done, strict=True) if is_done}
+    finished = {run for run, is_done in zip(experiment.runs, done, strict=True) if is_done}
+    found, kept = experiment.trunks, {}
+    for run in experiment.runs:
+        if run not in finished and run.digest in found:
+            states = found[run.digest].states(run, root / experiment.name)
+            kept[run.digest] = states[0][0] if states else 0
+    return finished, kept
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -307,7 +317,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return code
     code = max(code, display.report_end(experiment, root))
     if code == 0:
-        print(f"{experiment.name}: finished; next: gqa-scaling report {args.experiment}")
+        print(
+            f"{experiment.name}: finished; next: gqa-scaling report {shlex.quote(args.experiment)}"
+        )
     return code
 
 

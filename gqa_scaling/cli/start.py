@@ -1,6 +1,7 @@
 """The verbs to begin with: a starter experiment, and completion in the shell."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from gqa_scaling.cli.shared import Verb, nothing_left
@@ -31,11 +32,12 @@ def _new(args: argparse.Namespace, rest: Sequence[str]) -> int:
         open_corpus(DataConfig(corpus=args.corpus))  # refused before a file is written
     path, spec = start(args.name, args.corpus)
     print(f"{path}: 12 small runs, minutes on two cores; change its SIZES, HEADS and DATA. Then")
+    named = shlex.quote(spec)
     for command in (
-        f"plan {spec}",
-        f"prepare {spec}",
-        f"run {spec} --workers 2",
-        f"report {spec}",
+        f"plan {named}",
+        f"prepare {named}",
+        f"run {named} --workers 2",
+        f"report {named}",
     ):
         print(f"  gqa-scaling {command}")
     return 0

@@ -8,7 +8,7 @@ begins, among its checkpoints, until all of them have their results.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,9 +67,10 @@ class Trunk:
         latest = _latest_start(run)
         return [(min(latest, decay_begins(other)), other) for other in before if latest]
 
-    def begins(self, run: RunConfig) -> int:
-        """The step from which `run` is trained once those with smaller budgets have come so far."""
-        return max((step for step, _ in self.sources(run)), default=0)
+    def begins(self, run: RunConfig, without: Container[RunConfig] = ()) -> int:
+        """The step from which `run` is trained once those with smaller budgets, `without` these, have
+        come so far."""
+        return max((step for step, other in self.sources(run) if other not in without), default=0)
 
     def directories(self, folder: Path) -> Iterator[tuple[RunConfig, RunDirectory]]:
         """Every run with its directory in the folder of its experiment."""

@@ -4,8 +4,9 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from gqa_scaling.config import RunConfig, require
+from gqa_scaling.config import RunConfig, differing_fields, require
 from gqa_scaling.files.runs import evaluation_in, run_directory, runs_root
 
 
@@ -51,21 +52,27 @@ def learning_rate_choices(
     configuration. `runs` are those of the sweep; a size of which one is unfinished, or not judged
     by its evaluation, is left out, so that a grid never changes while its sweep goes on. Of seeds the
     mean counts. `root` is the folder of all runs, without it `runs_root()`. Raises UserError where
-    different models of one size were trained at one rate: which of them should choose?
+    runs of one size differ in more than the optimizer and the seed, or those at one rate in more than
+    the seed: their losses do not tell which rate is better.
     """
     root = root or runs_root()
     tried: dict[tuple[int, int], dict[float, list[float]]] = {}
-    first: dict[tuple[tuple[int, int], float], RunConfig] = {}
+    first: dict[tuple[Any, ...], RunConfig] = {}
     unfinished = set()
     for run in runs:
         size = (run.model.n_layers, run.model.d_model)
         rate = run.optimizer.learning_rate
-        other = first.setdefault((size, rate), run)
-        require(
-            run.model == other.model,
-            f"{experiment}: {other.name} and {run.name} have one size and one learning rate, but are "
-            "different models: let a sweep train one model of each size",
-        )
+        for alike, free in ((size, "optimizer."), ((*size, rate), "optimizer.learning_rate:")):
+            other = first.setdefault(alike, run)
+            differ = [x for x in differing_fields(other, run) if not x.startswith(("seed:", free))]
+            if run.evaluation_digest != other.evaluation_digest:
+                differ.append("evaluation")
+            require(
+                not differ,
+                f"{experiment}: {other.name} and {run.name} have one size, and their losses do not tell "
+                f"which rate is better ({'; '.join(differ)}): let a sweep train one model of each size "
+                "in one way, at several rates",
+            )
         whole = run_directory(root, experiment, run).result()
         value = evaluation_in(whole, run.evaluation_digest)
         if value:

@@ -91,8 +91,8 @@ def load_experiment(
     own = callable(getattr(module, "runs", None))
     require(own, f"{spec} is no experiment: it defines no runs(){_shadowed(spec, module)}")
     changes = parse_overrides(overrides)
-    name = module.__name__.rpartition(".")[2]
-    require(bool(name), f"{spec} names no folder for its runs: rename the file")
+    name = folder_of(place)
+    require(not name.startswith("."), f"{spec} names no folder for its runs: rename the file")
     if variant:
         _require_variant(place, module, variant)
         name = f"{name}_{variant}"
@@ -101,7 +101,9 @@ def load_experiment(
     swept = declared if variant else _at_swept_rates(spec, module, declared, root)
     if changes.get("start_from"):
         changes["start_from"] = with_digest(changes["start_from"], name, swept, root)
-    changed = relinked(declared, [apply_overrides(run, changes) for run in swept])
+    # a rate of one's own is not the sweep's, and no note may say so
+    before = declared if "optimizer.learning_rate" in changes else swept
+    changed = relinked(declared, [apply_overrides(run, changes) for run in before])
     # overrides may leave one run of a grid, as those of `overrides_to` do
     runs = unique(dict.fromkeys(changed) if changes else changed)
     runs = parents_first(smallest_budget_first(runs))

@@ -1,9 +1,11 @@
 """A starter experiment as a file of one's own, made from `starter.py`."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from gqa_scaling.config import require
@@ -26,7 +28,7 @@ def start(name: str, corpus: str | None = None) -> tuple[Path, str]:
         path.parent.is_dir(),
         f"there is no folder {path.parent} for {path.name}: make it, or name another",
     )
-    text = STARTER.read_text(encoding="utf-8").replace("SPEC", spec)
+    text = STARTER.read_text(encoding="utf-8").replace("SPEC", shlex.quote(spec))
     if corpus is not None:
         text = text.replace('corpus="stdlib"', f"corpus={json.dumps(corpus, ensure_ascii=False)}")
     ast.parse(text)
@@ -46,5 +48,13 @@ def _place(name: str) -> tuple[Path, str]:
         re.fullmatch(r"[A-Za-z]\w*", stem) is not None,
         f"{stem!r} cannot name an experiment: take letters, digits and _, beginning with a letter",
     )
+    if (
+        path.parent.resolve() == Path.cwd() and not path.exists()
+    ):  # where experiments are imported from
+        taken = importlib.util.find_spec(stem)
+        require(
+            taken is None or taken.origin is None,
+            f"{path} would be taken for the module {stem} of Python or a package: take another name",
+        )
     module = path.parent == Path(FOLDER)
     return path, f"{FOLDER}.{stem}" if module else path.as_posix()

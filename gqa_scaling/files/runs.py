@@ -285,6 +285,11 @@ class RunDirectory:
         self, result: dict[str, Any], timing: dict[str, Any], kept_steps: Collection[int] = ()
     ) -> None:
         """Write result.json, then drop what only an unfinished run needs, see `clean`."""
+        self.write_result(result, timing)
+        self.clean(kept_steps)
+
+    def write_result(self, result: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Write result.json, with which a failure before it is over."""
         whole = {
             "schema": SCHEMA_VERSION,
             "result": result,
@@ -292,7 +297,7 @@ class RunDirectory:
             "attempts": self.attempts(),
         }
         write_json(self.result_file, whole)
-        self.clean(kept_steps)
+        self.failure_file.unlink(missing_ok=True)
 
     def put_back(
         self, config: RunConfig, whole: dict[str, Any], curves: dict[str, dict[str, Any]]

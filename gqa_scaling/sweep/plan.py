@@ -1,6 +1,6 @@
 """What a grid will cost, by arithmetic alone and before any spend; `views` prints it."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,13 +120,15 @@ def plan_run(
     devices: int = 1,
     train_tokens: int | None = None,
     trunk: Trunk | None = None,
-    finished: bool = False,
+    finished: Container[RunConfig] = (),
+    kept_step: int = 0,
 ) -> PlannedRun:
     """The cost of one run. `train_tokens` is the size of its corpus, None when not prepared; with a
-    `trunk` the runs of smaller budgets are trained before it."""
+    `trunk` the runs of smaller budgets are trained before it. Those that are `finished` are not: of
+    them only what they have kept counts, up to `kept_step`."""
     m, flops = run.model, costs.training_flops(run)
     tokens, steps = costs.training_tokens(run), costs.training_steps(run)
-    first = trunk.begins(run) if trunk else 0
+    first = max(kept_step, trunk.begins(run, () if run in finished else finished) if trunk else 0)
     kept = [step for step in trunk.kept_steps(run) if step > first] if trunk else []
     return PlannedRun(
         name=run.name,
@@ -150,7 +152,7 @@ def plan_run(
         note=run.note,
         first_step=first,
         kept_bytes=len(kept) * memory.state_bytes(run),
-        finished=finished,
+        finished=run in finished,
     )
 
 
@@ -166,9 +168,11 @@ def make_plan(
     devices: int = 1,
     train_tokens: dict[str, int] | None = None,
     finished: Container[RunConfig] = (),
+    kept_steps: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of every run; `train_tokens` by store path, for the corpora that are prepared.
-    `finished` are the runs that have their result.
+    `finished` are the runs that have their result, `kept_steps`, by their digests, the steps whose
+    states runs can begin with that others have kept.
 
     Raises UserError when a run cannot be laid out over the devices, asks for an attention that they
     do not have, or would see its corpus more than 4 times and does not allow it.
@@ -196,7 +200,8 @@ def make_plan(
             devices,
             known.get(run.data.store_path),
             trunk_of.get(run.digest),
-            run in finished,
+            finished,
+            (kept_steps or {}).get(run.digest, 0),
         )
         for run in experiment.runs
     )

@@ -327,7 +327,7 @@ def _finish(
         if left == _Left.TRAINING:
             train(run, directory, store, trunk, grid=grid)
         elif left == _Left.EVALUATION:
-            reevaluate(run, directory, store, trunk)
+            reevaluate(run, directory, store)
         if processes.is_leader():
             clean(run, directory, trunk)
     except processes.Preempted:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gqa_scaling.config import DIGEST_LENGTH, RunConfig, UserError
+from gqa_scaling.config import RunConfig, UserError
 from gqa_scaling.files.claims import claim
 from gqa_scaling.files.forecasts import FOLDER as FORECASTS
 from gqa_scaling.files.runs import RunDirectory
@@ -103,13 +103,19 @@ def removals(
             busy += 1
             continue
         run = _config(directory)
-        digest = run.digest if run else directory.path.name[-DIGEST_LENGTH:]
-        may_branch = run and run.optimizer.warmup_tokens and run.optimizer.schedule == "wsd"
+        if run is None:  # another tool's folder, or a run of another version: not ours to judge
+            if state != "done":
+                readers.setdefault(_tokens(directory), set()).add(directory.path.parent.name)
+            continue
+        may_branch = run.optimizer.warmup_tokens and run.optimizer.schedule == "wsd"
         known = declared.get(directory.path.parent.name)
-        other = known is not None and digest not in set(known)
-        if state == "done" and "checkpoints" in wanted and digest in branched:
+        other = known is not None and run.digest not in set(known)
+        if state == "done" and "checkpoints" in wanted and run.digest in branched:
             kept += 1
-        elif state == "done" and "checkpoints" in wanted and known is None and may_branch:
+        elif (
+            state == "done" and "checkpoints" in wanted and (known is None or other) and may_branch
+        ):
+            # overrides, such as another seed, may declare those that begin with them
             unknown += directory.checkpoints.exists()
         elif state == "done" and "checkpoints" in wanted:
             found += _removal(
@@ -134,7 +140,7 @@ def removals(
     if unknown:
         notes.append(
             f"checkpoints of {count(unknown, 'finished run')} stay: larger token budgets may begin with "
-            "them; name their experiment to know"
+            "them; name their experiment to know, in quotes with the fields that declare them"
         )
     caches = cache_folder()
     here = [] if is_remote(root) else [root]  # a bucket holds neither
@@ -284,7 +290,9 @@ def _put_aside(path: Path, base: Path) -> Path | None:
     if path.name == ASIDE:
         return path
     if not is_remote(path):
-        aside = base / ASIDE / f"{os.urandom(4).hex()}-{path.name}"
+        aside = (
+            base / ASIDE / os.urandom(8).hex()
+        )  # a name as long as a folder's can be takes no more
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(path, aside)

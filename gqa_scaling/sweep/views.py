@@ -383,5 +383,5 @@ def learning_rates_table(experiment: str, choices: Choices, runs: Sequence[RunCo
     made = table(columns, learning_rates_dict(choices), title=title)
     sizes = {(run.model.n_layers, run.model.d_model) for run in runs}
     for layers, width in sorted(sizes - choices.keys()):
-        made.add_row(str(layers), str(width), "", "", "", "no finished run")
+        made.add_row(str(layers), str(width), "", "", "", "not all of its runs are finished")
     return made

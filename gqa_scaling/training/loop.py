@@ -138,12 +138,10 @@ def reevaluate(
     run: RunConfig,
     directory: RunDirectory,
     store: TokenStore,
-    trunk: Trunk | None = None,
-    *,
     devices: Sequence[jax.Device] | None = None,
 ) -> None:
     """Judge a finished run by a new evaluation, on these devices, by default all; the old values
-    stay, nothing is trained."""
+    stay, as do states that others begin with, and nothing is trained."""
     whole = directory.result()
     if whole is None:
         raise UserError(f"{directory.path} has no result yet; run it first")
@@ -160,8 +158,7 @@ def reevaluate(
     if processes.is_leader():
         write_further(directory, value)
         whole["result"]["evaluations"][run.evaluation_digest] = value.to_dict()
-        kept = trunk.kept_steps(run) if trunk else ()
-        directory.finish(whole["result"], whole.get("timing") or {}, kept)
+        directory.write_result(whole["result"], whole.get("timing") or {})
     processes.wait_for_all("result")
 
 

@@ -19,6 +19,7 @@ import pytest
 from gqa_scaling import __version__, cli
 from gqa_scaling.config import ModelConfig
 from gqa_scaling.costs import n_exact, training_tokens
+from gqa_scaling.experiment.branches import decay_begins
 from gqa_scaling.experiment.load import load_experiment
 from gqa_scaling.files import failures
 from gqa_scaling.files.claims import claim
@@ -333,6 +334,26 @@ def test_an_interruption_says_how_to_go_on(call, monkeypatch):
 # ----------------------------------------------------------------------------------------- plan
 
 
+def test_plan_counts_the_steps_whose_states_are_gone(call):
+    Path("budgets.py").write_text(
+        "from experiments import tiny\n"
+        "from gqa_scaling.experiment.branches import at_budgets\n"
+        "def runs():\n"
+        "    return at_budgets(tiny.runs()[0], (20, 40))\n"
+    )
+    short, long = directories("budgets.py")
+    finish(short, experiment="budgets.py")
+
+    def first_step() -> int:
+        rows = json.loads(call("plan", "budgets.py", *V5E, "--json")[1])["runs"]
+        return {row["name"]: row["first_step"] for row in rows}[long.path.name[:-13]]
+
+    assert first_step() == 0
+    begins = decay_begins(load_experiment("budgets.py").runs[0])
+    (short.checkpoints / str(begins)).mkdir(parents=True)
+    assert first_step() == begins
+
+
 def test_plan_for_people(call):
     code, out, err = call("plan", TINY, *V5E, "--devices", "4")
     assert (code, err) == (0, "")
@@ -464,7 +485,7 @@ def test_learning_rates_for_programs(call):
         finish(directory)
     code, out, err = call("learning-rates", TINY)
     assert (code, out) == (2, "")
-    assert "L1-h1 and L1-h2 have one size and one learning rate, but are different models" in err
+    assert "L1-h1 and L1-h2 have one size, and their losses do not tell which rate is better" in err
     sweep = ("sweep.py", "--json")
     Path("sweep.py").write_text(
         "from experiments.tiny import runs as grid\n"

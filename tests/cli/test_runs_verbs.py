@@ -299,6 +299,29 @@ def test_clean_leaves_states_that_larger_budgets_begin_with(call):
     found, notes = space.removals(Path("runs"), {}, ["checkpoints"])  # what there is is not said
     assert [each.run for each in found] == [str(place.path)]
     assert "name their experiment to know" in notes[0]
+    # so are those that the experiment declares with other fields, such as another seed
+    assert (
+        "name their experiment to know"
+        in space.removals(Path("runs"), {"tiny": {digest}}, ["checkpoints"])[1][0]
+    )
+
+
+def test_clean_leaves_folders_of_others(call):
+    for name in ("exported", f"exported-{runs()[0].digest[::-1]}"):
+        other = Path("runs/tiny", name)
+        (other / "checkpoints").mkdir(parents=True)
+        for file in ("config.json", "result.json", "model.safetensors", "checkpoints/state"):
+            (other / file).write_text("{}")
+    before = files()
+    assert call("clean", TINY, "--yes") == (0, "nothing can go\n", "")
+    assert files() == before
+
+
+def test_clean_removes_a_run_of_the_longest_name(call):
+    place = begin(replace(runs()[0], name="x" * 242, seed=9))
+    code, _, err = call("clean", TINY, "--what", "digests", "--yes")
+    assert (code, err) == (0, "")
+    assert not place.path.exists()
 
 
 def test_clean_takes_no_run_that_began_since_the_plan_was_made(call):

@@ -1,5 +1,6 @@
 """To begin with: a starter experiment, and completion in the shell."""
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,21 +23,25 @@ from gqa_scaling.experiment.load import load_experiment
         ("mine.py", True, "mine.py", "mine.py"),
         ("experiments/mine.py", True, "experiments/mine.py", "experiments.mine"),
         ("cache/mine", False, "cache/mine.py", "cache/mine.py"),
+        ("my studies/mine", True, "my studies/mine.py", "my studies/mine.py"),
     ],
 )
 def test_a_starter_is_an_experiment_under_the_name_that_is_printed(
     said, workplace, name, folder, file, spec
 ):
-    (workplace / "cache").mkdir()
+    for made in ("cache", "my studies"):
+        (workplace / made).mkdir()
     if not folder:
         shutil.rmtree("experiments")
     code, out, err = said("new", name)
     assert (code, err) == (0, "")
     assert out.startswith(f"{file}: 12 small runs")
-    commands = [line.split()[1:] for line in out.splitlines() if line.startswith("  gqa-scaling ")]
+    commands = [
+        shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  gqa-scaling ")
+    ]
     assert [words[1] for words in commands] == [spec] * 4
     assert len(load_experiment(spec).runs) == 12
-    assert f"gqa-scaling run {spec} " in Path(file).read_text()
+    assert f"gqa-scaling run {shlex.quote(spec)} " in Path(file).read_text()
     assert cli.main(["plan", spec, "--hardware", "v5e"]) == 0
 
 
@@ -54,6 +59,7 @@ def test_a_starter_reads_ones_own_text(said, workplace):
     ("arguments", "words"),
     [
         (["tiny"], "experiments/tiny.py is there already"),
+        (["random.py"], "would be taken for the module random"),
         (["9x"], "'9x' cannot name an experiment"),
         (["a-b"], "'a-b' cannot name an experiment"),
         (["no/such/mine.py"], "there is no folder no/such for mine.py"),

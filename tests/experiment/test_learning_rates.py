@@ -46,8 +46,25 @@ def test_seeds_are_averaged_and_other_models_of_a_size_are_refused(tmp_path):
         finish(tmp_path, config, loss)
     found = learning_rate_choices("rates", declared, tmp_path)
     assert found == {(2, 32): LearningRateChoice(1e-3, ((1e-3, 2.5), (1e-2, 2.75)))}
-    with pytest.raises(UserError, match="a and d have one size and one learning rate"):
+    with pytest.raises(UserError, match=r"a and d have one size, .* \(model.n_kv_heads: "):
         learning_rate_choices("rates", [*declared, run("d", 1e-3, n_kv_heads=2)], tmp_path)
+
+
+def test_runs_of_a_size_that_learned_from_more_do_not_choose_its_rate(tmp_path):
+    short, other = run("short", 1e-3), run("other", 1e-2)
+    long = dataclasses.replace(short, name="long", tokens=2 * short.tokens)
+    at_another = dataclasses.replace(other, name="at-another", tokens=long.tokens)
+    judged = dataclasses.replace(other.evaluation, tokens=2 * other.evaluation.tokens)
+    for each in (long, at_another, dataclasses.replace(other, name="judged", evaluation=judged)):
+        with pytest.raises(
+            UserError, match=f"short and {each.name} have one size, .*(tokens|evaluation)"
+        ):
+            learning_rate_choices("rates", [short, each], tmp_path)
+    # a weight decay that goes with the rate is part of what is tried
+    decay = dataclasses.replace(other.optimizer, weight_decay=0.01)
+    for each in (short, coupled := dataclasses.replace(other, optimizer=decay)):
+        finish(tmp_path, each, 3.0)
+    assert learning_rate_choices("rates", [short, coupled], tmp_path)
 
 
 def test_a_choice_at_the_edge_says_which():

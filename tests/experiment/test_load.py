@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from gqa_scaling.config import Question, UserError
-from gqa_scaling.experiment.load import Experiment, load_experiment
+from gqa_scaling.experiment.load import Experiment, folder_of, load_experiment
 from gqa_scaling.files.runs import run_directory
 
 CHECKOUT = Path(__file__).parents[2]
@@ -32,6 +32,16 @@ def test_a_file_anywhere(workplace, tmp_path_factory):
     file = tmp_path_factory.mktemp("elsewhere") / "mine.py"
     file.write_text((workplace / "experiments/tiny.py").read_text())
     assert load_experiment(str(file)).name == "mine"
+
+
+def test_a_file_whose_name_holds_a_dot_has_a_folder_of_its_own(workplace):
+    for name in ("one.v2", "two.v2"):
+        file = workplace / f"{name}.py"
+        file.write_text((workplace / "experiments/tiny.py").read_text())
+        assert load_experiment(f"{name}.py").name == folder_of(f"{name}.py") == name
+    (workplace / ".compiled.py").write_text(file.read_text())
+    with pytest.raises(UserError, match="names no folder for its runs"):
+        load_experiment(".compiled.py")
 
 
 def test_an_experiment_without_question_and_docstring(workplace):
@@ -200,7 +210,7 @@ def test_an_experiment_is_trained_at_the_best_rates_of_its_sweep(workplace):
     elsewhere = load_experiment("experiments.swept", root=workplace / "elsewhere").runs
     assert [run.digest for run in elsewhere] == [run.digest for run in declared]
     given = load_experiment("experiments.swept", ["--optimizer.learning-rate", "3e-4"]).runs
-    assert {run.optimizer.learning_rate for run in given} == {3e-4}
+    assert {(run.optimizer.learning_rate, run.note) for run in given} == {(3e-4, "")}
 
 
 def test_a_sweep_that_is_none_is_refused(workplace):

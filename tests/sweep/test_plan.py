@@ -241,6 +241,12 @@ def test_steps_that_another_budget_trains_are_planned_once():
     assert plan.disk_bytes == plan.finished_bytes + a.kept_bytes + a.checkpoint_bytes
     assert "800/2,000" in shown(plan_table(plan))
     assert "1 run to begin where the decay" in "\n".join(plan_summary(plan))
+    # a result alone keeps no state: that of the budget declared later has to be trained anew
+    late = make_plan(experiment(long, short), CHIP, finished={short})
+    assert late.runs[1].first_step == late.totals["saved_flops"] == 0
+    assert late.totals["training_flops"] == b.training_flops
+    kept = make_plan(experiment(long), CHIP, 1, None, {short}, {long.digest: 800})
+    assert (kept.runs[0].first_step, kept.runs[0].seconds) == (800, b.seconds)
     alone = make_plan(experiment(long), CHIP)
     assert alone.runs[0].first_step == 0  # nobody else trains these steps
     assert "first step" not in shown(plan_table(alone))

@@ -200,6 +200,16 @@ def test_a_new_evaluation_never_retrains(monkeypatch: pytest.MonkeyPatch) -> Non
     assert values[run.evaluation_digest]["targets"] == 512
 
 
+def test_a_new_evaluation_leaves_the_states_that_larger_budgets_begin_with() -> None:
+    kept = finished().checkpoints / "5"
+    kept.mkdir(parents=True)
+    run = tiny_run(evaluation=EvaluationConfig(tokens=320))
+    loop.reevaluate(run, finished(), store())  # as `judge` does, which knows of no other run
+    assert kept.exists()
+    assert run.evaluation_digest in finished().result()["result"]["evaluations"]
+    finished().clean()
+
+
 def test_a_new_evaluation_on_other_tokens_is_refused() -> None:
     run = tiny_run(evaluation=EvaluationConfig(tokens=256))
     changed = store()
