@@ -48,9 +48,8 @@ def _place(name: str) -> tuple[Path, str]:
         re.fullmatch(r"[A-Za-z]\w*", stem) is not None,
         f"{stem!r} cannot name an experiment: take letters, digits and _, beginning with a letter",
     )
-    if (
-        path.parent.resolve() == Path.cwd() and not path.exists()
-    ):  # where experiments are imported from
+    # modules are imported from the working folder, before those of Python
+    if path.parent.resolve() == Path.cwd() and not path.exists():
         taken = importlib.util.find_spec(stem)
         require(
             taken is None or taken.origin is None,

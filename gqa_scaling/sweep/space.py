@@ -110,14 +110,13 @@ def removals(
         may_branch = run.optimizer.warmup_tokens and run.optimizer.schedule == "wsd"
         known = declared.get(directory.path.parent.name)
         other = known is not None and run.digest not in set(known)
-        if state == "done" and "checkpoints" in wanted and run.digest in branched:
+        freed = state == "done" and "checkpoints" in wanted
+        if freed and run.digest in branched:
             kept += 1
-        elif (
-            state == "done" and "checkpoints" in wanted and (known is None or other) and may_branch
-        ):
+        elif freed and may_branch and (known is None or other):
             # overrides, such as another seed, may declare those that begin with them
             unknown += directory.checkpoints.exists()
-        elif state == "done" and "checkpoints" in wanted:
+        elif freed:
             found += _removal(
                 "checkpoints", directory.checkpoints, "its run is finished", directory
             )
@@ -290,9 +289,8 @@ def _put_aside(path: Path, base: Path) -> Path | None:
     if path.name == ASIDE:
         return path
     if not is_remote(path):
-        aside = (
-            base / ASIDE / os.urandom(8).hex()
-        )  # a name as long as a folder's can be takes no more
+        # not its name: one as long as a folder's can be takes no more
+        aside = base / ASIDE / os.urandom(8).hex()
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(path, aside)
