@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gqa_scaling.hardware import Hardware
     from gqa_scaling.study.scores import Forecasts
 
+EMPTY_SHARE = "this share has no runs"
 COMPILED = """compile each train step for v5e:16x16 (or v5e-256), v5p:4x4x8, 2xv6e:16x16, ... on this
 machine (docs/pods.md)"""
 
@@ -45,7 +46,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         help="only runs whose name holds this text or matches this glob; several with commas, or again",
     )
     parser.add_argument(
-        "--shard", metavar="i/n", help="only every n-th run, from the i-th (0/n is the first)"
+        "--shard",
+        metavar="i/n",
+        help="only every n-th run, from the i-th (0/n is the first); budgets that share steps count as one",
     )
 
 
@@ -288,10 +291,8 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not left:
         if leads:
             sweep.tidy(experiment, root)
-            print(
-                f"{experiment.name}: all {len(experiment.runs)} runs are finished in "
-                f"{root / experiment.name}"
-            )
+            done = f"all {len(experiment.runs)} runs are finished in {root / experiment.name}"
+            print(f"{experiment.name}: {done if experiment.runs else EMPTY_SHARE}")
         return 0
     if args.retry_failed and leads:
         sweep.forget_failures(experiment, root)
@@ -371,7 +372,7 @@ def _status(args: argparse.Namespace, rest: Sequence[str]) -> int:
         if rows:
             print_table(status_table(experiment.name, rows))
         else:
-            print(f"{experiment.name}: this share has no runs")
+            print(f"{experiment.name}: {EMPTY_SHARE}")
         if others:
             print_table(status_table(f"{experiment.name}, beside its grid", others))
         if forecasts:

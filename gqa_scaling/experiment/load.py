@@ -9,6 +9,7 @@ import contextlib
 import fnmatch
 import importlib
 import importlib.util
+import itertools
 import shlex
 import sys
 import traceback
@@ -48,7 +49,8 @@ class Experiment:
         return trunks(self.declared or self.runs)
 
     def select(self, only: str | None = None, shard: str | None = None) -> "Experiment":
-        """The runs whose name matches a pattern of `only`, and of those every n-th from i (i/n).
+        """The runs whose name matches a pattern of `only`, and of those every n-th from i (i/n), where
+        runs that share steps count as one.
 
         Several patterns are separated by commas, which no name holds; each must match some run.
         """
@@ -71,7 +73,12 @@ class Experiment:
             digits = i.isdecimal() and n.isdecimal() and max(len(i), len(n)) < 10
             valid = digits and 0 <= int(i) < int(n)
             require(valid, f"--shard {shard!r} must be i/n with 0 <= i < n, such as 0/4")
-            runs = runs[int(i) :: int(n)]
+            shared, together = self.trunks, dict[str, list[RunConfig]]()
+            for run in runs:
+                first = shared[run.digest].runs[0] if run.digest in shared else run
+                together.setdefault(first.digest, []).append(run)
+            shares = list(together.values())[int(i) :: int(n)]
+            runs = tuple(itertools.chain.from_iterable(shares))
         return replace(self, runs=runs, declared=self.declared or self.runs)
 
 

@@ -388,6 +388,10 @@ def test_plan_of_an_empty_shard(call):
     assert "0 runs" in out
 
 
+def test_run_of_an_empty_shard(call):
+    assert call("run", TINY, "--shard", "7/8") == (0, "tiny: this share has no runs\n", "")
+
+
 def test_status_of_an_empty_shard(call):
     assert call("status", TINY, "--shard", "7/8") == (0, "tiny: this share has no runs\n", "")
 

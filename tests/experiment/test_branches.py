@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_scaling import costs
-from gqa_scaling.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, UserError
+from gqa_scaling.config import (
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Question,
+    RunConfig,
+    UserError,
+)
 from gqa_scaling.experiment.branches import decay_begins, smallest_budget_first, trunks
+from gqa_scaling.experiment.load import Experiment
 from gqa_scaling.sweep.plan import check_steps
 
 BATCH = 256
@@ -37,6 +45,16 @@ def test_runs_of_several_budgets_share_a_trunk():
     assert trunk.kept_steps(short) == (80,)
     assert trunk.kept_steps(middle) == (80, 160)  # that of the shorter one, where it comes first
     assert trunk.kept_steps(long) == (80, 160)
+
+
+def test_runs_that_share_steps_are_dealt_out_together():
+    budgets = [run(steps, seed=seed) for steps in (100, 200, 400) for seed in (1, 2)]
+    alone = run(100, "alone", optimizer=OptimizerConfig())
+    grid = Experiment("grid", (*budgets, alone), Question(contexts=(64,)))
+    shares = [grid.select(shard=f"{i}/2").runs for i in range(2)]
+    assert [[r.seed for r in share] for share in shares] == [[1, 1, 1, 0], [2, 2, 2]]
+    assert shares[0][-1] == alone
+    assert grid.select(shard="3/4").runs == ()
 
 
 def test_budgets_in_tokens_a_parameter_count_as_others_do():
