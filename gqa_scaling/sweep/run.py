@@ -208,6 +208,7 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
     if folder is not None:
         keep_compiled(folder)
     left, found, ends = list(experiment.runs), experiment.trunks, list[_End]()
+    left_out = list[RunConfig]()
     grid = experiment.declared or experiment.runs
     longest = LONGEST_PAUSE if is_remote(root) else 1
     pause, announced = 1, set[str]()
@@ -219,11 +220,16 @@ def run_sweep(experiment: Experiment, root: Path) -> Outcome:
             leads, trunk = processes.is_leader(), found.get(run.digest)
             waits = _Waits.NO
             if run.start_from or trunk:
-                waits = _Waits(processes.leaders(_waits(run, directory, trunk, left)))
+                known = _waits(run, directory, trunk, left, left_out)
+                waits = _Waits(processes.leaders(known))
             if waits == _Waits.IN_VAIN:
                 ends.append(_End.FAILED)
+                left_out.append(run)
                 if leads:
-                    print(f"{run.name} is left out: {run.start_from} failed", file=sys.stderr)
+                    print(
+                        f"{run.name} is left out: {run.start_from} failed or is left out",
+                        file=sys.stderr,
+                    )
                 continue
             if waits == _Waits.YES:
                 elsewhere.append(run)
@@ -267,17 +273,22 @@ class _Waits(enum.IntEnum):
 
     NO = 0
     YES = 1
-    IN_VAIN = 2  # that one failed
+    IN_VAIN = 2  # that one failed, or waited in vain itself
 
 
 def _waits(
-    run: RunConfig, directory: RunDirectory, trunk: Trunk | None, left: Sequence[RunConfig]
+    run: RunConfig,
+    directory: RunDirectory,
+    trunk: Trunk | None,
+    left: Sequence[RunConfig],
+    left_out: Sequence[RunConfig],
 ) -> _Waits:
     if directory.result_file.exists():
         return _Waits.NO
     parent = parent_directory(directory, run)
     if parent is not None and not parent.result_file.exists():
-        return _Waits.IN_VAIN if parent.failure_file.exists() else _Waits.YES
+        lost = parent.failure_file.exists() or parent_of(run, left_out) is not None
+        return _Waits.IN_VAIN if lost else _Waits.YES
     if trunk is None or directory.checkpoints.exists():  # it has begun
         return _Waits.NO
     # One of a smaller budget that this sweep trains too, and that is not yet where this one begins.

@@ -104,6 +104,23 @@ def test_a_child_is_trained_once_its_parent_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("work")
+def test_all_that_follow_a_run_that_failed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dataclasses.replace(PARENT, name="first", seed=7)
+    second = dataclasses.replace(CHILD, name="second", start_from=start_of(first, "tiny"))
+    third = dataclasses.replace(CHILD, name="third", start_from=start_of(second, "tiny"))
+
+    def train(*_: object, **__: object) -> None:
+        raise ValueError("no")
+
+    def sleep(_: float) -> None:
+        raise AssertionError("nothing is to be waited for")
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    assert sweep.run_sweep(grid(first, second, third), Path("runs")) == sweep.Outcome(0, 3)
+
+
+@pytest.mark.usefixtures("work")
 def test_a_parent_that_is_not_finished_is_missed_in_one_line() -> None:
     other = dataclasses.replace(PARENT, name="other", seed=7)
     late = dataclasses.replace(CHILD, start_from=start_of(other, "tiny"))
