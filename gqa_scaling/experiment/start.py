@@ -1,11 +1,13 @@
 """A starter experiment as a file of one's own, made from `starter.py`."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
 import shlex
+import sys
+import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gqa_scaling.config import require
@@ -50,10 +52,18 @@ def _place(name: str) -> tuple[Path, str]:
     )
     # modules are imported from the working folder, before those of Python
     if path.parent.resolve() == Path.cwd() and not path.exists():
-        taken = importlib.util.find_spec(stem)
         require(
-            taken is None or taken.origin is None,
+            not _is_installed(stem),
             f"{path} would be taken for the module {stem} of Python or a package: take another name",
         )
     module = path.parent == Path(FOLDER)
     return path, f"{FOLDER}.{stem}" if module else path.as_posix()
+
+
+def _is_installed(name: str) -> bool:
+    """Whether Python itself, this program or an installed package has a module of this name."""
+    if name in sys.stdlib_module_names or name == __name__.partition(".")[0]:
+        return True
+    places = sysconfig.get_paths()
+    found = PathFinder.find_spec(name, [places["purelib"], places["platlib"]])
+    return found is not None and found.origin is not None
