@@ -23,7 +23,9 @@ from gqa_scaling.study.source import Source, read_source
 
 HERE = Path(__file__).parent
 STUDIES = HERE.parent / "studies"
-LINUX, EQUAL_TOKENS = (str(STUDIES / f"{name}.csv") for name in ("linux", "linux_equal_tokens"))
+LINUX, EQUAL_TOKENS, ALL_TEXT = (
+    str(STUDIES / f"{name}.csv") for name in ("linux", "linux_equal_tokens", "linux_all_text")
+)
 FALLEN = 3.0  # nats of training loss: models of up to width 88 come there, by these tokens, by copying alone
 
 
@@ -200,15 +202,22 @@ def reading_again(source: Source) -> list[str]:
     return lines
 
 
+def training_losses(source: Source) -> np.ndarray:
+    """What the runs' training losses ended at: means over the last logged steps, of batches that were
+    new to the run."""
+    assert source.kept is not None
+    return np.array([source.kept.curves[str(name)][1][-1] for name in source.results.name])
+
+
+def apart(source: Source, which: str = "") -> str:
+    """How far held-out losses lie above training losses."""
+    above = source.results.loss - training_losses(source)
+    return f"{which}held-out minus training loss: {above.min():.2f} to {above.max():.2f} nats"
+
+
 def on_text_as_trained_on(source: Source, which: str = "") -> list[str]:
-    """Law `product` of the training losses that runs ended at, as the held-out text is of another kind:
-    means over the last logged steps, of batches that were new to the run."""
-    r, kept = source.results, source.kept
-    assert kept is not None
-    ends = np.array([kept.curves[str(name)][1][-1] for name in r.name])
-    apart = r.loss - ends
-    lines = [f"{which}held-out minus training loss: {apart.min():.2f} to {apart.max():.2f} nats"]
-    r = dataclasses.replace(r, loss=ends)
+    """Law `product` of the training losses, as the held-out text is of another kind."""
+    r, lines = dataclasses.replace(source.results, loss=training_losses(source)), []
     for those, runs in (("all", r), ("that copy", r.select(r.gained_by_rereading >= COPIES))):
         found = fit(runs, law="product")
         drawn = dict(zip(found.names, found.parameter_draws.T, strict=True))
@@ -225,10 +234,13 @@ def on_text_as_trained_on(source: Source, which: str = "") -> list[str]:
 
 def told() -> str:
     """When runs learn to copy, and how forecasts fared, in words."""
-    linux, equal = (read_source(name, (), None) for name in (LINUX, EQUAL_TOKENS))
+    names = LINUX, EQUAL_TOKENS, ALL_TEXT
+    linux, equal, every = (read_source(name, (), None) for name in names)
     lines = copying(linux) + copying(equal, "on equal tokens, ")
     lines += reading_again(equal) + forecast_again(linux)
-    lines += on_text_as_trained_on(linux) + on_text_as_trained_on(equal, "on equal tokens, ")
+    for source, which in (linux, ""), (equal, "on equal tokens, "):
+        lines += [apart(source, which), *on_text_as_trained_on(source, which)]
+    lines.append(apart(every, "by all text, "))
     return "\n".join(lines)
 
 

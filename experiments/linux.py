@@ -2,9 +2,10 @@
 
     gqa-scaling fetch linux-6.1                           # 139 MB from Debian, no account
     gqa-scaling prepare experiments.linux
-    gqa-scaling restore studies/linux_lr.csv              # these three to go on from the runs that are kept
+    gqa-scaling restore studies/linux_lr.csv              # these four to go on from the runs that are kept
     gqa-scaling restore studies/linux.csv
     gqa-scaling restore studies/linux_equal_tokens.csv
+    gqa-scaling restore studies/linux_all_text.csv
     gqa-scaling run experiments.linux@lr --workers 2      # the learning rate, at three sizes
     gqa-scaling run experiments.linux --workers 2         # on a GPU without --workers
     gqa-scaling report experiments.linux
