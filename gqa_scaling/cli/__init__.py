@@ -177,7 +177,8 @@ def _main(arguments: list[str]) -> int:
             # to its peers this process is lost, and so it ends as they do
             lost = _one_of_several() and away.exit_code == StorageError.exit_code
             return 128 + signal.SIGABRT if lost else away.exit_code
-        if "RESOURCE_EXHAUSTED" in str(error):  # as jax says that an array found no place
+        # as jax says that an array found no place; buckets say it of their quota
+        if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
             what = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
             print_error(
                 f"the devices' memory is full ({what[:160]}): ask for less, such as a shorter context "
